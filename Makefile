@@ -1,0 +1,49 @@
+# Two commands do everything: `make quickstart` and `make test`. Both make .venv first if there is none.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+SAMPLE := data_pipelines/sample
+RUN ?= runs/quickstart
+STEPS ?=
+LANGUAGES := en ar de es fr hi ja ru sw te th zh
+
+.PHONY: quickstart test slow interop lint clean
+
+# A .venv whose install was cut short is installed again: the stamp is written last.
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/.interop: $(VENV)/.installed
+	$(PIP) install -c constraints.txt -e '.[test,interop]'
+	touch $@
+
+# Train, evaluate on pictures of things never seen, export the encoder, print one table.
+quickstart: $(VENV)/.installed
+	$(BIN)/siglip train configs/quickstart.py --workdir $(RUN) $(if $(STEPS),--total-steps $(STEPS) --optim.warmup-steps 1)
+	$(BIN)/python benchmarks/ridge_floor.py --train '$(SAMPLE)/emoji-train-*.tar' \
+	    --heldout '$(SAMPLE)/emoji-heldout-*.tar' --out $(RUN)/ridge_floor.json > /dev/null
+	test -e $(RUN)/encoder || $(BIN)/siglip export $(RUN) --format hf --tower image --out $(RUN)/encoder
+	$(BIN)/siglip report $(RUN) --baseline $(RUN)/ridge_floor.json
+	@echo "encoder: $(RUN)/encoder"
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m 'not slow' -rs
+
+slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow -rs
+
+# What needs torch and transformers: exports read back by their users.
+interop: $(VENV)/.interop
+	$(BIN)/python -m pytest tests/siglip/test_hugging_face.py tests/siglip/test_export.py -rs
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --config setup.cfg
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

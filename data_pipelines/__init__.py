@@ -1,0 +1,1 @@
+"""Image-text pairs in, numpy batches out. Knows neither jax nor siglip."""

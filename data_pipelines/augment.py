@@ -1,0 +1,81 @@
+"""Random crops and colour gains for training. Pure draws: which box to cut out, which gains to multiply with.
+
+    side = scale * exp(+-aspect / 2) of the picture's side, centre = middle + shift * picture's side
+    pixel = clip(pixel * exp(brightness) * exp(color[channel]), 0, 255)
+
+The crop costs nothing: `image_ops.resize` reads the box instead of the whole picture. The gains are applied
+to a whole batch at once, a numpy call per pair would cost more than its arithmetic.
+
+The trap: a mirror image changes what a picture shows (flags, letters, hands, arrows), so there is no flip
+here.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipelines.draws import Rng
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How far training pictures are varied; the defaults vary nothing.
+
+    Attributes:
+      scale: smallest and largest side of the cut-out, relative to the picture's (log-uniform). Below 1
+        magnifies; above 1 shrinks the picture into a white frame.
+      aspect: the cut-out's aspect ratio is stretched by up to exp(+-aspect).
+      shift: the cut-out's middle moves by up to this fraction of the picture's side, each way; white comes
+        in.
+      brightness: all channels are multiplied by up to exp(+-brightness).
+      color: each channel is multiplied by up to exp(+-color).
+    """
+
+    scale: tuple[float, float] = (1.0, 1.0)
+    aspect: float = 0.0
+    shift: float = 0.0
+    brightness: float = 0.0
+    color: float = 0.0
+
+    def __post_init__(self):
+        low, high = self.scale
+        if not 0.05 <= low <= high <= 4:
+            raise ValueError(f"augment.scale={self.scale} must be (smallest, largest) within 0.05 and 4")
+        for name in ("aspect", "shift", "brightness", "color"):
+            if not 0 <= getattr(self, name) <= 2:
+                raise ValueError(f"augment.{name}={getattr(self, name)} must lie within 0 and 2")
+
+
+def draw_box(config: AugmentConfig, picture_size: tuple[int, int], rng: Rng) -> Box:
+    """(left, top, right, bottom) of the cut-out in pixels; it may reach outside the picture.
+
+    picture_size: (width, height), as Pillow has it.
+    """
+    width, height = picture_size
+    low, high = math.log(config.scale[0]), math.log(config.scale[1])
+    scale = low + (high - low) * rng.random()
+    stretch = _symmetric(config.aspect, rng) / 2
+    half_w, half_h = 0.5 * width * math.exp(scale + stretch), 0.5 * height * math.exp(scale - stretch)
+    x = width * (0.5 + _symmetric(config.shift, rng))
+    y = height * (0.5 + _symmetric(config.shift, rng))
+    return x - half_w, y - half_h, x + half_w, y + half_h
+
+
+def draw_gain(config: AugmentConfig, rng: Rng) -> tuple[float, float, float]:
+    """The factors of red, green and blue."""
+    brightness = _symmetric(config.brightness, rng)
+    red, green, blue = (math.exp(brightness + _symmetric(config.color, rng)) for _ in range(3))
+    return red, green, blue
+
+
+def apply_gain(images: np.ndarray, gains: np.ndarray) -> np.ndarray:
+    """Multiplies and clips. images: uint8 [b, h, w, 3]; gains: [b, 3] -> uint8 [b, h, w, 3]."""
+    bright = images * gains.astype(np.float32)[:, None, None, :]
+    return np.minimum(bright + np.float32(0.5), 255).astype(np.uint8)
+
+
+def _symmetric(limit: float, rng: Rng) -> float:
+    return limit * (2 * rng.random() - 1)

@@ -1,0 +1,104 @@
+"""SentencePiece tokenizers: training one, and text to token ids of a fixed length with a sticky end.
+
+    ids = (pieces + [eos])[:length - 1] + [eos] * ...        big_vision's tokenize(eos="sticky", pad_value=1)
+
+Text is lower-cased, then tokenized; it is padded with the end token itself (id 1 in the published SigLIP
+models), so the last position always holds the end token: the text tower's "last" pooling reads it there.
+SentencePiece: Kudo and Richardson 2018, arXiv:1808.06226.
+
+The trap: SentencePiece wants distinct ids for `<pad>` and `</s>`; the published models have `<pad>` at 0 and
+never use it. Padding with 0 gives the tower a last token that it never saw.
+"""
+
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+
+class SentencePieceTokenizer:
+    """Text to ids with a SentencePiece model; safe to call from several threads, and picklable.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not a SentencePiece model, or the model has no end token.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        try:
+            self._model = Path(path).read_bytes()
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise FileNotFoundError(
+                f"no tokenizer at {self.path!r}; train one: siglip data tokenizer SHARDS --out FILE"
+            ) from error
+        except PermissionError as error:
+            raise PermissionError(f"no permission to read tokenizer {self.path!r}; chmod a+r it") from error
+        self._load()
+
+    def _load(self) -> None:
+        try:
+            if not self._model:
+                raise ValueError("0 bytes")
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"tokenizer {self.path!r} is no SentencePiece model; use a spiece.model") from error
+        self.vocab_size = self._processor.vocab_size()
+        self.eos_id = self._processor.eos_id()
+        if self.eos_id < 0:
+            raise ValueError(f"tokenizer {self.path!r} has no end token </s>; train it with an eos_id")
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "_model": self._model}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._load()
+
+    def encode(self, text: str, length: int) -> np.ndarray:
+        """Ids of a lower-cased text, cut or padded to `length`; the last is the end token. -> int32 [l]"""
+        ids = self._processor.encode(text.lower())
+        tokens = np.full(length, self.eos_id, np.int32)
+        kept = min(len(ids), length - 1)
+        tokens[:kept] = ids[:kept]
+        return tokens
+
+
+def train_tokenizer(texts: Iterable[str], out: str | os.PathLike, *, vocab_size: int) -> None:
+    """Trains a unigram SentencePiece model with byte fallback on lower-cased texts and writes it to `out`.
+
+    Ids as in the published models: `<pad>` 0, `</s>` 1, `<unk>` 2, then the 256 bytes. One thread, so the
+      same texts
+    in the same order give the same file with the same version of sentencepiece.
+
+    Raises:
+      ValueError: no texts, or a vocabulary that these texts cannot fill or that cannot hold their characters.
+    """
+    texts = [text.lower() for text in texts]
+    if not texts:
+        raise ValueError("no texts to train a tokenizer on; the shards hold no captions")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="unigram",
+            normalization_rule_name="nmt_nfkc",
+            byte_fallback=True,
+            character_coverage=0.9995,
+            num_threads=1,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"vocab_size={vocab_size} does not fit {len(texts)} texts: {error}") from error
+    partial = Path(f"{os.fspath(out)}.{os.getpid()}.partial")
+    partial.write_bytes(model.getvalue())
+    os.replace(partial, out)

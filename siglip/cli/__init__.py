@@ -1,0 +1,104 @@
+"""The command line: the only composition root, and the only place that joins siglip and data_pipelines.
+
+Exit codes: 0 on success, 1 on a failed run, 2 on bad input, 128 + the signal's number when a signal stopped a run whose
+state was then saved. Bad input is one line that says what is wrong and how to mend it; SIGLIP_TRACEBACK=1 shows where.
+
+The trap: importing jax takes seconds, so nothing here imports a command before it is called; `siglip --help` stays quick.
+"""
+
+import difflib
+import logging
+import os
+import sys
+import traceback
+
+HELP = """usage: siglip COMMAND …
+
+  train   CONFIG [--workdir DIR] [--total-steps N] [--batch-size N] …     pretrain; any config field is a flag
+  eval    SRC --task retrieval|zeroshot --data SHARDS [--out FILE.json]   evaluate zero-shot
+  export  SRC --format hf|bigvision --out DIR [--tower image|both]        hand the encoder over, verified
+  embed   SRC --data SHARDS --out FILE.npz|FILE.parquet                   embed pictures
+  report  WORKDIR                                                         report.html: curves, tables, pictures found
+  data    index SHARDS… | tokenizer SHARDS… --out FILE                    prepare data
+
+SRC is a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
+`siglip COMMAND --help` explains a command, `siglip train CONFIG --help` lists every config field.
+"""
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(args: list[str]) -> int:
+    """Runs one command and returns the exit code."""
+    if not args or args[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0
+    if args[0] == "--version":
+        from siglip import __version__
+
+        print(__version__)
+        return 0
+    try:
+        _dispatch(args[0], args[1:])
+    except (ValueError, FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        return _fail(error, 2)
+    except (RuntimeError, OSError) as error:
+        return _fail(error, _exit_code_of(error))
+    except KeyboardInterrupt as error:
+        return _fail(error, 130)
+    return 0
+
+
+def _dispatch(command: str, args: list[str]) -> None:
+    # orbax, absl and jax tell much about themselves; errors still get through.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    logging.basicConfig(level=logging.INFO, format="siglip: %(message)s", stream=sys.stderr)
+    if command == "train":
+        from siglip.cli.training import train_command
+
+        train_command(args)
+    elif command == "eval":
+        from siglip.cli.evaluation import eval_command
+
+        eval_command(args)
+    elif command == "embed":
+        from siglip.cli.evaluation import embed_command
+
+        embed_command(args)
+    elif command == "export":
+        from siglip.cli.exporting import export_command
+
+        export_command(args)
+    elif command == "report":
+        from siglip.cli.reporting import report_command
+
+        report_command(args)
+    elif command == "data":
+        from siglip.cli.data import data_command
+
+        data_command(args)
+    else:
+        commands = ["train", "eval", "export", "embed", "report", "data"]
+        close = difflib.get_close_matches(command, commands, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(commands)}"
+        raise ValueError(f"unknown command {command!r}; {hint}")
+
+
+def _fail(error: BaseException, code: int) -> int:
+    if os.environ.get("SIGLIP_TRACEBACK"):
+        traceback.print_exception(error)
+    message = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename and error.errno:
+        message = f"{error.filename}: {error.strerror}"
+    print(f"siglip: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _exit_code_of(error: RuntimeError | OSError) -> int:
+    from siglip.train import Interrupted
+
+    return 128 + error.signum if isinstance(error, Interrupted) else 1

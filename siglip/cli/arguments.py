@@ -1,0 +1,57 @@
+"""Flags to frozen dataclasses with tyro, and tyro's error boxes to one line."""
+
+import contextlib
+import io
+import os
+from typing import TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None) -> T:
+    """Parses `args` into `cls`; with `default`, every field of that instance is an optional flag.
+
+    Raises:
+        ValueError: one line, for an unknown flag (with a suggestion), a wrong value or a missing one.
+        SystemExit: with code 0, after --help.
+    """
+    printed = io.StringIO()
+    try:
+        # Error boxes are drawn as wide as the terminal: wide enough here that no message is broken.
+        with contextlib.redirect_stderr(printed), _columns(2000):
+            if "-h" not in args and "--help" not in args:
+                return _cli(cls, args, prog, default)
+    except SystemExit as stop:
+        if stop.code:
+            raise ValueError(_one_line(printed.getvalue())) from None
+        raise
+    return _cli(cls, args, prog, default)
+
+
+def _cli(cls: type[T], args: list[str], prog: str, default: T | None) -> T:
+    config = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    if default is None:
+        return tyro.cli(cls, args=args, prog=prog, config=config)
+    return tyro.cli(cls, args=args, prog=prog, default=default, config=config)
+
+
+def _one_line(box: str) -> str:
+    lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("For full helptext", "Argument helptext"))]
+    # The first line is the box's title.
+    return "; ".join(lines[1:] if len(lines) > 1 else lines)
+
+
+@contextlib.contextmanager
+def _columns(width: int):
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(width)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before

@@ -1,0 +1,73 @@
+"""`siglip data index` and `siglip data tokenizer`: preparing data without training."""
+
+import dataclasses
+import difflib
+
+import tyro
+
+from data_pipelines.sources.webdataset import TarSource
+from data_pipelines.text_ops import iter_captions
+from data_pipelines.tokenizers import SentencePieceTokenizer, train_tokenizer
+from siglip.cli.arguments import parse
+
+USAGE = """usage: siglip data index SHARDS…
+       siglip data tokenizer SHARDS… --out FILE [--vocab-size N]
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexArgs:
+    """Build the offset index of tar shards now instead of at first use.
+
+    Attributes:
+        shards: tar files; *, {00000..00009} and {a,b} expand.
+    """
+
+    shards: tyro.conf.Positional[tuple[str, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerArgs:
+    """Train a SentencePiece tokenizer on every caption of some shards: lower case, byte fallback, </s> at id 1.
+
+    Attributes:
+        shards: tar files; *, {00000..00009} and {a,b} expand.
+        out: the model file to write, for instance spiece.model.
+        vocab_size: pieces in all.
+    """
+
+    shards: tyro.conf.Positional[tuple[str, ...]]
+    out: str
+    vocab_size: int = 4000
+
+
+def data_command(args: list[str]) -> None:
+    """Dispatches to the subcommand."""
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="")
+    elif args[0] == "index":
+        index_command(args[1:])
+    elif args[0] == "tokenizer":
+        tokenizer_command(args[1:])
+    else:
+        close = difflib.get_close_matches(args[0], ["index", "tokenizer"], n=1)
+        raise ValueError(f"unknown command 'data {args[0]}'; did you mean {close[0] if close else 'index or tokenizer'!r}?")
+
+
+def index_command(args: list[str]) -> None:
+    """Prints how many pairs the shards hold."""
+    options = parse(IndexArgs, args, prog="siglip data index")
+    print(f"{len(_open(options.shards))} pairs")
+
+
+def tokenizer_command(args: list[str]) -> None:
+    """Writes the model and prints how many pieces it has."""
+    options = parse(TokenizerArgs, args, prog="siglip data tokenizer")
+    train_tokenizer(iter_captions(_open(options.shards)), options.out, vocab_size=options.vocab_size)
+    print(f"{SentencePieceTokenizer(options.out).vocab_size} pieces -> {options.out}")
+
+
+def _open(shards: tuple[str, ...]) -> TarSource:
+    if not shards:
+        raise ValueError("no shards given; name tar files, for instance 'data/train-*.tar'")
+    return TarSource(shards)

@@ -1,0 +1,291 @@
+"""`siglip eval` and `siglip embed`: shards -> embeddings -> metrics in CLIP_benchmark's JSON."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import tyro
+
+from data_pipelines.loader import make_eval_batches
+from data_pipelines.sources.webdataset import TarSource
+from data_pipelines.text_ops import captions_of, lookup
+from data_pipelines.tokenizers import SentencePieceTokenizer
+from siglip.checkpoint import write_atomically
+from siglip.cli.arguments import parse
+from siglip.config import EvalTask
+from siglip.encoder import Encoder, load
+from siglip.evaluators import zeroshot
+from siglip.evaluators.retrieval import mean_of, retrieval
+from siglip.metrics import format_value, short_name
+
+TASK_NAMES = {"retrieval": "zeroshot_retrieval", "zeroshot": "zeroshot_classification"}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalArgs:
+    """Evaluate a model zero-shot.
+
+    Attributes:
+        src: a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
+        task: retrieval both ways, or zero-shot classification.
+        data: tar shards, as img2dataset writes them.
+        name: of the data set, in the result.
+        captions: retrieval: text fields; each is evaluated on its own.
+        classes: zeroshot: file of class names, one per line or a JSON list.
+        templates: zeroshot: file of templates with {} for the class name, one per line.
+        label: zeroshot: field that holds the label, a number or a class name.
+        tokenizer: SentencePiece model, when SRC does not bring one.
+        batch_size: pictures or texts per forward pass.
+        out: where the result goes as JSON; it is printed in any case.
+    """
+
+    src: tyro.conf.Positional[str]
+    task: Literal["retrieval", "zeroshot"]
+    data: str
+    name: str | None = None
+    captions: tuple[str, ...] = ("txt",)
+    classes: str | None = None
+    templates: str | None = None
+    label: str = "cls"
+    tokenizer: str | None = None
+    batch_size: int = 256
+    out: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbedArgs:
+    """Embed every picture of some shards.
+
+    Attributes:
+        src: a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
+        data: tar shards, as img2dataset writes them.
+        out: FILE.npz or FILE.parquet; columns `key` and `embedding` (float32, L2-normalised).
+        batch_size: pictures per forward pass.
+    """
+
+    src: tyro.conf.Positional[str]
+    data: str
+    out: str
+    batch_size: int = 256
+
+
+class Tower(NamedTuple):
+    """What an evaluation needs of a model: uint8 pictures and token ids in, unit vectors out."""
+
+    images: Callable[[np.ndarray], Any]
+    texts: Callable[[np.ndarray], Any]
+    tokenizer: SentencePieceTokenizer
+    image_size: tuple[int, int]
+    text_length: int
+    batch_size: int
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Strings -> float32 [m, e]."""
+        tokens = np.stack([self.tokenizer.encode(text, self.text_length) for text in texts])
+        return embed_in_batches(self.texts, tokens, self.batch_size)
+
+    def embed_shards(self, data: str) -> tuple[np.ndarray, list[str], list[Mapping[str, Any]]]:
+        """(float32 [n, e], keys, fields) of every decodable picture of the shards, in order."""
+        batches = make_eval_batches(TarSource(data), batch_size=self.batch_size, image_size=self.image_size)
+        z, keys, fields = [], [], []
+        for batch in batches:
+            z.append(embed_in_batches(self.images, batch["image"], self.batch_size))
+            keys += batch["key"]
+            fields += batch["fields"]
+        if not keys:
+            raise ValueError(f"{data} holds no picture that can be decoded ({dict(batches.counts)}); check the shards")
+        return np.concatenate(z), keys, fields
+
+
+class Result(NamedTuple):
+    """One evaluation; `dataset` carries the language as its ending when there are several."""
+
+    dataset: str
+    task: str
+    language: str
+    metrics: dict[str, float]
+
+
+def embed_in_batches(function: Callable[[np.ndarray], Any], rows: np.ndarray, batch_size: int) -> np.ndarray:
+    """`function` over batches of one size, the last one filled up with its own first row: one compilation."""
+    parts = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        fill = np.repeat(part[:1], batch_size - len(part), axis=0)
+        parts.append(np.asarray(function(np.concatenate([part, fill])))[: len(part)])
+    return np.concatenate(parts)
+
+
+def evaluate_task(task: EvalTask, tower: Tower) -> list[Result]:
+    """Runs one task; retrieval over several caption fields also gives their mean.
+
+    Raises:
+        ValueError: for missing captions, labels or classes.
+    """
+    zimg, keys, fields = tower.embed_shards(task.data)
+    if task.task == "zeroshot":
+        return [_zeroshot(task, tower, zimg, keys, fields)]
+    results = []
+    for caption_field in task.captions:
+        texts, image_of_text = _captions(fields, caption_field, task.data)
+        language = caption_field.partition("captions.")[2]
+        name = f"{task.name}-{language or caption_field}" if len(task.captions) > 1 else task.name
+        metrics = retrieval(zimg, tower.embed_texts(texts), image_of_text)
+        results.append(Result(name, task.task, language, metrics))
+    if len(results) > 1:
+        results.append(Result(f"{task.name}-mean", task.task, "mean", mean_of([r.metrics for r in results])))
+    return results
+
+
+def _captions(fields: Iterable[Mapping[str, Any]], name: str, data: str) -> tuple[list[str], np.ndarray]:
+    texts, image_of_text = [], []
+    for i, record in enumerate(fields):
+        for text in captions_of(record, name):
+            texts.append(text)
+            image_of_text.append(i)
+    if not texts:
+        raise ValueError(f"no picture of {data} has the caption field {name!r}; look at a member's .json for its fields")
+    return texts, np.asarray(image_of_text)
+
+
+def _zeroshot(
+    task: EvalTask, tower: Tower, zimg: np.ndarray, keys: list[str], fields: list[Mapping[str, Any]]
+) -> Result:
+    classnames = read_names(task.classes)
+    templates = ["{}"] if task.templates is None else read_names(task.templates)
+    index = {name: k for k, name in enumerate(classnames)}
+    labels = np.asarray([_label(record, task, key, index) for key, record in zip(keys, fields, strict=True)])
+    classes = zeroshot.class_embeddings(tower.embed_texts, classnames, templates)
+    return Result(task.name, task.task, "", zeroshot.classification(zimg, classes, labels))
+
+
+def _label(record: Mapping[str, Any], task: EvalTask, key: str, index: Mapping[str, int]) -> int:
+    label = lookup(record, task.label)
+    if isinstance(label, str) and label in index:
+        return index[label]
+    if isinstance(label, int) or (isinstance(label, str) and label.isdigit()):
+        return int(label)
+    raise ValueError(
+        f"picture {key} has {task.label}={label!r}, which is neither a number nor one of the {len(index)} class names; "
+        f"name the right field with --label"
+    )
+
+
+def read_names(path: str) -> list[str]:
+    """A JSON list, or one name per line.
+
+    Raises:
+        ValueError: if it holds none.
+    """
+    content = Path(path).read_text(encoding="utf-8")
+    if content.lstrip().startswith("["):
+        try:
+            names = [str(name) for name in json.loads(content)]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} starts like a JSON list but is not one ({error})") from None
+    else:
+        names = [line.strip() for line in content.splitlines() if line.strip()]
+    if not names:
+        raise ValueError(f"{path} is empty; write one name per line, or a JSON list")
+    return names
+
+
+def tower_of(encoder: Encoder, *, tokenizer: str | None, batch_size: int) -> Tower:
+    """A loaded model as a Tower.
+
+    Raises:
+        ValueError: if it has no text tower, or brings no tokenizer and none is given.
+    """
+    path = tokenizer or encoder.tokenizer
+    if encoder.config.text is None:
+        raise ValueError("the model has no text tower, so it cannot be evaluated zero-shot; export it with --tower both")
+    if path is None:
+        raise ValueError("the model brings no tokenizer; name its SentencePiece model with --tokenizer FILE")
+    return Tower(
+        images=lambda images: encoder.embed_images(images.astype(np.float32) / 127.5 - 1),
+        texts=encoder.embed_texts,
+        tokenizer=SentencePieceTokenizer(str(path)),
+        image_size=encoder.config.image.image_size,
+        text_length=encoder.config.text.length,
+        batch_size=batch_size,
+    )
+
+
+def eval_command(args: list[str]) -> None:
+    """Prints a table; writes the JSON when asked."""
+    options = parse(EvalArgs, args, prog="siglip eval")
+    name = options.name or Path(options.data).name.partition(".")[0].rstrip("-0123456789*") or "data"
+    task = EvalTask(
+        options.task, name, options.data, options.captions, options.classes, options.templates, options.label
+    )
+    results = evaluate_task(task, tower_of(load(options.src), tokenizer=options.tokenizer, batch_size=options.batch_size))
+    print(format_table({result.dataset: result.metrics for result in results}))
+    if options.out is not None:
+        content = json.dumps([to_clip_benchmark(result, options.src) for result in results], indent=2, ensure_ascii=False)
+        write_atomically(Path(options.out), content + "\n")
+
+
+def to_clip_benchmark(result: Result, model: str) -> dict[str, Any]:
+    """The keys of CLIP_benchmark's result files."""
+    return {
+        "dataset": result.dataset,
+        "model": model,
+        "pretrained": "",
+        "task": TASK_NAMES[result.task],
+        "language": result.language,
+        "metrics": result.metrics,
+    }
+
+
+def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Rows of metrics as aligned text; columns in the order in which they first appear."""
+    columns = {name: short_name(name) for metrics in rows.values() for name in metrics}
+    head = max(len(name) for name in ["", *rows])
+    lines = [" " * head + "".join(f"  {short:>8}" for short in columns.values())]
+    for name, metrics in rows.items():
+        cells = (format_value(metrics.get(c), rank="rank" in c).rjust(max(8, len(columns[c]))) for c in columns)
+        lines.append(name.ljust(head) + "".join(f"  {cell}" for cell in cells))
+    return "\n".join(lines)
+
+
+def embed_command(args: list[str]) -> None:
+    """Streams through the shards; the file appears when it is whole."""
+    options = parse(EmbedArgs, args, prog="siglip embed")
+    out = Path(options.out)
+    if out.suffix not in (".npz", ".parquet"):
+        raise ValueError(f"--out {options.out} must end in .npz or .parquet")
+    encoder = load(options.src)
+    batches = make_eval_batches(
+        TarSource(options.data), batch_size=options.batch_size, image_size=encoder.config.image.image_size
+    )
+    keys, z = zip(*_embed(encoder, batches, options.batch_size), strict=True) if len(batches.source) else ((), ())
+    keys, z = [key for part in keys for key in part], np.concatenate(z)
+    partial = out.with_name(f".partial-{out.name}")
+    try:
+        if out.suffix == ".npz":
+            np.savez(partial.with_suffix(".npz"), key=np.asarray(keys), embedding=z)
+        else:
+            _write_parquet(partial, keys, z)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"{len(keys)} pictures -> {out}" + (f"; left out: {dict(batches.counts)}" if batches.counts else ""))
+
+
+def _embed(encoder: Encoder, batches: Iterable[Mapping[str, Any]], batch_size: int) -> Iterator[tuple[list, np.ndarray]]:
+    def embed(images: np.ndarray) -> Any:
+        return encoder.embed_images(images.astype(np.float32) / 127.5 - 1)
+
+    for batch in batches:
+        yield batch["key"], embed_in_batches(embed, batch["image"], batch_size)
+
+
+def _write_parquet(path: Path, keys: list[str], z: np.ndarray) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(z.reshape(-1)), z.shape[1])
+    pq.write_table(pa.table({"key": pa.array(keys, pa.string()), "embedding": vectors}), path)

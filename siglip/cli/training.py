@@ -1,0 +1,84 @@
+"""`siglip train`: recipe file and flags -> config, loader and evaluations -> the loop."""
+
+import os
+from pathlib import Path
+
+import jax
+
+from data_pipelines.loader import make_loader
+from data_pipelines.tokenizers import SentencePieceTokenizer
+from siglip import sharding
+from siglip.cli.arguments import parse
+from siglip.cli.evaluation import Tower, evaluate_task
+from siglip.config import TrainConfig, load_config_file
+from siglip.step import make_embed_fns
+from siglip.train import Evaluate, train
+
+USAGE = """usage: siglip train CONFIG [flags]
+
+CONFIG is a Python file with `def get_config() -> TrainConfig`, such as configs/quickstart.py.
+`siglip train CONFIG --help` lists every field of that config as a flag.
+The same command in the same workdir goes on where it stopped."""
+
+
+def train_command(args: list[str]) -> None:
+    """Parses and trains."""
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    config = parse(TrainConfig, args[1:], prog=f"siglip train {args[0]}", default=load_config_file(args[0]))
+    use_compilation_cache()
+    tokenizer = load_tokenizer(config.data.tokenizer, vocab_size=config.model.text.vocab_size)
+    sharding.check_batch_size(config.batch_size, sharding.make_mesh(config.mesh))
+    loader = make_loader(
+        config.data,
+        batch_size=config.batch_size,
+        image_size=config.model.image.image_size,
+        text_length=config.model.text.length,
+        seed=config.seed,
+    )
+    evaluate = make_evaluate(config, tokenizer) if config.eval.tasks else None
+    train(config, loader, evaluate=evaluate, tokenizer=Path(config.data.tokenizer).read_bytes())
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, under JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "siglip" / "xla"))
+
+
+def load_tokenizer(path: str, *, vocab_size: int) -> SentencePieceTokenizer:
+    """Raises ValueError when its ids do not fit a text tower of `vocab_size`."""
+    tokenizer = SentencePieceTokenizer(path)
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"tokenizer {path} has {tokenizer.vocab_size} pieces, but model.text.vocab_size={vocab_size}; "
+            f"use --model.text.vocab-size {tokenizer.vocab_size} or another tokenizer"
+        )
+    return tokenizer
+
+
+def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer) -> Evaluate:
+    """All of the config's evaluation tasks as one function of the parameters."""
+    fns = make_embed_fns(config.model)
+    mesh = sharding.make_mesh(config.mesh)
+    batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
+
+    def evaluate(params):
+        tower = Tower(
+            images=lambda images: fns.images(params, sharding.put_batch({"image": images}, mesh)["image"]),
+            texts=lambda texts: fns.texts(params, sharding.put_batch({"text": texts}, mesh)["text"]),
+            tokenizer=tokenizer,
+            image_size=config.model.image.image_size,
+            text_length=config.model.text.length,
+            batch_size=batch_size,
+        )
+        results = [result for task in config.eval.tasks for result in evaluate_task(task, tower)]
+        return {
+            f"eval/{result.task}/{result.dataset}/{name}": value
+            for result in results
+            for name, value in result.metrics.items()
+        }
+
+    return evaluate

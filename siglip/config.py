@@ -1,0 +1,144 @@
+"""TrainConfig: one frozen dataclass per concern, each living beside the code that uses it, assembled here.
+
+A recipe is a Python file with `def get_config() -> TrainConfig` (configs/); every field is also a flag of `siglip train`:
+`--batch-size`, `--optim.lr`, `--data.sources.0.weight`. Fork a recipe file, do not inherit from it.
+"""
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from data_pipelines.loader import DataConfig
+from siglip import trees
+from siglip.checkpoint import CheckpointConfig
+from siglip.metrics import LogConfig
+from siglip.models.two_tower import ModelConfig
+from siglip.optim import OptimConfig
+from siglip.sharding import MeshConfig
+from siglip.step import LossConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalTask:
+    """One evaluation: results appear as eval/<task>/<name>/<metric>.
+
+    Attributes:
+        task: "retrieval" (both ways) or "zeroshot" (classification).
+        name: of the data set, in the metrics' names.
+        data: shards, as in a training source.
+        captions: retrieval: text fields ("txt", "captions.de"); each is evaluated on its own, and the mean over more than
+            one is called <name>-mean. A field whose value is a list counts as several captions of one picture.
+        classes: zeroshot: file of class names, one per line or a JSON list; the labels index it, or are names in it.
+        templates: zeroshot: file of templates with "{}" for the class name, one per line; None takes the bare name.
+        label: zeroshot: the field that holds the label.
+    """
+
+    task: Literal["retrieval", "zeroshot"]
+    name: str
+    data: str
+    captions: tuple[str, ...] = ("txt",)
+    classes: str | None = None
+    templates: str | None = None
+    label: str = "cls"
+
+    def __post_init__(self) -> None:
+        if self.task == "zeroshot" and self.classes is None:
+            raise ValueError(f"evaluation {self.name!r}: task zeroshot needs classes, a file of class names")
+        if not self.captions:
+            raise ValueError(f"evaluation {self.name!r}: captions must name at least one text field, such as 'txt'")
+        if "/" in self.name or not self.name:
+            raise ValueError(f"evaluation name {self.name!r} must be non-empty and without '/'")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluations inside the loop.
+
+    Attributes:
+        every_steps: steps between evaluations; 0 evaluates at the end only.
+        batch_size: pictures or texts per forward pass.
+    """
+
+    tasks: tuple[EvalTask, ...] = ()
+    every_steps: int = 0
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0 or self.batch_size < 1:
+            raise ValueError(
+                f"eval.every_steps={self.every_steps} must not be negative and eval.batch_size={self.batch_size} at least 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run, whole.
+
+    Attributes:
+        total_steps: optimizer steps; the schedule ends there.
+        batch_size: pairs in the global batch, over all devices and hosts.
+        workdir: where everything is written.
+        seed: of the parameters, of the order of the pairs and of every random choice on them.
+    """
+
+    data: DataConfig
+    model: ModelConfig
+    total_steps: int
+    batch_size: int
+    workdir: str
+    seed: int = 0
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    loss: LossConfig = LossConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative")
+        if self.model.text is None:
+            raise ValueError("model.text is None: pretraining needs a text tower")
+
+
+def to_json(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain JSON values; `from_json` inverts it."""
+    return dataclasses.asdict(config)
+
+
+def from_json(tree: Mapping[str, Any]) -> TrainConfig:
+    """Raises ValueError for unknown fields, with a suggestion."""
+    return trees.build_dataclass(TrainConfig, tree)
+
+
+def load_config_file(path: str) -> TrainConfig:
+    """Runs a recipe file and returns what its `get_config()` returns.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it defines no `get_config`, or that does not return a TrainConfig.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"config file {path} does not exist; give a Python file such as configs/quickstart.py")
+    spec = importlib.util.spec_from_file_location(f"siglip_recipe_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"config file {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ValueError(f"config file {path} is not valid Python: {error}") from None
+    if "get_config" not in vars(module):
+        raise ValueError(f"config file {path} defines no get_config(); add `def get_config() -> TrainConfig`")
+    config = module.get_config()
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"get_config() of {path} returned {type(config).__name__}; it must return a TrainConfig")
+    return config

@@ -1,0 +1,1 @@
+"""The towers. The only folder of siglip that imports flax."""

@@ -1,0 +1,83 @@
+"""Text transformer: bidirectional, no mask. Pads are attended to, as in the published models.
+
+    tokens = LN(blocks(embedding[ids] + position));  z = pool(tokens) @ kernel + bias    (SigLIP, arXiv:2303.15343)
+
+The trap: pool "last" reads position `length - 1` whatever stands there. Texts must be padded (or cut) to exactly
+`length`, with a sticky end token; there is no mask that would make a shorter batch equal.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from siglip.models.layers import Encoder, MAPHead, Remat
+from siglip.models.variants import Variant, check_choices, parse_variant, resolve
+from siglip.shapes import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The text tower. `width`, `depth`, `mlp_dim` and `num_heads` override what `variant` says; `length` is in
+    tokens."""
+
+    variant: str = "B"
+    width: int | None = None
+    depth: int | None = None
+    mlp_dim: int | None = None
+    num_heads: int | None = None
+    vocab_size: int = 32_000
+    length: int = 64
+    pool: Literal["last", "map", "mean"] = "last"
+    scan: bool = False
+    remat: Remat = "none"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        check_choices(self, ("pool", "remat", "dtype"))
+        if parse_variant(self.variant)[1] is not None:
+            raise ValueError(
+                f"variant={self.variant!r}: a text tower has no patches; use {self.variant.split('/')[0]!r}"
+            )
+        assert self.spec  # raises on sizes that do not fit each other
+        for field, value in (("vocab_size", self.vocab_size), ("length", self.length)):
+            if value < 1:
+                raise ValueError(f"{field}={value} must be at least 1")
+
+    @property
+    def spec(self) -> Variant:
+        """The sizes after overrides."""
+        overrides = {f: getattr(self, f) for f in ("width", "depth", "mlp_dim", "num_heads")}
+        return resolve(parse_variant(self.variant)[0], overrides)
+
+
+class TextTransformer(nn.Module):
+    """The text tower.
+
+    Returns the embedding before normalisation, and "encoded" [b, l, d] (after the final LayerNorm) and "pre_logits"
+    [b, d].
+    """
+
+    config: TextConfig
+    out_dim: int | None
+
+    @nn.compact
+    def __call__(self, text: Int[Array, "b l"]) -> tuple[Float[Array, "b e"], dict[str, Array]]:
+        config, spec, dtype = self.config, self.config.spec, jnp.dtype(self.config.dtype)
+        if text.ndim != 2 or text.shape[1] != config.length:
+            got = "x".join(map(str, text.shape))
+            raise ValueError(f"texts are {got} but the model takes bx{config.length}; pad or cut them to that length")
+        normal = nn.initializers.normal(spec.width**-0.5)
+        x = nn.Embed(config.vocab_size, spec.width, embedding_init=normal, name="Embed_0")(text)
+        x = x + self.param("pos_embedding", normal, (1, config.length, spec.width))
+        out = {}
+        x = out["encoded"] = Encoder(spec, config.scan, config.remat, dtype, name="Encoder_0")(x)
+        if config.pool == "map":
+            x = MAPHead(spec, dtype, name="MAPHead_0")(x)
+        else:
+            x = x[:, -1] if config.pool == "last" else x.mean(axis=1)
+        out["pre_logits"] = x
+        if self.out_dim is not None:
+            x = nn.Dense(self.out_dim, kernel_init=nn.initializers.lecun_normal(), name="head")(x)
+        return x, out

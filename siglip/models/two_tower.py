@@ -1,0 +1,119 @@
+"""The two towers side by side, and the temperature and bias of the sigmoid loss.
+
+    z = tower(x) / (|tower(x)| + 1e-8);   logits = exp(t) * zimg @ ztxt.T + b            (SigLIP, arXiv:2303.15343)
+
+`t` and `b` live here because published checkpoints keep them beside the towers; they are used by the loss and by
+nobody else.
+
+The trap: the parameter `t` is the LOG of the temperature, while "t" in the outputs is the temperature, as in the
+reference.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from siglip.models.text import TextConfig, TextTransformer
+from siglip.models.vit import ImageConfig, ViT
+from siglip.shapes import Array, Float, Int
+
+__all__ = ["ImageConfig", "ModelConfig", "TextConfig", "TwoTower", "init_params", "make_model"]
+
+_NORM_EPS = 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Both towers, or the image tower alone when `text` is None.
+
+    `out_dim` = (image, text): the width of a tower's linear head, None for no head. Published models have (None,
+    width): the pooled image is the embedding. `temperature_init` and `bias_init` are 10 and -10 in the paper, so that
+    at the start every pair looks like a negative, which nearly all are.
+    """
+
+    image: ImageConfig = ImageConfig()
+    text: TextConfig | None = TextConfig()
+    out_dim: tuple[int | None, int | None] = (None, 768)
+    temperature_init: float = 10.0
+    bias_init: float = -10.0
+
+    def __post_init__(self) -> None:
+        if self.temperature_init <= 0:
+            raise ValueError(f"temperature_init={self.temperature_init} must be positive: its log is the parameter")
+        if any(dim is not None and dim < 1 for dim in self.out_dim):
+            raise ValueError(f"out_dim={self.out_dim}: a head is at least 1 wide; None means no head")
+        if self.image.pool == "none" and self.out_dim[0] is not None:
+            raise ValueError(f"out_dim={self.out_dim}: image.pool='none' leaves no vector for a head; use (None, …)")
+        zimg, ztxt = self.embedding_dims
+        if zimg is not None and ztxt is not None and zimg != ztxt:
+            raise ValueError(
+                f"the image embedding is {zimg} wide and the text embedding {ztxt}; they must be equal: "
+                f"set out_dim=({self.out_dim[0]}, {zimg})"
+            )
+
+    @property
+    def embedding_dims(self) -> tuple[int | None, int | None]:
+        """Widths of (zimg, ztxt); None for pool "none" and for an absent text tower."""
+        zimg = None if self.image.pool == "none" else self.out_dim[0] or self.image.spec.width
+        ztxt = None if self.text is None else self.out_dim[1] or self.text.spec.width
+        return zimg, ztxt
+
+
+class TwoTower(nn.Module):
+    """`apply({"params": params}, image, text)` -> (zimg, ztxt, out); a tower whose input is None is skipped.
+
+    `image` is float32 in [-1, 1], `text` int32 ids. zimg and ztxt are float32 and L2-normalised, or None. `out` holds
+    what each tower returns under "img/…" and "txt/…", the norms before dividing ("img/norm", "txt/norm", [b, 1]), the
+    temperature "t" and the bias "b" ([1] each).
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, image: Float[Array, "b h w 3"] | None, text: Int[Array, "b l"] | None = None
+    ) -> tuple[Float[Array, "b e"] | None, Float[Array, "b e"] | None, dict[str, Array]]:
+        config, out, zimg, ztxt = self.config, {}, None, None
+        if image is not None:
+            zimg, extras = ViT(config.image, config.out_dim[0], name="img")(image)
+            out |= {f"img/{name}": value for name, value in extras.items()}
+            if zimg is not None:
+                zimg, out["img/norm"] = _normalise(zimg)
+        if text is not None:
+            if config.text is None:
+                raise ValueError("this model has no text tower, only the image tower; pass text=None")
+            ztxt, extras = TextTransformer(config.text, config.out_dim[1], name="txt")(text)
+            out |= {f"txt/{name}": value for name, value in extras.items()}
+            ztxt, out["txt/norm"] = _normalise(ztxt)
+        if config.text is not None:
+            log_temperature = jnp.log(jnp.float32(config.temperature_init))
+            out["t"] = jnp.exp(self.param("t", nn.initializers.constant(log_temperature), (1,)))
+            out["b"] = self.param("b", nn.initializers.constant(config.bias_init), (1,))
+        return zimg, ztxt, out
+
+
+def _normalise(z: Float[Array, "b e"]) -> tuple[Float[Array, "b e"], Float[Array, "b 1"]]:
+    # The epsilon is added to the norm, not inside the root, as the published weights were trained.
+    norm = jnp.linalg.norm(z, axis=-1, keepdims=True)
+    return z / (norm + _NORM_EPS), norm
+
+
+def make_model(config: ModelConfig) -> TwoTower:
+    """The Linen module; its parameters are the nested dict that `init_params` makes or `formats` reads."""
+    return TwoTower(config)
+
+
+def init_params(config: ModelConfig, rng: Array) -> dict[str, Any]:
+    """Fresh float32 parameters as a nested dict. Call it under `jax.jit`: the forward pass that finds the shapes
+    is then dropped by the compiler."""
+    image = jnp.zeros((1, *config.image.image_size, 3), jnp.float32)
+    text = None if config.text is None else jnp.zeros((1, config.text.length), jnp.int32)
+    return make_model(config).init(rng, image, text)["params"]
+
+
+def param_shapes(config: ModelConfig) -> dict[str, Any]:
+    """The same tree with `jax.ShapeDtypeStruct` leaves; nothing is computed or allocated."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

@@ -1,0 +1,91 @@
+"""Sizes of transformers by name, as the published SigLIP checkpoints use them: "B/16" is width, depth, heads and patch.
+
+Table from big_vision `models/vit.py` and the papers it follows (ViT, arXiv:2010.11929; scaling ViT, arXiv:2106.04560;
+So400m, arXiv:2305.13035). The trap: head widths are not powers of two (So400m 72, g 88, g-opt 96, G 104, e 112).
+"""
+
+import dataclasses
+import typing
+from typing import Any
+
+from siglip.trees import did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Size of a transformer; `num_heads` divides `width`."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+
+
+VARIANTS: dict[str, Variant] = {
+    "mu": Variant(32, 1, 128, 2),
+    "Ti": Variant(192, 12, 768, 3),
+    "S": Variant(384, 12, 1536, 6),
+    "M": Variant(512, 12, 2048, 8),
+    "B": Variant(768, 12, 3072, 12),
+    "L": Variant(1024, 24, 4096, 16),
+    "So400m": Variant(1152, 27, 4304, 16),
+    "H": Variant(1280, 32, 5120, 16),
+    "g": Variant(1408, 40, 6144, 16),
+    "g-opt": Variant(1536, 40, 6144, 16),
+    "G": Variant(1664, 48, 8192, 16),
+    "G-opt": Variant(1536, 48, 8192, 16),
+    "e": Variant(1792, 56, 15360, 16),
+}
+
+
+def parse_variant(name: str) -> tuple[Variant, int | None]:
+    """Sizes and patch of a name: "So400m/14" -> (the So400m sizes, 14), "B" -> (the B sizes, None).
+
+    Raises:
+        ValueError: the size is not in the table, or what follows the slash is no positive number.
+    """
+    size, slash, patch = name.partition("/")
+    if size not in VARIANTS:
+        raise ValueError(
+            f"variant {name!r}: no size {size!r}{did_you_mean(size, VARIANTS)}; known: {', '.join(VARIANTS)}"
+        )
+    if not slash:
+        return VARIANTS[size], None
+    if not patch.isdecimal() or int(patch) < 1:
+        raise ValueError(f"variant {name!r}: after the slash goes the patch size in pixels, as in '{size}/16'")
+    return VARIANTS[size], int(patch)
+
+
+def resolve(base: Variant, overrides: dict[str, int | None]) -> Variant:
+    """`base` with every override that is not None.
+
+    Raises:
+        ValueError: a size is below 1, or the heads do not divide the width.
+    """
+    variant = dataclasses.replace(base, **{k: v for k, v in overrides.items() if v is not None})
+    for field, value in dataclasses.asdict(variant).items():
+        if value < 1:
+            raise ValueError(f"{field}={value} must be at least 1")
+    if variant.width % variant.num_heads:
+        raise ValueError(f"width={variant.width} does not divide into num_heads={variant.num_heads} equal heads")
+    return variant
+
+
+def name_of(variant: Variant) -> str | None:
+    """The table's name for these sizes, None when there is none."""
+    return next((name for name, known in VARIANTS.items() if known == variant), None)
+
+
+def check_choices(config: Any, fields: tuple[str, ...]) -> None:
+    """Checks the `Literal` fields of a config dataclass, for the callers that no command line has checked.
+
+    Raises:
+        ValueError: a field holds none of its choices.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in fields:
+        value, choices = getattr(config, field), typing.get_args(hints[field])
+        if value not in choices:
+            raise ValueError(
+                f"{field}={value!r} is none of {', '.join(map(repr, choices))}{did_you_mean(str(value), choices)}"
+            )

@@ -1,0 +1,167 @@
+"""Vision transformer: square or other patches, learned or fixed positions, and four ways to pool.
+
+    tokens = LN(blocks(patches @ kernel + bias + position))          (ViT, arXiv:2010.11929)
+
+Pooling happens after the final LayerNorm: "map" attends with a probe, "gap" averages, "tok" takes a class token that
+was put first, "none" leaves the tokens as they are, which is what a vision-language model consumes. The fixed
+positions are those of MoCo v3 (arXiv:2104.02057).
+
+The trap: pixels that do not fill a whole patch are dropped at the right and the bottom: 384 px in patches of 14 are
+27 x 27 patches, the last 6 px are never seen.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from siglip.models.layers import Encoder, MAPHead, Remat
+from siglip.models.variants import Variant, check_choices, parse_variant, resolve
+from siglip.shapes import Array, Float
+
+_DEFAULT_PATCH_PX = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """The image tower. `width`, `depth`, `mlp_dim`, `num_heads` and `patch_size` override what `variant` says.
+
+    `image_size` and `patch_size` are (height, width) in pixels. `scan`, `remat` and `dtype` change memory and speed,
+    not the function: see layers.Encoder.
+    """
+
+    variant: str = "B/16"
+    width: int | None = None
+    depth: int | None = None
+    mlp_dim: int | None = None
+    num_heads: int | None = None
+    patch_size: tuple[int, int] | None = None
+    image_size: tuple[int, int] = (224, 224)
+    pool: Literal["map", "gap", "tok", "none"] = "map"
+    posemb: Literal["learn", "sincos2d"] = "learn"
+    scan: bool = False
+    remat: Remat = "none"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        check_choices(self, ("pool", "posemb", "remat", "dtype"))
+        (ph, pw), (h, w) = self.patch, self.image_size
+        if ph < 1 or pw < 1 or h < ph or w < pw:
+            raise ValueError(
+                f"image_size={self.image_size} holds no patch of {self.patch} px; both are (height, width)"
+            )
+        if self.posemb == "sincos2d" and self.spec.width % 4:
+            raise ValueError(f"posemb='sincos2d' needs a width that divides by 4, got width={self.spec.width}")
+
+    @property
+    def spec(self) -> Variant:
+        """The sizes after overrides."""
+        overrides = {f: getattr(self, f) for f in ("width", "depth", "mlp_dim", "num_heads")}
+        return resolve(parse_variant(self.variant)[0], overrides)
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Patch (height, width) in pixels: `patch_size`, else the variant's, else 16 x 16."""
+        side = parse_variant(self.variant)[1] or _DEFAULT_PATCH_PX
+        return self.patch_size or (side, side)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        return self.image_size[0] // self.patch[0], self.image_size[1] // self.patch[1]
+
+
+def sincos2d(grid: tuple[int, int], width: int) -> Float[np.ndarray, "1 n d"]:
+    """Fixed positions in the order of MoCo v3: [sin x, cos x, sin y, cos y], row by row."""
+    y, x = np.mgrid[: grid[0], : grid[1]].reshape(2, -1, 1)
+    omega = 10_000.0 ** -np.linspace(0, 1, width // 4)
+    table = np.concatenate([np.sin(x * omega), np.cos(x * omega), np.sin(y * omega), np.cos(y * omega)], axis=1)
+    return table[None].astype(np.float32)
+
+
+def resample_positions(
+    positions: Float[np.ndarray, "1 n d"], grid: tuple[int, int], new_grid: tuple[int, int]
+) -> Float[np.ndarray, "1 m d"]:
+    """Learned positions for another grid, by bilinear interpolation between aligned corners and without antialias.
+
+    That is how the published models were carried from one resolution to the next (`scipy.ndimage.zoom` of order 1),
+    and it differs visibly from an image resize, which aligns the edges of pixels instead.
+    """
+    assert positions.shape[1] == grid[0] * grid[1], (positions.shape, grid)
+    down, across = (_interpolation(old, new) for old, new in zip(grid, new_grid, strict=True))
+    image = np.asarray(positions, np.float64).reshape(*grid, -1)
+    out = np.einsum("hi,wj,ijd->hwd", down, across, image, optimize=True)
+    return out.reshape(1, -1, positions.shape[-1]).astype(np.float32)
+
+
+def _interpolation(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """Row i holds the weights of the old points around the new point i."""
+    at = np.linspace(0, old - 1, new)
+    return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(old)))
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose stride is its kernel, done as one matrix product: the same function, faster on every
+    device."""
+
+    patch: tuple[int, int]
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b gh gw d"]:
+        (ph, pw), (b, h, w, channels) = self.patch, image.shape
+        gh, gw = h // ph, w // pw
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (ph, pw, channels, self.width))
+        bias = self.param("bias", nn.initializers.zeros, (self.width,))
+        patches = image[:, : gh * ph, : gw * pw].reshape(b, gh, ph, gw, pw, channels).swapaxes(2, 3)
+        patches = patches.reshape(b, gh, gw, -1).astype(self.dtype)
+        stem = patches @ kernel.reshape(-1, self.width).astype(self.dtype)
+        return stem.astype(jnp.float32) + bias.reshape(1, 1, 1, -1)
+
+
+class ViT(nn.Module):
+    """The image tower.
+
+    Returns the embedding before normalisation (None for pool "none") and everything worth looking at on the way:
+    "stem" [b, gh, gw, d], "with_posemb" [b, n, d], "encoded" (the tokens after the final LayerNorm, [b, n, d], with
+    the class token first when pool is "tok"), and unless pool is "none" "head_input" [b, d] and "pre_logits" [b, d].
+    """
+
+    config: ImageConfig
+    out_dim: int | None
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b e"] | None, dict[str, Array]]:
+        config, spec, dtype = self.config, self.config.spec, jnp.dtype(self.config.dtype)
+        if image.ndim != 4 or image.shape[1:] != (*config.image_size, 3):
+            want = "x".join(map(str, ("b", *config.image_size, 3)))
+            got = "x".join(map(str, image.shape))
+            raise ValueError(f"images are {got} but the model takes {want}; resize them, or load it with image_size=…")
+        out = {}
+        x = out["stem"] = PatchEmbed(config.patch, spec.width, dtype, name="embedding")(image)
+        x = out["with_posemb"] = x.reshape(x.shape[0], -1, spec.width) + self._positions()
+        if config.pool == "tok":
+            cls = self.param("cls", nn.initializers.zeros, (1, 1, spec.width))
+            x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, spec.width)), x], axis=1)
+        x = out["encoded"] = Encoder(spec, config.scan, config.remat, dtype, name="Transformer")(x)
+        if config.pool == "none":
+            return None, out
+        if config.pool == "map":
+            x = MAPHead(spec, dtype, name="MAPHead_0")(x)
+        else:
+            x = x[:, 0] if config.pool == "tok" else x.mean(axis=1)
+        out["head_input"] = out["pre_logits"] = x
+        if self.out_dim is not None:
+            # Never zeros: the gradient of the norm at an embedding of exactly 0 is NaN.
+            x = nn.Dense(self.out_dim, kernel_init=nn.initializers.lecun_normal(), name="head")(x)
+        return x, out
+
+    def _positions(self) -> Float[Array, "1 n d"]:
+        config, width = self.config, self.config.spec.width
+        if config.posemb == "sincos2d":
+            return jnp.asarray(sincos2d(config.grid, width))
+        shape = (1, config.grid[0] * config.grid[1], width)
+        return self.param("pos_embedding", nn.initializers.normal(width**-0.5), shape)

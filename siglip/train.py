@@ -1,0 +1,270 @@
+"""The training loop, top to bottom.
+
+    restore or init -> [next batch -> step -> log? evaluate? checkpoint?] until total_steps, a signal, or a non-finite loss
+
+The device is waited for only when logging, so losses are looked at in groups; the keys of every batch in the group are kept
+until then. A non-finite loss stops the run before anything of it is saved.
+
+The trap: the loader runs ahead of training. Its position is asked for after `next`, when it has counted exactly the batches
+that were handed out, and saved together with the state those batches made.
+"""
+
+import json
+import logging
+import math
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+
+from siglip import optim, sharding
+from siglip.checkpoint import TOKENIZER_FILE, Checkpointer, open_workdir, write_atomically
+from siglip.config import TrainConfig, to_json
+from siglip.metrics import MetricsWriter, Progress, Throughput
+from siglip.models.two_tower import param_shapes
+from siglip.step import TrainState, init_state, make_train_step, state_shardings
+
+BAD_BATCH_FILE = "non_finite_batch.json"
+
+logger = logging.getLogger(__name__)
+
+# Called with the parameters; returns {"eval/<task>/<name>/<metric>": value}.
+Evaluate = Callable[[Mapping[str, Any]], Mapping[str, float]]
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """What the loop needs of a data pipeline; data_pipelines.loader.Loader is one.
+
+    `counts` are the substitutions so far, by reason; they are part of `state`.
+    """
+
+    counts: Mapping[str, int]
+
+    def __next__(self) -> Mapping[str, Any]: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class NonFiniteLoss(RuntimeError):
+    """The run diverged; the message names the step and where the batch's keys are."""
+
+
+class Interrupted(RuntimeError):
+    """SIGTERM or SIGINT arrived; everything up to `step` is saved."""
+
+    def __init__(self, signum: int, step: int, workdir: Path) -> None:
+        self.signum = signum
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name} at step {step}, which is saved; "
+            f"the same command goes on from there (workdir {workdir})"
+        )
+
+
+class _Pending(NamedTuple):
+    """One step whose loss has not been looked at."""
+
+    step: int
+    metrics: Mapping[str, jax.Array]
+    keys: list[str]
+
+
+def train(
+    config: TrainConfig,
+    batches: Batches,
+    *,
+    evaluate: Evaluate | None = None,
+    tokenizer: bytes | None = None,
+) -> TrainState:
+    """Trains until `config.total_steps`, going on from the workdir's newest checkpoint if there is one.
+
+    Args:
+        batches: this process's share of each batch: image uint8 [bl, h, w, 3], text int32 [bl, l], key list[str].
+        evaluate: run every `config.eval.every_steps` and at the end.
+        tokenizer: content of the SentencePiece model, kept in the workdir for evaluation and export.
+
+    Returns:
+        The final state.
+
+    Raises:
+        ValueError: for settings that do not fit each other, the devices or the workdir.
+        NonFiniteLoss: the last good checkpoint is intact.
+        Interrupted: after SIGTERM or SIGINT; the state is saved.
+    """
+    workdir = Path(config.workdir)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch_size(config.batch_size, mesh)
+    shapes = param_shapes(config.model)
+    optimizer = optim.make_optimizer(config.optim, shapes, total_steps=config.total_steps)
+    open_workdir(workdir, to_json(config))
+    if tokenizer is not None:
+        write_atomically(workdir / TOKENIZER_FILE, tokenizer)
+    checkpointer = Checkpointer(workdir, config.checkpoint)
+
+    with jax.set_mesh(mesh), _Signals() as signals:
+        step_fn = make_train_step(
+            config.model,
+            optimizer,
+            optim.make_schedule(config.optim, config.total_steps),
+            mesh=mesh,
+            loss=config.loss,
+            frozen=optim.frozen_mask(config.optim, shapes),
+        )
+        state, start_step = _restore_or_init(config, optimizer, checkpointer, batches, mesh)
+        run = _Run(config, batches, checkpointer, evaluate, workdir, start_step)
+        try:
+            for step in range(start_step + 1, config.total_steps + 1):
+                with run.throughput.waiting_for_data():
+                    batch = dict(next(batches))
+                keys = list(batch.pop("key", ()))
+                state, metrics = step_fn(state, sharding.put_batch(batch, mesh))
+                run.after_step(step, state, metrics, keys, stop=signals.received is not None)
+                if signals.received is not None:
+                    raise Interrupted(signals.received, step, workdir)
+        finally:
+            run.close()
+    return state
+
+
+def _restore_or_init(
+    config: TrainConfig, optimizer: Any, checkpointer: Checkpointer, batches: Batches, mesh: jax.sharding.Mesh
+) -> tuple[TrainState, int]:
+    def init() -> TrainState:
+        return init_state(config.model, optimizer, mesh=mesh, mesh_config=config.mesh, seed=config.seed)
+
+    step = checkpointer.latest_step()
+    if step is None:
+        return init(), 0
+    shapes = jax.eval_shape(init)
+    layout = state_shardings(shapes, mesh=mesh, mesh_config=config.mesh)
+    like = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
+    state, data_state = checkpointer.restore(step, like)
+    batches.restore(data_state)
+    logger.info("going on from step %d of %s", step, config.workdir)
+    return state, step
+
+
+class _Run:
+    """What happens beside the step itself: looking at losses, logging, evaluating, saving."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        batches: Batches,
+        checkpointer: Checkpointer,
+        evaluate: Evaluate | None,
+        workdir: Path,
+        start_step: int,
+    ) -> None:
+        self._config, self._batches, self._checkpointer = config, batches, checkpointer
+        self._evaluate, self._workdir = evaluate, workdir
+        self._writer = MetricsWriter(workdir, config.log, run_config=to_json(config), start_step=start_step)
+        self._progress = Progress(config.total_steps, start_step=start_step, enabled=config.log.progress)
+        self._pending: list[_Pending] = []
+        self._best = checkpointer.best_value()
+        self.throughput = Throughput(config.batch_size)
+
+    def after_step(
+        self, step: int, state: TrainState, metrics: Mapping[str, jax.Array], keys: list[str], *, stop: bool
+    ) -> None:
+        """Everything that is due after `step`; `stop`: save now, there will be no other step."""
+        config, last = self._config, step == self._config.total_steps
+        self._pending.append(_Pending(step, metrics, keys))
+        self.throughput.step()
+        eval_due = self._evaluate is not None and (last or _due(step, config.eval.every_steps)) and not stop
+        save_due = last or stop or _due(step, config.checkpoint.every_steps)
+        if last or stop or _due(step, config.log.every_steps):
+            self._log(step)
+        elif eval_due or save_due:
+            self._check_losses()
+        best = self._run_evaluation(step, state) if eval_due else None
+        if save_due or best is not None:
+            self._checkpointer.save(
+                step, state, data_state=self._batches.state(), config=to_json(config), best_metric=best
+            )
+            self.throughput.restart()
+
+    def close(self) -> None:
+        """Lets the last checkpoint finish, whatever happened."""
+        self._progress.close()
+        self._writer.close()
+        self._batches.close()
+        self._checkpointer.close()
+
+    def _log(self, step: int) -> None:
+        values = self._check_losses()
+        values |= self.throughput.read()
+        values |= {f"train/substituted/{reason}": n for reason, n in sorted(self._batches.counts.items())}
+        self._writer.write(step, values)
+        self._progress.update(step, values)
+
+    def _check_losses(self) -> dict[str, float]:
+        """Waits for the pending steps and returns the last one's metrics; raises NonFiniteLoss at the first bad one."""
+        pending, self._pending = jax.device_get(self._pending), []
+        for step, metrics, keys in pending:
+            if not math.isfinite(metrics["train/loss"]):
+                path = self._workdir / BAD_BATCH_FILE
+                write_atomically(path, json.dumps({"step": step, "loss": repr(metrics["train/loss"].item()), "keys": keys}))
+                saved = self._checkpointer.latest_step()
+                raise NonFiniteLoss(
+                    f"loss is {metrics['train/loss']} at step {step}; the keys of its batch are in {path}; "
+                    f"the last good checkpoint is {'none' if saved is None else f'step {saved}'}; "
+                    f"lower optim.lr, lengthen the warm-up or look at those pairs"
+                )
+        return {name: float(value) for name, value in pending[-1].metrics.items()} if pending else {}
+
+    def _run_evaluation(self, step: int, state: TrainState) -> float | None:
+        """Writes the metrics; the value of `checkpoint.best_metric` if it is a new best, else None."""
+        assert self._evaluate is not None
+        results = dict(self._evaluate(state.params))
+        self._writer.write(step, results)
+        self.throughput.restart()
+        name = self._config.checkpoint.best_metric
+        if name is None:
+            return None
+        if name not in results:
+            warnings.warn(f"checkpoint.best_metric={name!r} was not evaluated; there are {sorted(results)}", stacklevel=2)
+            return None
+        if not results[name] > self._best:
+            return None
+        self._best = results[name]
+        return self._best
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class _Signals:
+    """Notes the first SIGTERM or SIGINT instead of dying; a second one has its usual effect.
+
+    Outside the main thread Python allows no handlers: then signals do what they always do.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _note(self, signum: int, _: FrameType | None) -> None:
+        self.received = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous = {}
+

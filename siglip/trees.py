@@ -1,0 +1,136 @@
+"""Named pytrees: nested dicts whose leaves are addressed as "img/Transformer/encoder_norm/scale".
+
+Published checkpoints, sharding rules, weight-decay masks and learning-rate multipliers all speak in such paths, so there is
+one place that makes and matches them. Patterns are regular expressions that must match the *whole* path (`re.fullmatch`),
+and the first pattern that matches wins.
+
+The trap: a pattern that matches nothing is almost always a typing error, and silently does nothing. Every function here that
+takes patterns therefore raises on one that matches no path.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a/b": 1}, in sorted order of the keys at every level."""
+    flat: dict[str, Any] = {}
+    for key in sorted(tree):
+        path = f"{prefix}{key}"
+        if isinstance(tree[key], Mapping):
+            flat |= flatten(tree[key], path + "/")
+        else:
+            flat[path] = tree[key]
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": 1} -> {"a": {"b": 1}}.
+
+    Raises:
+        ValueError: if one path is a prefix of another ("a" and "a/b").
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"path {path!r} goes through {parent!r}, which is a leaf; rename one of the two")
+        if name in node:
+            raise ValueError(f"path {path!r} appears twice or is also a folder of other paths; rename one of the two")
+        node[name] = leaf
+    return tree
+
+
+def map_with_path(function: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Applies `function(path, leaf)` to every leaf of a nested dict; the structure stays."""
+    return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """A suffix for error messages: "; did you mean 'x'?" for the closest candidate, or "" when none is close."""
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def first_matches(
+    patterns: Sequence[str], paths: Iterable[str], *, what: str, optional: Iterable[str] = ()
+) -> dict[str, int | None]:
+    """For every path the index of the first pattern that matches it whole, or None.
+
+    Args:
+        what: names the setting in errors, e.g. "optim.lr_mults".
+        optional: patterns that may match nothing (defaults that suit every model).
+
+    Raises:
+        ValueError: if a pattern is not a regular expression, or is not `optional` and matches no path.
+    """
+    paths = list(paths)
+    try:
+        compiled = [re.compile(pattern) for pattern in patterns]
+    except re.error as error:
+        raise ValueError(f"{what}: {error.pattern!r} is not a regular expression ({error.msg})") from None
+    for pattern, regex in zip(patterns, compiled, strict=True):
+        if pattern not in optional and not any(regex.fullmatch(path) for path in paths):
+            raise ValueError(
+                f"{what}: pattern {pattern!r} matches no parameter{did_you_mean(pattern, paths)}; "
+                f"it must match the whole path, as 'img/.*' does"
+            )
+    return {path: next((i for i, regex in enumerate(compiled) if regex.fullmatch(path)), None) for path in paths}
+
+
+def build_dataclass(cls: type[T], tree: Mapping[str, Any], *, where: str = "config") -> T:
+    """Rebuilds a (nested, frozen) config dataclass from what `dataclasses.asdict` and JSON made of it.
+
+    Handles nested dataclasses, tuples, Optional and Union fields, Literals and plain values; an absent field takes its
+    default.
+
+    Raises:
+        ValueError: for an unknown field (with a suggestion), or for a value that does not fit its field.
+    """
+    hints = typing.get_type_hints(cls)
+    names = {field.name for field in dataclasses.fields(cls)}
+    for name in tree:
+        if name not in names:
+            raise ValueError(f"{where} has no field {name!r}{did_you_mean(name, names)}")
+    values = {name: _build_value(hints[name], value, f"{where}.{name}") for name, value in tree.items()}
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{where} is incomplete: {error}") from None
+
+
+def _build_value(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return build_dataclass(hint, value, where=where)
+    if origin is Literal and value in args:
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        items = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(items) == len(value):
+            return tuple(
+                _build_value(item, v, f"{where}.{i}") for i, (item, v) in enumerate(zip(items, value, strict=True))
+            )
+    if origin in (types.UnionType, typing.Union):
+        for option in args:
+            try:
+                return _build_value(option, value, where)
+            except ValueError:
+                continue
+    if hint is type(None) and value is None:
+        return None
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    raise ValueError(f"{where}={value!r} is not a {getattr(hint, '__name__', hint)}")

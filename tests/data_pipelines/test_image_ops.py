@@ -1,0 +1,230 @@
+"""Every kind of picture comes out upright, in the right colours, over white; bombs and damage are refused."""
+
+import struct
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from shards import encode, quadrants
+
+from data_pipelines.image_ops import DecodeError, decode_image, resize
+
+LIMIT = 1 << 20
+
+
+def decoded(data: bytes) -> np.ndarray:
+    picture = decode_image(data, max_pixels=LIMIT)
+    assert picture.mode == "RGB"
+    return np.asarray(picture)
+
+
+def png(width: int, height: int, *, bits: int, color_type: int, rows: bytes, extra: bytes = b"") -> bytes:
+    """A PNG written by hand. extra: whole chunks between header and data."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+@pytest.mark.parametrize(
+    "format, options, tolerance",
+    [
+        ("PNG", {}, 0),
+        ("BMP", {}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("JPEG", {"quality": 95, "subsampling": 0}, 12),
+        ("AVIF", {"quality": 95, "subsampling": "4:4:4"}, 12),
+    ],
+)
+def test_formats(format, options, tolerance):
+    shown = decoded(encode(quadrants(), format, **options)).astype(int)
+    assert np.abs(shown - quadrants()).max() <= tolerance
+
+
+def test_lossy_webp():
+    centres = decoded(encode(quadrants(64), "WEBP", quality=95))[16::32, 16::32].astype(int)
+    assert np.abs(centres - quadrants(64)[16::32, 16::32]).max() <= 6  # Edges bleed: its colours are 4:2:0.
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation(orientation, format):
+    upright = Image.fromarray(quadrants())
+    stored = {
+        1: upright,
+        2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: upright.transpose(Image.Transpose.ROTATE_180),
+        4: upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: upright.transpose(Image.Transpose.TRANSPOSE),
+        6: upright.transpose(Image.Transpose.ROTATE_90),
+        7: upright.transpose(Image.Transpose.TRANSVERSE),
+        8: upright.transpose(Image.Transpose.ROTATE_270),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}, "PNG": {}}[format]
+    shown = decoded(encode(stored, format, exif=exif, **options)).astype(int)
+    assert np.abs(shown - quadrants()).max() <= 12
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_broken_exif_does_not_cost_the_picture():
+    data = encode(quadrants(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff", quality=95, subsampling=0)
+    assert np.abs(decoded(data).astype(int) - quadrants()).max() <= 12
+
+
+def test_grey_jpeg():
+    assert decoded(encode(np.full((8, 8), 100, np.uint8), "JPEG")).tolist() == [[[100] * 3] * 8] * 8
+
+
+def test_cmyk_jpeg_as_adobe_stores_it():
+    cmyk = Image.fromarray(quadrants()).convert("CMYK")
+    data = encode(cmyk, "JPEG", quality=95, subsampling=0)
+    assert b"Adobe" in data  # Inverted inks, as Photoshop writes them: ignoring that shows the negative.
+    assert np.abs(decoded(data).astype(int) - quadrants()).max() <= 12
+
+
+def test_16_bit_grey_is_scaled_not_clipped():
+    values = np.array([[0, 257 * 10, 257 * 128, 65535]], np.uint16)
+    assert decoded(encode(values))[0, :, 0].tolist() == [0, 10, 128, 255]
+
+
+def test_16_bit_grey_with_a_transparent_value():
+    rows = b"\0" + struct.pack(">3H", 0, 2570, 65535)
+    data = png(3, 1, bits=16, color_type=0, rows=rows, extra=chunk(b"tRNS", struct.pack(">H", 2570)))
+    assert decoded(data)[0, :, 0].tolist() == [0, 255, 255]
+
+
+def test_16_bit_rgb_and_rgba():
+    rgb = struct.pack(">6H", 65535, 0, 257 * 77, 0, 0, 0)
+    assert decoded(png(2, 1, bits=16, color_type=2, rows=b"\0" + rgb))[0].tolist() == [[255, 0, 77], [0, 0, 0]]
+    rgba = struct.pack(">8H", 65535, 0, 0, 65535, 0, 0, 0, 0)
+    assert decoded(png(2, 1, bits=16, color_type=6, rows=b"\0" + rgba))[0].tolist() == [[255, 0, 0], [255] * 3]
+
+
+def test_alpha_over_white():
+    image = np.zeros((1, 3, 4), np.uint8)
+    image[0, :, 3] = 0, 51, 255
+    assert decoded(encode(image))[0, :, 0].tolist() == [255, 204, 0]
+
+
+def test_grey_with_alpha_over_white():
+    image = Image.fromarray(np.array([[[0, 0], [0, 255]]], np.uint8), "LA")
+    assert decoded(encode(image))[0, :, 0].tolist() == [255, 0]
+
+
+@pytest.mark.parametrize("transparency", [1, b"\xff\x00\x80"])
+def test_palette_with_transparency(transparency):
+    picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    picture.putpalette([255, 0, 0, 9, 9, 9, 0, 0, 255])
+    third = [0, 0, 255] if transparency == 1 else [127, 127, 255]
+    assert decoded(encode(picture, transparency=transparency))[0].tolist() == [[255, 0, 0], [255] * 3, third]
+
+
+def test_rgb_with_a_transparent_colour():
+    image = np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)
+    assert decoded(encode(image, transparency=(1, 2, 3)))[0].tolist() == [[255] * 3, [4, 5, 6]]
+
+
+def test_bilevel():
+    assert decoded(encode(Image.fromarray(np.eye(2) > 0)))[:, :, 0].tolist() == [[255, 0], [0, 255]]
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_first_frame_of_an_animation(format):
+    frames = [Image.fromarray(np.full((4, 4, 3), color, np.uint8)) for color in ((255, 0, 0), (0, 255, 0))]
+    data = encode(frames[0], format, save_all=True, append_images=frames[1:], lossless=True)
+    assert decoded(data)[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side_px", [10_000, 20_000, 60_000])
+def test_bombs_are_refused_before_allocating(side_px):
+    bomb = png(side_px, side_px, bits=1, color_type=0, rows=b"\0" * 1000)
+    tracemalloc.start()
+    with pytest.raises(DecodeError) as refused:
+        decode_image(bomb, max_pixels=1 << 26)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert refused.value.reason == "bomb"
+    assert peak_bytes < 1 << 20
+
+
+def test_the_limit_is_exact():
+    data = encode(np.zeros((8, 8, 3), np.uint8))
+    assert decode_image(data, max_pixels=64).size == (8, 8)
+    with pytest.raises(DecodeError, match="bomb: 8 x 8 px"):
+        decode_image(data, max_pixels=63)
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_half_a_file_is_an_error_with_a_reason(format):
+    data = encode(NOISE, format)
+    with pytest.raises(DecodeError) as error:
+        decode_image(data[: len(data) // 2], max_pixels=LIMIT)
+    assert error.value.reason in ("truncated", "corrupt_image")
+
+
+def test_truncated_jpeg_is_called_so():
+    data = encode(NOISE, "JPEG")
+    with pytest.raises(DecodeError) as error:
+        decode_image(data[: len(data) // 2], max_pixels=LIMIT)
+    assert error.value.reason == "truncated"
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [(b"", "empty_image"), (b"<html>404</html>", "not_an_image"), (b"\xff\xd8\xff\xe0\0\x10", "corrupt_image")],
+)
+def test_what_is_no_picture(data, reason):
+    with pytest.raises(DecodeError) as error:
+        decode_image(data, max_pixels=LIMIT)
+    assert error.value.reason == reason
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP"]),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=8),
+)
+def test_flipped_bytes_decode_or_raise_decode_error(format, flips):
+    data = bytearray(encode(quadrants(), format))
+    for place, value in flips:
+        data[int(place * (len(data) - 1))] = value
+    try:
+        decode_image(bytes(data), max_pixels=LIMIT)
+    except DecodeError:
+        pass
+
+
+def test_resize_has_antialias():
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    shown = resize(Image.fromarray(stripes), (8, 8))
+    assert 115 < shown.min() and shown.max() < 140  # without: all black or all white
+
+
+def test_resize_gives_the_asked_height_and_width():
+    assert resize(Image.new("RGB", (50, 30)), (4, 6)).shape == (4, 6, 3)
+
+
+def test_a_box_that_reaches_outside_brings_in_white():
+    black = Image.new("RGB", (10, 10))
+    shown = resize(black, (20, 20), box=(-5, 0, 15, 20))[:, :, 0]
+    inside = np.zeros((20, 20), bool)
+    inside[:10, 5:15] = True
+    assert (shown[inside] == 0).all() and (shown[~inside] == 255).all()
+
+
+def test_the_whole_box_is_the_plain_resize():
+    picture = Image.fromarray(NOISE)
+    assert (resize(picture, (20, 30)) == resize(picture, (20, 30), box=(0.0, 0.0, 64.0, 64.0))).all()

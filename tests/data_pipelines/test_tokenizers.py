@@ -1,0 +1,90 @@
+"""Token ids: the layout of the published models, a sticky end, byte fallback, and agreement with tensorflow_text."""
+
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shards import SAMPLE_TRAIN, SPIECE
+
+from data_pipelines.sources.webdataset import TarSource
+from data_pipelines.text_ops import iter_captions
+from data_pipelines.tokenizers import SentencePieceTokenizer, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return SentencePieceTokenizer(SPIECE)
+
+
+def test_ids_of_the_sample_tokenizer(tokenizer):
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (4000, 1)
+    ids = tokenizer.encode("Flag: San Marino", 16)
+    assert ids.dtype == np.int32 and ids[-1] == 1
+    assert (tokenizer.encode("flag: san marino", 16) == ids).all()
+
+
+@settings(deadline=None)
+@given(text=st.text(max_size=60), length=st.integers(1, 24))
+def test_the_end_is_sticky_at_every_length(text, length):
+    tokenizer = SentencePieceTokenizer(SPIECE)
+    ids, untruncated = tokenizer.encode(text, length), tokenizer.encode(text, 1000)
+    pieces = int((untruncated != 1).sum())
+    assert ids.shape == (length,) and (ids >= 0).all() and (ids < 4000).all()
+    assert (ids[: min(pieces, length - 1)] == untruncated[: min(pieces, length - 1)]).all()
+    assert (ids[min(pieces, length - 1) :] == 1).all()
+
+
+@pytest.mark.parametrize("text", ["☃", "𓀀", "ᚠᚢᚦ", "\u200d"])
+def test_bytes_stand_in_for_unseen_characters(tokenizer, text):
+    assert 2 not in tokenizer.encode(text, 32)  # 2 is <unk>
+
+
+def test_control_pieces_cannot_be_typed(tokenizer):
+    ids = tokenizer.encode("</s> dog <pad>", 32)
+    assert (ids == 0).sum() == 0 and ids[0] != 1
+
+
+def test_training_again_gives_the_same_file(tmp_path):
+    train_tokenizer(iter_captions(TarSource(SAMPLE_TRAIN)), tmp_path / "again.model", vocab_size=4000)
+    remade = SentencePieceTokenizer(tmp_path / "again.model")._processor
+    shipped = SentencePieceTokenizer(SPIECE)._processor
+    assert [remade.id_to_piece(i) for i in range(4000)] == [shipped.id_to_piece(i) for i in range(4000)]
+    assert [shipped.id_to_piece(i) for i in range(4)] == ["<pad>", "</s>", "<unk>", "<0x00>"]
+    assert [path.name for path in tmp_path.iterdir()] == ["again.model"]
+
+
+def test_pickles(tokenizer):
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert (copy.encode("dog", 8) == tokenizer.encode("dog", 8)).all()
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tokenizer at .*siglip data tokenizer"):
+        SentencePieceTokenizer(tmp_path / "none.model")
+    (tmp_path / "text.model").write_text("not a model")
+    with pytest.raises(ValueError, match="is no SentencePiece model"):
+        SentencePieceTokenizer(tmp_path / "text.model")
+    (tmp_path / "empty.model").write_bytes(b"")
+    with pytest.raises(ValueError, match="is no SentencePiece model"):
+        SentencePieceTokenizer(tmp_path / "empty.model")
+
+
+def test_bad_training(tmp_path):
+    with pytest.raises(ValueError, match="no texts"):
+        train_tokenizer([], tmp_path / "x.model", vocab_size=300)
+    with pytest.raises(ValueError, match="vocab_size=100000 does not fit 1 texts"):
+        train_tokenizer(["a dog"], tmp_path / "x.model", vocab_size=100_000)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_tensorflow_text_agrees(tokenizer):
+    text = pytest.importorskip("tensorflow_text")
+    captions = list(iter_captions(TarSource(SAMPLE_TRAIN)))[::20]
+    with open(SPIECE, "rb") as file:
+        theirs = text.SentencepieceTokenizer(file.read(), add_eos=True)
+    ids = theirs.tokenize([caption.lower() for caption in captions]).to_list()
+    for caption, expected in zip(captions, ids, strict=True):
+        assert tokenizer.encode(caption, len(expected)).tolist() == expected

@@ -1,0 +1,80 @@
+import dataclasses
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from siglip import trees
+
+names = st.text("abc", min_size=1, max_size=3)
+nested = st.recursive(st.integers(), lambda leaf: st.dictionaries(names, leaf, min_size=1, max_size=3), max_leaves=8)
+
+
+@given(st.dictionaries(names, nested, max_size=4))
+def test_unflatten_inverts_flatten(tree):
+    assert trees.unflatten(trees.flatten(tree)) == tree
+
+
+def test_unflatten_refuses_a_leaf_that_is_also_a_folder():
+    with pytest.raises(ValueError, match="a/b"):
+        trees.unflatten({"a": 1, "a/b": 2})
+
+
+def test_first_match_wins_and_must_match_the_whole_path():
+    matches = trees.first_matches(["img/.*", ".*/kernel"], ["img/kernel", "txt/kernel", "txt/kernel2"], what="x")
+    assert matches == {"img/kernel": 0, "txt/kernel": 1, "txt/kernel2": None}
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_with_a_suggestion():
+    with pytest.raises(ValueError, match=r"lr_mults: pattern 'imgs/kernel'.*did you mean 'img/kernel'"):
+        trees.first_matches(["imgs/kernel"], ["img/kernel"], what="lr_mults")
+
+
+def test_a_broken_pattern_is_named():
+    with pytest.raises(ValueError, match="not a regular expression"):
+        trees.first_matches(["img/("], ["img/kernel"], what="lr_mults")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    size: tuple[int, int] = (1, 2)
+    kind: Literal["a", "b"] = "a"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    inner: Inner = Inner()
+    inners: tuple[Inner, ...] = ()
+    rules: tuple[tuple[str, float], ...] = ()
+    width: int | None = None
+    augment: Inner | None = None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Outer(),
+        Outer(
+            inner=Inner((3, 4), "b"), inners=(Inner(), Inner(kind="b")), rules=((".*", 1.0),), width=3, augment=Inner()
+        ),
+    ],
+)
+def test_build_dataclass_inverts_asdict_through_json(config):
+    import json
+
+    assert trees.build_dataclass(Outer, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"inner": {"sise": [1, 2]}}, "config.inner has no field 'sise'; did you mean 'size'"),
+        ({"inner": {"kind": "c"}}, "config.inner.kind='c'"),
+        ({"width": "wide"}, "config.width='wide'"),
+        ({"inner": {"size": [1, 2, 3]}}, "config.inner.size"),
+    ],
+)
+def test_build_dataclass_names_what_does_not_fit(tree, message):
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        trees.build_dataclass(Outer, tree)

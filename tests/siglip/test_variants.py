@@ -1,0 +1,55 @@
+"""The table of sizes, and the names that lead into it."""
+
+import dataclasses
+from typing import Literal
+
+import pytest
+
+from siglip.models.variants import VARIANTS, Variant, check_choices, name_of, parse_variant, resolve
+
+
+def test_names_are_size_and_patch():
+    assert parse_variant("So400m/14") == (Variant(1152, 27, 4304, 16), 14)
+    assert parse_variant("g-opt/16") == (Variant(1536, 40, 6144, 16), 16)
+    assert parse_variant("B") == (Variant(768, 12, 3072, 12), None)
+    assert list(VARIANTS) == ["mu", "Ti", "S", "M", "B", "L", "So400m", "H", "g", "g-opt", "G", "G-opt", "e"]
+
+
+def test_every_size_has_a_name_of_its_own_and_equal_heads():
+    for name, variant in VARIANTS.items():
+        assert name_of(variant) == name
+        assert variant.width % variant.num_heads == 0
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("So400/14", "did you mean 'So400m'"),
+        ("B/", "patch size"),
+        ("B/0", "patch size"),
+        ("B/x", "'B/16'"),
+        ("", "known: mu"),
+    ],
+)
+def test_names_that_lead_nowhere(name, words):
+    with pytest.raises(ValueError, match=words):
+        parse_variant(name)
+
+
+def test_overrides():
+    base = VARIANTS["mu"]
+    assert resolve(base, {"width": 48, "depth": None}) == Variant(48, 1, 128, 2)
+    with pytest.raises(ValueError, match="width=33 does not divide into num_heads=2"):
+        resolve(base, {"width": 33})
+    with pytest.raises(ValueError, match="depth=0 must be at least 1"):
+        resolve(base, {"depth": 0})
+
+
+def test_choices():
+    @dataclasses.dataclass
+    class Config:
+        pool: Literal["map", "gap"] = "map"
+
+    check_choices(Config(), ("pool",))
+    with pytest.raises(ValueError, match="pool='mpa' is none of 'map', 'gap'; did you mean 'map'"):
+        check_choices(Config("mpa"), ("pool",))
