@@ -76,18 +76,17 @@ class BatchSource:
         positions = np.arange(first + self.process_index, first + self.batch_pairs, self.process_count)
         images = np.empty((len(positions), *self.spec.image_size_px, 3), np.uint8)
         texts = np.empty((len(positions), self.spec.text_length), np.int32)
-        gains = np.empty((len(positions), 3), np.float32)
+        gains, flips = np.empty((len(positions), 3), np.float32), np.empty(len(positions), bool)
         keys, replaced = [], collections.Counter()
         for row, (position, source, record) in enumerate(
             zip(positions.tolist(), *self._locate(positions), strict=True)
         ):
             sample, reason = self._sample_or_substitute(position, source, record)
-            images[row], texts[row], gains[row], key = sample
+            images[row], texts[row], gains[row], flips[row], key = sample
             keys.append(key)
             if reason:
                 replaced[reason] += 1
-        if self.spec.augment is not None:
-            images = augment.apply_gain(images, gains)
+        images = augment.apply_flip(augment.apply_gain(images, gains), flips)
         return {"image": images, "text": texts, "key": keys, "replaced": dict(replaced)}
 
     def _locate(self, positions: np.ndarray) -> tuple[list[int], list[int]]:
@@ -109,17 +108,17 @@ class BatchSource:
             f"check its shards, and that they have one of captions={tuple(self.spec.captions[source])}"
         )
 
-    def _sample(self, position: int, source: int, record: int) -> tuple[np.ndarray, np.ndarray, tuple, str]:
+    def _sample(self, position: int, source: int, record: int) -> tuple[np.ndarray, np.ndarray, tuple, bool, str]:
         rng = Draws(self.spec.seed, _SAMPLE_STREAM, position)
         pair, picture = self.cache.get(source, record) or self._decoded(source, record)
         caption = choose_caption(pair, self.spec.captions[source], rng)
         tokens = self.tokenizer.encode(caption, self.spec.text_length)
         config = self.spec.augment
         if config is None:
-            return image_ops.resize(picture, self.spec.image_size_px), tokens, (1.0, 1.0, 1.0), pair.key
+            return image_ops.resize(picture, self.spec.image_size_px), tokens, (1.0, 1.0, 1.0), False, pair.key
         box = augment.draw_box(config, picture.size, rng)
         image = image_ops.resize(picture, self.spec.image_size_px, box=box)
-        return image, tokens, augment.draw_gain(config, rng), pair.key
+        return image, tokens, augment.draw_gain(config, rng), augment.draw_flip(config, rng), pair.key
 
     def _decoded(self, source: int, record: int) -> tuple[Pair, Image.Image]:
         pair = read_pair(self.sources[source], record)

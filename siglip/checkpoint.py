@@ -207,7 +207,7 @@ def is_run(path: Path) -> bool:
 def read_run_params(path: Path, *, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any], int]:
     """(params as numpy, config as JSON, step) of a workdir's newest checkpoint, or of the checkpoint `path` names.
 
-    Only the parameters are read, whatever devices they were saved from.
+    Only the parameters are read, whatever devices they were saved from; their running average where the run keeps one.
 
     Raises:
         FileNotFoundError: if the workdir has no whole checkpoint.
@@ -223,19 +223,21 @@ def read_run_params(path: Path, *, step: int | None = None) -> tuple[dict[str, A
     config = _read_json(workdir / CONFIG_FILE)
     try:
         with ocp.PyTreeCheckpointer() as reader:
-            stored = reader.metadata(folder / str(step) / "state").item_metadata.tree["params"]
+            tree = reader.metadata(folder / str(step) / "state").item_metadata.tree
+            name = "ema" if tree.get("ema") else "params"
+            stored = tree[name]
             like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
             restored = reader.restore(
                 folder / str(step) / "state",
                 args=ocp.args.PyTreeRestore(
-                    item={"params": like},
-                    restore_args={"params": jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)},
+                    item={name: like},
+                    restore_args={name: jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)},
                     partial_restore=True,
                 ),
             )
     except Exception as error:  # noqa: BLE001 - see Checkpointer.restore
         raise ValueError(f"checkpoint {folder / str(step)} cannot be read ({str(error)[:200]})") from error
-    params = restored["params"]
+    params = restored[name]
     assert trees.flatten(params), "a checkpoint without parameters"
     return params, config, step
 

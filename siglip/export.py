@@ -259,8 +259,8 @@ def model_card(config: ModelConfig, *, format: Format, source: str) -> str:
 
 
 _HF_PUNCTUATION = (
-    "transformers' `SiglipTokenizer` also drops ASCII punctuation; `spiece.model` itself, on lower-cased text, gives the "
-    "ids of training"
+    "transformers' `SiglipTokenizer` also drops ASCII punctuation; `spiece.model` itself, on lower-cased text, gives "
+    "the ids of training"
 )
 
 _BIG_VISION_EXAMPLE = """\

@@ -46,6 +46,7 @@ class OptimConfig:
         schedule: shape after the warm-up. "rsqrt" is 1/sqrt(1 + steps/timescale) and ends in a linear cool-down.
         warmup_steps: linear from 0; the first update is exactly zero.
         cooldown_steps, timescale_steps: for "rsqrt" only.
+        ema: decay of the running average of the parameters, which is then what is evaluated and exported; 0 for none.
     """
 
     name: Literal["adamw", "adafactor"] = "adamw"
@@ -61,6 +62,7 @@ class OptimConfig:
     warmup_steps: int = 0
     cooldown_steps: int = 0
     timescale_steps: int = 10_000
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("lr", "timescale_steps"):
@@ -69,7 +71,7 @@ class OptimConfig:
         for name in ("weight_decay", "clip_norm", "warmup_steps", "cooldown_steps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must not be negative")
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must lie in [0, 1)")
 

@@ -54,11 +54,18 @@ class TrainState:
         step: int32 scalar, optimizer steps taken.
         params: nested dict of float32 arrays under the published names.
         opt_state: the optax state.
+        ema: running average of the parameters, or None.
     """
 
     step: Any
     params: Any
     opt_state: Any
+    ema: Any = None
+
+    @property
+    def eval_params(self) -> Any:
+        """What is evaluated and exported: the running average where there is one."""
+        return self.params if self.ema is None else self.ema
 
 
 def normalize_pixels(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
@@ -73,17 +80,14 @@ def init_state(
     mesh: Mesh,
     mesh_config: sharding.MeshConfig,
     seed: int,
-    params: Params | None = None,
+    ema: bool = False,
 ) -> TrainState:
-    """A fresh state, born sharded as it will be used.
-
-    Args:
-        params: start from these instead of random ones (host or device arrays under the same names).
-    """
+    """A fresh state, born sharded as it will be used; `ema`: with a running average of the parameters."""
 
     def init() -> TrainState:
-        fresh = init_params(model, jax.random.key(seed)) if params is None else jax.tree.map(jnp.asarray, params)
-        return TrainState(jnp.zeros((), jnp.int32), fresh, optimizer.init(fresh))
+        params = init_params(model, jax.random.key(seed))
+        average = jax.tree.map(jnp.copy, params) if ema else None
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
     return jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init), mesh=mesh, mesh_config=mesh_config))()
 
@@ -92,7 +96,8 @@ def state_shardings(state: TrainState, *, mesh: Mesh, mesh_config: sharding.Mesh
     """A TrainState of NamedShardings for a TrainState of arrays or shapes."""
     params = sharding.param_shardings(state.params, mesh, mesh_config)
     replicated = NamedSharding(mesh, sharding.P_REPLICATED)
-    return TrainState(replicated, params, sharding.like_params(state.opt_state, state.params, params, mesh))
+    opt_state = sharding.like_params(state.opt_state, state.params, params, mesh)
+    return TrainState(replicated, params, opt_state, None if state.ema is None else params)
 
 
 def make_train_step(
@@ -103,19 +108,23 @@ def make_train_step(
     mesh: Mesh,
     loss: LossConfig,
     frozen: Params,
+    ema: float = 0.0,
+    seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """The jitted step: (state, batch) -> (state, metrics). The state is donated.
 
     Args:
         schedule: step -> factor, only to report it as `train/schedule`.
         frozen: bools like the parameters; True where they do not train (their gradient is never computed).
+        ema: decay of the running average, for a state that has one; shorter at the start: min(ema, (1 + step)/(10 + step)).
+        seed: of dropout; the draws of a step are a function of (seed, step).
     """
     apply_loss = make_loss_fn(model, mesh=mesh, loss=loss)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         def loss_of(params: Params) -> Float[Array, ""]:
             params = jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, frozen)
-            return apply_loss(params, batch)
+            return apply_loss(params, batch, jax.random.fold_in(jax.random.key(seed), state.step))
 
         value, grads = jax.value_and_grad(loss_of)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -125,21 +134,28 @@ def make_train_step(
             "train/t": jnp.exp(state.params["t"]).reshape(()),
             "train/bias": state.params["b"].reshape(()),
             "train/schedule": jnp.asarray(schedule(state.step), jnp.float32),
-            "train/grad_norm": optax.global_norm(grads),
-            "train/param_norm": optax.global_norm(state.params),
-            "train/update_norm": optax.global_norm(updates),
+            "train/grad_norm": optax.tree.norm(grads),
+            "train/param_norm": optax.tree.norm(state.params),
+            "train/update_norm": optax.tree.norm(updates),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        average = state.ema
+        if average is not None:
+            decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
+            average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, params)
+        return TrainState(state.step + 1, params, opt_state, average), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_loss_fn(model: ModelConfig, *, mesh: Mesh, loss: LossConfig) -> Callable[[Params, Batch], Float[Array, ""]]:
-    """(params, batch) -> the scalar loss of the global batch."""
+def make_loss_fn(
+    model: ModelConfig, *, mesh: Mesh, loss: LossConfig
+) -> Callable[[Params, Batch, Array], Float[Array, ""]]:
+    """(params, batch, dropout key) -> the scalar loss of the global batch."""
     module = make_model(model)
 
-    def loss_fn(params: Params, batch: Batch) -> Float[Array, ""]:
-        zimg, ztxt, _ = module.apply({"params": params}, normalize_pixels(batch["image"]), batch["text"])
+    def loss_fn(params: Params, batch: Batch, key: Array) -> Float[Array, ""]:
+        images = normalize_pixels(batch["image"])
+        zimg, ztxt, _ = module.apply({"params": params}, images, batch["text"], train=True, rngs={"dropout": key})
         if loss.kind == "softmax":
             return softmax_loss(zimg, ztxt, params["t"].reshape(()))
         return chunked_sigmoid_loss(

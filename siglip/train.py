@@ -115,6 +115,8 @@ def train(
             mesh=mesh,
             loss=config.loss,
             frozen=optim.frozen_mask(config.optim, shapes),
+            ema=config.optim.ema,
+            seed=config.seed,
         )
         state, start_step = _restore_or_init(config, optimizer, checkpointer, batches, mesh)
         run = _Run(config, batches, checkpointer, evaluate, workdir, start_step)
@@ -136,7 +138,9 @@ def _restore_or_init(
     config: TrainConfig, optimizer: Any, checkpointer: Checkpointer, batches: Batches, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, int]:
     def init() -> TrainState:
-        return init_state(config.model, optimizer, mesh=mesh, mesh_config=config.mesh, seed=config.seed)
+        return init_state(
+            config.model, optimizer, mesh=mesh, mesh_config=config.mesh, seed=config.seed, ema=config.optim.ema > 0
+        )
 
     step = checkpointer.latest_step()
     if step is None:
@@ -222,7 +226,7 @@ class _Run:
     def _run_evaluation(self, step: int, state: TrainState) -> float | None:
         """Writes the metrics; the value of `checkpoint.best_metric` if it is a new best, else None."""
         assert self._evaluate is not None
-        results = dict(self._evaluate(state.params))
+        results = dict(self._evaluate(state.eval_params))
         self._writer.write(step, results)
         self.throughput.restart()
         name = self._config.checkpoint.best_metric

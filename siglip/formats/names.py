@@ -25,8 +25,8 @@ _SINGLE = re.compile(r"(.*/)encoderblock_(\d+)/(.+)")
 _MOST_SUGGESTIONS = 20
 
 
-def unstack_blocks(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Scan layout -> loop layout. Paths that are in neither stay as they are."""
+def unstack_blocks(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Scan layout -> loop layout, of numpy or jax arrays. Paths that are in neither stay as they are."""
     loop = {}
     for path, array in flat.items():
         if match := _STACKED.fullmatch(path):
@@ -36,7 +36,7 @@ def unstack_blocks(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return loop
 
 
-def stack_blocks(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def stack_blocks(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Loop layout -> scan layout; the inverse of `unstack_blocks`."""
     scan, layers = {}, {}
     for path, array in flat.items():

@@ -12,8 +12,8 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import linen as nn
 
-from siglip.models.layers import Encoder, MAPHead, Remat
-from siglip.models.variants import Variant, check_choices, parse_variant, resolve
+from siglip.models.layers import Encoder, MAPHead, Remat, dropout
+from siglip.models.variants import Variant, check_choices, check_rate, parse_variant, resolve
 from siglip.shapes import Array, Float, Int
 
 
@@ -33,9 +33,11 @@ class TextConfig:
     scan: bool = False
     remat: Remat = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         check_choices(self, ("pool", "remat", "dtype"))
+        check_rate("text.dropout", self.dropout)
         if parse_variant(self.variant)[1] is not None:
             raise ValueError(
                 f"variant={self.variant!r}: a text tower has no patches; use {self.variant.split('/')[0]!r}"
@@ -63,7 +65,7 @@ class TextTransformer(nn.Module):
     out_dim: int | None
 
     @nn.compact
-    def __call__(self, text: Int[Array, "b l"]) -> tuple[Float[Array, "b e"], dict[str, Array]]:
+    def __call__(self, text: Int[Array, "b l"], *, train: bool = False) -> tuple[Float[Array, "b e"], dict[str, Array]]:
         config, spec, dtype = self.config, self.config.spec, jnp.dtype(self.config.dtype)
         if text.ndim != 2 or text.shape[1] != config.length:
             got = "x".join(map(str, text.shape))
@@ -71,8 +73,10 @@ class TextTransformer(nn.Module):
         normal = nn.initializers.normal(spec.width**-0.5)
         x = nn.Embed(config.vocab_size, spec.width, embedding_init=normal, name="Embed_0")(text)
         x = x + self.param("pos_embedding", normal, (1, config.length, spec.width))
+        rate = config.dropout if train else 0.0
+        x = dropout(x, rate)
         out = {}
-        x = out["encoded"] = Encoder(spec, config.scan, config.remat, dtype, name="Encoder_0")(x)
+        x = out["encoded"] = Encoder(spec, config.scan, config.remat, dtype, rate, name="Encoder_0")(x)
         if config.pool == "map":
             x = MAPHead(spec, dtype, name="MAPHead_0")(x)
         else:

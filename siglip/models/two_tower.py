@@ -65,6 +65,8 @@ class ModelConfig:
 class TwoTower(nn.Module):
     """`apply({"params": params}, image, text)` -> (zimg, ztxt, out); a tower whose input is None is skipped.
 
+    With `train=True` the configs' dropout rates apply, and `apply` needs `rngs={"dropout": key}` if any is above 0.
+
     `image` is float32 in [-1, 1], `text` int32 ids. zimg and ztxt are float32 and L2-normalised, or None. `out` holds
     what each tower returns under "img/…" and "txt/…", the norms before dividing ("img/norm", "txt/norm", [b, 1]), the
     temperature "t" and the bias "b" ([1] each).
@@ -74,18 +76,18 @@ class TwoTower(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "b h w 3"] | None, text: Int[Array, "b l"] | None = None
+        self, image: Float[Array, "b h w 3"] | None, text: Int[Array, "b l"] | None = None, *, train: bool = False
     ) -> tuple[Float[Array, "b e"] | None, Float[Array, "b e"] | None, dict[str, Array]]:
         config, out, zimg, ztxt = self.config, {}, None, None
         if image is not None:
-            zimg, extras = ViT(config.image, config.out_dim[0], name="img")(image)
+            zimg, extras = ViT(config.image, config.out_dim[0], name="img")(image, train=train)
             out |= {f"img/{name}": value for name, value in extras.items()}
             if zimg is not None:
                 zimg, out["img/norm"] = _normalise(zimg)
         if text is not None:
             if config.text is None:
                 raise ValueError("this model has no text tower, only the image tower; pass text=None")
-            ztxt, extras = TextTransformer(config.text, config.out_dim[1], name="txt")(text)
+            ztxt, extras = TextTransformer(config.text, config.out_dim[1], name="txt")(text, train=train)
             out |= {f"txt/{name}": value for name, value in extras.items()}
             ztxt, out["txt/norm"] = _normalise(ztxt)
         if config.text is not None:

@@ -89,3 +89,9 @@ def check_choices(config: Any, fields: tuple[str, ...]) -> None:
             raise ValueError(
                 f"{field}={value!r} is none of {', '.join(map(repr, choices))}{did_you_mean(str(value), choices)}"
             )
+
+
+def check_rate(name: str, rate: float) -> None:
+    """Raises ValueError unless `rate` is a share that may be dropped."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name}={rate} must lie in [0, 1)")

@@ -13,12 +13,13 @@ The trap: pixels that do not fill a whole patch are dropped at the right and the
 import dataclasses
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from siglip.models.layers import Encoder, MAPHead, Remat
-from siglip.models.variants import Variant, check_choices, parse_variant, resolve
+from siglip.models.layers import Encoder, MAPHead, Remat, dropout
+from siglip.models.variants import Variant, check_choices, check_rate, parse_variant, resolve
 from siglip.shapes import Array, Float
 
 _DEFAULT_PATCH_PX = 16
@@ -44,9 +45,13 @@ class ImageConfig:
     scan: bool = False
     remat: Remat = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    dropout: float = 0.0
+    patch_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         check_choices(self, ("pool", "posemb", "remat", "dtype"))
+        check_rate("image.dropout", self.dropout)
+        check_rate("image.patch_dropout", self.patch_dropout)
         (ph, pw), (h, w) = self.patch, self.image_size
         if ph < 1 or pw < 1 or h < ph or w < pw:
             raise ValueError(
@@ -134,7 +139,9 @@ class ViT(nn.Module):
     out_dim: int | None
 
     @nn.compact
-    def __call__(self, image: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b e"] | None, dict[str, Array]]:
+    def __call__(
+        self, image: Float[Array, "b h w 3"], *, train: bool = False
+    ) -> tuple[Float[Array, "b e"] | None, dict[str, Array]]:
         config, spec, dtype = self.config, self.config.spec, jnp.dtype(self.config.dtype)
         if image.ndim != 4 or image.shape[1:] != (*config.image_size, 3):
             want = "x".join(map(str, ("b", *config.image_size, 3)))
@@ -143,10 +150,14 @@ class ViT(nn.Module):
         out = {}
         x = out["stem"] = PatchEmbed(config.patch, spec.width, dtype, name="embedding")(image)
         x = out["with_posemb"] = x.reshape(x.shape[0], -1, spec.width) + self._positions()
+        rate = config.dropout if train else 0.0
+        if train and config.patch_dropout:
+            x = self._some_patches(x)
+        x = dropout(x, rate)
         if config.pool == "tok":
             cls = self.param("cls", nn.initializers.zeros, (1, 1, spec.width))
             x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, spec.width)), x], axis=1)
-        x = out["encoded"] = Encoder(spec, config.scan, config.remat, dtype, name="Transformer")(x)
+        x = out["encoded"] = Encoder(spec, config.scan, config.remat, dtype, rate, name="Transformer")(x)
         if config.pool == "none":
             return None, out
         if config.pool == "map":
@@ -158,6 +169,12 @@ class ViT(nn.Module):
             # Never zeros: the gradient of the norm at an embedding of exactly 0 is NaN.
             x = nn.Dense(self.out_dim, kernel_init=nn.initializers.lecun_normal(), name="head")(x)
         return x, out
+
+    def _some_patches(self, x: Float[Array, "b n d"]) -> Float[Array, "b k d"]:
+        """A random choice of the patches, without repetition; at least one."""
+        kept = max(1, round(x.shape[1] * (1 - self.config.patch_dropout)))
+        draws = jax.random.uniform(self.make_rng("dropout"), x.shape[:2])
+        return jnp.take_along_axis(x, jnp.argsort(draws, axis=1)[:, :kept, None], axis=1)
 
     def _positions(self) -> Float[Array, "1 n d"]:
         config, width = self.config, self.config.spec.width

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from shards import SAMPLE, SAMPLE_TRAIN, SPIECE, encode, write_pairs, write_tar
 
-from data_pipelines.augment import AugmentConfig, apply_gain, draw_box
+from data_pipelines.augment import AugmentConfig, apply_flip, apply_gain, draw_box, draw_flip
 from data_pipelines.draws import Draws
 from data_pipelines.loader import DataConfig, make_eval_batches, make_loader
 from data_pipelines.mixture import SourceConfig
@@ -253,6 +253,15 @@ def test_boxes_and_gains():
     images = np.array([[[[0, 100, 200]]]], np.uint8)
     assert apply_gain(images, np.array([[2.0, 1.25, 1.5]])).tolist() == [[[[0, 125, 255]]]]
     assert (apply_gain(images, np.ones((1, 3))) == images).all()
+
+
+def test_flips():
+    images = np.arange(2 * 1 * 3 * 3, dtype=np.uint8).reshape(2, 1, 3, 3)
+    mirrored = apply_flip(images, np.array([False, True]))
+    assert (mirrored[0] == images[0]).all() and (mirrored[1, 0] == images[1, 0, ::-1]).all()
+    assert apply_flip(images, np.zeros(2, bool)) is images
+    flips = [draw_flip(AugmentConfig(flip=0.25), Draws(seed)) for seed in range(2000)]
+    assert abs(sum(flips) - 500) < 80 and not draw_flip(AugmentConfig(), Draws(0))
 
 
 def test_evaluation_sees_every_pair_once_in_order():

@@ -97,10 +97,9 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
-@pytest.mark.parametrize("config", ODD, ids=lambda c: f"{c.image.pool}-{c.text.pool}-{c.image.posemb}")
-def test_odd_sizes_against_float64_numpy(config, scan):
-    config = in_layout(config, scan=scan)
+@pytest.mark.parametrize("index", range(len(ODD)), ids=lambda i: f"{ODD[i].image.pool}-{ODD[i].text.pool}")
+def test_odd_sizes_against_float64_numpy(index):
+    config = in_layout(ODD[index], scan=index % 2 == 0)
     params, (images, ids) = random_params(config), map(jnp.asarray, random_inputs(config))
     with jax.numpy_rank_promotion("raise"):
         zimg, ztxt, out = jax.jit(make_model(config).apply)({"params": params}, images, ids)
@@ -216,7 +215,8 @@ def test_every_path_and_shape_of_a_tiny_model(layout, pool):
 
 
 def test_fresh_parameters():
-    config = in_layout(ODD[1], scan=True)
+    image = ImageConfig(**ODD_IMAGE, image_size=(12, 16), pool="gap", scan=True)
+    config = ModelConfig(image, TextConfig(**(ODD_TEXT | {"depth": 1})), out_dim=(20, 20))
     params = jax.jit(lambda key: init_params(config, key))(jax.random.key(0))
     flat = flatten(params)
     assert params["t"] == pytest.approx(np.log(10)) and params["b"] == -10

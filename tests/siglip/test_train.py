@@ -180,8 +180,11 @@ def test_any_mesh_and_loss_gives_the_same_run(tmp_path, mesh, impl, monkeypatch)
     use_devices(monkeypatch, 8)
     config = tiny_config(tmp_path / "many", total_steps=5, mesh=mesh, loss=LossConfig(impl=impl, chunk_size=1))
     actual = train(config, TinyBatches())
-    # Sums over devices are added in another order; Adam divides by the root of small second moments.
+    # Sums over devices are added in another order; Adam divides by the root of small second moments. The bias of a key
+    # shifts all logits of a query alike: its gradient is zero but for rounding, which Adam makes as large as any other.
     for path, leaf in trees.flatten(expected.params).items():
+        if path.endswith("key/bias"):
+            continue
         np.testing.assert_allclose(trees.flatten(actual.params)[path], leaf, rtol=0, atol=2e-5, err_msg=path)
 
 
@@ -203,6 +206,27 @@ def test_frozen_parameters_do_not_move(tmp_path):
         assert moved != path.startswith("img/"), path
 
 
+def test_the_running_average_is_evaluated_saved_and_resumed(tmp_path):
+    optim = OptimConfig(lr=1e-2, warmup_steps=2, ema=0.5)
+    seen = []
+    config = tiny_config(
+        tmp_path / "run", optim=optim, eval=EvalConfig(tasks=(EvalTask("retrieval", "toy", "unused.tar"),), every_steps=1)
+    )
+    state = train(config, TinyBatches(), evaluate=lambda params: seen.append(np.asarray(params["t"])[0]) or {})
+    exported, _, _ = read_run_params(tmp_path / "run")
+    assert_bit_equal(exported, state.ema)
+    assert np.any(exported["t"] != np.asarray(state.params["t"])) and seen[-1] == exported["t"][0]
+    # decay min(0.5, (1 + step) / (10 + step)), by hand from the parameters of a run without an average
+    plain = []
+    config = tiny_config(tmp_path / "plain", optim=OptimConfig(lr=1e-2, warmup_steps=2), eval=config.eval)
+    train(config, TinyBatches(), evaluate=lambda params: plain.append(np.float64(params["t"])[0]) or {})
+    average = np.log(10.0)
+    for step, t in enumerate(plain):
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * t
+    assert seen[-1] == pytest.approx(average, abs=1e-6)
+
+
 def test_substitutions_appear_in_the_metrics(tmp_path):
     batches = TinyBatches()
     batches.counts = {"truncated": 3}
@@ -211,7 +235,7 @@ def test_substitutions_appear_in_the_metrics(tmp_path):
 
 
 def test_wandb_runs_offline_without_a_login(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     pytest.importorskip("wandb")

@@ -1,0 +1,84 @@
+"""Dropout and patch dropout act in training only, and draw from (seed, step) alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, init_params, make_model
+
+IMAGE = ImageConfig(variant="mu", depth=2, patch_size=(4, 4), image_size=(16, 16))
+TEXT = TextConfig(variant="mu", depth=2, vocab_size=20, length=5)
+
+
+def model(*, scan: bool = False, remat: str = "none", **image) -> ModelConfig:
+    rates = {"dropout": image.get("dropout", 0.0)}
+    return ModelConfig(
+        dataclasses.replace(IMAGE, scan=scan, remat=remat, **image),
+        dataclasses.replace(TEXT, scan=scan, remat=remat, **rates),
+        out_dim=(None, 32),
+    )
+
+
+def outputs(config, *, train, seed=0):
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.uniform(-1, 1, (3, 16, 16, 3)), jnp.float32)
+    texts = jnp.asarray(rng.integers(20, size=(3, 5)), jnp.int32)
+    params = jax.jit(lambda: init_params(config, jax.random.key(1)))()
+    apply = jax.jit(lambda key: make_model(config).apply({"params": params}, images, texts, train=train, rngs={"dropout": key}))
+    return apply(jax.random.key(seed))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_dropout_acts_in_training_only_and_repeats_with_its_key(scan, remat):
+    config, plain = model(scan=scan, remat=remat, dropout=0.5), model(scan=scan, remat=remat)
+    still, dropped = outputs(config, train=False), outputs(config, train=True)
+    for tower in (0, 1):
+        np.testing.assert_array_equal(still[tower], outputs(plain, train=True)[tower])
+        assert np.max(np.abs(dropped[tower] - still[tower])) > 1e-2
+        np.testing.assert_array_equal(dropped[tower], outputs(config, train=True)[tower])
+        assert np.any(dropped[tower] != outputs(config, train=True, seed=1)[tower])
+
+
+def test_patch_dropout_keeps_some_patches_with_their_positions():
+    config = model(patch_dropout=0.75)
+    _, _, still = outputs(config, train=False)
+    assert still["img/encoded"].shape == (3, 16, 32)
+    _, _, dropped = outputs(config, train=True)
+    assert dropped["img/encoded"].shape == (3, 4, 32)
+    zimg = outputs(config, train=True)[0]
+    assert np.max(np.abs(zimg - outputs(config, train=False)[0])) > 1e-3
+    assert outputs(model(patch_dropout=0.99), train=True)[2]["img/encoded"].shape == (3, 1, 32)
+
+
+def test_a_patch_is_kept_as_often_as_any_other():
+    config = model(patch_dropout=0.75)
+    params = jax.jit(lambda: init_params(config, jax.random.key(1)))()
+    # Each patch is one grey level of its own, so that the stem's output tells which patches were kept.
+    params["img"]["embedding"]["kernel"] = jnp.full((4, 4, 3, 32), 1 / 48)
+    params["img"]["pos_embedding"] = jnp.zeros((1, 16, 32))
+    levels = np.kron(np.arange(16).reshape(4, 4), np.ones((4, 4)))[None, :, :, None]
+    images = jnp.asarray(np.broadcast_to(levels, (256, 16, 16, 3)), jnp.float32)
+
+    def kept(key):
+        module = make_model(config)
+        _, state = module.apply(
+            {"params": params}, images, None, train=True, rngs={"dropout": key},
+            capture_intermediates=lambda m, name: name == "_some_patches", mutable=["intermediates"],
+        )  # fmt: skip
+        return jax.tree.leaves(state["intermediates"])[0][..., 0]
+
+    chosen = np.rint(kept(jax.random.key(0))).astype(int)
+    assert all(len(set(row)) == 4 for row in chosen)
+    counts = np.bincount(chosen.ravel(), minlength=16)
+    assert counts.sum() == 1024 and counts.min() > 30 and counts.max() < 105  # 64 each, 5 standard deviations
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_rates_are_checked(rate):
+    for field in ("dropout", "patch_dropout"):
+        with pytest.raises(ValueError, match=rf"image\.{field}={rate}"):
+            dataclasses.replace(IMAGE, **{field: rate})
