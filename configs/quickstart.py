@@ -1,6 +1,6 @@
 """A small SigLIP from scratch on the shipped emoji sample: about five minutes on two CPU cores.
 
-    siglip train configs/quickstart.py
+siglip train configs/quickstart.py
 """
 
 from pathlib import Path

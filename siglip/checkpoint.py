@@ -182,7 +182,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore it from a checkpoint's config/ or remove it") from None
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); restore it from a checkpoint's config/ or remove it"
+        ) from None
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -219,7 +221,9 @@ def read_run_params(path: Path, *, step: int | None = None) -> tuple[dict[str, A
     steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
     step = steps[-1] if step is None and steps else step
     if step not in steps:
-        raise FileNotFoundError(f"{workdir} has no checkpoint{'' if step is None else f' {step}'}; it has {steps or 'none'}")
+        raise FileNotFoundError(
+            f"{workdir} has no checkpoint{'' if step is None else f' {step}'}; it has {steps or 'none'}"
+        )
     config = _read_json(workdir / CONFIG_FILE)
     try:
         with ocp.PyTreeCheckpointer() as reader:

@@ -47,9 +47,7 @@ def sigmoid_loss(
     return -jnp.sum(jax.nn.log_sigmoid(labels * logits)) / zimg.shape[0]
 
 
-def softmax_loss(
-    zimg: Float[Array, "b e"], ztxt: Float[Array, "b e"], t: Float[Array, "..."]
-) -> Float[Array, ""]:
+def softmax_loss(zimg: Float[Array, "b e"], ztxt: Float[Array, "b e"], t: Float[Array, "..."]) -> Float[Array, ""]:
     """CLIP's loss (arXiv 2103.00020, Figure 3): mean cross-entropy of both directions; there is no bias."""
     logits = jnp.exp(t) * _matmul(zimg, ztxt.T)
     image_to_text = jnp.diagonal(jax.nn.log_softmax(logits, axis=1))

@@ -112,7 +112,9 @@ def _start_wandb(workdir: Path, config: LogConfig, run_config: Mapping[str, Any]
         return None
     mode = config.wandb
     if mode == "online" and not _has_wandb_login():
-        warnings.warn("log.wandb=online, but there is no WANDB_API_KEY and no netrc entry: logging offline", stacklevel=2)
+        warnings.warn(
+            "log.wandb=online, but there is no WANDB_API_KEY and no netrc entry: logging offline", stacklevel=2
+        )
         mode = "offline"
     with _warn_only("wandb.init"):
         import wandb

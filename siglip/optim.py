@@ -108,12 +108,12 @@ def make_schedule(config: OptimConfig, total_steps: int) -> Callable[[jax.Array]
 
 def frozen_mask(config: OptimConfig, params: Mapping[str, Any]) -> dict[str, Any]:
     """A tree like `params` of bools: True where a learning-rate multiplier of 0 freezes the parameter."""
-    return jax.tree.map(lambda mult: mult == 0, _multipliers(config.lr_mults, params, default=1.0, what="optim.lr_mults"))
+    return jax.tree.map(
+        lambda mult: mult == 0, _multipliers(config.lr_mults, params, default=1.0, what="optim.lr_mults")
+    )
 
 
-def make_optimizer(
-    config: OptimConfig, params: Mapping[str, Any], *, total_steps: int
-) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, params: Mapping[str, Any], *, total_steps: int) -> optax.GradientTransformation:
     """The optax chain for these parameters (arrays or ShapeDtypeStructs; only paths and shapes are used).
 
     Raises:
@@ -134,8 +134,10 @@ def make_optimizer(
         optax.scale_by_schedule(schedule),
         optax.scale(-1),
     )
-    return optax.partition({"trained": trained, "frozen": optax.set_to_zero()},
-                           jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", frozen))
+    return optax.partition(
+        {"trained": trained, "frozen": optax.set_to_zero()},
+        jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", frozen),
+    )
 
 
 def _scale_by_adam(config: OptimConfig) -> optax.GradientTransformation:
@@ -173,7 +175,8 @@ def _add_decay(weight_decay: float, mults: Mapping[str, Any]) -> optax.GradientT
     def add(updates: Any, params: Any) -> Any:
         flat_params = dict(_paths(params))
         return _map_trained(
-            lambda path, update: update + weight_decay * flat[path] * flat_params[path] if flat[path] else update, updates
+            lambda path, update: update + weight_decay * flat[path] * flat_params[path] if flat[path] else update,
+            updates,
         )
 
     return optax.stateless(add)

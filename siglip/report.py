@@ -37,7 +37,8 @@ th:first-child, td:first-child { text-align: left } .baseline td { color: #6a738
 .query { display: flex; align-items: center; gap: .5rem; margin: .35rem 0 } .query .text { width: 15rem; flex: none }
 .query .lang { display: inline-block; min-width: 2.2rem; color: #6a7385; font-size: .8rem }
 .query img { width: 72px; height: 72px; border: 3px solid transparent; border-radius: 8px; background: #fff }
-.query img.hit { border-color: #23a35a } .rank { width: 4.6rem; flex: none; color: #6a7385; font-size: .85rem; text-align: right; padding-right: .6rem }
+.query img.hit { border-color: #23a35a } .rank { width: 4.6rem; flex: none;
+         color: #6a7385; font-size: .85rem; text-align: right; padding-right: .6rem }
 img.plot { width: 100% }
 """
 
@@ -111,7 +112,9 @@ def _results(lines: Sequence[Mapping[str, Any]], baselines: Mapping[str, Mapping
         columns = list(dict.fromkeys(m for metrics in datasets.values() for m in metrics))
         head = "".join(f"<th>{html.escape(short_name(c))}</th>" for c in columns)
         rows = [_row(name, metrics, columns, "") for name, metrics in datasets.items()]
-        rows += [_row(name, metrics, columns, "baseline") for name, metrics in baselines.items() if set(columns) & {*metrics}]
+        rows += [
+            _row(name, metrics, columns, "baseline") for name, metrics in baselines.items() if set(columns) & {*metrics}
+        ]
         parts.append(f"<h2>{html.escape(task)}</h2><table><tr><th></th>{head}</tr>{''.join(rows)}</table>")
     return "".join(parts)
 

@@ -112,8 +112,10 @@ def like_params(tree: Any, params: Mapping[str, Any], shardings: Mapping[str, An
     A leaf belongs to a parameter when the end of its path is the parameter's path and the shapes agree; every other
     leaf (counters, factored moments) is replicated.
     """
-    by_path = {path: (leaf.shape, sharding) for (path, leaf), sharding in
-               zip(trees.flatten(params).items(), trees.flatten(shardings).values(), strict=True)}
+    by_path = {
+        path: (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(trees.flatten(params).items(), trees.flatten(shardings).values(), strict=True)
+    }
     replicated = NamedSharding(mesh, P_REPLICATED)
 
     def choose(path: Any, leaf: Any) -> NamedSharding:

@@ -214,7 +214,9 @@ class _Run:
         for step, metrics, keys in pending:
             if not math.isfinite(metrics["train/loss"]):
                 path = self._workdir / BAD_BATCH_FILE
-                write_atomically(path, json.dumps({"step": step, "loss": repr(metrics["train/loss"].item()), "keys": keys}))
+                write_atomically(
+                    path, json.dumps({"step": step, "loss": repr(metrics["train/loss"].item()), "keys": keys})
+                )
                 saved = self._checkpointer.latest_step()
                 raise NonFiniteLoss(
                     f"loss is {metrics['train/loss']} at step {step}; the keys of its batch are in {path}; "
@@ -233,7 +235,9 @@ class _Run:
         if name is None:
             return None
         if name not in results:
-            warnings.warn(f"checkpoint.best_metric={name!r} was not evaluated; there are {sorted(results)}", stacklevel=2)
+            warnings.warn(
+                f"checkpoint.best_metric={name!r} was not evaluated; there are {sorted(results)}", stacklevel=2
+            )
             return None
         if not results[name] > self._best:
             return None
@@ -271,4 +275,3 @@ class _Signals:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         self._previous = {}
-

@@ -43,7 +43,14 @@ def run(args: list[str]) -> int:
         return 0
     try:
         _dispatch(args[0], args[1:])
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+    except (
+        ValueError,
+        FileNotFoundError,
+        FileExistsError,
+        PermissionError,
+        NotADirectoryError,
+        IsADirectoryError,
+    ) as error:
         return _fail(error, 2)
     except (RuntimeError, OSError) as error:
         return _fail(error, _exit_code_of(error))

@@ -51,7 +51,9 @@ def data_command(args: list[str]) -> None:
         tokenizer_command(args[1:])
     else:
         close = difflib.get_close_matches(args[0], ["index", "tokenizer"], n=1)
-        raise ValueError(f"unknown command 'data {args[0]}'; did you mean {close[0] if close else 'index or tokenizer'!r}?")
+        raise ValueError(
+            f"unknown command 'data {args[0]}'; did you mean {close[0] if close else 'index or tokenizer'!r}?"
+        )
 
 
 def index_command(args: list[str]) -> None:

@@ -147,7 +147,9 @@ def _captions(fields: Iterable[Mapping[str, Any]], name: str, data: str) -> tupl
             texts.append(text)
             image_of_text.append(i)
     if not texts:
-        raise ValueError(f"no picture of {data} has the caption field {name!r}; look at a member's .json for its fields")
+        raise ValueError(
+            f"no picture of {data} has the caption field {name!r}; look at a member's .json for its fields"
+        )
     return texts, np.asarray(image_of_text)
 
 
@@ -201,7 +203,9 @@ def tower_of(encoder: Encoder, *, tokenizer: str | None, batch_size: int) -> Tow
     """
     path = tokenizer or encoder.tokenizer
     if encoder.config.text is None:
-        raise ValueError("the model has no text tower, so it cannot be evaluated zero-shot; export it with --tower both")
+        raise ValueError(
+            "the model has no text tower, so it cannot be evaluated zero-shot; export it with --tower both"
+        )
     if path is None:
         raise ValueError("the model brings no tokenizer; name its SentencePiece model with --tokenizer FILE")
     return Tower(
@@ -221,10 +225,14 @@ def eval_command(args: list[str]) -> None:
     task = EvalTask(
         options.task, name, options.data, options.captions, options.classes, options.templates, options.label
     )
-    results = evaluate_task(task, tower_of(load(options.src), tokenizer=options.tokenizer, batch_size=options.batch_size))
+    results = evaluate_task(
+        task, tower_of(load(options.src), tokenizer=options.tokenizer, batch_size=options.batch_size)
+    )
     print(format_table({result.dataset: result.metrics for result in results}))
     if options.out is not None:
-        content = json.dumps([to_clip_benchmark(result, options.src) for result in results], indent=2, ensure_ascii=False)
+        content = json.dumps(
+            [to_clip_benchmark(result, options.src) for result in results], indent=2, ensure_ascii=False
+        )
         write_atomically(Path(options.out), content + "\n")
 
 
@@ -275,7 +283,9 @@ def embed_command(args: list[str]) -> None:
     print(f"{len(keys)} pictures -> {out}" + (f"; left out: {dict(batches.counts)}" if batches.counts else ""))
 
 
-def _embed(encoder: Encoder, batches: Iterable[Mapping[str, Any]], batch_size: int) -> Iterator[tuple[list, np.ndarray]]:
+def _embed(
+    encoder: Encoder, batches: Iterable[Mapping[str, Any]], batch_size: int
+) -> Iterator[tuple[list, np.ndarray]]:
     def embed(images: np.ndarray) -> Any:
         return encoder.embed_images(images.astype(np.float32) / 127.5 - 1)
 

@@ -27,7 +27,9 @@ def outputs(config, *, train, seed=0):
     images = jnp.asarray(rng.uniform(-1, 1, (3, 16, 16, 3)), jnp.float32)
     texts = jnp.asarray(rng.integers(20, size=(3, 5)), jnp.int32)
     params = jax.jit(lambda: init_params(config, jax.random.key(1)))()
-    apply = jax.jit(lambda key: make_model(config).apply({"params": params}, images, texts, train=train, rngs={"dropout": key}))
+    apply = jax.jit(
+        lambda key: make_model(config).apply({"params": params}, images, texts, train=train, rngs={"dropout": key})
+    )
     return apply(jax.random.key(seed))
 
 

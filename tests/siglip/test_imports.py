@@ -35,7 +35,9 @@ def test_every_module_but_the_command_line_imports():
         if "cli" not in path.parts and path.name != "__init__.py"
     )
     assert "siglip.train" in modules and len(modules) > 20
-    run_python(BLOCK + "\n    import importlib\n    for name in sys.argv[1:]:\n        importlib.import_module(name)", *modules)
+    run_python(
+        BLOCK + "\n    import importlib\n    for name in sys.argv[1:]:\n        importlib.import_module(name)", *modules
+    )
 
 
 def test_training_on_batches_handed_to_it(tmp_path):

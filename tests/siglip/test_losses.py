@@ -42,7 +42,9 @@ def embeddings(pairs, width, seed):
 
 def assert_same(actual, expected, rtol=RTOL):
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(np.float64(a).reshape(np.shape(e)), e, rtol=0, atol=rtol * max(np.max(np.abs(e)), 1e-3))
+        np.testing.assert_allclose(
+            np.float64(a).reshape(np.shape(e)), e, rtol=0, atol=rtol * max(np.max(np.abs(e)), 1e-3)
+        )
 
 
 def mesh_of(devices, names=("data",), shape=None):
@@ -109,7 +111,9 @@ def test_a_batch_sharded_over_two_axes(impl):
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(1, 9), st.integers(1, 12), st.floats(-1, 4), st.floats(-12, 2), st.sampled_from(["all_gather", "ring"]))
+@given(
+    st.integers(1, 9), st.integers(1, 12), st.floats(-1, 4), st.floats(-12, 2), st.sampled_from(["all_gather", "ring"])
+)
 def test_any_block_and_chunk(block, chunk, t, b, impl):
     zimg, ztxt = embeddings(2 * block, 4, seed=block)
     loss = functools.partial(chunked_sigmoid_loss, mesh=mesh_of(2), impl=impl, chunk_size=chunk)

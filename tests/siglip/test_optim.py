@@ -59,7 +59,9 @@ def test_updates_parameters_and_schedule_agree(fixtures, name):
 def test_the_paper_convention_is_adamw_with_decay_divided_by_lr():
     params = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3)}}
     grads = jax.tree.map(lambda p: jnp.cos(p), params)
-    ours = make_optimizer(OptimConfig(lr=1e-3, weight_decay=1e-4, clip_norm=0, schedule="linear"), params, total_steps=9)
+    ours = make_optimizer(
+        OptimConfig(lr=1e-3, weight_decay=1e-4, clip_norm=0, schedule="linear"), params, total_steps=9
+    )
     theirs = optax.adamw(lambda i: 1e-3 * (1 - i / 9), b2=0.95, weight_decay=0.1)
     a, b = ours.init(params), theirs.init(params)
     p, q = params, params

@@ -105,7 +105,9 @@ class TinyPoison(TinyBatches):
 
 
 def test_a_non_finite_loss_stops_the_run_with_the_keys_and_the_last_checkpoint(tmp_path):
-    config = tiny_config(tmp_path, checkpoint=CheckpointConfig(every_steps=2), log=LogConfig(every_steps=8, progress=False))
+    config = tiny_config(
+        tmp_path, checkpoint=CheckpointConfig(every_steps=2), log=LogConfig(every_steps=8, progress=False)
+    )
     batches = TinyPoison(5)
     with pytest.raises(NonFiniteLoss, match=r"loss is nan at step 5; .*last good checkpoint is step 4"):
         train(config, batches)
@@ -189,7 +191,9 @@ def test_any_mesh_and_loss_gives_the_same_run(tmp_path, mesh, impl, monkeypatch)
 
 
 def test_the_softmax_baseline_trains(tmp_path):
-    config = tiny_config(tmp_path, total_steps=30, loss=LossConfig("softmax"), optim=OptimConfig(lr=1e-2, warmup_steps=3))
+    config = tiny_config(
+        tmp_path, total_steps=30, loss=LossConfig("softmax"), optim=OptimConfig(lr=1e-2, warmup_steps=3)
+    )
     train(config, TinyBatches())
     lines = read_metrics(tmp_path)
     assert lines[-1]["train/loss"] < 0.8 * lines[0]["train/loss"]
@@ -198,7 +202,9 @@ def test_the_softmax_baseline_trains(tmp_path):
 
 def test_frozen_parameters_do_not_move(tmp_path):
     optim = OptimConfig(lr=1e-2, lr_mults=(("img/.*", 0.0),))
-    train(tiny_config(tmp_path / "zero", total_steps=1, optim=dataclasses.replace(optim, warmup_steps=1)), TinyBatches())
+    train(
+        tiny_config(tmp_path / "zero", total_steps=1, optim=dataclasses.replace(optim, warmup_steps=1)), TinyBatches()
+    )
     start, _, _ = read_run_params(tmp_path / "zero")  # the warm-up's first update is zero: still the initial parameters
     state = train(tiny_config(tmp_path / "run", total_steps=4, optim=optim), TinyBatches())
     for path, leaf in trees.flatten(state.params).items():
@@ -210,7 +216,9 @@ def test_the_running_average_is_evaluated_saved_and_resumed(tmp_path):
     optim = OptimConfig(lr=1e-2, warmup_steps=2, ema=0.5)
     seen = []
     config = tiny_config(
-        tmp_path / "run", optim=optim, eval=EvalConfig(tasks=(EvalTask("retrieval", "toy", "unused.tar"),), every_steps=1)
+        tmp_path / "run",
+        optim=optim,
+        eval=EvalConfig(tasks=(EvalTask("retrieval", "toy", "unused.tar"),), every_steps=1),
     )
     state = train(config, TinyBatches(), evaluate=lambda params: seen.append(np.asarray(params["t"])[0]) or {})
     exported, _, _ = read_run_params(tmp_path / "run")

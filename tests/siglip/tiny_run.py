@@ -49,7 +49,11 @@ class TinyBatches:
         # Every picture is one grey level and its caption spells that level: learnable in a few steps.
         level = rng.integers(0, 50, self.batch_size)
         image = np.broadcast_to((level * 5).astype(np.uint8)[:, None, None, None], (self.batch_size, 16, 16, 3))
-        return {"image": np.ascontiguousarray(image), "text": np.repeat(level[:, None], 6, 1).astype(np.int32), "key": keys}
+        return {
+            "image": np.ascontiguousarray(image),
+            "text": np.repeat(level[:, None], 6, 1).astype(np.int32),
+            "key": keys,
+        }
 
     def state(self):
         return {"position": self.position}
