@@ -75,11 +75,16 @@ def captions_of(fields: Mapping[str, object], field: str) -> list[str]:
     return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
 
-def iter_captions(pairs: Iterable[HasFields]) -> Iterator[str]:
-    """Every text of every pair in turn, once a pair: what a tokenizer is trained on. A `Source` is iterable."""
+def iter_captions(pairs: Iterable[HasFields], *, repeat: Mapping[str, int] | None = None) -> Iterator[str]:
+    """Every text of every pair in turn, once a pair: what a tokenizer is trained on. A `Source` is iterable.
+
+    repeat: field -> how often its texts come in all, so that a language among many gets pieces of its own.
+    """
     for pair in pairs:
         texts = [captions_of(pair.fields, field) for field in ("txt", "caption", "captions.*", "keywords")]
         yield from dict.fromkeys(itertools.chain.from_iterable(texts))
+        for field, times in (repeat or {}).items():
+            yield from captions_of(pair.fields, field) * (times - 1)
 
 
 def lookup(fields: Mapping[str, object], field: str) -> object:

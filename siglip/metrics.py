@@ -164,11 +164,13 @@ class Throughput:
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """{"train/pairs_per_s", "train/step_s", "train/data_wait"} and starts over."""
+        """{"train/pairs_per_s", "train/step_s", "train/data_wait"} and starts over; nothing when there was no step."""
+        if not self._steps:
+            return {}
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         values = {
             "train/pairs_per_s": self._steps * self._batch_size / elapsed,
-            "train/step_s": elapsed / max(self._steps, 1),
+            "train/step_s": elapsed / self._steps,
             "train/data_wait": self._wait_s / elapsed,
         }
         self.restart()
@@ -179,18 +181,22 @@ class Progress:
     """A bar with loss, pairs/s, time left and data wait on a terminal; one plain line per update elsewhere."""
 
     def __init__(self, total_steps: int, *, start_step: int, enabled: bool) -> None:
-        self._total, self._first, self._began = total_steps, start_step, time.perf_counter()
+        self._total = total_steps
+        self.begin(start_step)
         self._enabled, self._bar = enabled, None
         if enabled and sys.stderr.isatty():
             self._bar, self._task = _make_bar(total_steps, start_step)
             self._bar.start()
 
+    def begin(self, step: int) -> None:
+        """Counts the time left from here: after the first step, which compiles."""
+        self._first, self._began = step, time.perf_counter()
+
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows `train/loss`, `train/pairs_per_s` and `train/data_wait` of the last interval."""
-        text = (
-            f"loss {values['train/loss']:.3f}  {values['train/pairs_per_s']:.0f} pairs/s  "
-            f"data wait {values['train/data_wait']:.0%}"
-        )
+        """Shows `train/loss`, and `train/pairs_per_s` and `train/data_wait` of the last interval if there are any."""
+        text = f"loss {values['train/loss']:.3f}"
+        if "train/pairs_per_s" in values:
+            text += f"  {values['train/pairs_per_s']:.0f} pairs/s  data wait {values['train/data_wait']:.0%}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
         elif self._enabled:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from siglip import trees
 
@@ -76,7 +77,7 @@ class OptimConfig:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must lie in [0, 1)")
 
 
-def make_schedule(config: OptimConfig, total_steps: int) -> Callable[[jax.Array], jax.Array]:
+def make_schedule(config: OptimConfig, total_steps: int) -> Callable[[ArrayLike], jax.Array]:
     """step -> factor in [0, 1] on lr and weight decay; 0 at `total_steps`.
 
     Raises:
@@ -88,7 +89,7 @@ def make_schedule(config: OptimConfig, total_steps: int) -> Callable[[jax.Array]
             f"optim.warmup_steps={warmup} + cooldown_steps={cooldown} exceed total_steps={total_steps}; shorten them"
         )
 
-    def schedule(step: jax.Array) -> jax.Array:
+    def schedule(step: ArrayLike) -> jax.Array:
         after_warmup = jnp.maximum(step - warmup, 0)
         progress = after_warmup / max(total_steps - warmup, 1)
         if config.schedule == "cosine":
@@ -145,7 +146,7 @@ def _scale_by_adam(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _scale_by_adafactor(config: OptimConfig) -> optax.GradientTransformation:
-    def second_moment_decay(step: jax.Array, exponent: float) -> jax.Array:
+    def second_moment_decay(step: ArrayLike, exponent: float) -> jax.Array:
         return jnp.minimum(config.b2, 1.0 - (jnp.asarray(step, jnp.float32) + 1) ** -exponent)
 
     return optax.chain(

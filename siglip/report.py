@@ -98,11 +98,12 @@ def _head(workdir: Path, lines: Sequence[Mapping[str, Any]]) -> str:
     if not trained:
         return f"<h1>{html.escape(workdir.name)}</h1><p class='muted'>no training step logged yet</p>"
     last = trained[-1]
-    rate = np.median([line["train/pairs_per_s"] for line in trained])
+    rates = [line["train/pairs_per_s"] for line in trained if "train/pairs_per_s" in line]
+    rate = f"{np.median(rates):.0f} pairs/s (median) · " if rates else ""
     broken = sum(v for k, v in last.items() if k.startswith("train/substituted/"))
     return (
         f"<h1>{html.escape(workdir.name)}</h1><p class='muted'>{last['step']} steps · loss {format_value(last['train/loss'])} · "
-        f"{rate:.0f} pairs/s (median) · {broken} broken pairs replaced</p>"
+        f"{rate}{broken} broken pairs replaced</p>"
     )
 
 
@@ -148,7 +149,7 @@ def _pictures(gallery: Gallery) -> str:
         scores = gallery.zimg @ z
         order = np.argsort(-scores, kind="stable")
         rank = int(np.flatnonzero(order == wanted)[0]) + 1
-        found = "".join(_thumbnail(gallery.images[i], hit=i == wanted) for i in order[:TOP])
+        found = "".join(_thumbnail(gallery.images[i], hit=bool(i == wanted)) for i in order[:TOP])
         rows.append(
             f"<div class='query'><div class='text'><span class='lang'>{html.escape(language)}</span>"
             f"<bdi>{html.escape(text)}</bdi></div>{_thumbnail(gallery.images[wanted], hit=True)}"

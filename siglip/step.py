@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import ArrayLike
 
 from siglip import sharding
 from siglip.losses import Impl, chunked_sigmoid_loss, softmax_loss
@@ -103,7 +104,7 @@ def state_shardings(state: TrainState, *, mesh: Mesh, mesh_config: sharding.Mesh
 def make_train_step(
     model: ModelConfig,
     optimizer: optax.GradientTransformation,
-    schedule: Callable[[jax.Array], jax.Array],
+    schedule: Callable[[ArrayLike], jax.Array],
     *,
     mesh: Mesh,
     loss: LossConfig,

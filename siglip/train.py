@@ -106,6 +106,11 @@ def train(
     if tokenizer is not None:
         write_atomically(workdir / TOKENIZER_FILE, tokenizer)
     checkpointer = Checkpointer(workdir, config.checkpoint)
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    logger.info(
+        "%.1f M parameters, %d steps of %d pairs on %d x %s -> %s",
+        parameters / 1e6, config.total_steps, config.batch_size, mesh.size, mesh.devices.flat[0].device_kind, workdir,
+    )  # fmt: skip
 
     with jax.set_mesh(mesh), _Signals() as signals:
         step_fn = make_train_step(
@@ -127,7 +132,7 @@ def train(
                 keys = list(batch.pop("key", ()))
                 state, metrics = step_fn(state, sharding.put_batch(batch, mesh))
                 run.after_step(step, state, metrics, keys, stop=signals.received is not None)
-                if signals.received is not None:
+                if signals.received is not None and step < config.total_steps:
                     raise Interrupted(signals.received, step, workdir)
         finally:
             run.close()
@@ -150,7 +155,8 @@ def _restore_or_init(
     like = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
     state, data_state = checkpointer.restore(step, like)
     batches.restore(data_state)
-    logger.info("going on from step %d of %s", step, config.workdir)
+    finished = step == config.total_steps
+    logger.info("%s step %d of %s", "nothing to do after" if finished else "going on from", step, config.workdir)
     return state, step
 
 
@@ -171,6 +177,7 @@ class _Run:
         self._writer = MetricsWriter(workdir, config.log, run_config=to_json(config), start_step=start_step)
         self._progress = Progress(config.total_steps, start_step=start_step, enabled=config.log.progress)
         self._pending: list[_Pending] = []
+        self._first_step = start_step + 1
         self._best = checkpointer.best_value()
         self.throughput = Throughput(config.batch_size)
 
@@ -180,7 +187,12 @@ class _Run:
         """Everything that is due after `step`; `stop`: save now, there will be no other step."""
         config, last = self._config, step == self._config.total_steps
         self._pending.append(_Pending(step, metrics, keys))
-        self.throughput.step()
+        if step == self._first_step:
+            jax.block_until_ready(metrics)
+            self._progress.begin(step)
+            self.throughput.restart()  # it compiled
+        else:
+            self.throughput.step()
         eval_due = self._evaluate is not None and (last or _due(step, config.eval.every_steps)) and not stop
         save_due = last or stop or _due(step, config.checkpoint.every_steps)
         if last or stop or _due(step, config.log.every_steps):

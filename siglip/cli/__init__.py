@@ -41,6 +41,7 @@ def run(args: list[str]) -> int:
 
         print(__version__)
         return 0
+    _prepare_environment()
     try:
         _dispatch(args[0], args[1:])
     except (
@@ -59,11 +60,19 @@ def run(args: list[str]) -> int:
     return 0
 
 
-def _dispatch(command: str, args: list[str]) -> None:
+def _prepare_environment() -> None:
+    """What has to be said before jax and tensorflow are imported."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "siglip", "xla"))
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # orbax, absl and jax tell much about themselves; errors still get through.
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("jax").setLevel(logging.ERROR)
-    logging.basicConfig(level=logging.INFO, format="siglip: %(message)s", stream=sys.stderr)
+    logging.basicConfig(format="siglip: %(message)s", stream=sys.stderr)
+    logging.getLogger("siglip").setLevel(logging.INFO)
+
+
+def _dispatch(command: str, args: list[str]) -> None:
     if command == "train":
         from siglip.cli.training import train_command
 

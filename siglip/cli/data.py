@@ -11,7 +11,7 @@ from data_pipelines.tokenizers import SentencePieceTokenizer, train_tokenizer
 from siglip.cli.arguments import parse
 
 USAGE = """usage: siglip data index SHARDS…
-       siglip data tokenizer SHARDS… --out FILE [--vocab-size N]
+       siglip data tokenizer SHARDS… --out FILE [--vocab-size N] [--repeat FIELD N …]
 """
 
 
@@ -34,11 +34,13 @@ class TokenizerArgs:
         shards: tar files; *, {00000..00009} and {a,b} expand.
         out: the model file to write, for instance spiece.model.
         vocab_size: pieces in all.
+        repeat: FIELD N pairs: texts of that field count N times, so that a language among many gets pieces of its own.
     """
 
     shards: tyro.conf.Positional[tuple[str, ...]]
     out: str
     vocab_size: int = 4000
+    repeat: tuple[tuple[str, int], ...] = ()
 
 
 def data_command(args: list[str]) -> None:
@@ -65,7 +67,10 @@ def index_command(args: list[str]) -> None:
 def tokenizer_command(args: list[str]) -> None:
     """Writes the model and prints how many pieces it has."""
     options = parse(TokenizerArgs, args, prog="siglip data tokenizer")
-    train_tokenizer(iter_captions(_open(options.shards)), options.out, vocab_size=options.vocab_size)
+    if any(times < 1 for _, times in options.repeat):
+        raise ValueError(f"--repeat {options.repeat}: a field counts at least once; leave it out instead")
+    texts = iter_captions(_open(options.shards), repeat=dict(options.repeat))
+    train_tokenizer(texts, options.out, vocab_size=options.vocab_size)
     print(f"{SentencePieceTokenizer(options.out).vocab_size} pieces -> {options.out}")
 
 

@@ -1,9 +1,6 @@
 """`siglip train`: recipe file and flags -> config, loader and evaluations -> the loop."""
 
-import os
 from pathlib import Path
-
-import jax
 
 from data_pipelines.loader import make_loader
 from data_pipelines.tokenizers import SentencePieceTokenizer
@@ -27,7 +24,6 @@ def train_command(args: list[str]) -> None:
         print(USAGE)
         return
     config = parse(TrainConfig, args[1:], prog=f"siglip train {args[0]}", default=load_config_file(args[0]))
-    use_compilation_cache()
     tokenizer = load_tokenizer(config.data.tokenizer, vocab_size=config.model.text.vocab_size)
     sharding.check_batch_size(config.batch_size, sharding.make_mesh(config.mesh))
     loader = make_loader(
@@ -39,13 +35,6 @@ def train_command(args: list[str]) -> None:
     )
     evaluate = make_evaluate(config, tokenizer) if config.eval.tasks else None
     train(config, loader, evaluate=evaluate, tokenizer=Path(config.data.tokenizer).read_bytes())
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, under JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "siglip" / "xla"))
 
 
 def load_tokenizer(path: str, *, vocab_size: int) -> SentencePieceTokenizer:

@@ -118,7 +118,9 @@ def test_a_run_can_be_evaluated_exported_embedded_and_reported(trained, shard, t
     assert run(["eval", str(trained), *args, "--out", str(tmp_path / "eval.json")]) == 0
     results = json.loads((tmp_path / "eval.json").read_text())
     assert [(r["dataset"], r["task"], r["language"]) for r in results] == [
-        ("toy-en", "zeroshot_retrieval", "en"), ("toy-de", "zeroshot_retrieval", "de"), ("toy-mean", "zeroshot_retrieval", "mean"),
+        ("toy-en", "zeroshot_retrieval", "en"),
+        ("toy-de", "zeroshot_retrieval", "de"),
+        ("toy-mean", "zeroshot_retrieval", "mean"),
     ]  # fmt: skip
     for result in results:
         for name, value in result["metrics"].items():
