@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from siglip.models.layers import Encoder, MAPHead, Remat, dropout
 from siglip.models.variants import Variant, check_choices, check_rate, parse_variant, resolve
-from siglip.shapes import Array, Float
+from siglip.shapes import Array, Float, Int
 
 _DEFAULT_PATCH_PX = 16
 
@@ -109,30 +109,33 @@ def _interpolation(old: int, new: int) -> Float[np.ndarray, "new old"]:
 
 class PatchEmbed(nn.Module):
     """A convolution whose stride is its kernel, done as one matrix product: the same function, faster on every
-    device."""
+    device. With `keep`, only those patches of each picture are embedded."""
 
     patch: tuple[int, int]
     width: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b gh gw d"]:
+    def __call__(self, image: Float[Array, "b h w 3"], keep: Int[Array, "b k"] | None = None) -> Float[Array, "b n d"]:
         (ph, pw), (b, h, w, channels) = self.patch, image.shape
         gh, gw = h // ph, w // pw
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (ph, pw, channels, self.width))
         bias = self.param("bias", nn.initializers.zeros, (self.width,))
         patches = image[:, : gh * ph, : gw * pw].reshape(b, gh, ph, gw, pw, channels).swapaxes(2, 3)
-        patches = patches.reshape(b, gh, gw, -1).astype(self.dtype)
+        patches = patches.reshape(b, gh * gw, -1).astype(self.dtype)
+        if keep is not None:
+            patches = jnp.take_along_axis(patches, keep[..., None], axis=1)
         stem = patches @ kernel.reshape(-1, self.width).astype(self.dtype)
-        return stem.astype(jnp.float32) + bias.reshape(1, 1, 1, -1)
+        return stem.astype(jnp.float32) + bias.reshape(1, 1, -1)
 
 
 class ViT(nn.Module):
     """The image tower.
 
     Returns the embedding before normalisation (None for pool "none") and everything worth looking at on the way:
-    "stem" [b, gh, gw, d], "with_posemb" [b, n, d], "encoded" (the tokens after the final LayerNorm, [b, n, d], with
-    the class token first when pool is "tok"), and unless pool is "none" "head_input" [b, d] and "pre_logits" [b, d].
+    "stem" [b, gh, gw, d] (unless patches are dropped), "with_posemb" [b, n, d], "encoded" (the tokens after the final
+    LayerNorm, [b, n, d], with the class token first when pool is "tok"), and unless pool is "none" "head_input" [b, d]
+    and "pre_logits" [b, d].
     """
 
     config: ImageConfig
@@ -148,11 +151,15 @@ class ViT(nn.Module):
             got = "x".join(map(str, image.shape))
             raise ValueError(f"images are {got} but the model takes {want}; resize them, or load it with image_size=…")
         out = {}
-        x = out["stem"] = PatchEmbed(config.patch, spec.width, dtype, name="embedding")(image)
-        x = out["with_posemb"] = x.reshape(x.shape[0], -1, spec.width) + self._positions()
+        keep = self._some_patches(image.shape[0]) if train and config.patch_dropout else None
+        x = PatchEmbed(config.patch, spec.width, dtype, name="embedding")(image, keep)
+        positions = self._positions()
+        if keep is None:
+            out["stem"] = x.reshape(-1, *config.grid, spec.width)
+        else:
+            positions = positions[0][keep]
+        x = out["with_posemb"] = x + positions
         rate = config.dropout if train else 0.0
-        if train and config.patch_dropout:
-            x = self._some_patches(x)
         x = dropout(x, rate)
         if config.pool == "tok":
             cls = self.param("cls", nn.initializers.zeros, (1, 1, spec.width))
@@ -170,11 +177,12 @@ class ViT(nn.Module):
             x = nn.Dense(self.out_dim, kernel_init=nn.initializers.lecun_normal(), name="head")(x)
         return x, out
 
-    def _some_patches(self, x: Float[Array, "b n d"]) -> Float[Array, "b k d"]:
-        """A random choice of the patches, without repetition; at least one."""
-        kept = max(1, round(x.shape[1] * (1 - self.config.patch_dropout)))
-        draws = jax.random.uniform(self.make_rng("dropout"), x.shape[:2])
-        return jnp.take_along_axis(x, jnp.argsort(draws, axis=1)[:, :kept, None], axis=1)
+    def _some_patches(self, pictures: int) -> Int[Array, "b k"]:
+        """Which patches of each picture stay: a random choice without repetition, at least one."""
+        patches = self.config.grid[0] * self.config.grid[1]
+        kept = max(1, round(patches * (1 - self.config.patch_dropout)))
+        draws = jax.random.uniform(self.make_rng("dropout"), (pictures, patches))
+        return jax.lax.top_k(draws, kept)[1]
 
     def _positions(self) -> Float[Array, "1 n d"]:
         config, width = self.config, self.config.spec.width

@@ -47,7 +47,8 @@ def test_control_pieces_cannot_be_typed(tokenizer):
 
 
 def test_training_again_gives_the_same_file(tmp_path):
-    train_tokenizer(iter_captions(TarSource(SAMPLE_TRAIN)), tmp_path / "again.model", vocab_size=4000)
+    texts = iter_captions(TarSource(SAMPLE_TRAIN), repeat={"captions.en": 6, "keywords": 6})
+    train_tokenizer(texts, tmp_path / "again.model", vocab_size=4000)
     remade = SentencePieceTokenizer(tmp_path / "again.model")._processor
     shipped = SentencePieceTokenizer(SPIECE)._processor
     assert [remade.id_to_piece(i) for i in range(4000)] == [shipped.id_to_piece(i) for i in range(4000)]
