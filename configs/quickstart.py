@@ -1,6 +1,14 @@
-"""A small SigLIP from scratch on the shipped emoji sample: about five minutes on two CPU cores.
+"""A small SigLIP from scratch on the shipped emoji sample: about four minutes of training on two CPU cores.
 
-siglip train configs/quickstart.py
+    siglip train configs/quickstart.py
+
+1850 pictures with names in twelve languages; evaluated on 312 pictures of things that were never seen. What overfits least on
+so few pairs, found by cross-validation inside the training shards (docs/log.md):
+
+- every pixel of a 16 x 16 picture is a token, and nine of ten are left out in training: colour is the best cue here, so
+  colours are not jittered either;
+- the text tower starts as a bag of pieces (large token embeddings that hardly move) and learns slowly;
+- keywords are captions too.
 """
 
 from pathlib import Path
@@ -17,38 +25,48 @@ from siglip.optim import OptimConfig
 
 SAMPLE = Path(data_pipelines.__file__).parent / "sample"
 LANGUAGES = ("en", "ar", "de", "es", "fr", "hi", "ja", "ru", "sw", "te", "th", "zh")
+LEARNING_RATE = 2e-3
 
 
 def get_config() -> TrainConfig:
+    captions = (("captions.en", 0.25), ("captions.*", 0.15), ("keywords", 0.3), ("captions.en+keywords", 0.3))
     return TrainConfig(
         data=DataConfig(
-            sources=(
-                SourceConfig(
-                    shards=str(SAMPLE / "emoji-train-*.tar"),
-                    captions=(("captions.en", 0.4), ("captions.en+keywords", 0.4), ("captions.*", 0.2)),
-                ),
-            ),
+            sources=(SourceConfig(str(SAMPLE / "emoji-train-*.tar"), captions=captions),),
             tokenizer=str(SAMPLE / "spiece.model"),
-            augment=AugmentConfig(scale=(0.7, 1.2), aspect=0.12, shift=0.1),
+            augment=AugmentConfig(scale=(0.82, 1.42), aspect=0.12, shift=0.1, flip=0.5),
             threads=1,
         ),
         model=ModelConfig(
-            image=ImageConfig(width=96, depth=3, mlp_dim=384, num_heads=3, patch_size=(8, 8), image_size=(32, 32)),
-            text=TextConfig(width=96, depth=1, mlp_dim=384, num_heads=3, vocab_size=4000, length=12),
-            out_dim=(None, 96),
+            image=ImageConfig(
+                width=96, depth=1, mlp_dim=384, num_heads=3, patch_size=(1, 1), image_size=(16, 16), patch_dropout=0.9
+            ),
+            text=TextConfig(
+                width=192, depth=1, mlp_dim=192, num_heads=3, vocab_size=4000, length=12, pool="mean", embed_std=1.0
+            ),
+            out_dim=(256, 256),
+            bias_init=-4.0,
         ),
         total_steps=4000,
         batch_size=64,
         workdir="runs/quickstart",
-        optim=OptimConfig(lr=2e-3, weight_decay=1e-4, warmup_steps=300),
+        optim=OptimConfig(
+            lr=LEARNING_RATE,
+            weight_decay=1.0 * LEARNING_RATE,
+            weight_decay_mults=(("txt/.*/kernel", 0.25), (".*/kernel", 1.0)),
+            lr_mults=(("t|b", 10.0), ("txt/(Embed_0/embedding|pos_embedding)", 0.05), ("txt/.*", 0.25)),
+            warmup_steps=300,
+        ),
         eval=EvalConfig(
             tasks=(
                 EvalTask(
-                    "retrieval", "emoji", str(SAMPLE / "emoji-heldout-*.tar"),
+                    "retrieval",
+                    "emoji",
+                    str(SAMPLE / "emoji-heldout-*.tar"),
                     captions=tuple(f"captions.{language}" for language in LANGUAGES),
                 ),
             ),
         ),
         checkpoint=CheckpointConfig(every_steps=1000),
-        log=LogConfig(every_steps=100),
-    )  # fmt: skip
+        log=LogConfig(every_steps=50),
+    )

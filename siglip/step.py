@@ -125,7 +125,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         def loss_of(params: Params) -> Float[Array, ""]:
             params = jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, frozen)
-            return apply_loss(params, batch, jax.random.fold_in(jax.random.key(seed), state.step))
+            return apply_loss(params, batch, jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step))
 
         value, grads = jax.value_and_grad(loss_of)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -19,8 +19,11 @@ from siglip.shapes import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The text tower. `width`, `depth`, `mlp_dim` and `num_heads` override what `variant` says; `length` is in
-    tokens."""
+    """The text tower. `width`, `depth`, `mlp_dim` and `num_heads` override what `variant` says; `length` is in tokens.
+
+    `dropout` acts in training: on the embedding and on what each half-block adds. `embed_std` is the spread of fresh token
+    embeddings, 1/sqrt(width) by default; larger than the positions' it makes the tower start out as a bag of pieces.
+    """
 
     variant: str = "B"
     width: int | None = None
@@ -34,10 +37,13 @@ class TextConfig:
     remat: Remat = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
     dropout: float = 0.0
+    embed_std: float | None = None
 
     def __post_init__(self) -> None:
         check_choices(self, ("pool", "remat", "dtype"))
         check_rate("text.dropout", self.dropout)
+        if self.embed_std is not None and not self.embed_std > 0:
+            raise ValueError(f"text.embed_std={self.embed_std} must be positive, or None for 1/sqrt(width)")
         if parse_variant(self.variant)[1] is not None:
             raise ValueError(
                 f"variant={self.variant!r}: a text tower has no patches; use {self.variant.split('/')[0]!r}"
@@ -71,7 +77,8 @@ class TextTransformer(nn.Module):
             got = "x".join(map(str, text.shape))
             raise ValueError(f"texts are {got} but the model takes bx{config.length}; pad or cut them to that length")
         normal = nn.initializers.normal(spec.width**-0.5)
-        x = nn.Embed(config.vocab_size, spec.width, embedding_init=normal, name="Embed_0")(text)
+        embed_init = normal if config.embed_std is None else nn.initializers.normal(config.embed_std)
+        x = nn.Embed(config.vocab_size, spec.width, embedding_init=embed_init, name="Embed_0")(text)
         x = x + self.param("pos_embedding", normal, (1, config.length, spec.width))
         rate = config.dropout if train else 0.0
         x = dropout(x, rate)

@@ -227,6 +227,10 @@ def test_fresh_parameters():
     kernel = flat["img/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel"]
     assert float(jnp.max(jnp.abs(kernel[0] - kernel[1]))) > 0, "layers of a scan start from different numbers"
     assert float(jnp.std(flat["txt/Embed_0/embedding"])) == pytest.approx(27**-0.5, rel=0.1)
+    wide = dataclasses.replace(config, text=dataclasses.replace(config.text, embed_std=2.0))
+    flat = flatten(jax.jit(lambda key: init_params(wide, key))(jax.random.key(0)))
+    assert float(jnp.std(flat["txt/Embed_0/embedding"])) == pytest.approx(2.0, rel=0.1)
+    assert float(jnp.std(flat["txt/pos_embedding"])) == pytest.approx(27**-0.5, rel=0.15)
 
 
 def test_a_tower_without_input_is_skipped():
