@@ -7,7 +7,6 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SAMPLE := data_pipelines/sample
 RUN ?= runs/quickstart
 STEPS ?=
-LANGUAGES := en ar de es fr hi ja ru sw te th zh
 
 .PHONY: quickstart test slow interop lint clean
 

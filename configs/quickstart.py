@@ -5,8 +5,8 @@
 1850 pictures with names in twelve languages; evaluated on 312 pictures of things that were never seen. What overfits least on
 so few pairs, found by cross-validation inside the training shards (docs/log.md):
 
-- every pixel of a 16 x 16 picture is a token, and nine of ten are left out in training: colour is the best cue here, so
-  colours are not jittered either;
+- small patches of a small picture, most of them left out in training: colour is the best cue here, so colours are not
+  jittered either;
 - the text tower starts as a bag of pieces (large token embeddings that hardly move) and learns slowly;
 - keywords are captions too.
 """
@@ -39,15 +39,15 @@ def get_config() -> TrainConfig:
         ),
         model=ModelConfig(
             image=ImageConfig(
-                width=96, depth=1, mlp_dim=384, num_heads=3, patch_size=(1, 1), image_size=(16, 16), patch_dropout=0.9
+                width=96, depth=1, mlp_dim=384, num_heads=3, patch_size=(2, 2), image_size=(24, 24), patch_dropout=0.87
             ),
             text=TextConfig(
                 width=192, depth=1, mlp_dim=192, num_heads=3, vocab_size=4000, length=12, pool="mean", embed_std=1.0
             ),
-            out_dim=(256, 256),
+            out_dim=(None, 96),
             bias_init=-4.0,
         ),
-        total_steps=4000,
+        total_steps=4200,
         batch_size=64,
         workdir="runs/quickstart",
         optim=OptimConfig(

@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 # What browsers show. Naming them also keeps Pillow's other fifty decoders away from files of unknown origin.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF")
+MAX_CANVAS_PIXELS = 1 << 25
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -126,7 +127,18 @@ def _deep_grey_to_rgb(picture: Image.Image) -> Image.Image:
 def _pad_to(
     picture: Image.Image, box: tuple[float, float, float, float]
 ) -> tuple[Image.Image, tuple[float, float, float, float]]:
-    """A picture with as much white around it as the box reaches out, and the box in its pixels."""
+    """A picture with as much white around it as the box reaches out, and the box in its pixels.
+
+    Where that would need a canvas of more than MAX_CANVAS_PIXELS, the picture is reduced first: it ends up small anyway.
+    """
+    width, height = picture.size
+    reach = (max(box[2], width) - min(box[0], 0)) * (max(box[3], height) - min(box[1], 0))
+    if reach > MAX_CANVAS_PIXELS:
+        factor = int(np.ceil((reach / MAX_CANVAS_PIXELS) ** 0.5))
+        picture = picture.reduce(factor)
+        box = tuple(
+            side * size / old for side, size, old in zip(box, picture.size * 2, (width, height) * 2, strict=True)
+        )
     left, top, right, bottom = box
     width, height = picture.size
     pad_left, pad_top = max(0, int(np.ceil(-left))), max(0, int(np.ceil(-top)))

@@ -70,9 +70,8 @@ class SentencePieceTokenizer:
 def train_tokenizer(texts: Iterable[str], out: str | os.PathLike, *, vocab_size: int) -> None:
     """Trains a unigram SentencePiece model with byte fallback on lower-cased texts and writes it to `out`.
 
-    Ids as in the published models: `<pad>` 0, `</s>` 1, `<unk>` 2, then the 256 bytes. One thread, so the
-      same texts
-    in the same order give the same file with the same version of sentencepiece.
+    Ids as in the published models: `<pad>` 0, `</s>` 1, `<unk>` 2, then the 256 bytes. One thread, so the same texts in
+    the same order give the same file with the same version of sentencepiece.
 
     Raises:
       ValueError: no texts, or a vocabulary that these texts cannot fill or that cannot hold their characters.

@@ -17,6 +17,7 @@ the workdir's config.json; only where it runs and what it reports may differ.
 import dataclasses
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,8 +34,14 @@ CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.model"
 CHECKPOINTS_DIR = "checkpoints"
 
-# Fields that neither change the parameters nor the pairs: where it runs, how often it reports, where it is written.
-FREE_FIELDS = ("workdir", "mesh", "log", "checkpoint", "eval", "data/workers", "data/threads", "data/prefetch")
+# Fields (patterns of their paths) that neither change the parameters nor the pairs: where it runs, how often it reports, where
+# files lie. What the files hold is compared by content: the loader's fingerprint, and the tokenizer in the workdir.
+FREE_FIELDS = (
+    "workdir",
+    "(mesh|log|checkpoint|eval)(/.*)?",
+    "data/(workers|threads|prefetch|cache_bytes|tokenizer)",
+    r"data/sources/\d+/shards",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +51,8 @@ class CheckpointConfig:
     Attributes:
         every_steps: steps between checkpoints; one more is always written at the end and at SIGTERM or SIGINT.
         keep: how many of the newest stay.
-        best_metric: name of an evaluation metric in metrics.jsonl; the checkpoint where it is highest stays too, and one
-            is written whenever an evaluation sets a new best.
+        best_metric: name of an evaluation metric in metrics.jsonl, one for which higher is better; the checkpoint where it
+            is highest stays too, and one is written whenever an evaluation sets a new best.
     """
 
     every_steps: int = 1000
@@ -56,19 +63,29 @@ class CheckpointConfig:
         for name in ("every_steps", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"checkpoint.{name}={getattr(self, name)} must be at least 1")
+        if self.best_metric is not None and self.best_metric.endswith("median_rank"):
+            raise ValueError(
+                f"checkpoint.best_metric={self.best_metric} is better when lower; name a recall or an accuracy"
+            )
 
 
 class Checkpointer:
     """Saves to and restores from one workdir."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig) -> None:
-        best = BestN(get_metric_fn=_best_metric, n=1, keep_checkpoints_without_metrics=False)
+        # Values are stored under the metric's name: what another metric was best at does not count.
+        self._best_name = config.best_metric or "none"
+
+        def value_of(metrics: Mapping[str, float]) -> float:
+            return metrics.get(self._best_name, -np.inf)
+
+        best = BestN(get_metric_fn=value_of, n=1, keep_checkpoints_without_metrics=False)
         self._folder = workdir.resolve() / CHECKPOINTS_DIR
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(n=config.keep), best]),
-                best_fn=_best_metric,  # without it orbax does not write the metric down
+                best_fn=value_of,  # without it orbax does not write the metric down
                 cleanup_tmp_directories=True,
             ),
         )
@@ -80,7 +97,7 @@ class Checkpointer:
     def best_value(self) -> float:
         """Highest `best_metric` among the checkpoints on disk; minus infinity when none has one."""
         values = [self._manager.metrics(step) for step in self._manager.all_steps()]
-        return max((v["best_metric"] for v in values if v), default=-np.inf)
+        return max((v.get(self._best_name, -np.inf) for v in values if v), default=-np.inf)
 
     def save(
         self,
@@ -101,7 +118,7 @@ class Checkpointer:
                 data=ocp.args.JsonSave(dict(data_state)),
                 config=ocp.args.JsonSave(dict(config)),
             ),
-            metrics=None if best_metric is None else {"best_metric": best_metric},
+            metrics=None if best_metric is None else {self._best_name: best_metric},
         )
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -114,11 +131,13 @@ class Checkpointer:
             items = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
             )
-        except Exception as error:  # noqa: BLE001 - orbax raises a dozen kinds for one cause: files that do not fit
+        except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+            raise  # the checkpoint may be whole
+        except Exception as error:  # orbax raises a dozen kinds for one cause: files that do not fit
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(
                 f"checkpoint {self._folder / str(step)} cannot be read ({first_line[:200]}); "
-                f"remove that folder to go on from the one before"
+                f"move that folder away to go on from the one before"
             ) from error
         return items.state, items.data
 
@@ -130,10 +149,6 @@ class Checkpointer:
         """Waits and releases."""
         self._manager.wait_until_finished()
         self._manager.close()
-
-
-def _best_metric(metrics: Mapping[str, float]) -> float:
-    return metrics["best_metric"]
 
 
 def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
@@ -160,11 +175,11 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     old_flat, new_flat = _flatten_json(old), _flatten_json(new)
-    free = tuple(f"{name}/" for name in FREE_FIELDS)
+    free = re.compile("|".join(f"(?:{pattern})" for pattern in FREE_FIELDS))
     return [
         f"{path.replace('/', '.')} is {old_flat.get(path, 'absent')!r} there and {new_flat.get(path, 'absent')!r} here"
         for path in sorted(old_flat.keys() | new_flat.keys())
-        if not f"{path}/".startswith(free) and old_flat.get(path) != new_flat.get(path)
+        if not free.fullmatch(path) and old_flat.get(path) != new_flat.get(path)
     ]
 
 
@@ -218,7 +233,9 @@ def read_run_params(path: Path, *, step: int | None = None) -> tuple[dict[str, A
     workdir, named_step = _run_of(path) or (path, None)
     step = named_step if step is None else step
     folder = workdir.resolve() / CHECKPOINTS_DIR
-    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+    # orbax writes this file last: a folder without it is half a checkpoint.
+    whole = [p for p in folder.glob("*") if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists()]
+    steps = sorted(int(p.name) for p in whole)
     step = steps[-1] if step is None and steps else step
     if step not in steps:
         raise FileNotFoundError(
@@ -239,8 +256,12 @@ def read_run_params(path: Path, *, step: int | None = None) -> tuple[dict[str, A
                     partial_restore=True,
                 ),
             )
-    except Exception as error:  # noqa: BLE001 - see Checkpointer.restore
-        raise ValueError(f"checkpoint {folder / str(step)} cannot be read ({str(error)[:200]})") from error
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:  # as in Checkpointer.restore
+        raise ValueError(
+            f"checkpoint {folder / str(step)} cannot be read ({str(error)[:200]}); try another step"
+        ) from error
     params = restored[name]
     assert trees.flatten(params), "a checkpoint without parameters"
     return params, config, step

@@ -6,16 +6,20 @@ A recipe is a Python file with `def get_config() -> TrainConfig` (configs/); eve
 
 import dataclasses
 import importlib.util
+import re
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from data_pipelines.augment import AugmentConfig
 from data_pipelines.loader import DataConfig
+from data_pipelines.mixture import SourceConfig
 from siglip import trees
 from siglip.checkpoint import CheckpointConfig
 from siglip.metrics import LogConfig
-from siglip.models.two_tower import ModelConfig
+from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.optim import OptimConfig
 from siglip.sharding import MeshConfig
 from siglip.step import LossConfig
@@ -105,6 +109,17 @@ class TrainConfig:
             raise ValueError(f"seed={self.seed} must not be negative")
         if self.model.text is None:
             raise ValueError("model.text is None: pretraining needs a text tower")
+        best, tasks = self.checkpoint.best_metric, [f"eval/{task.task}/{task.name}" for task in self.eval.tasks]
+        if best is not None and not best.startswith(tuple(tasks)):
+            raise ValueError(
+                f"checkpoint.best_metric={best!r} belongs to no evaluation task; there are {tasks or 'none'}"
+            )
+
+
+CONFIG_CLASSES = (
+    TrainConfig, EvalConfig, EvalTask, DataConfig, SourceConfig, AugmentConfig, ModelConfig, ImageConfig, TextConfig,
+    OptimConfig, MeshConfig, LossConfig, CheckpointConfig, LogConfig,
+)  # fmt: skip
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
@@ -134,11 +149,23 @@ def load_config_file(path: str) -> TrainConfig:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ValueError(f"config file {path} is not valid Python: {error}") from None
-    if "get_config" not in vars(module):
-        raise ValueError(f"config file {path} defines no get_config(); add `def get_config() -> TrainConfig`")
-    config = module.get_config()
+        if "get_config" not in vars(module):
+            raise ValueError("it defines no get_config(); add `def get_config() -> TrainConfig`")
+        config = module.get_config()
+    except Exception as error:  # a recipe is a user's file: whatever it raises is told in one line
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ValueError(f"config file {path}{where}: {error}{_suggest_field(error)}") from error
     if not isinstance(config, TrainConfig):
         raise ValueError(f"get_config() of {path} returned {type(config).__name__}; it must return a TrainConfig")
     return config
+
+
+def _suggest_field(error: Exception) -> str:
+    """For "XConfig.__init__() got an unexpected keyword argument 'y'" the closest field of XConfig."""
+    match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if match is None:
+        return ""
+    known = {cls.__name__: cls for cls in CONFIG_CLASSES}
+    cls = known.get(match[1])
+    return "" if cls is None else trees.did_you_mean(match[2], [field.name for field in dataclasses.fields(cls)])

@@ -78,7 +78,7 @@ def chunked_sigmoid_loss(
         impl: "auto" takes the ring on TPUs whose compiler overlaps its permutes (v5p, v6e), else the all-gather.
 
     Raises:
-        ValueError: if the batch does not divide over the devices of `axis`, or `chunk_size` is below 1.
+        ValueError: if the batch does not divide over the devices of `axis`, `chunk_size` is below 1, or `impl` is unknown.
     """
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
     unknown = [name for name in axes if name not in mesh.shape]
@@ -91,6 +91,8 @@ def chunked_sigmoid_loss(
         raise ValueError(f"batch of {zimg.shape[0]} pairs does not divide over {devices} devices; pad or shrink it")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1, or None to have it chosen")
+    if impl not in ("auto", "all_gather", "ring"):
+        raise ValueError(f"impl={impl!r} is none of 'auto', 'all_gather', 'ring'")
     impl = _auto_impl(mesh, devices) if impl == "auto" else impl
     block = zimg.shape[0] // devices
     if chunk_size is None:

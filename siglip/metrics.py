@@ -137,7 +137,7 @@ def _has_wandb_login() -> bool:
 def _warn_only(what: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - whatever a logging service throws, the run goes on
+    except Exception as error:  # whatever a logging service throws, the run goes on
         warnings.warn(f"{what} failed and is skipped: {error}", stacklevel=3)
 
 

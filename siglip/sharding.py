@@ -109,18 +109,19 @@ def _fsdp_spec(leaf: Any, config: MeshConfig) -> PartitionSpec:
 def like_params(tree: Any, params: Mapping[str, Any], shardings: Mapping[str, Any], mesh: Mesh) -> Any:
     """Shardings for a tree that holds param-shaped sub-trees (an optimizer state): param-shaped leaves get theirs.
 
-    A leaf belongs to a parameter when the end of its path is the parameter's path and the shapes agree; every other
-    leaf (counters, factored moments) is replicated.
+    A leaf belongs to a parameter when its path ends with the parameter's path and the shapes agree; every other leaf
+    (counters, factored moments) is replicated.
     """
-    by_path = {
-        path: (leaf.shape, sharding)
-        for (path, leaf), sharding in zip(trees.flatten(params).items(), trees.flatten(shardings).values(), strict=True)
-    }
+    flat_shardings = trees.flatten(shardings)
+    by_path = {path: (leaf.shape, flat_shardings[path]) for path, leaf in trees.flatten(params).items()}
     replicated = NamedSharding(mesh, P_REPLICATED)
 
     def choose(path: Any, leaf: Any) -> NamedSharding:
         names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-        shape, sharding = by_path.get("/".join(names), (None, None))
-        return sharding if sharding is not None and shape == leaf.shape else replicated
+        for start in range(len(names)):
+            shape, sharding = by_path.get("/".join(names[start:]), (None, None))
+            if sharding is not None and shape == leaf.shape:
+                return sharding
+        return replicated
 
     return jax.tree_util.tree_map_with_path(choose, tree)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
@@ -69,36 +70,47 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
 
-def normalize_pixels(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+def normalize_pixels(images: UInt8[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b h w 3"]:
     """0 … 255 -> -1 … 1, the range of every published SigLIP checkpoint."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
 
 
-def init_state(
+def state_like(
     model: ModelConfig,
     optimizer: optax.GradientTransformation,
     *,
     mesh: Mesh,
     mesh_config: sharding.MeshConfig,
-    seed: int,
     ema: bool = False,
 ) -> TrainState:
-    """A fresh state, born sharded as it will be used; `ema`: with a running average of the parameters."""
+    """The state as ShapeDtypeStructs with their shardings; `ema`: with a running average of the parameters.
 
-    def init() -> TrainState:
-        params = init_params(model, jax.random.key(seed))
-        average = jax.tree.map(jnp.copy, params) if ema else None
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
-
-    return jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init), mesh=mesh, mesh_config=mesh_config))()
-
-
-def state_shardings(state: TrainState, *, mesh: Mesh, mesh_config: sharding.MeshConfig) -> TrainState:
-    """A TrainState of NamedShardings for a TrainState of arrays or shapes."""
-    params = sharding.param_shardings(state.params, mesh, mesh_config)
+    Raises:
+        ValueError: if the mesh has an fsdp axis that shards nothing.
+    """
+    shapes = jax.eval_shape(lambda: _fresh_state(model, optimizer, jax.random.key(0), ema=ema))
+    params = sharding.param_shardings(shapes.params, mesh, mesh_config)
     replicated = NamedSharding(mesh, sharding.P_REPLICATED)
-    opt_state = sharding.like_params(state.opt_state, state.params, params, mesh)
-    return TrainState(replicated, params, opt_state, None if state.ema is None else params)
+    opt_state = sharding.like_params(shapes.opt_state, shapes.params, params, mesh)
+    layout = TrainState(replicated, params, opt_state, params if ema else None)
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
+
+
+def init_state(
+    model: ModelConfig, optimizer: optax.GradientTransformation, *, like: TrainState, seed: int
+) -> TrainState:
+    """A fresh state, born sharded as `like` (from `state_like`) says."""
+    init = jax.jit(
+        lambda: _fresh_state(model, optimizer, jax.random.key(seed), ema=like.ema is not None),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like),
+    )
+    return init()
+
+
+def _fresh_state(model: ModelConfig, optimizer: optax.GradientTransformation, key: Array, *, ema: bool) -> TrainState:
+    params = init_params(model, key)
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
 
 def make_train_step(
@@ -109,6 +121,7 @@ def make_train_step(
     mesh: Mesh,
     loss: LossConfig,
     frozen: Params,
+    like: TrainState,
     ema: float = 0.0,
     seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
@@ -117,6 +130,7 @@ def make_train_step(
     Args:
         schedule: step -> factor, only to report it as `train/schedule`.
         frozen: bools like the parameters; True where they do not train (their gradient is never computed).
+        like: the state's layout, from `state_like`: the new state keeps it, or the next call would compile again.
         ema: decay of the running average, for a state that has one; shorter at the start: min(ema, (1 + step)/(10 + step)).
         seed: of dropout; the draws of a step are a function of (seed, step).
     """
@@ -145,7 +159,7 @@ def make_train_step(
             average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, params)
         return TrainState(state.step + 1, params, opt_state, average), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, like), None))
 
 
 def make_loss_fn(

@@ -12,22 +12,21 @@ that were handed out, and saved together with the state those batches made.
 import json
 import logging
 import math
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import optax
 
 from siglip import optim, sharding
 from siglip.checkpoint import TOKENIZER_FILE, Checkpointer, open_workdir, write_atomically
 from siglip.config import TrainConfig, to_json
-from siglip.metrics import MetricsWriter, Progress, Throughput
+from siglip.metrics import MetricsWriter, Progress, Throughput, read_metrics
 from siglip.models.two_tower import param_shapes
-from siglip.step import TrainState, init_state, make_train_step, state_shardings
+from siglip.signals import Interrupted, SignalFlag
+from siglip.step import TrainState, init_state, make_train_step, state_like
 
 BAD_BATCH_FILE = "non_finite_batch.json"
 
@@ -54,17 +53,6 @@ class Batches(Protocol):
 
 class NonFiniteLoss(RuntimeError):
     """The run diverged; the message names the step and where the batch's keys are."""
-
-
-class Interrupted(RuntimeError):
-    """SIGTERM or SIGINT arrived; everything up to `step` is saved."""
-
-    def __init__(self, signum: int, step: int, workdir: Path) -> None:
-        self.signum = signum
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name} at step {step}, which is saved; "
-            f"the same command goes on from there (workdir {workdir})"
-        )
 
 
 class _Pending(NamedTuple):
@@ -97,63 +85,89 @@ def train(
         NonFiniteLoss: the last good checkpoint is intact.
         Interrupted: after SIGTERM or SIGINT; the state is saved.
     """
-    workdir = Path(config.workdir)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch_size(config.batch_size, mesh)
-    shapes = param_shapes(config.model)
-    optimizer = optim.make_optimizer(config.optim, shapes, total_steps=config.total_steps)
-    open_workdir(workdir, to_json(config))
-    if tokenizer is not None:
-        write_atomically(workdir / TOKENIZER_FILE, tokenizer)
-    checkpointer = Checkpointer(workdir, config.checkpoint)
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    logger.info(
-        "%.1f M parameters, %d steps of %d pairs on %d x %s -> %s",
-        parameters / 1e6, config.total_steps, config.batch_size, mesh.size, mesh.devices.flat[0].device_kind, workdir,
-    )  # fmt: skip
-
-    with jax.set_mesh(mesh), _Signals() as signals:
-        step_fn = make_train_step(
-            config.model,
-            optimizer,
-            optim.make_schedule(config.optim, config.total_steps),
-            mesh=mesh,
-            loss=config.loss,
-            frozen=optim.frozen_mask(config.optim, shapes),
-            ema=config.optim.ema,
-            seed=config.seed,
-        )
-        state, start_step = _restore_or_init(config, optimizer, checkpointer, batches, mesh)
+    program = _build(config, mesh)
+    workdir = _open(config, tokenizer)
+    with jax.set_mesh(mesh), SignalFlag() as signals:
+        checkpointer = Checkpointer(workdir, config.checkpoint)
+        state, start_step = _restore_or_init(config, program, checkpointer, batches)
         run = _Run(config, batches, checkpointer, evaluate, workdir, start_step)
         try:
+            run.make_up_for_a_missed_evaluation(start_step, state)
             for step in range(start_step + 1, config.total_steps + 1):
-                with run.throughput.waiting_for_data():
-                    batch = dict(next(batches))
+                try:
+                    with run.throughput.waiting_for_data():
+                        batch = dict(next(batches))
+                except Exception:
+                    # A terminal sends Ctrl-C to data workers too: their death is then no failure of the run.
+                    if signals.received is None:
+                        raise
+                    run.save(step - 1, state)
+                    raise Interrupted(signals.received, step - 1, workdir) from None
                 keys = list(batch.pop("key", ()))
-                state, metrics = step_fn(state, sharding.put_batch(batch, mesh))
-                run.after_step(step, state, metrics, keys, stop=signals.received is not None)
-                if signals.received is not None and step < config.total_steps:
-                    raise Interrupted(signals.received, step, workdir)
+                state, metrics = program.step(state, sharding.put_batch(batch, mesh))
+                stop = signals.received
+                run.after_step(step, state, metrics, keys, stop=stop is not None)
+                if stop is not None:
+                    raise Interrupted(stop, step, workdir)
         finally:
             run.close()
     return state
 
 
-def _restore_or_init(
-    config: TrainConfig, optimizer: Any, checkpointer: Checkpointer, batches: Batches, mesh: jax.sharding.Mesh
-) -> tuple[TrainState, int]:
-    def init() -> TrainState:
-        return init_state(
-            config.model, optimizer, mesh=mesh, mesh_config=config.mesh, seed=config.seed, ema=config.optim.ema > 0
-        )
+class _Program(NamedTuple):
+    """The optimizer, the state's shapes and layout, and the jitted step."""
 
+    optimizer: optax.GradientTransformation
+    like: TrainState
+    step: Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def _build(config: TrainConfig, mesh: jax.sharding.Mesh) -> _Program:
+    sharding.check_batch_size(config.batch_size, mesh)
+    shapes = param_shapes(config.model)
+    optimizer = optim.make_optimizer(config.optim, shapes, total_steps=config.total_steps)
+    like = state_like(config.model, optimizer, mesh=mesh, mesh_config=config.mesh, ema=config.optim.ema > 0)
+    step = make_train_step(
+        config.model,
+        optimizer,
+        optim.make_schedule(config.optim, config.total_steps),
+        mesh=mesh,
+        loss=config.loss,
+        frozen=optim.frozen_mask(config.optim, shapes),
+        like=like,
+        ema=config.optim.ema,
+        seed=config.seed,
+    )
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    total = f"{config.total_steps} steps of {config.batch_size} pairs"
+    kind = mesh.devices.flat[0].device_kind
+    logger.info("%.1f M parameters, %s on %d x %s -> %s", parameters / 1e6, total, mesh.size, kind, config.workdir)
+    return _Program(optimizer, like, step)
+
+
+def _open(config: TrainConfig, tokenizer: bytes | None) -> Path:
+    """The workdir, with config.json and tokenizer in it, or an error if it belongs to another run."""
+    workdir = Path(config.workdir)
+    path = workdir / TOKENIZER_FILE
+    if tokenizer is not None and path.exists() and path.read_bytes() != tokenizer:
+        raise ValueError(
+            f"workdir {workdir} was trained with another tokenizer than {config.data.tokenizer}; "
+            f"use --data.tokenizer {path}, or another --workdir"
+        )
+    open_workdir(workdir, to_json(config))
+    if tokenizer is not None and not path.exists():
+        write_atomically(path, tokenizer)
+    return workdir
+
+
+def _restore_or_init(
+    config: TrainConfig, program: _Program, checkpointer: Checkpointer, batches: Batches
+) -> tuple[TrainState, int]:
     step = checkpointer.latest_step()
     if step is None:
-        return init(), 0
-    shapes = jax.eval_shape(init)
-    layout = state_shardings(shapes, mesh=mesh, mesh_config=config.mesh)
-    like = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
-    state, data_state = checkpointer.restore(step, like)
+        return init_state(config.model, program.optimizer, like=program.like, seed=config.seed), 0
+    state, data_state = checkpointer.restore(step, program.like)
     batches.restore(data_state)
     finished = step == config.total_steps
     logger.info("%s step %d of %s", "nothing to do after" if finished else "going on from", step, config.workdir)
@@ -193,18 +207,37 @@ class _Run:
             self.throughput.restart()  # it compiled
         else:
             self.throughput.step()
-        eval_due = self._evaluate is not None and (last or _due(step, config.eval.every_steps)) and not stop
+        eval_due = self._eval_due(step) and not stop
         save_due = last or stop or _due(step, config.checkpoint.every_steps)
         if last or stop or _due(step, config.log.every_steps):
             self._log(step)
         elif eval_due or save_due:
             self._check_losses()
-        best = self._run_evaluation(step, state) if eval_due else None
+        best = None
+        if eval_due:
+            try:
+                best = self._run_evaluation(step, state)
+            except BaseException:
+                self.save(step, state)  # what was trained must outlive a broken evaluation
+                raise
         if save_due or best is not None:
-            self._checkpointer.save(
-                step, state, data_state=self._batches.state(), config=to_json(config), best_metric=best
-            )
-            self.throughput.restart()
+            self.save(step, state, best=best)
+
+    def make_up_for_a_missed_evaluation(self, step: int, state: TrainState) -> None:
+        """Evaluates the restored state when that was due but the run was stopped before."""
+        if step == 0 or not self._eval_due(step):
+            return
+        lines = read_metrics(self._workdir)
+        if not any(line["step"] == step and any(name.startswith("eval/") for name in line) for line in lines):
+            self._run_evaluation(step, state)
+
+    def save(self, step: int, state: TrainState, *, best: float | None = None) -> None:
+        """Starts a checkpoint of `step`, unless there is one; raises NonFiniteLoss instead of saving a bad state."""
+        self._check_losses()
+        self._checkpointer.save(
+            step, state, data_state=self._batches.state(), config=to_json(self._config), best_metric=best
+        )
+        self.throughput.restart()
 
     def close(self) -> None:
         """Lets the last checkpoint finish, whatever happened."""
@@ -212,6 +245,10 @@ class _Run:
         self._writer.close()
         self._batches.close()
         self._checkpointer.close()
+
+    def _eval_due(self, step: int) -> bool:
+        config = self._config
+        return self._evaluate is not None and (step == config.total_steps or _due(step, config.eval.every_steps))
 
     def _log(self, step: int) -> None:
         values = self._check_losses()
@@ -224,14 +261,16 @@ class _Run:
         """Waits for the pending steps and returns the last one's metrics; raises NonFiniteLoss at the first bad one."""
         pending, self._pending = jax.device_get(self._pending), []
         for step, metrics, keys in pending:
-            if not math.isfinite(metrics["train/loss"]):
+            # A finite loss can have a gradient that is not: the parameters are ruined one step before the loss is.
+            if not (math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["train/update_norm"])):
                 path = self._workdir / BAD_BATCH_FILE
                 write_atomically(
                     path, json.dumps({"step": step, "loss": repr(metrics["train/loss"].item()), "keys": keys})
                 )
                 saved = self._checkpointer.latest_step()
                 raise NonFiniteLoss(
-                    f"loss is {metrics['train/loss']} at step {step}; the keys of its batch are in {path}; "
+                    f"loss is {metrics['train/loss']}, norm of the update {metrics['train/update_norm']} at step {step}; "
+                    f"the keys of its batch are in {path}; "
                     f"the last good checkpoint is {'none' if saved is None else f'step {saved}'}; "
                     f"lower optim.lr, lengthen the warm-up or look at those pairs"
                 )
@@ -259,31 +298,3 @@ class _Run:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-class _Signals:
-    """Notes the first SIGTERM or SIGINT instead of dying; a second one has its usual effect.
-
-    Outside the main thread Python allows no handlers: then signals do what they always do.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _note(self, signum: int, _: FrameType | None) -> None:
-        self.received = signum
-        self._restore()
-
-    def _restore(self) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-        self._previous = {}

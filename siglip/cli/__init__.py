@@ -6,11 +6,12 @@ state was then saved. Bad input is one line that says what is wrong and how to m
 The trap: importing jax takes seconds, so nothing here imports a command before it is called; `siglip --help` stays quick.
 """
 
-import difflib
 import logging
 import os
 import sys
 import traceback
+
+from siglip.trees import did_you_mean
 
 HELP = """usage: siglip COMMAND …
 
@@ -53,6 +54,8 @@ def run(args: list[str]) -> int:
         IsADirectoryError,
     ) as error:
         return _fail(error, 2)
+    except ImportError as error:
+        return _fail(RuntimeError(f"{error}; install that package: python -m pip install {error.name}"), 1)
     except (RuntimeError, OSError) as error:
         return _fail(error, _exit_code_of(error))
     except KeyboardInterrupt as error:
@@ -99,9 +102,8 @@ def _dispatch(command: str, args: list[str]) -> None:
         data_command(args)
     else:
         commands = ["train", "eval", "export", "embed", "report", "data"]
-        close = difflib.get_close_matches(command, commands, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(commands)}"
-        raise ValueError(f"unknown command {command!r}; {hint}")
+        hint = did_you_mean(command, commands) or f"; there are {', '.join(commands)}"
+        raise ValueError(f"unknown command {command!r}{hint}")
 
 
 def _fail(error: BaseException, code: int) -> int:
@@ -115,6 +117,6 @@ def _fail(error: BaseException, code: int) -> int:
 
 
 def _exit_code_of(error: RuntimeError | OSError) -> int:
-    from siglip.train import Interrupted
+    from siglip.signals import Interrupted
 
     return 128 + error.signum if isinstance(error, Interrupted) else 1

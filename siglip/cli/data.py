@@ -1,7 +1,6 @@
 """`siglip data index` and `siglip data tokenizer`: preparing data without training."""
 
 import dataclasses
-import difflib
 
 import tyro
 
@@ -9,6 +8,7 @@ from data_pipelines.sources.webdataset import TarSource
 from data_pipelines.text_ops import iter_captions
 from data_pipelines.tokenizers import SentencePieceTokenizer, train_tokenizer
 from siglip.cli.arguments import parse
+from siglip.trees import did_you_mean
 
 USAGE = """usage: siglip data index SHARDS…
        siglip data tokenizer SHARDS… --out FILE [--vocab-size N] [--repeat FIELD N …]
@@ -52,10 +52,8 @@ def data_command(args: list[str]) -> None:
     elif args[0] == "tokenizer":
         tokenizer_command(args[1:])
     else:
-        close = difflib.get_close_matches(args[0], ["index", "tokenizer"], n=1)
-        raise ValueError(
-            f"unknown command 'data {args[0]}'; did you mean {close[0] if close else 'index or tokenizer'!r}?"
-        )
+        hint = did_you_mean(args[0], ["index", "tokenizer"]) or "; there are index and tokenizer"
+        raise ValueError(f"unknown command 'data {args[0]}'{hint}")
 
 
 def index_command(args: list[str]) -> None:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +21,7 @@ from siglip.encoder import Encoder, load
 from siglip.evaluators import zeroshot
 from siglip.evaluators.retrieval import mean_of, retrieval
 from siglip.metrics import format_value, short_name
+from siglip.step import normalize_pixels
 
 TASK_NAMES = {"retrieval": "zeroshot_retrieval", "zeroshot": "zeroshot_classification"}
 
@@ -72,6 +74,9 @@ class EmbedArgs:
     batch_size: int = 256
 
 
+logger = logging.getLogger(__name__)
+
+
 class Tower(NamedTuple):
     """What an evaluation needs of a model: uint8 pictures and token ids in, unit vectors out."""
 
@@ -89,15 +94,28 @@ class Tower(NamedTuple):
 
     def embed_shards(self, data: str) -> tuple[np.ndarray, list[str], list[Mapping[str, Any]]]:
         """(float32 [n, e], keys, fields) of every decodable picture of the shards, in order."""
-        batches = make_eval_batches(TarSource(data), batch_size=self.batch_size, image_size=self.image_size)
-        z, keys, fields = [], [], []
-        for batch in batches:
-            z.append(embed_in_batches(self.images, batch["image"], self.batch_size))
-            keys += batch["key"]
-            fields += batch["fields"]
-        if not keys:
-            raise ValueError(f"{data} holds no picture that can be decoded ({dict(batches.counts)}); check the shards")
-        return np.concatenate(z), keys, fields
+        return embed_shards(self.images, data, image_size=self.image_size, batch_size=self.batch_size)
+
+
+def embed_shards(
+    images: Callable[[np.ndarray], Any], data: str, *, image_size: tuple[int, int], batch_size: int
+) -> tuple[np.ndarray, list[str], list[Mapping[str, Any]]]:
+    """(float32 [n, e], keys, fields) of every picture of the shards, in order; those that do not decode are left out, aloud.
+
+    Raises:
+        ValueError: if none decodes.
+    """
+    batches = make_eval_batches(TarSource(data), batch_size=batch_size, image_size=image_size)
+    z, keys, fields = [], [], []
+    for batch in batches:
+        z.append(embed_in_batches(images, batch["image"], batch_size))
+        keys += batch["key"]
+        fields += batch["fields"]
+    if not keys:
+        raise ValueError(f"{data} holds no picture that can be decoded ({dict(batches.counts)}); check the shards")
+    if batches.counts:
+        logger.warning("pictures of %s left out because they cannot be decoded: %s", data, dict(batches.counts))
+    return np.concatenate(z), keys, fields
 
 
 class Result(NamedTuple):
@@ -138,6 +156,26 @@ def evaluate_task(task: EvalTask, tower: Tower) -> list[Result]:
     if len(results) > 1:
         results.append(Result(f"{task.name}-mean", task.task, "mean", mean_of([r.metrics for r in results])))
     return results
+
+
+def check_task(task: EvalTask) -> None:
+    """Opens every file of a task and looks for its fields in the first pair.
+
+    Raises:
+        FileNotFoundError, ValueError: for what would fail later.
+    """
+    first = TarSource(task.data)[0].fields
+    if task.task == "retrieval":
+        missing = [name for name in task.captions if not captions_of(first, name)]
+        if len(missing) == len(task.captions):
+            raise ValueError(f"the first pair of {task.data} has none of the caption fields {task.captions}")
+        return
+    zeroshot.make_prompts("class", ["{}"] if task.templates is None else read_names(task.templates))
+    if lookup(first, task.label) is None:
+        raise ValueError(
+            f"the first pair of {task.data} has no field {task.label!r}; name the right field with --label"
+        )
+    read_names(task.classes)
 
 
 def _captions(fields: Iterable[Mapping[str, Any]], name: str, data: str) -> tuple[list[str], np.ndarray]:
@@ -209,7 +247,7 @@ def tower_of(encoder: Encoder, *, tokenizer: str | None, batch_size: int) -> Tow
     if path is None:
         raise ValueError("the model brings no tokenizer; name its SentencePiece model with --tokenizer FILE")
     return Tower(
-        images=lambda images: encoder.embed_images(images.astype(np.float32) / 127.5 - 1),
+        images=_image_function(encoder),
         texts=encoder.embed_texts,
         tokenizer=SentencePieceTokenizer(str(path)),
         image_size=encoder.config.image.image_size,
@@ -260,37 +298,34 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def embed_command(args: list[str]) -> None:
-    """Streams through the shards; the file appears when it is whole."""
+    """Embeds every picture; the file appears when it is whole."""
     options = parse(EmbedArgs, args, prog="siglip embed")
     out = Path(options.out)
     if out.suffix not in (".npz", ".parquet"):
         raise ValueError(f"--out {options.out} must end in .npz or .parquet")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"the folder {out.parent} of --out does not exist; make it first")
     encoder = load(options.src)
-    batches = make_eval_batches(
-        TarSource(options.data), batch_size=options.batch_size, image_size=encoder.config.image.image_size
+    z, keys, _ = embed_shards(
+        _image_function(encoder),
+        options.data,
+        image_size=encoder.config.image.image_size,
+        batch_size=options.batch_size,
     )
-    keys, z = zip(*_embed(encoder, batches, options.batch_size), strict=True) if len(batches.source) else ((), ())
-    keys, z = [key for part in keys for key in part], np.concatenate(z)
     partial = out.with_name(f".partial-{out.name}")
     try:
         if out.suffix == ".npz":
-            np.savez(partial.with_suffix(".npz"), key=np.asarray(keys), embedding=z)
+            np.savez(partial, key=np.asarray(keys), embedding=z)
         else:
             _write_parquet(partial, keys, z)
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
-    print(f"{len(keys)} pictures -> {out}" + (f"; left out: {dict(batches.counts)}" if batches.counts else ""))
+    print(f"{len(keys)} pictures -> {out}")
 
 
-def _embed(
-    encoder: Encoder, batches: Iterable[Mapping[str, Any]], batch_size: int
-) -> Iterator[tuple[list, np.ndarray]]:
-    def embed(images: np.ndarray) -> Any:
-        return encoder.embed_images(images.astype(np.float32) / 127.5 - 1)
-
-    for batch in batches:
-        yield batch["key"], embed_in_batches(embed, batch["image"], batch_size)
+def _image_function(encoder: Encoder) -> Callable[[np.ndarray], Any]:
+    return lambda images: encoder.embed_images(normalize_pixels(images))
 
 
 def _write_parquet(path: Path, keys: list[str], z: np.ndarray) -> None:

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import jax
+
 from data_pipelines.loader import make_loader
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip import sharding
 from siglip.cli.arguments import parse
-from siglip.cli.evaluation import Tower, evaluate_task
+from siglip.cli.evaluation import Tower, check_task, evaluate_task
 from siglip.config import TrainConfig, load_config_file
 from siglip.step import make_embed_fns
 from siglip.train import Evaluate, train
@@ -32,6 +34,8 @@ def train_command(args: list[str]) -> None:
         image_size=config.model.image.image_size,
         text_length=config.model.text.length,
         seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
     evaluate = make_evaluate(config, tokenizer) if config.eval.tasks else None
     train(config, loader, evaluate=evaluate, tokenizer=Path(config.data.tokenizer).read_bytes())
@@ -49,7 +53,12 @@ def load_tokenizer(path: str, *, vocab_size: int) -> SentencePieceTokenizer:
 
 
 def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer) -> Evaluate:
-    """All of the config's evaluation tasks as one function of the parameters."""
+    """All of the config's evaluation tasks as one function of the parameters.
+
+    Their files are opened now: a missing one must not wait for the end of training to be found.
+    """
+    for task in config.eval.tasks:
+        check_task(task)
     fns = make_embed_fns(config.model)
     mesh = sharding.make_mesh(config.mesh)
     batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size

@@ -26,12 +26,14 @@ def retrieval(
         {"text_retrieval_recall@k", "image_retrieval_recall@k" for k in 1, 5, 10, "…_median_rank"}; ranks count from 1.
 
     Raises:
-        ValueError: if there is nothing to retrieve, or a caption points to no picture.
+        ValueError: if there is nothing to retrieve, a caption points to no picture, or an embedding is not finite.
     """
     if len(zimg) == 0 or len(ztxt) == 0:
         raise ValueError(f"retrieval needs pictures and captions, got {len(zimg)} and {len(ztxt)}")
     if len(image_of_text) != len(ztxt) or image_of_text.min() < 0 or image_of_text.max() >= len(zimg):
         raise ValueError(f"image_of_text must name one of {len(zimg)} pictures for each of {len(ztxt)} captions")
+    if not (np.isfinite(zimg).all() and np.isfinite(ztxt).all()):
+        raise ValueError("some embeddings are not finite; the model has diverged or its file is damaged")
     described = np.unique(image_of_text)  # a picture whose captions are all missing is a candidate, but no query
     image_ids = np.arange(len(zimg))
     return _summary("text", ranks_of_best_positive(zimg[described], ztxt, described, image_of_text)) | _summary(

@@ -48,10 +48,12 @@ def classification(
     """{"acc1", "acc5" (for 5 classes or more), "mean_per_class_recall"} of n pictures.
 
     Raises:
-        ValueError: if a label is not one of the k classes, or there is no picture.
+        ValueError: if a label is not one of the k classes, there is no picture, or an embedding is not finite.
     """
     if len(zimg) == 0:
         raise ValueError("zero-shot classification needs at least one picture, got none")
+    if not (np.isfinite(zimg).all() and np.isfinite(classes).all()):
+        raise ValueError("some embeddings are not finite; the model has diverged or its file is damaged")
     if labels.min() < 0 or labels.max() >= len(classes):
         raise ValueError(f"labels reach from {labels.min()} to {labels.max()}, but there are {len(classes)} classes")
     scores = zimg @ classes.T

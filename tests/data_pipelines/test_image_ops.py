@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from shards import encode, quadrants
 
+from data_pipelines import image_ops
 from data_pipelines.image_ops import DecodeError, decode_image, resize
 
 LIMIT = 1 << 20
@@ -228,3 +229,13 @@ def test_a_box_that_reaches_outside_brings_in_white():
 def test_the_whole_box_is_the_plain_resize():
     picture = Image.fromarray(NOISE)
     assert (resize(picture, (20, 30)) == resize(picture, (20, 30), box=(0.0, 0.0, 64.0, 64.0))).all()
+
+
+def test_a_wide_box_of_a_large_picture_needs_no_giant_canvas(monkeypatch):
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((400, 300), Image.Resampling.BICUBIC)
+    box = (-200.0, -150.0, 600.0, 450.0)
+    whole = image_ops.resize(smooth, (16, 16), box=box)
+    monkeypatch.setattr(image_ops, "MAX_CANVAS_PIXELS", 60_000)
+    reduced = image_ops.resize(smooth, (16, 16), box=box)
+    assert np.abs(whole.astype(int) - reduced).max() <= 12 and np.abs(whole.astype(int) - reduced).mean() < 1

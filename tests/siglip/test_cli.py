@@ -193,8 +193,15 @@ def test_mistakes_in_flags(recipe, capsys, tmp_path):
     (tmp_path / "empty.py").write_text("")
     fails(["train", str(tmp_path / "empty.py")], capsys, r"defines no get_config\(\)")
     (tmp_path / "broken.py").write_text("def get_config(:")
-    fails(["train", str(tmp_path / "broken.py")], capsys, "not valid Python")
+    fails(["train", str(tmp_path / "broken.py")], capsys, r"broken\.py.*line 1")
+    (tmp_path / "typo.py").write_text(recipe.read_text().replace("warmup_steps=4", "warmup_step=4"))
+    fails(
+        ["train", str(tmp_path / "typo.py")],
+        capsys,
+        r"typo\.py, line \d+: .*'warmup_step'; did you mean 'warmup_steps'",
+    )
     fails(["eval", "nowhere", "--task", "retrieval", "--data", "x.tar"], capsys, "nowhere")
+    fails(["embed", "nowhere", "--data", "x.tar", "--out", str(tmp_path / "no" / "z.npz")], capsys, "does not exist")
     fails(["embed", "nowhere", "--data", "x.tar", "--out", "z.csv"], capsys, r"must end in \.npz or \.parquet")
     fails(["data", "indx"], capsys, "did you mean 'index'")
 
@@ -208,6 +215,13 @@ def test_mistakes_in_data_and_model(recipe, capsys, tmp_path):
     fails([*train, "--model.text.vocab-size", "100"], capsys, "4000 pieces", r"--model\.text\.vocab-size 4000")
     fails([*train, "--batch-size", "12"], capsys, "batch_size=12 does not divide over 8 devices; use 8 or 16")
     fails([*train, "--mesh.fsdp", "3"], capsys, "does not cover 8 devices")
+    text = recipe.read_text()
+    for old, new, message in (
+        ('EvalTask("retrieval", "toy", SHARD', 'EvalTask("retrieval", "toy", "no-eval.tar"', r"no-eval\.tar"),
+        ('captions=("captions.en", "captions.de")', 'captions=("captions.xx",)', "none of the caption fields"),
+    ):
+        recipe.write_text(text.replace(old, new))
+        fails(train, capsys, message)
     assert not (tmp_path / "run").exists()
 
 

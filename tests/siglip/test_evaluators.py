@@ -99,3 +99,11 @@ def test_canonical_text_and_templates():
     assert make_prompts("dog", ["a {c}"]) == ["a dog"]
     with pytest.raises(ValueError, match="has no {}"):
         make_prompts("dog", ["a photo"])
+
+
+def test_a_diverged_encoder_has_no_score():
+    broken = np.full((3, 3), np.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        retrieval(broken, np.eye(3), np.arange(3))
+    with pytest.raises(ValueError, match="not finite"):
+        classification(np.eye(3), broken, np.arange(3))

@@ -3,19 +3,23 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import siglip.step
+import siglip.train
 from siglip import trees
 from siglip.checkpoint import CheckpointConfig, read_run_params
 from siglip.config import EvalConfig, EvalTask
 from siglip.metrics import LogConfig, read_metrics
 from siglip.optim import OptimConfig
-from siglip.sharding import MeshConfig
-from siglip.step import LossConfig
+from siglip.sharding import MeshConfig, make_mesh, put_batch
+from siglip.step import LossConfig, init_state
 from siglip.train import Interrupted, NonFiniteLoss, train
 from tests.siglip.tiny_run import TinyBatches, tiny_config
 
@@ -81,6 +85,107 @@ def test_stopped_and_resumed_is_bit_equal_to_uninterrupted(tmp_path, signum):
     assert steps == sorted(set(steps)) and steps[-1] == 8
 
 
+def with_task(**kwargs):
+    return {"eval": EvalConfig(tasks=(EvalTask("retrieval", "toy", "unused.tar"),), **kwargs)}
+
+
+def test_a_signal_during_an_evaluation_saves_and_the_run_goes_on(tmp_path):
+    expected = train(tiny_config(tmp_path / "whole"), TinyBatches())
+    config = tiny_config(tmp_path / "run", **with_task(every_steps=3))
+    calls = []
+
+    def interrupted(params):
+        calls.append(1)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"eval/retrieval/toy/score": 1.0}
+
+    with pytest.raises(Interrupted) as stopped:
+        train(config, TinyBatches(), evaluate=interrupted)
+    assert read_run_params(tmp_path / "run")[2] == int(re.search(r"at step (\d+)", str(stopped.value))[1])
+    assert_bit_equal(train(config, TinyBatches(), evaluate=interrupted).params, expected.params)
+
+
+def test_a_signal_in_the_last_step_leaves_its_evaluation_to_the_next_start(tmp_path):
+    config = tiny_config(tmp_path, **with_task())
+    evaluations = []
+
+    def evaluate(params):
+        evaluations.append(1)
+        return {"eval/retrieval/toy/score": 1.0}
+
+    with pytest.raises(Interrupted, match="at step 8"):
+        train(config, StopsAt(8, signal.SIGTERM), evaluate=evaluate)
+    assert not evaluations
+    for _ in range(2):
+        train(config, TinyBatches(), evaluate=evaluate)
+    assert len(evaluations) == 1 and "eval/retrieval/toy/score" in read_metrics(tmp_path)[-1]
+
+
+def test_what_was_trained_outlives_a_broken_evaluation(tmp_path):
+    def broken(params):
+        raise ValueError("labels are missing")
+
+    with pytest.raises(ValueError, match="labels are missing"):
+        train(tiny_config(tmp_path, **with_task()), TinyBatches(), evaluate=broken)
+    assert read_run_params(tmp_path)[2] == 8
+
+
+class DyingWorkers(TinyBatches):
+    """Ctrl-C reaches the data workers as well: the batch after the signal never comes."""
+
+    def __next__(self):
+        if self.position == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError("worker died")
+        return super().__next__()
+
+
+def test_data_workers_that_die_of_the_signal_lose_nothing(tmp_path):
+    with pytest.raises(Interrupted, match="at step 4"):
+        train(tiny_config(tmp_path / "run"), DyingWorkers())
+    expected = train(tiny_config(tmp_path / "whole"), TinyBatches())
+    assert_bit_equal(train(tiny_config(tmp_path / "run"), TinyBatches()), expected)
+
+
+def test_parameters_ruined_by_a_gradient_are_not_saved(tmp_path, monkeypatch):
+    # A finite loss with a gradient that is not: the norm of an embedding of exactly zero has one.
+    loss = siglip.step.chunked_sigmoid_loss
+
+    def ruined(zimg, ztxt, t, b, **kwargs):
+        return loss(zimg, ztxt, t, b, **kwargs) + jnp.linalg.norm(jax.lax.stop_gradient(b) * 0 * b)
+
+    monkeypatch.setattr(siglip.step, "chunked_sigmoid_loss", ruined)
+    with pytest.raises(NonFiniteLoss, match=r"norm of the update nan at step 1; .*checkpoint is none"):
+        train(tiny_config(tmp_path), TinyBatches())
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+def test_another_tokenizer_in_the_same_workdir_is_refused(tmp_path):
+    train(tiny_config(tmp_path, total_steps=2), TinyBatches(), tokenizer=b"one")
+    with pytest.raises(ValueError, match="trained with another tokenizer"):
+        train(tiny_config(tmp_path, total_steps=2), TinyBatches(), tokenizer=b"two")
+    assert (tmp_path / "tokenizer.model").read_bytes() == b"one"
+
+
+def test_under_fsdp_moments_are_sharded_and_the_step_compiles_once(monkeypatch):
+    use_devices(monkeypatch, 8)
+    config = tiny_config("unused", mesh=MeshConfig(fsdp=4, fsdp_min_size_bytes=1024))
+    mesh = make_mesh(config.mesh)
+    program = siglip.train._build(config, mesh)
+    sharded = {leaf.shape for leaf in jax.tree.leaves(program.like.params) if not leaf.sharding.is_fully_replicated}
+    moments = [leaf for leaf in jax.tree.leaves(program.like.opt_state) if leaf.shape in sharded]
+    assert sharded and moments and not any(leaf.sharding.is_fully_replicated for leaf in moments)
+    with jax.set_mesh(mesh):
+        state = init_state(config.model, program.optimizer, like=program.like, seed=0)
+        batch = {name: rows for name, rows in next(TinyBatches()).items() if name != "key"}
+        for _ in range(3):
+            state, _ = program.step(state, put_batch(batch, mesh))
+    assert program.step._cache_size() == 1
+    for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(program.like), strict=True):
+        assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+
+
 def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     config = tiny_config(tmp_path, checkpoint=CheckpointConfig(every_steps=4))
     with pytest.raises(NonFiniteLoss):
@@ -109,7 +214,7 @@ def test_a_non_finite_loss_stops_the_run_with_the_keys_and_the_last_checkpoint(t
         tmp_path, checkpoint=CheckpointConfig(every_steps=2), log=LogConfig(every_steps=8, progress=False)
     )
     batches = TinyPoison(5)
-    with pytest.raises(NonFiniteLoss, match=r"loss is nan at step 5; .*last good checkpoint is step 4"):
+    with pytest.raises(NonFiniteLoss, match=r"loss is nan, .* at step 5; .*last good checkpoint is step 4"):
         train(config, batches)
     saved = json.loads((tmp_path / "non_finite_batch.json").read_text())
     assert saved["step"] == 5 and saved["keys"] == batches.seen[4 * 16 : 5 * 16]
@@ -153,7 +258,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_left(tmp_path):
     for file in (tmp_path / "checkpoints" / "8" / "state").rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:
             file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"checkpoints/8 cannot be read .* remove that folder"):
+    with pytest.raises(ValueError, match=r"checkpoints/8 cannot be read .* move that folder away"):
         train(config, TinyBatches())
     assert (tmp_path / "checkpoints" / "4").is_dir()
 
@@ -161,8 +266,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_left(tmp_path):
 def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
     config = tiny_config(tmp_path, total_steps=4)
     expected = train(config, TinyBatches())
-    # What a kill in the middle of saving leaves behind: a folder that was never renamed.
+    # What a kill in the middle of saving leaves behind: a folder that was never renamed, or one without its last file.
     (tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp-0" / "state").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "5").mkdir()
     assert read_run_params(tmp_path)[2] == 4
     assert_bit_equal(train(config, TinyBatches()), expected)
 
