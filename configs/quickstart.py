@@ -47,7 +47,7 @@ def get_config() -> TrainConfig:
             out_dim=(None, 96),
             bias_init=-4.0,
         ),
-        total_steps=4200,
+        total_steps=6400,
         batch_size=64,
         workdir="runs/quickstart",
         optim=OptimConfig(

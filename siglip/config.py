@@ -162,10 +162,7 @@ def load_config_file(path: str) -> TrainConfig:
 
 
 def _suggest_field(error: Exception) -> str:
-    """For "XConfig.__init__() got an unexpected keyword argument 'y'" the closest field of XConfig."""
-    match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    if match is None:
-        return ""
-    known = {cls.__name__: cls for cls in CONFIG_CLASSES}
-    cls = known.get(match[1])
-    return "" if cls is None else trees.did_you_mean(match[2], [field.name for field in dataclasses.fields(cls)])
+    """For "… got an unexpected keyword argument 'lrr'" the closest field of any config dataclass."""
+    match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    names = {field.name for cls in CONFIG_CLASSES for field in dataclasses.fields(cls)}
+    return "" if match is None else trees.did_you_mean(match[1], names)

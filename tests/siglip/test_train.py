@@ -270,6 +270,9 @@ def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
     (tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp-0" / "state").mkdir(parents=True)
     (tmp_path / "checkpoints" / "5").mkdir()
     assert read_run_params(tmp_path)[2] == 4
+    with pytest.raises(ValueError, match=r"checkpoints/5 cannot be read .* move that folder away"):
+        train(config, TinyBatches())
+    (tmp_path / "checkpoints" / "5").rmdir()
     assert_bit_equal(train(config, TinyBatches()), expected)
 
 
