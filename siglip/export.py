@@ -36,6 +36,10 @@ _PICTURES = 2
 _TEXTS = 3
 
 
+class ExportMismatch(RuntimeError):
+    """What was written does not read back as its source: a failed run, not a user's mistake."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ExportReport:
     """What was written and how far it is from its source.
@@ -68,7 +72,8 @@ def export(
     Raises:
         FileExistsError: `out` exists.
         FileNotFoundError: there is nothing at `src`.
-        ValueError: the format cannot express this model, or the written file does not give the same outputs.
+        ValueError: the format cannot express this model.
+        ExportMismatch: the written file does not give the same outputs; nothing is left of it.
     """
     out = Path(out)
     if out.exists():
@@ -151,7 +156,7 @@ def _transformers_outputs(model: Encoder, folder: Path) -> Outputs:
     """The same outputs from `transformers`.
 
     Raises:
-        ValueError: it does not find every weight, or finds one it does not know.
+        ExportMismatch: it does not find every weight, or finds one it does not know.
     """
     import torch
     from transformers import AutoModel
@@ -159,7 +164,7 @@ def _transformers_outputs(model: Encoder, folder: Path) -> Outputs:
     torch_model, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
     bad = {kind: sorted(keys) for kind, keys in loading.items() if kind.endswith("_keys") and keys}
     if bad:
-        raise ValueError(f"transformers does not load what was written: {bad}")
+        raise ExportMismatch(f"transformers does not load what was written: {bad}")
     torch_model = torch_model.float().eval()
     images, tokens = _inputs(model)
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
@@ -184,7 +189,7 @@ def _compare(expected: Outputs, found: Outputs) -> dict[str, float]:
     for name, difference in differences.items():
         allowed = TOLERANCE * max(1.0, float(np.max(np.abs(expected[name]))))
         if not difference <= allowed:  # so that NaN fails
-            raise ValueError(
+            raise ExportMismatch(
                 f"the export's {name} differs from its source by {difference:.1e}, allowed is {allowed:.1e}"
             )
     return differences

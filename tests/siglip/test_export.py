@@ -8,7 +8,7 @@ import pytest
 
 from siglip import export as export_module
 from siglip.encoder import load
-from siglip.export import export
+from siglip.export import ExportMismatch, export
 from siglip.formats import big_vision, hugging_face
 from siglip.models.two_tower import ModelConfig
 
@@ -97,13 +97,13 @@ def test_nothing_stays_behind(tmp_path, source, monkeypatch):
 
     real = hugging_face.names.to_hugging_face
     monkeypatch.setattr(hugging_face.names, "to_hugging_face", lambda a, kind: real(a * np.float32(1.001), kind))
-    with pytest.raises(ValueError, match="image_tokens differs from its source by"):
+    with pytest.raises(ExportMismatch, match="image_tokens differs from its source by"):
         export(source, format="hf", out=tmp_path / "x" / "y", tower="image")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_not_a_number_does_not_pass():
-    with pytest.raises(ValueError, match="differs"):
+    with pytest.raises(ExportMismatch, match="differs"):
         export_module._compare({"z": np.ones(2)}, {"z": np.array([1, np.nan])})
 
 
