@@ -41,15 +41,18 @@ def ours(config):
 
     from siglip import optim, sharding
     from siglip.models.two_tower import param_shapes
-    from siglip.step import init_state, make_train_step
+    from siglip.step import init_state, make_train_step, state_like
 
     model, ema, seed, shapes = config.model, config.optim.ema, config.seed, param_shapes(config.model)
     mesh = sharding.make_mesh(config.mesh, jax.devices("cpu")[:1])
     optimizer = optim.make_optimizer(config.optim, shapes, total_steps=config.total_steps)
     schedule, frozen = optim.make_schedule(config.optim, config.total_steps), optim.frozen_mask(config.optim, shapes)
     jax.set_mesh(mesh)
-    step = make_train_step(model, optimizer, schedule, mesh=mesh, loss=config.loss, frozen=frozen, ema=ema, seed=seed)
-    state = init_state(model, optimizer, mesh=mesh, mesh_config=config.mesh, seed=seed, ema=ema > 0)
+    like = state_like(model, optimizer, mesh=mesh, mesh_config=config.mesh, ema=ema > 0)
+    step = make_train_step(
+        model, optimizer, schedule, mesh=mesh, loss=config.loss, frozen=frozen, like=like, ema=ema, seed=seed
+    )
+    state = init_state(model, optimizer, like=like, seed=seed)
     rng, size = np.random.default_rng(0), (BATCHES, config.batch_size)
     images = rng.integers(0, 256, (*size, *model.image.image_size, 3), np.uint8)
     texts = rng.integers(0, model.text.vocab_size, (*size, model.text.length), np.int32)

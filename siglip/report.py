@@ -29,7 +29,7 @@ CURVES = (
 TOP = 8  # pictures shown per query
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2rem auto; padding: 0 1rem; color: #1d2433; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1160px; margin: 2rem auto; padding: 0 1rem; color: #1d2433; }
 h1 { margin-bottom: 0 } h2 { margin-top: 2.2rem; border-bottom: 1px solid #dde2ea; padding-bottom: .3rem }
 .muted { color: #6a7385 } table { border-collapse: collapse; margin: .6rem 0 }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #eceff4 } th { font-weight: 600 }

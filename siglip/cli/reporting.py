@@ -60,14 +60,15 @@ def _read_baseline(path: str) -> dict[str, dict[str, float]]:
 
 
 def _gallery(workdir: Path, config: TrainConfig, task: EvalTask) -> Gallery:
-    """A few pictures spread over the evaluation set, each asked for in the next language."""
+    """A few pictures spread over the evaluation set: every other one is asked for in the first language, the rest in turn."""
     tokenizer = workdir / TOKENIZER_FILE
     tower = tower_of(load(str(workdir)), tokenizer=str(tokenizer), batch_size=config.eval.batch_size)
     zimg, _, fields = tower.embed_shards(task.data)
     shown = make_eval_batches(TarSource(task.data), batch_size=len(zimg), image_size=(SHOWN_PX, SHOWN_PX))
     queries = []
     for n, i in enumerate(np.linspace(0, len(zimg) - 1, min(QUERIES, len(zimg))).astype(int)):
-        name = task.captions[n % len(task.captions)]
+        first, *others = task.captions
+        name = others[n // 2 % len(others)] if others and n % 2 else first
         texts = list(captions_of(fields[i], name))
         if texts:
             queries.append((name.partition("captions.")[2], texts[0], int(i)))
