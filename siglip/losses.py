@@ -15,21 +15,40 @@ saves no memory at all; and some prints of the paper write "-b": with b = -10 on
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from siglip import topology
 from siglip.shapes import Array, Float
 
 Impl = Literal["auto", "all_gather", "ring"]
 
-# Columns of one tile: wide enough to fill a matrix unit, narrow enough that a tile of 1024 rows stays in a core's cache.
-TILE_COLUMNS = 512
-TILE_ROWS = 1024
+
+class _TileSize(NamedTuple):
+    """Texts per tile of either walk, and the largest tile in elements: beyond it the images are taken in parts.
+
+    On CPU a tile should stay in a core's cache; on TPU its logits in VMEM (128 MiB, float32), with few enough texts that
+    the travelling ones stay there too.
+    """
+
+    gathered_columns: int
+    ring_columns: int
+    elements: int
+
+
+_TILES = {
+    "cpu": _TileSize(256, 256, 2**18),
+    "gpu": _TileSize(4096, 4096, 2**24),
+    "tpu": _TileSize(2048, 512, 2**23),
+}
+_MIN_ROWS = 128
 
 
 def sigmoid_loss(
@@ -68,58 +87,74 @@ def chunked_sigmoid_loss(
 ) -> Float[Array, ""]:
     """`sigmoid_loss` of global arrays sharded over `axis`: the same value and gradients, without the [b, b] logits.
 
-    Every device keeps its images. "all_gather" collects `chunk_size` texts of every device at a time and reduce-scatters
-    their gradients back at once; "ring" passes the texts, and their gradients with them, from neighbour to neighbour and
-    multiplies `chunk_size` columns at a time. Memory is a function of the chunk and of the device's own block, not of b.
+    Every device keeps its images. "all_gather" collects `chunk_size` texts of every device at a time, the next ones while
+    these are multiplied, and reduce-scatters their gradients back. "ring" sends `chunk_size` texts of every device once
+    around all devices, half of them each way, and the sum of their gradients with them. Memory is a function of the
+    chunk and of the device's own block, not of b. Products of bfloat16 embeddings are accumulated in float32; those of
+    float32 embeddings are float32 throughout, also where the hardware would rather round them.
 
     Args:
         axis: the mesh axis, or axes, that the batch is sharded over.
-        chunk_size: texts per device and step (all_gather) or columns of a tile (ring); need not divide the block.
-        impl: "auto" takes the ring on TPUs whose compiler overlaps its permutes (v5p, v6e), else the all-gather.
+        chunk_size: texts of every device on their way at a time; need not divide the block.
+        impl: "auto" takes the ring on TPUs whose devices form a ring of neighbours, else the all-gather.
 
     Raises:
         ValueError: if the batch does not divide over the devices of `axis`, `chunk_size` is below 1, or `impl` is unknown.
     """
-    axes = (axis,) if isinstance(axis, str) else tuple(axis)
-    unknown = [name for name in axes if name not in mesh.shape]
-    if unknown:
-        raise ValueError(f"axis {unknown[0]!r} is not an axis of the mesh; it has {', '.join(mesh.shape)}")
-    devices = 1
-    for name in axes:
-        devices *= mesh.shape[name]
-    if zimg.shape[0] % devices:
-        raise ValueError(f"batch of {zimg.shape[0]} pairs does not divide over {devices} devices; pad or shrink it")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size} must be at least 1, or None to have it chosen")
-    if impl not in ("auto", "all_gather", "ring"):
-        raise ValueError(f"impl={impl!r} is none of 'auto', 'all_gather', 'ring'")
-    impl = _auto_impl(mesh, devices) if impl == "auto" else impl
-    block = zimg.shape[0] // devices
-    if chunk_size is None:
-        chunk_size = TILE_COLUMNS if impl == "ring" else max(8, TILE_COLUMNS // devices)
-    plan = _Plan(axes, devices, min(chunk_size, block), impl)
+    plan = _make_plan(zimg.shape[0], mesh, (axis,) if isinstance(axis, str) else tuple(axis), chunk_size, impl)
     return _sharded_loss(zimg, ztxt, t, b, mesh, plan)
 
 
 class _Plan(NamedTuple):
+    """Everything that is fixed when the loss is traced; `groups` or `next_device` belong to one of the walks."""
+
     axes: tuple[str, ...]
     devices: int
     chunk: int
+    rows: int
     impl: str
+    groups: tuple[tuple[tuple[int, ...], ...], ...]
+    next_device: tuple[tuple[int, int], ...]
 
 
 class _Sums(NamedTuple):
-    """Running sums over tiles, not yet divided by the batch; dztxt is held by the implementations."""
+    """Running sums over tiles, not yet scaled; dztxt is held by the walks."""
 
     loss: Float[Array, ""]
     dbias: Float[Array, ""]
     dzimg: Float[Array, "bl e"]
 
 
-def _auto_impl(mesh: Mesh, devices: int) -> str:
-    kind = mesh.devices.flat[0].device_kind.lower()
-    overlaps_permutes = "v6" in kind or kind in ("tpu v5", "tpu v5p")
-    return "ring" if devices > 1 and overlaps_permutes else "all_gather"
+def _make_plan(pairs: int, mesh: Mesh, axes: tuple[str, ...], chunk_size: int | None, impl: str) -> _Plan:
+    unknown = [name for name in axes if name not in mesh.shape]
+    if unknown:
+        raise ValueError(f"axis {unknown[0]!r} is not an axis of the mesh; it has {', '.join(mesh.shape)}")
+    count = math.prod(mesh.shape[name] for name in axes)
+    if pairs % count:
+        raise ValueError(f"batch of {pairs} pairs does not divide over {count} devices; pad or shrink it")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size} must be at least 1, or None to have it chosen")
+    if impl not in ("auto", "all_gather", "ring"):
+        raise ValueError(f"impl={impl!r} is none of 'auto', 'all_gather', 'ring'")
+    # The devices along `axes`, with every other axis held at its first place: those repeat the same pattern.
+    order = [mesh.axis_names.index(name) for name in axes]
+    others = [i for i in range(mesh.devices.ndim) if i not in order]
+    devices = list(mesh.devices.transpose(order + others).reshape(count, -1)[:, 0])
+    impl = _auto_impl(devices) if impl == "auto" else impl
+    tile = _TILES.get(devices[0].platform, _TILES["cpu"])
+    if chunk_size is None:
+        chunk_size = tile.ring_columns if impl == "ring" else max(1, tile.gathered_columns // count)
+    chunk_size = min(chunk_size, pairs // count)
+    rows = max(_MIN_ROWS, tile.elements // (chunk_size if impl == "ring" else chunk_size * count))
+    order = topology.ring(devices).order
+    steps = tuple(zip(order, (*order[1:], order[0]), strict=True))
+    return _Plan(axes, count, chunk_size, rows, impl, topology.axis_groups(devices), steps)
+
+
+def _auto_impl(devices: Sequence[topology.Device]) -> str:
+    """The ring where all of its traffic was seen to overlap with the products (docs/scaling.md), else the all-gather."""
+    neighbours = devices[0].platform == "tpu" and len(devices) > 2 and topology.ring(devices).one_hop
+    return "ring" if neighbours else "all_gather"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -154,15 +189,16 @@ def _value_and_grads(zimg, ztxt, t, b, mesh, plan):
     def per_device(zimg, ztxt, t, b):
         pairs = zimg.shape[0] * plan.devices
         temperature, bias = jnp.exp(t.reshape(())), b.reshape(())
-        sums, dztxt = walk(zimg, ztxt, temperature, bias, plan)
+        sums = _Sums(jnp.float32(0), jnp.float32(0), jnp.zeros(zimg.shape, jnp.float32))
+        sums, dztxt = walk(sums, zimg, ztxt, temperature, bias, plan)
         # logits = temperature * zimg @ ztxt.T + b gives sum(dlogits * (logits - b)) = sum(zimg * dzimg): dt costs no pass.
-        dzimg = temperature / pairs * sums.dzimg
-        dt = jnp.sum(zimg.astype(jnp.float32) * dzimg)
+        scale = temperature / pairs
+        dt = scale * jnp.sum(zimg.astype(jnp.float32) * sums.dzimg)
         loss, dt, db = lax.psum((sums.loss / pairs, dt, sums.dbias / pairs), plan.axes)
         return (
             loss,
-            dzimg.astype(zimg.dtype),
-            (temperature / pairs * dztxt).astype(ztxt.dtype),
+            (scale * sums.dzimg).astype(zimg.dtype),
+            (scale * dztxt).astype(ztxt.dtype),
             dt.reshape(t.shape).astype(t.dtype),
             db.reshape(b.shape).astype(b.dtype),
         )
@@ -171,50 +207,104 @@ def _value_and_grads(zimg, ztxt, t, b, mesh, plan):
     return loss, tuple(grads)
 
 
-def _all_gather(zimg, ztxt, temperature, bias, plan):
-    """Chunk j of every device is gathered, multiplied with the local images, and its gradient reduce-scattered back."""
-    me = lax.axis_index(plan.axes)
+def _all_gather(sums, zimg, ztxt, temperature, bias, plan):
+    """Chunk j of every device is gathered, multiplied with the local images, and its gradient reduce-scattered back.
 
-    def step(sums: _Sums, start, size: int):
-        mine = lax.dynamic_slice_in_dim(ztxt, start, size)
-        gathered = lax.all_gather(mine, plan.axes, tiled=True) if plan.devices > 1 else mine
-        owner, offset = jnp.divmod(jnp.arange(plan.devices * size), size)
-        positive_row = jnp.where(owner == me, start + offset, -1)
-        sums, dgathered = _tile_rows(sums, zimg, gathered, positive_row, temperature, bias)
+    Inside the loop the gather of the next chunk and the scatter of the last one do not depend on this chunk's products,
+    so the compiler may run all three at once.
+    """
+    owners, me = _gathered_owners(plan), lax.axis_index(plan.axes)
+    whole, remainder = divmod(ztxt.shape[0], plan.chunk)
+
+    def gather(start, size: int):
+        return _gather(lax.dynamic_slice_in_dim(ztxt, start, size), plan)
+
+    def multiply(sums, gathered, start, size: int):
+        column = jnp.arange(size)[None, :]
+        positive_row = jnp.where(owners[:, None] == me, start + column, -1).reshape(-1)
+        return _add_tile(sums, zimg, gathered, positive_row, temperature, bias, plan)
+
+    def step(carry, j):
+        sums, gathered, dlast = carry
+        coming = gather((j + 1) * plan.chunk, plan.chunk)
+        scattered = _scatter(dlast, plan)
+        sums, dgathered = multiply(sums, gathered, j * plan.chunk, plan.chunk)
+        return (sums, coming, dgathered), scattered
+
+    gathered = gather(0, plan.chunk)
+    done = []
+    if whole > 1:
+        nothing = jnp.zeros(gathered.shape, jnp.float32)
+        (sums, gathered, dlast), scattered = lax.scan(step, (sums, gathered, nothing), jnp.arange(whole - 1))
+        # Every step hands out its predecessor's gradients; the first had none.
+        done = [scattered.reshape(-1, ztxt.shape[1])[plan.chunk :], _scatter(dlast, plan)]
+    sums, dgathered = multiply(sums, gathered, (whole - 1) * plan.chunk, plan.chunk)
+    done.append(_scatter(dgathered, plan))
+    if remainder:
+        start = whole * plan.chunk
+        sums, dgathered = multiply(sums, gather(start, remainder), start, remainder)
+        done.append(_scatter(dgathered, plan))
+    return sums, jnp.concatenate(done)
+
+
+def _gather(rows, plan):
+    """[c, e] of every device -> [devices * c, e], one axis of the devices' grid after the other."""
+    for groups in plan.groups if plan.devices > 1 else ():
+        rows = lax.all_gather(rows, plan.axes, tiled=True, axis_index_groups=groups)
+    return rows
+
+
+def _scatter(rows, plan):
+    """The transpose of `_gather`: sums of [devices * c, e] over all devices -> the [c, e] that belong to each."""
+    for groups in reversed(plan.groups) if plan.devices > 1 else ():
+        rows = lax.psum_scatter(rows, plan.axes, tiled=True, axis_index_groups=groups)
+    return rows
+
+
+def _gathered_owners(plan) -> Array:
+    """Which device owns the k-th block of what this device gathers."""
+    members = np.arange(plan.devices)[:, None]
+    for groups in plan.groups:
+        gathered = {device: np.concatenate([members[other] for other in group]) for group in groups for device in group}
+        members = np.stack([gathered[device] for device in range(plan.devices)])
+    return jnp.asarray(members)[lax.axis_index(plan.axes)]
+
+
+def _ring(sums, zimg, ztxt, temperature, bias, plan):
+    """A chunk of every device's texts goes around all devices, meets their images, and brings its gradients home.
+
+    At each hop the texts travel on, and the gradients follow, while the texts at hand are multiplied. Only the first
+    tile, before any hop, has positives in it.
+    """
+
+    def trip(sums, start, size: int):
+        texts = lax.dynamic_slice_in_dim(ztxt, start, size)
+
+        def hop(carry, _):
+            sums, texts, dtexts = carry
+            travelling = _send(texts, plan), _send(dtexts, plan)
+            sums, dhere = _add_tile(sums, zimg, texts, None, temperature, bias, plan)
+            return (sums, travelling[0], travelling[1] + dhere), None
+
+        coming = _send(texts, plan)
+        sums, dtexts = _add_tile(sums, zimg, texts, start + jnp.arange(size), temperature, bias, plan)
         if plan.devices > 1:
-            dgathered = lax.psum_scatter(dgathered, plan.axes, tiled=True)
-        return sums, dgathered
+            (sums, _, dtexts), _ = lax.scan(hop, (sums, coming, dtexts), length=plan.devices - 1)
+        return sums, _send(dtexts, plan)
 
-    return _over_chunks(step, _zero_sums(zimg), ztxt.shape[0], plan.chunk)
+    return _over_chunks(trip, sums, ztxt.shape[0], plan.chunk)
 
 
-def _ring(zimg, ztxt, temperature, bias, plan):
-    """The texts travel once around the ring together with the sum of their gradients, and come home complete."""
-    me = lax.axis_index(plan.axes)
-    to_next = [(i, (i + 1) % plan.devices) for i in range(plan.devices)]
-
-    def block(sums: _Sums, texts, hop):
-        is_home = (me - hop) % plan.devices == me
-
-        def step(sums: _Sums, start, size: int):
-            columns = lax.dynamic_slice_in_dim(texts, start, size)
-            positive_row = jnp.where(is_home, start + jnp.arange(size), -1)
-            return _tile_rows(sums, zimg, columns, positive_row, temperature, bias)
-
-        return _over_chunks(step, sums, texts.shape[0], plan.chunk)
-
-    def hop_once(carry, hop):
-        sums, texts, dtexts = carry
-        # The next texts leave before this block is multiplied, so the compiler may overlap the two.
-        arriving = lax.ppermute(texts, plan.axes, to_next)
-        sums, dblock = block(sums, texts, hop)
-        return (sums, arriving, lax.ppermute(dtexts + dblock, plan.axes, to_next)), None
-
-    start = (_zero_sums(zimg), ztxt, jnp.zeros(ztxt.shape, jnp.float32))
+def _send(rows, plan):
+    """One hop: the first half of the rows forwards, the second backwards, so that links are used in both directions."""
     if plan.devices == 1:
-        return block(start[0], ztxt, 0)
-    (sums, _, dztxt), _ = lax.scan(hop_once, start, jnp.arange(plan.devices))
-    return sums, dztxt
+        return rows
+    back = tuple((there, here) for here, there in plan.next_device)
+    half = -(-rows.shape[0] // 2)
+    parts = [lax.ppermute(rows[:half], plan.axes, plan.next_device)]
+    if half < rows.shape[0]:
+        parts.append(lax.ppermute(rows[half:], plan.axes, back))
+    return jnp.concatenate(parts)
 
 
 def _over_chunks(step: Callable, sums: tuple, length: int, chunk: int) -> tuple[tuple, Float[Array, "length e"]]:
@@ -233,36 +323,41 @@ def _over_chunks(step: Callable, sums: tuple, length: int, chunk: int) -> tuple[
     return sums, rows
 
 
-def _tile_rows(sums: _Sums, zimg, ztxt, positive_row, temperature, bias):
-    """Adds the tile of all local images x `ztxt`, TILE_ROWS images at a time; returns the sums and dztxt."""
+def _add_tile(sums: _Sums, zimg, ztxt, positive_row, temperature, bias, plan):
+    """Adds the tile of all local images x `ztxt`, `plan.rows` images at a time; returns the sums and dztxt.
+
+    `positive_row[j]` is the image that text j belongs to, outside 0 … bl for another device's; None: all are others'.
+    """
 
     def step(carry, start, size: int):
         loss_sum, dbias_sum, dztxt_sum = carry
         images = lax.dynamic_slice_in_dim(zimg, start, size)
-        loss, dbias, dimages, dztxt = _tile(images, ztxt, positive_row - start, temperature, bias)
+        row = None if positive_row is None else positive_row - start
+        loss, dbias, dimages, dztxt = _tile(images, ztxt, row, temperature, bias)
         return (loss_sum + loss, dbias_sum + dbias, dztxt_sum + dztxt), dimages
 
     carry = (sums.loss, sums.dbias, jnp.zeros(ztxt.shape, jnp.float32))
-    (loss, dbias, dztxt), dzimg = _over_chunks(step, carry, zimg.shape[0], TILE_ROWS)
+    (loss, dbias, dztxt), dzimg = _over_chunks(step, carry, zimg.shape[0], plan.rows)
     return _Sums(loss, dbias, sums.dzimg + dzimg), dztxt
 
 
 def _tile(zimg, ztxt, positive_row, temperature, bias):
     """One tile's sums: loss, dbias, dzimg and dztxt (the latter two still without the factor temperature / B)."""
     logits = temperature * _matmul(zimg, ztxt.T) + bias
-    positive = jnp.arange(zimg.shape[0])[:, None] == positive_row[None, :]
-    signed = jnp.where(positive, -logits, logits)
-    loss = jnp.sum(jax.nn.softplus(signed))
-    # The positive's -1 is inside before any cast to bfloat16: subtracting the diagonal afterwards would cancel badly.
-    dlogits = jnp.where(positive, -1.0, 1.0) * jax.nn.sigmoid(signed)
+    if positive_row is None:
+        loss, dlogits = jnp.sum(jax.nn.softplus(logits)), jax.nn.sigmoid(logits)
+    else:
+        positive = jnp.arange(zimg.shape[0])[:, None] == positive_row[None, :]
+        signed = jnp.where(positive, -logits, logits)
+        loss = jnp.sum(jax.nn.softplus(signed))
+        # The positive's -1 is inside before any cast to bfloat16: subtracting the diagonal afterwards would cancel badly.
+        dlogits = jnp.where(positive, -1.0, 1.0) * jax.nn.sigmoid(signed)
     low = dlogits.astype(zimg.dtype)
     return loss, jnp.sum(dlogits), _matmul(low, ztxt), _matmul(low.T, zimg)
 
 
-def _zero_sums(zimg) -> _Sums:
-    return _Sums(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32), jnp.zeros(zimg.shape, jnp.float32))
-
-
 def _matmul(left, right):
     """Multiplies in the operands' dtype and accumulates in float32."""
-    return jnp.matmul(left, right, preferred_element_type=jnp.float32)
+    # Accelerators multiply float32 in fewer bits unless told otherwise.
+    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return jnp.matmul(left, right, precision=precision, preferred_element_type=jnp.float32)

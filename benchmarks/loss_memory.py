@@ -1,0 +1,218 @@
+"""What the sigmoid loss costs per device against the global batch: temporaries, bytes moved, FLOPs, compile time.
+
+    python benchmarks/loss_memory.py --out loss_memory.json                                    # 8 devices of this CPU
+    python -m pip install libtpu                                                               # about 135 MB
+    python benchmarks/loss_memory.py --topology v5e:16x16 --dtype bfloat16 --out loss_memory.json
+    python benchmarks/loss_memory.py --topology v5e:16x16 --pairs-per-device 4096 --topologies …   # see --help
+
+Value and gradients of [pairs, width] embeddings are compiled, not run, for 8 forced host devices or ahead of time for a TPU
+topology; no TPU is needed. Beside the table, --out holds every number and a plot is written next to it.
+
+dense        sigmoid_loss under GSPMD: what public trainers do, all [b, b] logits over the devices
+gathered     every device gathers all texts, [b / devices, b] logits, autodiff
+scan         chunks are gathered one after the other, differentiated as they stand: every tile is kept for the backward pass
+all_gather   chunked_sigmoid_loss, chunks gathered, gradients in the same pass
+ring         chunked_sigmoid_loss, chunks sent around, gradients in the same pass
+
+matmuls is the number of products of a tile per logit that the compiled program has, by its own FLOPs (3: none is computed
+twice). moved is the larger side of every collective; in flight is the share of it that matrix products hide, by the schedule.
+A ! marks a program that the compiler refuses because it does not fit.
+The trap: libtpu lets one process at a time compile; a second one fails with ABORTED.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import re
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from siglip import compiled
+from siglip.losses import chunked_sigmoid_loss, sigmoid_loss
+
+AXIS = "data"
+ROW = "{:12}{:>9}{:>10}  {:11}{:>11}{:>9}{:>11}{:>10}{:>9}"
+HEADER = ROW.format("topology", "devices", "pairs", "loss", "temp MiB", "matmuls", "moved MiB", "in flight", "s")
+SCAN_CHUNK = 64
+
+
+def gathered(zimg, ztxt, t, b, *, mesh):
+    """All texts at once on every device; autodiff saves the block of logits."""
+
+    @functools.partial(_shard_map, mesh=mesh)
+    def per_device(zimg, ztxt, t, b):
+        return lax.psum(_block(zimg, lax.all_gather(ztxt, AXIS, tiled=True), _own(zimg), t, b), AXIS)
+
+    return per_device(zimg, ztxt, t, b) / zimg.shape[0]
+
+
+def scan(zimg, ztxt, t, b, *, mesh):
+    """A chunk of every device at a time, under autodiff: the loop saves what every turn computed."""
+
+    @functools.partial(_shard_map, mesh=mesh)
+    def per_device(zimg, ztxt, t, b):
+        devices, block = lax.axis_size(AXIS), ztxt.shape[0]
+        chunk = min(SCAN_CHUNK, block)
+
+        def turn(total, j):
+            texts = lax.all_gather(lax.dynamic_slice_in_dim(ztxt, j * chunk, chunk), AXIS, tiled=True)
+            rows = (jnp.arange(devices)[:, None] * block + j * chunk + jnp.arange(chunk)).reshape(-1)
+            own = _own(zimg)[:, None] == rows[None, :]
+            return total + _block(zimg, texts, own, t, b), None
+
+        total = jnp.float32(0) + 0 * jnp.sum(zimg[:1, :1]).astype(jnp.float32)
+        return lax.psum(lax.scan(turn, total, jnp.arange(block // chunk))[0], AXIS)
+
+    return per_device(zimg, ztxt, t, b) / zimg.shape[0]
+
+
+def _shard_map(function, *, mesh):
+    batch = PartitionSpec(AXIS)
+    specs = (batch, batch, PartitionSpec(), PartitionSpec())
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+
+
+def _own(zimg):
+    return lax.axis_index(AXIS) * zimg.shape[0] + jnp.arange(zimg.shape[0])
+
+
+def _block(zimg, ztxt, own, t, b):
+    logits = jnp.exp(t) * jnp.matmul(zimg, ztxt.T, preferred_element_type=jnp.float32) + b
+    positive = own if own.ndim == 2 else own[:, None] == jnp.arange(ztxt.shape[0])[None, :]
+    return -jnp.sum(jax.nn.log_sigmoid(jnp.where(positive, logits, -logits)))
+
+
+LOSSES = {
+    "dense": lambda *args, mesh: sigmoid_loss(*args),
+    "gathered": gathered,
+    "scan": scan,
+    "all_gather": functools.partial(chunked_sigmoid_loss, impl="all_gather"),
+    "ring": functools.partial(chunked_sigmoid_loss, impl="ring"),
+}
+
+
+def measure(name, mesh, pairs, args):
+    """Compiles value and gradients and reads the program."""
+    batch, replicated = NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
+    z = jax.ShapeDtypeStruct((pairs, args.width), args.dtype, sharding=batch)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
+    row = {"loss": name, "pairs": pairs, "devices": mesh.size, "width": args.width, "dtype": args.dtype}
+    function = jax.value_and_grad(functools.partial(LOSSES[name], mesh=mesh), argnums=(0, 1, 2, 3))
+    # Left alone, the dense loss returns the texts' gradient whole on every device.
+    outputs = (replicated, (batch, batch, replicated, replicated))
+    start = time.monotonic()
+    try:
+        program = jax.jit(function, out_shardings=outputs).lower(z, z, scalar, scalar).compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
+        if needed is None:
+            raise
+        return row | {"needs_gib": float(needed[1]), "compile_s": time.monotonic() - start}
+    row["compile_s"] = time.monotonic() - start
+    stats = compiled.read(program)
+    moved = sum(stats.collective_bytes.values())
+    return row | {
+        "temp_bytes": stats.temp_bytes,
+        "matmuls": stats.matmul_flops / (2 * pairs**2 * args.width / mesh.size),
+        "collective_bytes": stats.collective_bytes,
+        "in_flight": sum(f.bytes * f.runs for f in stats.in_flight if f.matmuls) / moved if moved else 0.0,
+        "in_flight_collectives": [f._asdict() for f in stats.in_flight],
+    }
+
+
+def show(topology, row):
+    """The row as a line of the table."""
+    if "needs_gib" in row:
+        cells = (f"{row['needs_gib']:.1f} GiB!", "", "", "")
+    else:
+        moved = sum(row["collective_bytes"].values()) / 2**20
+        cells = (f"{row['temp_bytes'] / 2**20:.2f}", f"{row['matmuls']:.2f}", f"{moved:.0f}", f"{row['in_flight']:.0%}")
+    print(
+        ROW.format(topology, row["devices"], row["pairs"], row["loss"], *cells, f"{row['compile_s']:.1f}"), flush=True
+    )
+
+
+def plot(rows, path):
+    """Temporaries against the batch, one panel per topology."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(row["topology"] for row in rows))
+    figure, panels = plt.subplots(1, len(names), figsize=(1.5 + 4 * len(names), 4), sharey=True, squeeze=False)
+    for panel, topology in zip(panels[0], names, strict=True):
+        for name in LOSSES:
+            points = [
+                (r["pairs"], r["temp_bytes"] / 2**20)
+                for r in rows
+                if r["topology"] == topology and r["loss"] == name and "temp_bytes" in r
+            ]
+            if points:
+                panel.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+        panel.set(xscale="log", yscale="log", xlabel="pairs in the global batch", title=f"{topology}")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("loss temporaries per device, MiB")
+    panels[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def devices_of(topology):
+    """Devices of a TPU topology such as v5e:16x16, or the CPU's for cpu:8."""
+    if topology.startswith("cpu"):
+        return jax.devices("cpu")
+    return topologies.get_topology_desc(topology, platform="tpu").devices
+
+
+def parse():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--topology", nargs="+", default=["cpu:8"], help="cpu:N, or TPU topologies: v5e:16x16 v5p:4x4x4 …"
+    )
+    parser.add_argument("--pairs", nargs="+", type=int, default=[4096, 32768, 262144, 1048576], help="global batches")
+    parser.add_argument("--pairs-per-device", type=int, help="instead of --pairs: the batch grows with the devices")
+    parser.add_argument("--loss", nargs="+", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="JSON, and a .png of the same name; rows are added to those there"
+    )
+    return parser.parse_args()
+
+
+def main():
+    """Prints a row per topology, batch and loss."""
+    args = parse()
+    jax.config.update("jax_platforms", "cpu")
+    host = [int(topology.split(":")[1]) for topology in args.topology if topology.startswith("cpu")]
+    jax.config.update("jax_num_cpu_devices", max(host, default=1))
+    jax.config.update("jax_enable_compilation_cache", False)
+    rows = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
+    print(f"jax {jax.__version__}, width {args.width}, {args.dtype}\n{HEADER}")
+    for topology in args.topology:
+        devices = devices_of(topology)
+        mesh = Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
+        for pairs in [args.pairs_per_device * mesh.size] if args.pairs_per_device else args.pairs:
+            for name in args.loss:
+                row = {"topology": topology, "jax": jax.__version__} | measure(name, mesh, pairs, args)
+                show(topology, row)
+                key = ("topology", "pairs", "loss", "width", "dtype")
+                rows = [r for r in rows if any(r[k] != row[k] for k in key)] + [row]
+                if args.out:
+                    args.out.write_text(json.dumps(rows, indent=1))
+    if args.out:
+        plot(rows, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
