@@ -35,9 +35,9 @@ test: $(VENV)/.installed
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow -rs
 
-# What needs torch and transformers: exports read back by their users.
+# What needs torch and transformers, exports read back by their users; and libtpu, programs compiled for a pod.
 interop: $(VENV)/.interop
-	$(BIN)/python -m pytest tests/siglip/test_hugging_face.py tests/siglip/test_export.py -rs
+	$(BIN)/python -m pytest tests/siglip/test_hugging_face.py tests/siglip/test_export.py tests/siglip/test_ahead_of_time.py -rs
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

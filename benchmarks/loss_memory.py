@@ -1,9 +1,9 @@
 """What the sigmoid loss costs per device against the global batch: temporaries, bytes moved, FLOPs, compile time.
 
     python benchmarks/loss_memory.py --out loss_memory.json                                    # 8 devices of this CPU
+    python benchmarks/loss_memory.py --pairs 8192 --turns 5                                    # and how long they take
     python -m pip install libtpu                                                               # about 135 MB
     python benchmarks/loss_memory.py --topology v5e:16x16 --dtype bfloat16 --out loss_memory.json
-    python benchmarks/loss_memory.py --topology v5e:16x16 --pairs-per-device 4096 --topologies …   # see --help
 
 Value and gradients of [pairs, width] embeddings are compiled, not run, for 8 forced host devices or ahead of time for a TPU
 topology; no TPU is needed. Beside the table, --out holds every number and a plot is written next to it.
@@ -25,6 +25,7 @@ import functools
 import json
 import pathlib
 import re
+import statistics
 import sys
 import time
 
@@ -39,8 +40,10 @@ from siglip import compiled
 from siglip.losses import chunked_sigmoid_loss, sigmoid_loss
 
 AXIS = "data"
-ROW = "{:12}{:>9}{:>10}  {:11}{:>11}{:>9}{:>11}{:>10}{:>9}"
-HEADER = ROW.format("topology", "devices", "pairs", "loss", "temp MiB", "matmuls", "moved MiB", "in flight", "s")
+ROW = "{:12}{:>9}{:>10}  {:11}{:>11}{:>9}{:>11}{:>11}{:>11}{:>8}"
+HEADER = ROW.format(
+    "topology", "devices", "pairs", "loss", "temp MiB", "matmuls", "moved MiB", "in flight", "compile s", "run s"
+)
 SCAN_CHUNK = 64
 
 
@@ -100,7 +103,7 @@ LOSSES = {
 
 
 def measure(name, mesh, pairs, args):
-    """Compiles value and gradients and reads the program."""
+    """Compiles value and gradients: (what the program says of itself, the program or None if it does not fit)."""
     batch, replicated = NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
     z = jax.ShapeDtypeStruct((pairs, args.width), args.dtype, sharding=batch)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
@@ -115,17 +118,36 @@ def measure(name, mesh, pairs, args):
         needed = re.search(r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
         if needed is None:
             raise
-        return row | {"needs_gib": float(needed[1]), "compile_s": time.monotonic() - start}
+        return row | {"needs_gib": float(needed[1]), "compile_s": time.monotonic() - start}, None
     row["compile_s"] = time.monotonic() - start
     stats = compiled.read(program)
     moved = sum(stats.collective_bytes.values())
-    return row | {
+    row |= {
         "temp_bytes": stats.temp_bytes,
         "matmuls": stats.matmul_flops / (2 * pairs**2 * args.width / mesh.size),
         "collective_bytes": stats.collective_bytes,
         "in_flight": sum(f.bytes * f.runs for f in stats.in_flight if f.matmuls) / moved if moved else 0.0,
         "in_flight_collectives": [f._asdict() for f in stats.in_flight],
     }
+    return row, program
+
+
+def run_in_turn(programs, mesh, pairs, args):
+    """Seconds of every program, one after the other, `args.turns` times."""
+    rng, batch = np.random.default_rng(0), NamedSharding(mesh, PartitionSpec(AXIS))
+    z = rng.normal(size=(2, pairs, args.width))
+    z /= np.linalg.norm(z, axis=-1, keepdims=True)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    inputs = [jax.device_put(jnp.asarray(side, args.dtype), batch) for side in z]
+    inputs += [jax.device_put(jnp.float32(value), replicated) for value in (np.log(10.0), -10.0)]
+    seconds = {name: [] for name in programs}
+    for turn in range(args.turns + 1):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(*inputs))
+            if turn:  # the first warms up
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def show(topology, row):
@@ -135,13 +157,13 @@ def show(topology, row):
     else:
         moved = sum(row["collective_bytes"].values()) / 2**20
         cells = (f"{row['temp_bytes'] / 2**20:.2f}", f"{row['matmuls']:.2f}", f"{moved:.0f}", f"{row['in_flight']:.0%}")
-    print(
-        ROW.format(topology, row["devices"], row["pairs"], row["loss"], *cells, f"{row['compile_s']:.1f}"), flush=True
-    )
+    run_s = f"{statistics.median(row['run_s']):.2f}" if "run_s" in row else ""
+    cells = (row["devices"], row["pairs"], row["loss"], *cells, f"{row['compile_s']:.1f}", run_s)
+    print(ROW.format(topology, *cells), flush=True)
 
 
 def plot(rows, path):
-    """Temporaries against the batch, one panel per topology."""
+    """Temporaries against the batch, one panel per topology; a cross is what a program that does not fit would need."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -151,14 +173,13 @@ def plot(rows, path):
     figure, panels = plt.subplots(1, len(names), figsize=(1.5 + 4 * len(names), 4), sharey=True, squeeze=False)
     for panel, topology in zip(panels[0], names, strict=True):
         for name in LOSSES:
-            points = [
-                (r["pairs"], r["temp_bytes"] / 2**20)
-                for r in rows
-                if r["topology"] == topology and r["loss"] == name and "temp_bytes" in r
-            ]
-            if points:
-                panel.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-        panel.set(xscale="log", yscale="log", xlabel="pairs in the global batch", title=f"{topology}")
+            mine = [row for row in rows if row["topology"] == topology and row["loss"] == name]
+            fits = sorted((row["pairs"], row["temp_bytes"] / 2**20) for row in mine if "temp_bytes" in row)
+            refused = [(row["pairs"], row["needs_gib"] * 2**10) for row in mine if "needs_gib" in row]
+            if mine:
+                (line,) = panel.plot(*zip(*fits, strict=True) if fits else ((), ()), marker="o", label=name)
+                panel.scatter(*zip(*refused, strict=True) if refused else ((), ()), marker="x", color=line.get_color())
+        panel.set(xscale="log", yscale="log", xlabel="pairs in the global batch", title=topology)
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("loss temporaries per device, MiB")
     panels[0][0].legend()
@@ -182,6 +203,7 @@ def parse():
     parser.add_argument("--pairs", nargs="+", type=int, default=[4096, 32768, 262144, 1048576], help="global batches")
     parser.add_argument("--pairs-per-device", type=int, help="instead of --pairs: the batch grows with the devices")
     parser.add_argument("--loss", nargs="+", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--turns", type=int, default=0, help="on the host's devices: also run each that often, in turn")
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument(
@@ -203,8 +225,13 @@ def main():
         devices = devices_of(topology)
         mesh = Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
         for pairs in [args.pairs_per_device * mesh.size] if args.pairs_per_device else args.pairs:
-            for name in args.loss:
-                row = {"topology": topology, "jax": jax.__version__} | measure(name, mesh, pairs, args)
+            measured = {name: measure(name, mesh, pairs, args) for name in args.loss}
+            programs = {name: program for name, (_, program) in measured.items() if program is not None}
+            on_host = args.turns and topology.startswith("cpu")
+            seconds = run_in_turn(programs, mesh, pairs, args) if on_host else {}
+            for name, (row, _) in measured.items():
+                row = {"topology": topology, "jax": jax.__version__} | row
+                row |= {"run_s": seconds[name]} if name in seconds else {}
                 show(topology, row)
                 key = ("topology", "pairs", "loss", "width", "dtype")
                 rows = [r for r in rows if any(r[k] != row[k] for k in key)] + [row]

@@ -1,0 +1,61 @@
+"""Model FLOPs of a training step, and what the devices could do at most: the two halves of MFU.
+
+    MFU = pairs/s * FLOPs per pair / (devices * peak)                       (model FLOPs utilization, PaLM, arXiv 2204.02311)
+
+Counted are the matrix products of the forward pass, times three for the backward pass; a product that `remat` or
+micro-batches compute again is not counted again, nor is anything elementwise.
+
+The trap: peaks are of dense bfloat16 products. Half the number on a data sheet is often a product of sparse matrices.
+"""
+
+from siglip.models.two_tower import ModelConfig
+from siglip.models.variants import Variant
+
+# Dense bfloat16 FLOP/s of one jax device, by the start of its kind; the first that matches counts. Sources: the vendors' data
+# sheets. A v4 or v5p device is a whole chip.
+PEAK_BF16_FLOPS = (
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100", 989e12),
+    ("NVIDIA B200", 2250e12),
+    ("NVIDIA A100", 312e12),
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v6", 918e12),
+    ("TPU7x", 2307e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of one device, or None for a kind that is not listed (a CPU)."""
+    return next((peak for start, peak in PEAK_BF16_FLOPS if device_kind.startswith(start)), None)
+
+
+def train_flops_per_pair(model: ModelConfig, *, batch_size: int) -> float:
+    """FLOPs of the matrix products of one pair in one training step, forward and backward."""
+    image, text = model.image, model.text
+    zimg, ztxt = model.embedding_dims
+    height, width = image.patch
+    spec, tokens = image.spec, image.train_tokens
+    patches = min(tokens, image.grid[0] * image.grid[1])
+    total = 2 * patches * height * width * 3 * spec.width + _blocks(spec, tokens)
+    total += _pool(image.pool, spec, tokens) + 2 * spec.width * (model.out_dim[0] or 0)
+    if text is not None:
+        total += _blocks(text.spec, text.length) + _pool(text.pool, text.spec, text.length)
+        total += 2 * text.spec.width * (model.out_dim[1] or 0)
+        total += 2 * batch_size * (zimg or ztxt or 0)
+    return 3.0 * total
+
+
+def _blocks(spec: Variant, tokens: int) -> int:
+    """Four projections, two products of attention, two of the MLP."""
+    return spec.depth * 4 * tokens * spec.width * (2 * spec.width + tokens + spec.mlp_dim)
+
+
+def _pool(pool: str, spec: Variant, tokens: int) -> int:
+    """Attention of one query: keys and values of every token; query, output and MLP of one."""
+    if pool != "map":
+        return 0
+    return 4 * tokens * spec.width * (spec.width + 1) + 4 * spec.width * (spec.width + spec.mlp_dim)
