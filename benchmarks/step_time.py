@@ -128,7 +128,7 @@ def theirs(case, compiled):
     torch.manual_seed(0)
     image, text, optim, spec = case.model.image, case.model.text, case.optim, case.model.image.spec
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    patches, kept = image.grid[0] * image.grid[1], image.train_tokens
+    patches, kept = image.grid[0] * image.grid[1], image.kept_patches
     common = {"norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"}}
     vision = open_clip.CLIPVisionCfg(
         layers=spec.depth, width=spec.width, head_width=spec.width // spec.num_heads, patch_size=image.patch,

@@ -39,8 +39,7 @@ def train_flops_per_pair(model: ModelConfig, *, batch_size: int) -> float:
     zimg, ztxt = model.embedding_dims
     height, width = image.patch
     spec, tokens = image.spec, image.train_tokens
-    patches = min(tokens, image.grid[0] * image.grid[1])
-    total = 2 * patches * height * width * 3 * spec.width + _blocks(spec, tokens)
+    total = 2 * image.kept_patches * height * width * 3 * spec.width + _blocks(spec, tokens)
     total += _pool(image.pool, spec, tokens) + 2 * spec.width * (model.out_dim[0] or 0)
     if text is not None:
         total += _blocks(text.spec, text.length) + _pool(text.pool, text.spec, text.length)

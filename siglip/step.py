@@ -7,7 +7,7 @@ The trap: the donated state is gone after the call. Keep the returned one, never
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,12 +18,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from siglip import sharding
+from siglip.accumulation import Batch, Params, make_value_and_grad
 from siglip.losses import Impl, chunked_sigmoid_loss, softmax_loss
 from siglip.models.two_tower import ModelConfig, init_params, make_model
 from siglip.shapes import Array, Float, Int, UInt8
-
-Batch = Mapping[str, Array]
-Params = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +29,26 @@ class LossConfig:
     """Which loss, and how it is spread over the devices.
 
     Attributes:
-        kind: "sigmoid" is SigLIP's, "softmax" is CLIP's (the baseline; dense, ignores the other fields and the bias).
+        kind: "sigmoid" is SigLIP's, "softmax" is CLIP's (the baseline; dense, ignores impl, chunk_size, dtype and the bias).
         impl: "all_gather", "ring" or "auto" (siglip.losses.chunked_sigmoid_loss).
         chunk_size: texts per device and step; None has it chosen.
+        dtype: of the embeddings in the loss's matrix products, which accumulate in float32; "auto" takes bfloat16 when a
+            tower does.
+        micro_batch_size: pairs of the global batch that pass through the towers at a time: the same loss and gradients as
+            the whole batch at once, for one more forward pass (siglip.accumulation). None for the whole batch.
     """
 
     kind: Literal["sigmoid", "softmax"] = "sigmoid"
     impl: Impl = "auto"
     chunk_size: int | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    micro_batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(
+                f"loss.micro_batch_size={self.micro_batch_size} must be at least 1, or None for the whole batch"
+            )
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ValueError(f"loss.chunk_size={self.chunk_size} must be at least 1, or None to have it chosen")
 
@@ -132,16 +140,23 @@ def make_train_step(
         frozen: bools like the parameters; True where they do not train (their gradient is never computed).
         like: the state's layout, from `state_like`: the new state keeps it, or the next call would compile again.
         ema: decay of the running average, for a state that has one; shorter at the start: min(ema, (1 + step)/(10 + step)).
-        seed: of dropout; the draws of a step are a function of (seed, step).
+        seed: of dropout; the draws of a step are a function of (seed, step), and of the micro-batch where there are some.
+
+    Raises:
+        ValueError: if the model asks for an attention kernel that cannot run on the devices of `mesh`.
     """
-    apply_loss = make_loss_fn(model, mesh=mesh, loss=loss)
+    placement = sharding.Placement.of(mesh, like.params)
+    value_and_grad = make_value_and_grad(
+        make_embed(model, placement=placement),
+        make_pair_loss(model, mesh=mesh, loss=loss),
+        frozen=frozen,
+        placement=placement,
+        micro_batch_size=loss.micro_batch_size,
+    )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-        def loss_of(params: Params) -> Float[Array, ""]:
-            params = jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, frozen)
-            return apply_loss(params, batch, jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step))
-
-        value, grads = jax.value_and_grad(loss_of)(state.params)
+        key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
+        value, grads = value_and_grad(state.params, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -162,23 +177,41 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, like), None))
 
 
-def make_loss_fn(
-    model: ModelConfig, *, mesh: Mesh, loss: LossConfig
-) -> Callable[[Params, Batch, Array], Float[Array, ""]]:
-    """(params, batch, dropout key) -> the scalar loss of the global batch."""
-    module = make_model(model)
+def make_embed(
+    model: ModelConfig, *, placement: sharding.Placement
+) -> Callable[[Params, Batch, Array], tuple[Float[Array, "b e"], Float[Array, "b e"]]]:
+    """(params, batch or some rows of it, dropout key) -> (zimg, ztxt), as in training.
 
-    def loss_fn(params: Params, batch: Batch, key: Array) -> Float[Array, ""]:
+    Raises:
+        ValueError: if the model asks for an attention kernel that cannot run on the devices of `placement`.
+    """
+    module = make_model(model, placement=placement)
+
+    def embed(params: Params, batch: Batch, key: Array) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
         images = normalize_pixels(batch["image"])
-        zimg, ztxt, _ = module.apply({"params": params}, images, batch["text"], train=True, rngs={"dropout": key})
+        variables = {"params": placement.gather_outside_blocks(params)}
+        zimg, ztxt, _ = module.apply(variables, images, batch["text"], train=True, rngs={"dropout": key})
+        return zimg, ztxt
+
+    return embed
+
+
+def make_pair_loss(
+    model: ModelConfig, *, mesh: Mesh, loss: LossConfig
+) -> Callable[[Float[Array, "b e"], Float[Array, "b e"], Params], Float[Array, ""]]:
+    """(zimg, ztxt, params) -> the scalar loss of the global batch."""
+    low = "bfloat16" in (model.image.dtype, model.text and model.text.dtype)
+    dtype = jnp.dtype(("bfloat16" if low else "float32") if loss.dtype == "auto" else loss.dtype)
+
+    def pair_loss(zimg: Float[Array, "b e"], ztxt: Float[Array, "b e"], params: Params) -> Float[Array, ""]:
         if loss.kind == "softmax":
             return softmax_loss(zimg, ztxt, params["t"].reshape(()))
         return chunked_sigmoid_loss(
-            zimg, ztxt, params["t"], params["b"],
+            zimg.astype(dtype), ztxt.astype(dtype), params["t"], params["b"],
             mesh=mesh, axis=sharding.BATCH_AXES, chunk_size=loss.chunk_size, impl=loss.impl,
         )  # fmt: skip
 
-    return loss_fn
+    return pair_loss
 
 
 class EmbedFns(NamedTuple):

@@ -9,34 +9,25 @@ and the softmax always stay float32, because at width 1000 and depth 27 their ro
 The trap: the explicit `name=` of every submodule is the key in published checkpoints. Renaming one renames weights.
 """
 
-from typing import Literal
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from siglip.models.attention import AttentionFn, attention_fn
 from siglip.models.variants import Variant
 from siglip.shapes import Array, Float
+from siglip.sharding import Placement
 
-__all__ = ["Encoder", "MAPHead", "Remat", "attention", "dropout"]
+__all__ = ["Encoder", "MAPHead", "Remat", "dropout"]
 
 Remat = Literal["none", "full", "dots"]
 
 _LAYER_NORM_EPS = 1e-6
-
-
-def attention(
-    query: Float[Array, "b q heads depth"], key: Float[Array, "b k heads depth"], value: Float[Array, "b k heads depth"]
-) -> Float[Array, "b q heads depth"]:
-    """Softmax attention of every query over every key: the one place to swap in a fused kernel.
-
-    Heads become a batch axis before the products: XLA on CPU then runs them as batched matrix products, up to
-    1.5 times faster than contracting around the head axis; on GPU and TPU the transposes fuse.
-    """
-    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
-    logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.swapaxes(jnp.einsum("bhqk,bhkd->bhqd", weights, value), 1, 2)
 
 
 class MultiHeadAttention(nn.Module):
@@ -44,6 +35,7 @@ class MultiHeadAttention(nn.Module):
 
     num_heads: int
     dtype: jnp.dtype
+    attention: AttentionFn = attention_fn
 
     @nn.compact
     def __call__(self, inputs_q: Float[Array, "a q d"], inputs_kv: Float[Array, "b k d"]) -> Float[Array, "b q d"]:
@@ -62,7 +54,7 @@ class MultiHeadAttention(nn.Module):
         out = nn.DenseGeneral(
             width, axis=(-2, -1), dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="out"
         )
-        return out(attention(query, key, value))
+        return out(self.attention(query, key, value))
 
 
 class MlpBlock(nn.Module):
@@ -87,11 +79,13 @@ class Block(nn.Module):
     variant: Variant
     dtype: jnp.dtype
     dropout: float = 0.0
+    attention: AttentionFn = attention_fn
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        heads = self.variant.num_heads
         y = _layer_norm("LayerNorm_0")(x).astype(self.dtype)
-        y = MultiHeadAttention(self.variant.num_heads, self.dtype, name="MultiHeadDotProductAttention_0")(y, y)
+        y = MultiHeadAttention(heads, self.dtype, self.attention, name="MultiHeadDotProductAttention_0")(y, y)
         x = x + dropout(y.astype(x.dtype), self.dropout)
         y = _layer_norm("LayerNorm_1")(x).astype(self.dtype)
         y = MlpBlock(self.variant.mlp_dim, self.dtype, name="MlpBlock_0")(y)
@@ -109,7 +103,8 @@ class Encoder(nn.Module):
     `scan` compiles one block for all of them and stacks their parameters on a leading layer axis under
     `encoderblock`; without it they are `encoderblock_0`, `encoderblock_1`, … `remat` recomputes activations in the
     backward pass: "full" keeps only each block's input, "dots" also the results of its matrix products (more memory,
-    less recomputation).
+    less recomputation). With a `placement` that shards the blocks' weights, each block gathers its own where it runs,
+    and again in the backward pass, whatever `remat` says: kept from the forward pass, they would be the whole model.
     """
 
     variant: Variant
@@ -117,24 +112,54 @@ class Encoder(nn.Module):
     remat: Remat
     dtype: jnp.dtype
     dropout: float = 0.0
+    attention: AttentionFn = attention_fn
+    placement: Placement | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        placement, path = self.placement, "/".join(self.path)
+        sharded = placement is not None and placement.shards(f"{re.escape(path)}/encoderblock.*")
+
         def body(block: Block, x: Array, _: None) -> tuple[Array, None]:
+            # The loop's carry has no sharding of its own: without a word the compiler may split it some other way.
+            x = x if placement is None else placement.batch(x)
             return block(x), None
 
-        if self.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+        def block(name: str) -> Block:
+            make: Callable[..., Any] = Block
+            if sharded:
+                gather = functools.partial(placement.gather_block, prefix=f"{path}/{name}/", dtype=self.dtype)
+                make = nn.map_variables(Block, "params", trans_in_fn=_on_params(gather))
+            return make(self.variant, self.dtype, self.dropout, self.attention, name=name)
+
+        if self.remat != "none" or sharded:
             # Inside scan the loop already keeps XLA from undoing the recomputation.
-            body = nn.remat(body, policy=policy, prevent_cse=not self.scan)
+            body = nn.remat(body, policy=_POLICIES[self.remat], prevent_cse=not self.scan)
         if self.scan:
             rngs = {"params": True, "dropout": True}
             loop = nn.scan(body, variable_axes={"params": 0}, split_rngs=rngs, length=self.variant.depth)
-            x, _ = loop(Block(self.variant, self.dtype, self.dropout, name="encoderblock"), x, None)
+            x, _ = loop(block("encoderblock"), x, None)
         else:
             for i in range(self.variant.depth):
-                x, _ = body(Block(self.variant, self.dtype, self.dropout, name=f"encoderblock_{i}"), x, None)
-        return _layer_norm("encoder_norm")(x)
+                x, _ = body(block(f"encoderblock_{i}"), x, None)
+        return _layer_norm("encoder_norm")(x if placement is None else placement.batch(x))
+
+
+def _on_params(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda variables: {"params": function(variables["params"])} if "params" in variables else variables
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    # The gather is a custom VJP around constraints, by whichever name jax has it at this point. A fused attention kernel is
+    # one too: it runs again in the backward pass.
+    return primitive.name != "sharding_constraint" and not primitive.name.startswith("custom_vjp_call")
+
+
+_POLICIES = {
+    "none": _all_but_gathered,  # taken under FSDP only
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 class MAPHead(nn.Module):

@@ -12,9 +12,11 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import linen as nn
 
+from siglip.models.attention import Attention, AttentionFn, attention_fn
 from siglip.models.layers import Encoder, MAPHead, Remat, dropout
 from siglip.models.variants import Variant, check_choices, check_rate, parse_variant, resolve
 from siglip.shapes import Array, Float, Int
+from siglip.sharding import Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +40,10 @@ class TextConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     dropout: float = 0.0
     embed_std: float | None = None
+    attention: Attention = "auto"
 
     def __post_init__(self) -> None:
-        check_choices(self, ("pool", "remat", "dtype"))
+        check_choices(self, ("pool", "remat", "dtype", "attention"))
         check_rate("text.dropout", self.dropout)
         if self.embed_std is not None and not self.embed_std > 0:
             raise ValueError(f"text.embed_std={self.embed_std} must be positive, or None for 1/sqrt(width)")
@@ -69,6 +72,8 @@ class TextTransformer(nn.Module):
 
     config: TextConfig
     out_dim: int | None
+    attention: AttentionFn = attention_fn
+    placement: Placement | None = None
 
     @nn.compact
     def __call__(self, text: Int[Array, "b l"], *, train: bool = False) -> tuple[Float[Array, "b e"], dict[str, Array]]:
@@ -78,12 +83,15 @@ class TextTransformer(nn.Module):
             raise ValueError(f"texts are {got} but the model takes bx{config.length}; pad or cut them to that length")
         normal = nn.initializers.normal(spec.width**-0.5)
         embed_init = normal if config.embed_std is None else nn.initializers.normal(config.embed_std)
-        x = nn.Embed(config.vocab_size, spec.width, embedding_init=embed_init, name="Embed_0")(text)
+        rows = nn.Embed(config.vocab_size, spec.width, embedding_init=embed_init, name="Embed_0")
+        table = "/".join((*rows.path, "embedding"))
+        x = rows(text) if self.placement is None else self.placement.look_up(table, rows, text)
         x = x + self.param("pos_embedding", normal, (1, config.length, spec.width))
         rate = config.dropout if train else 0.0
         x = dropout(x, rate)
         out = {}
-        x = out["encoded"] = Encoder(spec, config.scan, config.remat, dtype, rate, name="Encoder_0")(x)
+        encoder = (spec, config.scan, config.remat, dtype, rate, self.attention, self.placement)
+        x = out["encoded"] = Encoder(*encoder, name="Encoder_0")(x)
         if config.pool == "map":
             x = MAPHead(spec, dtype, name="MAPHead_0")(x)
         else:

@@ -10,15 +10,18 @@ reference.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from siglip.models.attention import AttentionFn, attention_fn, choose_kernel
 from siglip.models.text import TextConfig, TextTransformer
 from siglip.models.vit import ImageConfig, ViT
 from siglip.shapes import Array, Float, Int
+from siglip.sharding import Placement
 
 __all__ = ["ImageConfig", "ModelConfig", "TextConfig", "TwoTower", "init_params", "make_model"]
 
@@ -73,21 +76,25 @@ class TwoTower(nn.Module):
     """
 
     config: ModelConfig
+    attention: tuple[AttentionFn, AttentionFn] = (attention_fn, attention_fn)
+    placement: Placement | None = None
 
     @nn.compact
     def __call__(
         self, image: Float[Array, "b h w 3"] | None, text: Int[Array, "b l"] | None = None, *, train: bool = False
     ) -> tuple[Float[Array, "b e"] | None, Float[Array, "b e"] | None, dict[str, Array]]:
-        config, out, zimg, ztxt = self.config, {}, None, None
+        config, placement, out, zimg, ztxt = self.config, self.placement, {}, None, None
+        (image_dim, text_dim), (image_attention, text_attention) = config.out_dim, self.attention
         if image is not None:
-            zimg, extras = ViT(config.image, config.out_dim[0], name="img")(image, train=train)
+            zimg, extras = ViT(config.image, image_dim, image_attention, placement, name="img")(image, train=train)
             out |= {f"img/{name}": value for name, value in extras.items()}
             if zimg is not None:
                 zimg, out["img/norm"] = _normalise(zimg)
         if text is not None:
             if config.text is None:
                 raise ValueError("this model has no text tower, only the image tower; pass text=None")
-            ztxt, extras = TextTransformer(config.text, config.out_dim[1], name="txt")(text, train=train)
+            tower = TextTransformer(config.text, text_dim, text_attention, placement, name="txt")
+            ztxt, extras = tower(text, train=train)
             out |= {f"txt/{name}": value for name, value in extras.items()}
             ztxt, out["txt/norm"] = _normalise(ztxt)
         if config.text is not None:
@@ -103,9 +110,33 @@ def _normalise(z: Float[Array, "b e"]) -> tuple[Float[Array, "b e"], Float[Array
     return z / (norm + _NORM_EPS), norm
 
 
-def make_model(config: ModelConfig) -> TwoTower:
-    """The Linen module; its parameters are the nested dict that `init_params` makes or `formats` reads."""
-    return TwoTower(config)
+def make_model(config: ModelConfig, *, placement: Placement | None = None) -> TwoTower:
+    """The Linen module; its parameters are the nested dict that `init_params` makes or `formats` reads.
+
+    Args:
+        placement: of a training run: picks the attention kernels for its devices and has sharded weights gathered block by
+            block. Without it the module computes the same function with nothing but plain XLA, anywhere.
+
+    Raises:
+        ValueError: if the config asks for an attention kernel that cannot run on the devices of `placement`.
+    """
+    if placement is None:
+        return TwoTower(config)
+    towers = [(config.image, config.image.train_tokens, "image")]
+    towers += [] if config.text is None else [(config.text, config.text.length, "text")]
+    kernels = [
+        choose_kernel(
+            tower.attention,
+            device=placement.mesh.devices.flat[0],
+            tokens=tokens,
+            head_dim=tower.spec.width // tower.spec.num_heads,
+            dtype=tower.dtype,
+            where=f"model.{name}.attention",
+        )
+        for tower, tokens, name in towers
+    ]
+    functions = [functools.partial(attention_fn, kernel=kernel, mesh=placement.mesh) for kernel in kernels]
+    return TwoTower(config, (functions[0], functions[-1]), placement)
 
 
 def init_params(config: ModelConfig, rng: Array) -> dict[str, Any]:

@@ -18,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from siglip.models.attention import Attention, AttentionFn, attention_fn
 from siglip.models.layers import Encoder, MAPHead, Remat, dropout
 from siglip.models.variants import Variant, check_choices, check_rate, parse_variant, resolve
 from siglip.shapes import Array, Float, Int
+from siglip.sharding import Placement
 
 _DEFAULT_PATCH_PX = 16
 
@@ -29,8 +31,8 @@ _DEFAULT_PATCH_PX = 16
 class ImageConfig:
     """The image tower. `width`, `depth`, `mlp_dim`, `num_heads` and `patch_size` override what `variant` says.
 
-    `image_size` and `patch_size` are (height, width) in pixels. `scan`, `remat` and `dtype` change memory and speed,
-    not the function: see layers.Encoder.
+    `image_size` and `patch_size` are (height, width) in pixels. `scan`, `remat`, `dtype` and `attention` change memory and
+    speed, not the function: see layers.Encoder, and attention.choose_kernel for the kernel that training takes.
     """
 
     variant: str = "B/16"
@@ -47,9 +49,10 @@ class ImageConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     dropout: float = 0.0
     patch_dropout: float = 0.0
+    attention: Attention = "auto"
 
     def __post_init__(self) -> None:
-        check_choices(self, ("pool", "posemb", "remat", "dtype"))
+        check_choices(self, ("pool", "posemb", "remat", "dtype", "attention"))
         check_rate("image.dropout", self.dropout)
         check_rate("image.patch_dropout", self.patch_dropout)
         (ph, pw), (h, w) = self.patch, self.image_size
@@ -76,6 +79,16 @@ class ImageConfig:
     def grid(self) -> tuple[int, int]:
         """Patches down and across."""
         return self.image_size[0] // self.patch[0], self.image_size[1] // self.patch[1]
+
+    @property
+    def kept_patches(self) -> int:
+        """Patches that patch dropout leaves in training, at least one."""
+        return max(1, round(self.grid[0] * self.grid[1] * (1 - self.patch_dropout)))
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens that attend to each other in training: the patches that are kept, and a class token."""
+        return self.kept_patches + (self.pool == "tok")
 
 
 def sincos2d(grid: tuple[int, int], width: int) -> Float[np.ndarray, "1 n d"]:
@@ -140,6 +153,8 @@ class ViT(nn.Module):
 
     config: ImageConfig
     out_dim: int | None
+    attention: AttentionFn = attention_fn
+    placement: Placement | None = None
 
     @nn.compact
     def __call__(
@@ -164,7 +179,8 @@ class ViT(nn.Module):
         if config.pool == "tok":
             cls = self.param("cls", nn.initializers.zeros, (1, 1, spec.width))
             x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, spec.width)), x], axis=1)
-        x = out["encoded"] = Encoder(spec, config.scan, config.remat, dtype, rate, name="Transformer")(x)
+        encoder = (spec, config.scan, config.remat, dtype, rate, self.attention, self.placement)
+        x = out["encoded"] = Encoder(*encoder, name="Transformer")(x)
         if config.pool == "none":
             return None, out
         if config.pool == "map":
@@ -178,11 +194,9 @@ class ViT(nn.Module):
         return x, out
 
     def _some_patches(self, pictures: int) -> Int[Array, "b k"]:
-        """Which patches of each picture stay: a random choice without repetition, at least one."""
-        patches = self.config.grid[0] * self.config.grid[1]
-        kept = max(1, round(patches * (1 - self.config.patch_dropout)))
-        draws = jax.random.uniform(self.make_rng("dropout"), (pictures, patches))
-        return jax.lax.top_k(draws, kept)[1]
+        """Which patches of each picture stay: a random choice without repetition."""
+        draws = jax.random.uniform(self.make_rng("dropout"), (pictures, self.config.grid[0] * self.config.grid[1]))
+        return jax.lax.top_k(draws, self.config.kept_patches)[1]
 
     def _positions(self) -> Float[Array, "1 n d"]:
         config, width = self.config, self.config.spec.width
