@@ -12,6 +12,10 @@ is to be read on machines that have neither.
 import collections
 import hashlib
 import json
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -175,14 +179,20 @@ def make_eval_batches(
     image_size: tuple[int, int],
     max_image_pixels: int = 1 << 26,
     threads: int = 2,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> "EvalBatches":
-    """Every pair of a source once, in order, without augmentation; the last batch may be short."""
-    return EvalBatches(source, batch_size, tuple(image_size), max_image_pixels, threads)
+    """Every pair of a source once, in order, without augmentation; the last batch may be short.
+
+    Of several processes each gets every `process_count`-th pair, from `process_index` on.
+    """
+    share = range(process_index, len(source), process_count)
+    return EvalBatches(source, batch_size, tuple(image_size), max_image_pixels, threads, share)
 
 
 @dataclass
 class EvalBatches:
-    """Iterates over {"image": uint8 [b, h, w, 3], "key": list[str], "fields": list[dict]}.
+    """Iterates over {"image": uint8 [b, h, w, 3], "key": list[str], "fields": list[dict], "index": list[int] in the source}.
 
     Pairs that cannot be decoded are left out; after a pass, `counts` says how many, by reason.
     """
@@ -192,6 +202,7 @@ class EvalBatches:
     image_size: tuple[int, int]
     max_image_pixels: int
     threads: int
+    share: range
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -201,8 +212,8 @@ class EvalBatches:
     def __iter__(self) -> Iterator[dict]:
         self.counts = collections.Counter()
         rows = []
-        for pair, image in self._decoded():
-            rows.append((image, pair.key, dict(pair.fields)))
+        for pair, image, index in self._decoded():
+            rows.append((image, pair.key, dict(pair.fields), index))
             if len(rows) == self.batch_size:
                 yield _stack(rows)
                 rows = []
@@ -210,12 +221,12 @@ class EvalBatches:
             yield _stack(rows)
 
     def _decoded(self) -> Iterator[tuple]:
-        """(pair, image) in order, decoded one batch ahead."""
+        """(pair, image, index) in order, decoded one batch ahead."""
         from concurrent.futures import ThreadPoolExecutor
 
         pending = collections.deque()
         with ThreadPoolExecutor(self.threads) as pool:
-            for index in range(len(self.source)):
+            for index in self.share:
                 pending.append(pool.submit(self._decode, index))
                 if len(pending) > 2 * self.batch_size:
                     yield from self._settle(pending.popleft())
@@ -227,7 +238,7 @@ class EvalBatches:
 
         pair = samples.read_pair(self.source, index)
         picture = samples.decode_picture(pair, max_pixels=self.max_image_pixels)
-        return pair, image_ops.resize(picture, self.image_size)
+        return pair, image_ops.resize(picture, self.image_size), index
 
     def _settle(self, future) -> Iterator[tuple]:
         from data_pipelines.samples import BrokenPair
@@ -239,8 +250,8 @@ class EvalBatches:
 
 
 def _stack(rows: list[tuple]) -> dict:
-    images, keys, fields = zip(*rows, strict=True)
-    return {"image": np.stack(images), "key": list(keys), "fields": list(fields)}
+    images, keys, fields, indices = zip(*rows, strict=True)
+    return {"image": np.stack(images), "key": list(keys), "fields": list(fields), "index": list(indices)}
 
 
 def _iterate(batches, config: DataConfig, position: int):
@@ -257,9 +268,25 @@ def _iterate(batches, config: DataConfig, position: int):
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain passes absl flags to its workers, unparsed ones raise.
         iterable = iterable.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=config.prefetch)
+            grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=config.prefetch),
+            worker_init_fn=_leave_signals_to_the_parent,
         )
     return iter(iterable)
+
+
+def _leave_signals_to_the_parent(index: int, count: int) -> None:
+    """In a worker process. Terminals and schedulers signal it too, but the parent still needs its batches to stop in order;
+    a parent that was killed is followed at once.
+    """
+    del index, count
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _fingerprint(sources: tuple[Source, ...], config: DataConfig) -> str:

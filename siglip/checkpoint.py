@@ -8,6 +8,9 @@
 Saving is asynchronous: orbax copies the arrays from the device, writes to a folder with a temporary name and renames it
 when every file is there. The last `keep` checkpoints stay, and the best one by `best_metric`.
 
+Several processes write one checkpoint together, so the workdir is a folder that all hosts share. It is laid out on whatever
+devices restore it: their number, the number of hosts, FSDP and the data workers may change between starts.
+
 How a run starts, in this order: the newest checkpoint of its workdir; else fresh parameters.
 
 The trap: a run that goes on with other settings is neither run. Whatever changes the parameters or the pairs must agree with
@@ -15,11 +18,14 @@ the workdir's config.json; only where it runs and what it reports may differ.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+import time
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +35,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from siglip import trees
+from siglip.peers import Alone
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.model"
@@ -38,10 +45,20 @@ CHECKPOINTS_DIR = "checkpoints"
 # files lie. What the files hold is compared by content: the loader's fingerprint, and the tokenizer in the workdir.
 FREE_FIELDS = (
     "workdir",
-    "(mesh|log|checkpoint|eval)(/.*)?",
+    "(mesh|log|checkpoint|eval|distributed)(/.*)?",
+    "loss/(impl|chunk_size|micro_batch_size)",
+    "model/(image|text)/(attention|remat)",
     "data/(workers|threads|prefetch|cache_bytes|tokenizer)",
     r"data/sources/\d+/shards",
 )
+# Fields in which the processes of one run may differ: who they are, and what a host can and where it has its files.
+OWN_FIELDS = (
+    "workdir",
+    "distributed(/.*)?",
+    "data/(workers|threads|prefetch|cache_bytes|tokenizer)",
+    r"data/sources/\d+/shards",
+)
+_SHARED_FILE_S = 5.0  # a network folder may be slow to show what another host wrote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +144,7 @@ class Checkpointer:
         Raises:
             ValueError: if the checkpoint is damaged or belongs to another model.
         """
+        self._check_model(step, like)
         try:
             items = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
@@ -141,6 +159,25 @@ class Checkpointer:
             ) from error
         return items.state, items.data
 
+    def _check_model(self, step: int, like: Any) -> None:
+        """Raises ValueError if the parameters of a step have other names or shapes than `like`: config.json may be gone."""
+        folder = self._folder / str(step)
+        try:
+            with ocp.PyTreeCheckpointer() as reader:
+                tree = reader.metadata(folder / "state").item_metadata.tree
+            there = {path: tuple(leaf.shape) for path, leaf in trees.flatten(tree["params"]).items()}
+        except Exception:  # `restore` says what is wrong with the files
+            return
+        here = {path: tuple(leaf.shape) for path, leaf in trees.flatten(like.params).items()}
+        here["ema"], there["ema"] = like.ema is not None, bool(tree.get("ema"))
+        other = sorted(path for path in there.keys() | here.keys() if there.get(path) != here.get(path))
+        if other:
+            path, more = other[0], f" and {len(other) - 1} more" if len(other) > 1 else ""
+            raise ValueError(
+                f"checkpoint {folder} is of another model: {path} is {there.get(path, 'absent')} there and "
+                f"{here.get(path, 'absent')} here{more}; use the settings it was trained with, or another --workdir"
+            )
+
     def wait(self) -> None:
         """Returns when everything saved is complete on disk."""
         self._manager.wait_until_finished()
@@ -151,35 +188,104 @@ class Checkpointer:
         self._manager.close()
 
 
-def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Creates the workdir with its config.json, or checks that the one there is of the same run.
+def check_same_run(
+    peers: Alone, *, config: Mapping[str, Any], data_state: Mapping[str, Any], tokenizer: bytes | None
+) -> None:
+    """Raises ValueError, in every process, if one was started with other settings or other data than process 0."""
+    own = re.compile("|".join(f"(?:{pattern})" for pattern in OWN_FIELDS))
+    data = {**data_state, "tokenizer": None if tokenizer is None else hashlib.sha256(tokenizer).hexdigest()[:16]}
+    flat = {path: value for path, value in _flatten_json(_plain(config)).items() if not own.fullmatch(path)}
+    settings = flat | {f"data/{name}": value for name, value in _plain(data).items()}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    if len(set(peers.gather("settings", digest))) == 1:
+        return
+    everyones = peers.gather("settings in full", settings)
+    index = next(i for i, theirs in enumerate(everyones) if theirs != everyones[0])
+    differences = _differences(everyones[0], everyones[index], ())
+    told = [f"{name} is {first!r} in process 0 and {its!r} in process {index}" for name, first, its in differences[:3]]
+    raise ValueError(
+        f"process {index} was started with other settings than process 0: {'; '.join(told)}; "
+        f"start the same command, with the same recipe and data, on every host"
+    )
+
+
+def _plain(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back: tuples become lists."""
+    return json.loads(json.dumps(tree))
+
+
+def open_workdir(
+    workdir: Path, config: Mapping[str, Any], *, tokenizer: bytes | None = None, peers: Alone | None = None
+) -> None:
+    """Creates the workdir with its config.json and tokenizer, or checks that those there are of the same run.
 
     Raises:
-        ValueError: if config.json there differs in a field that changes the parameters or the pairs.
+        ValueError: if config.json there differs in a field that changes the parameters or the pairs, if its tokenizer is
+            another one, or if the processes do not all see the same folder.
         PermissionError, NotADirectoryError: if the folder cannot be made or written.
     """
+    peers = Alone() if peers is None else peers
+    if peers.is_first:
+        _make_workdir(workdir, config, tokenizer)
+    if peers.count == 1:
+        return
+    # Leftovers of an earlier run may lie on every host: only a file written now proves that the folder is one.
+    proof = workdir / f".shared-{uuid.uuid4().hex}"
+    if peers.is_first:
+        proof.touch()
+    proof = workdir / peers.gather("workdir", proof.name)[0]
+    deadline = time.monotonic() + _SHARED_FILE_S
+    while not (seen := proof.exists() and os.access(workdir, os.W_OK)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    everyones = peers.gather("workdir is shared", [seen, str(workdir)])
+    if peers.is_first:
+        proof.unlink()
+    blind = [(index, path) for index, (seen, path) in enumerate(everyones) if not seen]
+    if blind:
+        raise ValueError(
+            f"process {blind[0][0]} does not see, or may not write, what process 0 writes to workdir {everyones[0][1]} "
+            f"(there it is {blind[0][1]}); give --workdir a folder that all hosts share"
+        )
+
+
+def _make_workdir(workdir: Path, config: Mapping[str, Any], tokenizer: bytes | None) -> None:
+    path = workdir / TOKENIZER_FILE
+    if tokenizer is not None and path.exists() and path.read_bytes() != tokenizer:
+        raise ValueError(
+            f"workdir {workdir} was trained with another tokenizer than {config['data']['tokenizer']}; "
+            f"use --data.tokenizer {path}, or another --workdir"
+        )
+    _make_config_file(workdir, config)
+    if tokenizer is not None and not path.exists():
+        write_atomically(path, tokenizer)
+
+
+def _make_config_file(workdir: Path, config: Mapping[str, Any]) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if not os.access(workdir, os.W_OK):
         raise PermissionError(f"{workdir} is not writable; give another --workdir")
     path = workdir / CONFIG_FILE
     if path.exists():
-        differences = _differences(_read_json(path), json.loads(json.dumps(config)))
+        differences = _differences(_flatten_json(_read_json(path)), _flatten_json(_plain(config)), FREE_FIELDS)
         if differences:
+            told = [f"{name} is {there!r} there and {here!r} here" for name, there, here in differences[:3]]
             raise ValueError(
-                f"workdir {workdir} belongs to another run: {'; '.join(differences[:3])}"
+                f"workdir {workdir} belongs to another run: {'; '.join(told)}"
                 f"{f' and {len(differences) - 3} more' if len(differences) > 3 else ''}; "
                 f"use another --workdir, or the settings in {path}"
             )
     write_atomically(path, json.dumps(config, indent=2) + "\n")
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    old_flat, new_flat = _flatten_json(old), _flatten_json(new)
-    free = re.compile("|".join(f"(?:{pattern})" for pattern in FREE_FIELDS))
+def _differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], free_fields: Sequence[str]
+) -> list[tuple[str, Any, Any]]:
+    """(dotted name, old value, new value) of every path whose value differs and that is not free."""
+    free = re.compile("|".join(f"(?:{pattern})" for pattern in free_fields))
     return [
-        f"{path.replace('/', '.')} is {old_flat.get(path, 'absent')!r} there and {new_flat.get(path, 'absent')!r} here"
-        for path in sorted(old_flat.keys() | new_flat.keys())
-        if not free.fullmatch(path) and old_flat.get(path) != new_flat.get(path)
+        (path.replace("/", "."), old.get(path, "absent"), new.get(path, "absent"))
+        for path in sorted(old.keys() | new.keys())
+        if not free.fullmatch(path) and old.get(path) != new.get(path)
     ]
 
 
@@ -232,10 +338,7 @@ def read_run_params(path: Path, *, step: int | None = None) -> tuple[dict[str, A
     """
     workdir, named_step = _run_of(path) or (path, None)
     step = named_step if step is None else step
-    folder = workdir.resolve() / CHECKPOINTS_DIR
-    # orbax writes this file last: a folder without it is half a checkpoint.
-    whole = [p for p in folder.glob("*") if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists()]
-    steps = sorted(int(p.name) for p in whole)
+    folder, steps = workdir.resolve() / CHECKPOINTS_DIR, _whole_steps(workdir)
     step = steps[-1] if step is None and steps else step
     if step not in steps:
         raise FileNotFoundError(
@@ -265,6 +368,20 @@ def read_run_params(path: Path, *, step: int | None = None) -> tuple[dict[str, A
     params = restored[name]
     assert trees.flatten(params), "a checkpoint without parameters"
     return params, config, step
+
+
+def newest_step(workdir: Path) -> str:
+    """ "step N of WORKDIR" or "the beginning": where a run would go on that had to stop now."""
+    steps = _whole_steps(workdir)
+    return f"step {steps[-1]} of {workdir}" if steps else f"the beginning, workdir {workdir} has no checkpoint yet"
+
+
+def _whole_steps(workdir: Path) -> list[int]:
+    # orbax writes this file last: a folder without it is half a checkpoint.
+    folders = (workdir.resolve() / CHECKPOINTS_DIR).glob("*")
+    return sorted(
+        int(path.name) for path in folders if path.name.isdigit() and (path / "_CHECKPOINT_METADATA").exists()
+    )
 
 
 def _run_of(path: Path) -> tuple[Path, int | None] | None:

@@ -18,6 +18,7 @@ from data_pipelines.loader import DataConfig
 from data_pipelines.mixture import SourceConfig
 from siglip import trees
 from siglip.checkpoint import CheckpointConfig
+from siglip.distributed import DistributedConfig
 from siglip.metrics import LogConfig
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.optim import OptimConfig
@@ -100,6 +101,7 @@ class TrainConfig:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     def __post_init__(self) -> None:
         for name in ("total_steps", "batch_size"):
@@ -119,6 +121,7 @@ class TrainConfig:
 CONFIG_CLASSES = (
     TrainConfig, EvalConfig, EvalTask, DataConfig, SourceConfig, AugmentConfig, ModelConfig, ImageConfig, TextConfig,
     OptimConfig, MeshConfig, LossConfig, CheckpointConfig, LogConfig,
+    DistributedConfig,
 )  # fmt: skip
 
 

@@ -44,16 +44,29 @@ class LogConfig:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl, and to wandb when the config asks."""
+    """Appends to metrics.jsonl, and to wandb when the config asks; `enabled=False`, of all processes but the first: nothing."""
 
-    def __init__(self, workdir: Path, config: LogConfig, *, run_config: Mapping[str, Any], start_step: int) -> None:
+    def __init__(
+        self,
+        workdir: Path,
+        config: LogConfig,
+        *,
+        run_config: Mapping[str, Any],
+        start_step: int,
+        enabled: bool = True,
+    ) -> None:
         self.path = workdir / METRICS_FILE
+        self._file, self._wandb = None, None
+        if not enabled:
+            return
         _drop_lines_after(self.path, start_step)
         self._file = self.path.open("a")
         self._wandb = _start_wandb(workdir, config, run_config)
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """One line: {"step": step, **values}; non-finite numbers become null, which strict JSON readers accept."""
+        if self._file is None:
+            return
         line = {name: v if math.isfinite(v) else None for name, v in values.items()}
         self._file.write(json.dumps({"step": step, **line}) + "\n")
         self._file.flush()
@@ -63,7 +76,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes; further writes are errors."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._wandb is not None:
             with _warn_only("wandb.finish"):
                 self._wandb.finish()

@@ -2,17 +2,17 @@
 
     restore or init -> [next batch -> step -> log? evaluate? checkpoint?] until total_steps, a signal, or a non-finite loss
 
-The device is waited for only when logging, so losses are looked at in groups; the keys of every batch in the group are kept
-until then. A non-finite loss stops the run before anything of it is saved.
+The device is waited for only when logging (siglip/divergence.py). A non-finite loss stops the run before anything of it is
+saved. Several processes run this same loop; what they must not decide differently they ask of each other (siglip/peers.py).
 
 The trap: the loader runs ahead of training. Its position is asked for after `next`, when it has counted exactly the batches
 that were handed out, and saved together with the state those batches made.
 """
 
-import json
 import logging
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -21,14 +21,16 @@ import jax
 import optax
 
 from siglip import optim, sharding
-from siglip.checkpoint import TOKENIZER_FILE, Checkpointer, open_workdir, write_atomically
+from siglip.checkpoint import Checkpointer, check_same_run, newest_step, open_workdir
 from siglip.config import TrainConfig, to_json
+from siglip.divergence import LossWatch, NonFiniteLoss
 from siglip.metrics import MetricsWriter, Progress, Throughput, read_metrics
 from siglip.models.two_tower import param_shapes
+from siglip.peers import Alone
 from siglip.signals import Interrupted, SignalFlag
 from siglip.step import TrainState, init_state, make_train_step, state_like
 
-BAD_BATCH_FILE = "non_finite_batch.json"
+_PATIENCE_S = 60
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ Evaluate = Callable[[Mapping[str, Any]], Mapping[str, float]]
 class Batches(Protocol):
     """What the loop needs of a data pipeline; data_pipelines.loader.Loader is one.
 
-    `counts` are the substitutions so far, by reason; they are part of `state`.
+    `counts` are the substitutions so far, by reason; they are part of `state`, where each process counts its own.
     """
 
     counts: Mapping[str, int]
@@ -51,24 +53,13 @@ class Batches(Protocol):
     def close(self) -> None: ...
 
 
-class NonFiniteLoss(RuntimeError):
-    """The run diverged; the message names the step and where the batch's keys are."""
-
-
-class _Pending(NamedTuple):
-    """One step whose loss has not been looked at."""
-
-    step: int
-    metrics: Mapping[str, jax.Array]
-    keys: list[str]
-
-
 def train(
     config: TrainConfig,
     batches: Batches,
     *,
     evaluate: Evaluate | None = None,
     tokenizer: bytes | None = None,
+    peers: Alone | None = None,
 ) -> TrainState:
     """Trains until `config.total_steps`, going on from the workdir's newest checkpoint if there is one.
 
@@ -76,6 +67,7 @@ def train(
         batches: this process's share of each batch: image uint8 [bl, h, w, 3], text int32 [bl, l], key list[str].
         evaluate: run every `config.eval.every_steps` and at the end.
         tokenizer: content of the SentencePiece model, kept in the workdir for evaluation and export.
+        peers: the other processes (siglip.distributed.joined); None: there are none.
 
     Returns:
         The final state.
@@ -85,33 +77,50 @@ def train(
         NonFiniteLoss: the last good checkpoint is intact.
         Interrupted: after SIGTERM or SIGINT; the state is saved.
     """
+    peers = Alone() if peers is None else peers
+    if jax.process_count() != peers.count:
+        raise ValueError(
+            f"jax runs on {jax.process_count()} processes; train needs peers=, from siglip.distributed.joined"
+        )
     mesh = sharding.make_mesh(config.mesh)
     program = _build(config, mesh)
-    workdir = _open(config, tokenizer)
+    check_same_run(peers, config=to_json(config), data_state=batches.state(), tokenizer=tokenizer)
+    workdir = Path(config.workdir)
+    open_workdir(workdir, to_json(config), tokenizer=tokenizer, peers=peers)
+    agreed: Interrupted | NonFiniteLoss | None = None
     with jax.set_mesh(mesh), SignalFlag() as signals:
         checkpointer = Checkpointer(workdir, config.checkpoint)
-        state, start_step = _restore_or_init(config, program, checkpointer, batches)
-        run = _Run(config, batches, checkpointer, evaluate, workdir, start_step)
+        peers.on_loss(lambda: f"start the same command again on every host: it goes on from {newest_step(workdir)}")
+        state, start_step = _restore_or_init(config, program, checkpointer, batches, peers)
+        run = _Run(config, batches, checkpointer, evaluate, workdir, start_step, peers)
         try:
             run.make_up_for_a_missed_evaluation(start_step, state)
+            peers.begin(start_step)
             for step in range(start_step + 1, config.total_steps + 1):
                 try:
                     with run.throughput.waiting_for_data():
                         batch = dict(next(batches))
+                except StopIteration:
+                    raise RuntimeError(f"the data ended before step {step} of {config.total_steps}") from None
                 except Exception:
                     # A terminal sends Ctrl-C to data workers too: their death is then no failure of the run.
-                    if signals.received is None:
+                    if signals.received is None or peers.count > 1:
                         raise
                     run.save(step - 1, state)
                     raise Interrupted(signals.received, step - 1, workdir) from None
                 keys = list(batch.pop("key", ()))
                 state, metrics = program.step(state, sharding.put_batch(batch, mesh))
-                stop = signals.received
+                stop = peers.stop_after(step, signals.received)
                 run.after_step(step, state, metrics, keys, stop=stop is not None)
                 if stop is not None:
                     raise Interrupted(stop, step, workdir)
+        except (Interrupted, NonFiniteLoss) as error:
+            agreed = error  # the other processes raise it at the same step
         finally:
             run.close()
+        peers.finish()
+    if agreed is not None:
+        raise agreed
     return state
 
 
@@ -125,6 +134,8 @@ class _Program(NamedTuple):
 
 def _build(config: TrainConfig, mesh: jax.sharding.Mesh) -> _Program:
     sharding.check_batch_size(config.batch_size, mesh)
+    if config.loss.micro_batch_size is not None:
+        sharding.check_micro_batch_size(config.loss.micro_batch_size, config.batch_size, mesh)
     shapes = param_shapes(config.model)
     optimizer = optim.make_optimizer(config.optim, shapes, total_steps=config.total_steps)
     like = state_like(config.model, optimizer, mesh=mesh, mesh_config=config.mesh, ema=config.optim.ema > 0)
@@ -146,28 +157,15 @@ def _build(config: TrainConfig, mesh: jax.sharding.Mesh) -> _Program:
     return _Program(optimizer, like, step)
 
 
-def _open(config: TrainConfig, tokenizer: bytes | None) -> Path:
-    """The workdir, with config.json and tokenizer in it, or an error if it belongs to another run."""
-    workdir = Path(config.workdir)
-    path = workdir / TOKENIZER_FILE
-    if tokenizer is not None and path.exists() and path.read_bytes() != tokenizer:
-        raise ValueError(
-            f"workdir {workdir} was trained with another tokenizer than {config.data.tokenizer}; "
-            f"use --data.tokenizer {path}, or another --workdir"
-        )
-    open_workdir(workdir, to_json(config))
-    if tokenizer is not None and not path.exists():
-        write_atomically(path, tokenizer)
-    return workdir
-
-
 def _restore_or_init(
-    config: TrainConfig, program: _Program, checkpointer: Checkpointer, batches: Batches
+    config: TrainConfig, program: _Program, checkpointer: Checkpointer, batches: Batches, peers: Alone
 ) -> tuple[TrainState, int]:
-    step = checkpointer.latest_step()
+    step = peers.gather("newest step", checkpointer.latest_step())[0]
     if step is None:
         return init_state(config.model, program.optimizer, like=program.like, seed=config.seed), 0
     state, data_state = checkpointer.restore(step, program.like)
+    if "counts" in data_state and not peers.is_first:
+        data_state = data_state | {"counts": {}}  # they are everyone's, and process 0 goes on with them
     batches.restore(data_state)
     finished = step == config.total_steps
     logger.info("%s step %d of %s", "nothing to do after" if finished else "going on from", step, config.workdir)
@@ -185,14 +183,16 @@ class _Run:
         evaluate: Evaluate | None,
         workdir: Path,
         start_step: int,
+        peers: Alone,
     ) -> None:
         self._config, self._batches, self._checkpointer = config, batches, checkpointer
-        self._evaluate, self._workdir = evaluate, workdir
-        self._writer = MetricsWriter(workdir, config.log, run_config=to_json(config), start_step=start_step)
-        self._progress = Progress(config.total_steps, start_step=start_step, enabled=config.log.progress)
-        self._pending: list[_Pending] = []
+        self._evaluate, self._workdir, self._peers = evaluate, workdir, peers
+        first, run_config = peers.is_first, to_json(config)
+        self._writer = MetricsWriter(workdir, config.log, run_config=run_config, start_step=start_step, enabled=first)
+        self._progress = Progress(config.total_steps, start_step=start_step, enabled=config.log.progress and first)
+        self._losses = LossWatch(workdir, peers, saved_step=checkpointer.latest_step)
         self._first_step = start_step + 1
-        self._best = checkpointer.best_value()
+        self._best = peers.gather("best", checkpointer.best_value())[0]
         self.throughput = Throughput(config.batch_size)
 
     def after_step(
@@ -200,7 +200,7 @@ class _Run:
     ) -> None:
         """Everything that is due after `step`; `stop`: save now, there will be no other step."""
         config, last = self._config, step == self._config.total_steps
-        self._pending.append(_Pending(step, metrics, keys))
+        self._losses.add(step, metrics, keys)
         if step == self._first_step:
             jax.block_until_ready(metrics)
             self._progress.begin(step)
@@ -212,14 +212,8 @@ class _Run:
         if last or stop or _due(step, config.log.every_steps):
             self._log(step)
         elif eval_due or save_due:
-            self._check_losses()
-        best = None
-        if eval_due:
-            try:
-                best = self._run_evaluation(step, state)
-            except BaseException:
-                self.save(step, state)  # what was trained must outlive a broken evaluation
-                raise
+            self._losses.look()
+        best = self._run_evaluation(step, state) if eval_due else None
         if save_due or best is not None:
             self.save(step, state, best=best)
 
@@ -227,16 +221,18 @@ class _Run:
         """Evaluates the restored state when that was due but the run was stopped before."""
         if step == 0 or not self._eval_due(step):
             return
-        lines = read_metrics(self._workdir)
-        if not any(line["step"] == step and any(name.startswith("eval/") for name in line) for line in lines):
+        lines = read_metrics(self._workdir) if self._peers.is_first else []
+        missed = not any(line["step"] == step and any(name.startswith("eval/") for name in line) for line in lines)
+        if self._peers.gather("missed an evaluation", missed)[0]:
             self._run_evaluation(step, state)
 
     def save(self, step: int, state: TrainState, *, best: float | None = None) -> None:
         """Starts a checkpoint of `step`, unless there is one; raises NonFiniteLoss instead of saving a bad state."""
-        self._check_losses()
-        self._checkpointer.save(
-            step, state, data_state=self._batches.state(), config=to_json(self._config), best_metric=best
-        )
+        self._losses.look()
+        states = self._peers.gather("data position", self._batches.state())
+        counts = sum((Counter(state.get("counts")) for state in states), Counter())
+        data_state = states[0] | ({"counts": dict(counts)} if "counts" in states[0] else {})
+        self._checkpointer.save(step, state, data_state=data_state, config=to_json(self._config), best_metric=best)
         self.throughput.restart()
 
     def close(self) -> None:
@@ -251,35 +247,20 @@ class _Run:
         return self._evaluate is not None and (step == config.total_steps or _due(step, config.eval.every_steps))
 
     def _log(self, step: int) -> None:
-        values = self._check_losses()
-        values |= self.throughput.read()
-        values |= {f"train/substituted/{reason}": n for reason, n in sorted(self._batches.counts.items())}
+        values = self._losses.look() | self.throughput.read()
+        own = {"counts": dict(self._batches.counts), "data_wait": values.get("train/data_wait", 0.0)}
+        everyones = self._peers.gather("log", own)
+        counts = sum((Counter(one["counts"]) for one in everyones), Counter())
+        values |= {f"train/substituted/{reason}": n for reason, n in sorted(counts.items())}
+        if "train/data_wait" in values:
+            values["train/data_wait"] = max(one["data_wait"] for one in everyones)  # all wait for the slowest
         self._writer.write(step, values)
         self._progress.update(step, values)
-
-    def _check_losses(self) -> dict[str, float]:
-        """Waits for the pending steps and returns the last one's metrics; raises NonFiniteLoss at the first bad one."""
-        pending, self._pending = jax.device_get(self._pending), []
-        for step, metrics, keys in pending:
-            # A finite loss can have a gradient that is not: the parameters are ruined one step before the loss is.
-            if not (math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["train/update_norm"])):
-                path = self._workdir / BAD_BATCH_FILE
-                write_atomically(
-                    path, json.dumps({"step": step, "loss": repr(metrics["train/loss"].item()), "keys": keys})
-                )
-                saved = self._checkpointer.latest_step()
-                raise NonFiniteLoss(
-                    f"loss is {metrics['train/loss']}, norm of the update {metrics['train/update_norm']} at step {step}; "
-                    f"the keys of its batch are in {path}; "
-                    f"the last good checkpoint is {'none' if saved is None else f'step {saved}'}; "
-                    f"lower optim.lr, lengthen the warm-up or look at those pairs"
-                )
-        return {name: float(value) for name, value in pending[-1].metrics.items()} if pending else {}
 
     def _run_evaluation(self, step: int, state: TrainState) -> float | None:
         """Writes the metrics; the value of `checkpoint.best_metric` if it is a new best, else None."""
         assert self._evaluate is not None
-        results = dict(self._evaluate(state.eval_params))
+        results = self._evaluate_everywhere(step, state)
         self._writer.write(step, results)
         self.throughput.restart()
         name = self._config.checkpoint.best_metric
@@ -294,6 +275,25 @@ class _Run:
             return None
         self._best = results[name]
         return self._best
+
+    def _evaluate_everywhere(self, step: int, state: TrainState) -> dict[str, float]:
+        """Process 0's results, which all go by; what was trained outlives an evaluation that fails."""
+        results, failure = {}, None
+        try:
+            results = dict(self._evaluate(state.eval_params))
+        except BaseException as error:
+            failure = error
+        own = {"results": results, "failure": None if failure is None else str(failure)}
+        try:
+            # The others may be waiting for this process inside the evaluation, where they would stay.
+            everyones = self._peers.gather("evaluation", own, timeout_s=None if failure is None else _PATIENCE_S)
+        except TimeoutError:
+            raise failure from None
+        failures = [f"process {i}: {one['failure']}" for i, one in enumerate(everyones) if one["failure"] is not None]
+        if failures:
+            self.save(step, state)
+            raise failure or RuntimeError(f"the evaluation failed in {failures[0]}")
+        return everyones[0]["results"]
 
 
 def _due(step: int, every: int) -> bool:

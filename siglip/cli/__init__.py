@@ -26,6 +26,16 @@ SRC is a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging 
 `siglip COMMAND --help` explains a command, `siglip train CONFIG --help` lists every config field.
 """
 
+BAD_INPUT = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    NotADirectoryError,
+    IsADirectoryError,
+)
+EXPECTED = (*BAD_INPUT, OSError, RuntimeError, ImportError, KeyboardInterrupt)
+
 
 def main() -> None:
     """Entry point of the console command."""
@@ -45,21 +55,10 @@ def run(args: list[str]) -> int:
     _prepare_environment()
     try:
         _dispatch(args[0], args[1:])
-    except (
-        ValueError,
-        FileNotFoundError,
-        FileExistsError,
-        PermissionError,
-        NotADirectoryError,
-        IsADirectoryError,
-    ) as error:
-        return _fail(error, 2)
-    except ImportError as error:
-        return _fail(RuntimeError(f"{error}; install that package: python -m pip install {error.name}"), 1)
-    except (RuntimeError, OSError) as error:
-        return _fail(error, _exit_code_of(error))
-    except KeyboardInterrupt as error:
-        return _fail(error, 130)
+    except EXPECTED as error:
+        code, line = describe(error)
+        print(f"siglip: error: {line}", file=sys.stderr)
+        return code
     return 0
 
 
@@ -106,17 +105,25 @@ def _dispatch(command: str, args: list[str]) -> None:
         raise ValueError(f"unknown command {command!r}{hint}")
 
 
-def _fail(error: BaseException, code: int) -> int:
-    if os.environ.get("SIGLIP_TRACEBACK"):
+def describe(error: BaseException) -> tuple[int, str]:
+    """The exit code and the line for an error; an unexpected one, or any when asked to, is printed with its traceback."""
+    if os.environ.get("SIGLIP_TRACEBACK") or not isinstance(error, EXPECTED):
         traceback.print_exception(error)
     message = str(error) or type(error).__name__
-    if isinstance(error, OSError) and error.strerror and error.filename and error.errno:
+    if isinstance(error, ImportError):
+        message += f"; install that package: python -m pip install {error.name}"
+    elif isinstance(error, OSError) and error.strerror and error.filename and error.errno:
         message = f"{error.filename}: {error.strerror}"
-    print(f"siglip: error: {' '.join(message.split())}", file=sys.stderr)
-    return code
+    return _exit_code_of(error), " ".join(message.split())
 
 
-def _exit_code_of(error: RuntimeError | OSError) -> int:
-    from siglip.signals import Interrupted
+def _exit_code_of(error: BaseException) -> int:
+    if isinstance(error, BAD_INPUT):
+        return 2
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, RuntimeError):
+        from siglip.signals import Interrupted
 
-    return 128 + error.signum if isinstance(error, Interrupted) else 1
+        return 128 + error.signum if isinstance(error, Interrupted) else 1
+    return 1

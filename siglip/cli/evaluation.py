@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,6 +18,7 @@ from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.checkpoint import write_atomically
 from siglip.cli.arguments import parse
 from siglip.config import EvalTask
+from siglip.distributed import gather_records, gather_rows
 from siglip.encoder import Encoder, load
 from siglip.evaluators import zeroshot
 from siglip.evaluators.retrieval import mean_of, retrieval
@@ -78,7 +80,10 @@ logger = logging.getLogger(__name__)
 
 
 class Tower(NamedTuple):
-    """What an evaluation needs of a model: uint8 pictures and token ids in, unit vectors out."""
+    """What an evaluation needs of a model: uint8 pictures and token ids in, unit vectors out.
+
+    Of several processes each calls `images` and `texts` with its own rows, equally many times, and gets their vectors.
+    """
 
     images: Callable[[np.ndarray], Any]
     texts: Callable[[np.ndarray], Any]
@@ -86,36 +91,64 @@ class Tower(NamedTuple):
     image_size: tuple[int, int]
     text_length: int
     batch_size: int
+    process_index: int = 0
+    process_count: int = 1
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Strings -> float32 [m, e]."""
-        tokens = np.stack([self.tokenizer.encode(text, self.text_length) for text in texts])
-        return embed_in_batches(self.texts, tokens, self.batch_size)
+        """Strings -> float32 [m, e]; each process embeds every `process_count`-th, and all get all."""
+        tokens = np.zeros((-(-len(texts) // self.process_count), self.text_length), np.int32)
+        own = texts[self.process_index :: self.process_count]
+        for row, text in enumerate(own):
+            tokens[row] = self.tokenizer.encode(text, self.text_length)
+        shares = gather_rows(embed_in_batches(self.texts, tokens, self.batch_size)[: len(own)])
+        order = [i for first in range(self.process_count) for i in range(first, len(texts), self.process_count)]
+        return shares[np.argsort(order)]
 
     def embed_shards(self, data: str) -> tuple[np.ndarray, list[str], list[Mapping[str, Any]]]:
         """(float32 [n, e], keys, fields) of every decodable picture of the shards, in order."""
-        return embed_shards(self.images, data, image_size=self.image_size, batch_size=self.batch_size)
+        return embed_shards(
+            self.images, data, image_size=self.image_size, batch_size=self.batch_size,
+            process_index=self.process_index, process_count=self.process_count,
+        )  # fmt: skip
 
 
 def embed_shards(
-    images: Callable[[np.ndarray], Any], data: str, *, image_size: tuple[int, int], batch_size: int
+    images: Callable[[np.ndarray], Any],
+    data: str,
+    *,
+    image_size: tuple[int, int],
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> tuple[np.ndarray, list[str], list[Mapping[str, Any]]]:
     """(float32 [n, e], keys, fields) of every picture of the shards, in order; those that do not decode are left out, aloud.
+
+    Of several processes each reads and embeds its share, `batch_size` pictures at a time, and all get everything.
 
     Raises:
         ValueError: if none decodes.
     """
-    batches = make_eval_batches(TarSource(data), batch_size=batch_size, image_size=image_size)
-    z, keys, fields = [], [], []
-    for batch in batches:
+    source = TarSource(data)
+    batches = make_eval_batches(
+        source, batch_size=batch_size, image_size=image_size, process_index=process_index, process_count=process_count
+    )
+    z, records = [], []
+    iterator = iter(batches)
+    for _ in range(-(-len(source) // (batch_size * process_count))):
+        # A process that runs out of pictures earlier still takes part in the others' forward passes.
+        batch = next(iterator, {"image": np.zeros((0, *image_size, 3), np.uint8), "key": [], "fields": [], "index": []})
         z.append(embed_in_batches(images, batch["image"], batch_size))
-        keys += batch["key"]
-        fields += batch["fields"]
-    if not keys:
-        raise ValueError(f"{data} holds no picture that can be decoded ({dict(batches.counts)}); check the shards")
-    if batches.counts:
-        logger.warning("pictures of %s left out because they cannot be decoded: %s", data, dict(batches.counts))
-    return np.concatenate(z), keys, fields
+        records += zip(batch["index"], batch["key"], batch["fields"], strict=True)
+    next(iterator, None)  # what comes last may have to be counted as broken
+    counts = sum(map(Counter, gather_records([dict(batches.counts)])), Counter())
+    records = gather_records(records)
+    if not records:
+        raise ValueError(f"{data} holds no picture that can be decoded ({dict(counts)}); check the shards")
+    if counts and process_index == 0:
+        logger.warning("pictures of %s left out because they cannot be decoded: %s", data, dict(counts))
+    order = np.argsort([index for index, _, _ in records])
+    keys, fields = [records[i][1] for i in order], [records[i][2] for i in order]
+    return gather_rows(np.concatenate(z))[order], keys, fields
 
 
 class Result(NamedTuple):
@@ -128,11 +161,11 @@ class Result(NamedTuple):
 
 
 def embed_in_batches(function: Callable[[np.ndarray], Any], rows: np.ndarray, batch_size: int) -> np.ndarray:
-    """`function` over batches of one size, the last one filled up with its own first row: one compilation."""
+    """`function` over batches of one size, the last one filled up with zeros: one compilation. No rows are one batch of zeros."""
     parts = []
-    for start in range(0, len(rows), batch_size):
+    for start in range(0, max(len(rows), 1), batch_size):
         part = rows[start : start + batch_size]
-        fill = np.repeat(part[:1], batch_size - len(part), axis=0)
+        fill = np.zeros((batch_size - len(part), *rows.shape[1:]), rows.dtype)
         parts.append(np.asarray(function(np.concatenate([part, fill])))[: len(part)])
     return np.concatenate(parts)
 

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-import jax
-
 from data_pipelines.loader import make_loader
 from data_pipelines.tokenizers import SentencePieceTokenizer
-from siglip import sharding
+from siglip import distributed, sharding
+from siglip.cli import describe
 from siglip.cli.arguments import parse
 from siglip.cli.evaluation import Tower, check_task, evaluate_task
 from siglip.config import TrainConfig, load_config_file
+from siglip.peers import Alone
 from siglip.step import make_embed_fns
 from siglip.train import Evaluate, train
 
@@ -17,7 +17,7 @@ USAGE = """usage: siglip train CONFIG [flags]
 
 CONFIG is a Python file with `def get_config() -> TrainConfig`, such as configs/quickstart.py.
 `siglip train CONFIG --help` lists every field of that config as a flag.
-The same command in the same workdir goes on where it stopped."""
+The same command in the same workdir goes on where it stopped. On several hosts, start it on each (launch/)."""
 
 
 def train_command(args: list[str]) -> None:
@@ -26,6 +26,11 @@ def train_command(args: list[str]) -> None:
         print(USAGE)
         return
     config = parse(TrainConfig, args[1:], prog=f"siglip train {args[0]}", default=load_config_file(args[0]))
+    with distributed.joined(config.distributed, describe=describe) as peers:
+        _train(config, peers)
+
+
+def _train(config: TrainConfig, peers: Alone) -> None:
     tokenizer = load_tokenizer(config.data.tokenizer, vocab_size=config.model.text.vocab_size)
     sharding.check_batch_size(config.batch_size, sharding.make_mesh(config.mesh))
     loader = make_loader(
@@ -34,11 +39,11 @@ def train_command(args: list[str]) -> None:
         image_size=config.model.image.image_size,
         text_length=config.model.text.length,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=peers.index,
+        process_count=peers.count,
     )
-    evaluate = make_evaluate(config, tokenizer) if config.eval.tasks else None
-    train(config, loader, evaluate=evaluate, tokenizer=Path(config.data.tokenizer).read_bytes())
+    evaluate = make_evaluate(config, tokenizer, peers) if config.eval.tasks else None
+    train(config, loader, evaluate=evaluate, tokenizer=Path(config.data.tokenizer).read_bytes(), peers=peers)
 
 
 def load_tokenizer(path: str, *, vocab_size: int) -> SentencePieceTokenizer:
@@ -52,7 +57,7 @@ def load_tokenizer(path: str, *, vocab_size: int) -> SentencePieceTokenizer:
     return tokenizer
 
 
-def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer) -> Evaluate:
+def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer, peers: Alone) -> Evaluate:
     """All of the config's evaluation tasks as one function of the parameters.
 
     Their files are opened now: a missing one must not wait for the end of training to be found.
@@ -64,13 +69,21 @@ def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer) -> Eva
     batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
 
     def evaluate(params):
+        def images(rows):
+            return distributed.own_rows(fns.images(params, sharding.put_batch({"image": rows}, mesh)["image"]), mesh)
+
+        def texts(rows):
+            return distributed.own_rows(fns.texts(params, sharding.put_batch({"text": rows}, mesh)["text"]), mesh)
+
         tower = Tower(
-            images=lambda images: fns.images(params, sharding.put_batch({"image": images}, mesh)["image"]),
-            texts=lambda texts: fns.texts(params, sharding.put_batch({"text": texts}, mesh)["text"]),
+            images=images,
+            texts=texts,
             tokenizer=tokenizer,
             image_size=config.model.image.image_size,
             text_length=config.model.text.length,
-            batch_size=batch_size,
+            batch_size=batch_size // peers.count,
+            process_index=peers.index,
+            process_count=peers.count,
         )
         results = [result for task in config.eval.tasks for result in evaluate_task(task, tower)]
         return {

@@ -272,6 +272,21 @@ def test_evaluation_sees_every_pair_once_in_order():
     assert batches[0]["image"].shape == (100, 8, 8, 3) and batches[0]["fields"][0] == source[0].fields
 
 
+def test_processes_share_an_evaluation(broken):
+    source = TarSource(broken)
+    whole = make_eval_batches(source, batch_size=10, image_size=(4, 4), max_image_pixels=1000)
+    every = [(index, key) for batch in whole for index, key in zip(batch["index"], batch["key"], strict=True)]
+    shares = [
+        make_eval_batches(
+            source, batch_size=10, image_size=(4, 4), max_image_pixels=1000, process_index=i, process_count=3
+        )
+        for i in range(3)
+    ]
+    parts = [[(i, k) for b in share for i, k in zip(b["index"], b["key"], strict=True)] for share in shares]
+    assert sorted(sum(parts, [])) == every and all(index % 3 == n for n, part in enumerate(parts) for index, _ in part)
+    assert sum((share.counts for share in shares), whole.counts - whole.counts) == whole.counts
+
+
 def test_evaluation_leaves_out_and_counts_what_does_not_decode(broken):
     batches = make_eval_batches(TarSource(broken), batch_size=10, image_size=(4, 4), max_image_pixels=1000)
     for _ in range(2):

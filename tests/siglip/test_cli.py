@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -232,6 +233,38 @@ def test_a_workdir_of_another_config_and_one_that_is_a_file(trained, recipe, cap
     assert (trained / "config.json").read_bytes() == before
     (tmp_path / "file").write_text("")
     fails(["train", str(recipe), "--workdir", str(tmp_path / "file")], capsys, "file")
+
+
+def test_a_checkpoint_of_another_model(trained, recipe, capsys, tmp_path):
+    shutil.copytree(trained, tmp_path / "old")
+    (tmp_path / "old" / "config.json").unlink()
+    args = ["train", str(recipe), "--total-steps", "5", "--optim.warmup-steps", "1", "--workdir", str(tmp_path / "old")]
+    fails(
+        [*args, "--model.image.patch-size", "4", "4"],
+        capsys,
+        r"checkpoints/5 is of another model: img/embedding/kernel is \(8, 8, 3, 32\) there and \(4, 4, 3, 32\) here .* --workdir",
+    )
+    (tmp_path / "old" / "config.json").unlink()
+    fails([*args, "--optim.ema", "0.9"], capsys, "ema is False there and True here")
+
+
+def test_where_and_how_fast_a_run_computes_may_change_between_starts(trained, recipe, tmp_path):
+    shutil.copytree(trained, tmp_path / "moved")
+    args = [
+        "train",
+        str(recipe),
+        "--total-steps",
+        "5",
+        "--optim.warmup-steps",
+        "1",
+        "--workdir",
+        str(tmp_path / "moved"),
+    ]
+    free = [
+        "--loss.impl", "ring", "--loss.chunk-size", "1", "--loss.micro-batch-size", "8", "--data.workers", "1",
+        "--distributed.timeout-s", "7", "--mesh.fsdp", "2", "--mesh.fsdp-min-size-bytes", "1024", "--log.every-steps", "1",
+    ]  # fmt: skip
+    assert run([*args, *free]) == 0
 
 
 def test_an_export_never_overwrites_and_leaves_nothing_when_it_fails(trained, capsys, tmp_path):

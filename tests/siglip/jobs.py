@@ -1,0 +1,190 @@
+"""Jobs of several real processes on this machine: `siglip train` on the shipped sample, each process with a few CPU devices."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+
+from siglip import trees
+from siglip.checkpoint import read_run_params
+from siglip.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+SAMPLE = ROOT / "data_pipelines" / "sample"
+STEPS = 12
+HEARTBEAT_S = 10
+
+RECIPE = f"""
+    from data_pipelines.augment import AugmentConfig
+    from data_pipelines.loader import DataConfig
+    from data_pipelines.mixture import SourceConfig
+    from siglip.checkpoint import CheckpointConfig
+    from siglip.config import EvalConfig, EvalTask, TrainConfig
+    from siglip.distributed import DistributedConfig
+    from siglip.metrics import LogConfig
+    from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
+    from siglip.optim import OptimConfig
+    from siglip.sharding import MeshConfig
+
+    TASK = EvalTask("retrieval", "toy", "{SAMPLE}/emoji-heldout-00000.tar", captions=("captions.en", "captions.de"))
+
+    def get_config():
+        return TrainConfig(
+            data=DataConfig(
+                sources=(SourceConfig("{SAMPLE}/emoji-train-00000.tar", captions=(("captions.*", 1.0),)),),
+                tokenizer="{SAMPLE}/spiece.model",
+                augment=AugmentConfig(scale=(0.8, 1.2), shift=0.1),
+                prefetch=2,
+            ),
+            model=ModelConfig(
+                image=ImageConfig(variant="mu", patch_size=(8, 8), image_size=(16, 16)),
+                text=TextConfig(variant="mu", vocab_size=4000, length=8),
+                out_dim=(None, 32),
+            ),
+            total_steps={STEPS},
+            batch_size=8,
+            workdir="unused",
+            optim=OptimConfig(lr=3e-3, warmup_steps=4),
+            mesh=MeshConfig(fsdp_min_size_bytes=4096),
+            eval=EvalConfig(tasks=(TASK,) if EVALUATE else (), batch_size=64),
+            checkpoint=CheckpointConfig(every_steps=4),
+            log=LogConfig(every_steps=1, progress=False),
+            distributed=DistributedConfig(timeout_s=120, heartbeat_timeout_s={HEARTBEAT_S}),
+        )
+"""
+
+
+class Jobs:
+    """Starts jobs whose files all lie in `folder`; kills what is left of them at the end."""
+
+    def __init__(self, folder: Path, *, evaluate: bool) -> None:
+        self.folder = folder
+        self.recipe = folder / "recipe.py"
+        self.recipe.write_text(f"EVALUATE = {evaluate}\n" + textwrap.dedent(RECIPE))
+        self._started: list[subprocess.Popen] = []
+
+    def start(
+        self, run: str, *flags: str, processes: int, devices: int, at: dict[int, str] | None = None, **own: list[str]
+    ) -> "Job":
+        """`siglip train` in workdir `run`. at: {process: "STEP:EVENT"}, see train_worker.py; own: process0=[flags], …"""
+        port, job = free_ports(), Job(self.folder, run, processes)
+        for index in range(processes):
+            who = ["--distributed.coordinator", f"localhost:{port}", "--distributed.processes", str(processes)]
+            who = [*who, "--distributed.process-id", str(index)] if processes > 1 else []
+            env = {
+                **os.environ,
+                "JAX_NUM_CPU_DEVICES": str(devices),
+                "JAX_COMPILATION_CACHE_DIR": str(self.folder / "xla"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+                "SIGLIP_TEST_RECORD": str(job.record(index)),
+                "SIGLIP_TEST_AT": (at or {}).get(index, ""),
+            }
+            command = [sys.executable, "-m", "tests.siglip.train_worker", "train", str(self.recipe)]
+            command += ["--workdir", str(self.folder / run), *who, *flags, *own.get(f"process{index}", [])]
+            with job.output(index).open("w") as output:
+                job.processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output))
+        self._started += job.processes
+        return job
+
+    def run(self, run: str, *flags: str, **kwargs) -> "Job":
+        """Starts, waits, and asserts that every process ended well."""
+        job = self.start(run, *flags, **kwargs)
+        job.ends_with(0)
+        return job
+
+    def close(self) -> None:
+        """Kills, because a mere SIGTERM would have them save first."""
+        for process in self._started:
+            process.kill()
+            process.wait()
+
+
+class Job:
+    """The processes of one start of a run, in their order."""
+
+    def __init__(self, folder: Path, run: str, count: int) -> None:
+        self.workdir, self.processes, self._count = folder / run, [], count
+        start = len(list(folder.glob(f"{run}.*.0.out")))
+        self._name = f"{run}.{start}"
+        self._folder = folder
+
+    def record(self, index: int) -> Path:
+        return self._folder / f"{self._name}.{index}.jsonl"
+
+    def output(self, index: int) -> Path:
+        return self._folder / f"{self._name}.{index}.out"
+
+    def ends_with(self, *codes: int, within_s: float = 240) -> list[str]:
+        """Asserts the processes' exit codes (one for all, or each); returns what each said went wrong: one line, or ""."""
+        deadline = time.monotonic() + within_s
+        for process in self.processes:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        outputs = [self.output(index).read_text() for index in range(self._count)]
+        expected = list(codes) * (self._count if len(codes) == 1 else 1)
+        assert [process.returncode for process in self.processes] == expected, outputs
+        lines = [[line for line in output.splitlines() if line.startswith("siglip: error: ")] for output in outputs]
+        assert all(len(own) <= 1 for own in lines) and not any("Traceback" in output for output in outputs), outputs
+        return [own[0] if own else "" for own in lines]
+
+    def wait_until_held(self, index: int) -> None:
+        """Until a process has come to its "STEP:hold"."""
+        deadline = time.monotonic() + 240
+        while not self.record(index).with_suffix(".holding").exists():
+            assert self.processes[index].poll() is None and time.monotonic() < deadline, self.output(index).read_text()
+            time.sleep(0.05)
+
+    def kill(self, index: int) -> float:
+        """Kills a process that holds; the seconds until the last of the others has ended."""
+        self.wait_until_held(index)
+        began = time.monotonic()
+        self.processes[index].send_signal(signal.SIGKILL)
+        for process in self.processes:
+            process.wait(120)
+        return time.monotonic() - began
+
+    def keys(self) -> dict[int, list[list[str]]]:
+        """Step -> the keys that each process was handed."""
+        steps: dict[int, list[list[str]]] = {}
+        for index in range(self._count):
+            for step, keys in self._lines(index):
+                if step != "read":
+                    steps.setdefault(step, []).append(keys)
+        return steps
+
+    def reads(self) -> list[set[str]]:
+        """The keys of the training pairs that each process read; those of the evaluation start with 21."""
+        reads = [{key for step, key in self._lines(index) if step == "read"} for index in range(self._count)]
+        return [{key for key in own if key.startswith("20")} for own in reads]
+
+    def _lines(self, index: int) -> list:
+        return [json.loads(line) for line in self.record(index).read_text().splitlines()]
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """Step -> loss, of every step that metrics.jsonl tells."""
+    return {line["step"]: line["train/loss"] for line in read_metrics(workdir) if "train/loss" in line}
+
+
+def params(workdir: Path) -> dict[str, np.ndarray]:
+    """The newest checkpoint's."""
+    return trees.flatten(read_run_params(workdir)[0])
+
+
+def free_ports() -> int:
+    """A port that is free together with the next one."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("", port + 1))
+            except OSError:
+                continue
+            return port

@@ -1,0 +1,52 @@
+"""`siglip`, with a loader that writes down what it reads and hands out, and in which something can happen at a batch.
+
+    SIGLIP_TEST_RECORD=FILE SIGLIP_TEST_AT=STEP:EVENT python -m tests.siglip.train_worker train …
+
+FILE gets a JSON line [step, keys] for every batch and ["read", key] for every training pair that is read. EVENT: "hold"
+touches FILE.holding and sleeps for ever, "fail" raises, a number is a signal that the process sends itself.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from data_pipelines.loader import Loader
+from data_pipelines.sources.webdataset import TarSource
+from siglip.cli import main
+
+
+def record(path: Path, at: str) -> None:
+    """Puts itself between the loader and its users."""
+    event_step, _, event = at.partition(":")
+    file = path.open("a", buffering=1)
+    hand_out, read = Loader.__next__, TarSource.__getitem__
+
+    def hand_out_and_tell(self: Loader) -> dict:
+        step = self.state()["position"] + 1
+        if str(step) == event_step:
+            happen(event, path)
+        batch = hand_out(self)
+        file.write(json.dumps([step, batch["key"]]) + "\n")
+        return batch
+
+    def read_and_tell(self: TarSource, index: int):
+        pair = read(self, index)
+        file.write(json.dumps(["read", pair.key]) + "\n")
+        return pair
+
+    Loader.__next__, TarSource.__getitem__ = hand_out_and_tell, read_and_tell
+
+
+def happen(event: str, path: Path) -> None:
+    if event == "hold":
+        path.with_suffix(".holding").touch()
+        time.sleep(3600)
+    if event == "fail":
+        raise RuntimeError("the disk is on fire")
+    os.kill(os.getpid(), int(event))
+
+
+if __name__ == "__main__":
+    record(Path(os.environ["SIGLIP_TEST_RECORD"]), os.environ.get("SIGLIP_TEST_AT", ""))
+    main()

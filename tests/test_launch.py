@@ -1,0 +1,106 @@
+"""The launch files parse, start commands that exist, and set what siglip.distributed reads."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from siglip.cli.arguments import parse
+from siglip.config import TrainConfig, load_config_file
+from siglip.distributed import PORT, DistributedConfig, detect
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
+SHELL = ["slurm.sbatch", "tpu-pod.sh"]
+
+
+def check_command(words):
+    """`siglip train RECIPE flags…` as the command line reads it."""
+    assert Path(words[0]).name == "siglip" and words[1] == "train"
+    return parse(TrainConfig, words[3:], prog="siglip", default=load_config_file(str(ROOT / words[2])))
+
+
+@pytest.fixture
+def jobset():
+    yaml = pytest.importorskip("yaml")
+    (document,) = yaml.safe_load_all((LAUNCH / "gke-jobset.yaml").read_text())
+    return document
+
+
+@pytest.mark.parametrize("name", SHELL)
+def test_shell_files_parse(name):
+    subprocess.run(["bash", "-n", str(LAUNCH / name)], check=True)
+
+
+@pytest.mark.parametrize("name, launcher", [("slurm.sbatch", "srun"), ("tpu-pod.sh", "gcloud")])
+def test_shell_files_start_a_command_that_exists(name, launcher, tmp_path):
+    # The launcher is replaced by one that prints what it was to start.
+    fake = tmp_path / launcher
+    fake.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TPU": "t", "ZONE": "z", "SLURM_JOB_ID": "7"}
+    args = ["configs/quickstart.py", "/shared/a run", "--optim.lr", "1e-4"]
+    ran = subprocess.run(["bash", str(LAUNCH / name), *args], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    words = ran.stdout.splitlines()
+    if launcher == "gcloud":
+        assert "--worker=all" in words
+        words = shlex.split(words[-1])
+        words = words[words.index("exec") + 1 :]
+    else:
+        words = words[1:]
+    config = check_command(words)
+    assert config.workdir == "/shared/a run" and config.optim.lr == 1e-4 and not config.log.progress
+
+
+@pytest.mark.parametrize("code, again", [(0, False), (1, True), (2, False), (143, True)])
+def test_slurm_queues_the_job_again_unless_it_is_done_or_wrong(code, again, tmp_path):
+    for name, body in (("srun", f"exit {code}"), ("scontrol", "echo $@")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    script = ["bash", str(LAUNCH / "slurm.sbatch"), "c.py", "/w"]
+    ran = subprocess.run(script, env=env, capture_output=True, text=True)
+    assert ran.returncode == code and ("requeue 7" in ran.stdout) == again
+
+
+def test_slurm_signals_the_steps_and_leaves_time_to_save():
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", (LAUNCH / "slurm.sbatch").read_text(), re.M))
+    assert options["signal"].startswith("TERM@") and int(options["signal"][5:]) >= 60 and "requeue" in options
+
+
+def test_the_jobset_says_who_each_pod_is(jobset):
+    (job,) = jobset["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    check_command(container["command"] + container["args"])
+    assert spec["parallelism"] == spec["completions"] and spec["completionMode"] == "Indexed"
+    labels = {
+        "jobset-name": jobset["metadata"]["name"], "replicatedjob-name": job["name"], "job-index": "0",
+        "replicatedjob-replicas": str(job["replicas"]),
+    }  # fmt: skip
+    environ = {"JOB_COMPLETION_INDEX": "3"}
+    for variable in container["env"]:
+        if "value" in variable:
+            environ[variable["name"]] = variable["value"]
+        else:
+            path = variable["valueFrom"]["fieldRef"]["fieldPath"]
+            environ[variable["name"]] = labels[
+                re.fullmatch(r"metadata\.labels\['jobset\.sigs\.k8s\.io/(.*)'\]", path)[1]
+            ]
+    place = detect(environ, DistributedConfig())
+    assert place[:4] == ("siglip-train-0-0.siglip", PORT, spec["parallelism"], 3)
+    assert [port["containerPort"] for port in container["ports"]] == [PORT, PORT + 1]
+
+
+def test_the_jobset_gives_up_on_bad_input_only(jobset):
+    (job,) = jobset["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2]
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0 and spec["backoffLimit"] == 0
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+    mounts = {mount["name"] for mount in spec["template"]["spec"]["containers"][0]["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
