@@ -64,6 +64,7 @@ def scan(zimg, ztxt, t, b, *, mesh):
     def per_device(zimg, ztxt, t, b):
         devices, block = lax.axis_size(AXIS), ztxt.shape[0]
         chunk = min(SCAN_CHUNK, block)
+        assert block % chunk == 0, f"{block} pairs a device are not whole chunks of {chunk}"
 
         def turn(total, j):
             texts = lax.all_gather(lax.dynamic_slice_in_dim(ztxt, j * chunk, chunk), AXIS, tiled=True)
@@ -190,7 +191,7 @@ def plot(rows, path):
 def devices_of(topology):
     """Devices of a TPU topology such as v5e:16x16, or the CPU's for cpu:8."""
     if topology.startswith("cpu"):
-        return jax.devices("cpu")
+        return jax.devices("cpu")[: int(topology.split(":")[1])]
     return topologies.get_topology_desc(topology, platform="tpu").devices
 
 

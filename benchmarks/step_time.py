@@ -22,6 +22,7 @@ Believe a CPU run only if both sides had nearly all "cores" (CPU seconds per sec
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -71,7 +72,8 @@ def make_case(args, options):
     tower = {name: options[name] for name in ("remat", "attention") if options.get(name)}
     image, text = (dataclasses.replace(t, **tower) for t in (case.model.image, case.model.text))
     loss = {"kind": "softmax"} if options.get("loss") == "softmax" else {"impl": options.get("loss") or case.loss.impl}
-    loss = dataclasses.replace(case.loss, **loss, micro_batch_size=options.get("micro_batch_size"))
+    loss |= {"micro_batch_size": options.get("micro_batch_size") or case.loss.micro_batch_size}
+    loss = dataclasses.replace(case.loss, **loss)
     return dataclasses.replace(case, model=dataclasses.replace(case.model, image=image, text=text), loss=loss)
 
 
@@ -109,6 +111,10 @@ def ours(case, args):
         jax.block_until_ready(state)
 
     device = mesh.devices.flat[0]
+    if mesh.size > 1 and args.open_clip:
+        raise ValueError(
+            f"open_clip runs on one device, this process sees {mesh.size}; show it one, or leave out --open-clip"
+        )
     peak = flops.peak_flops(device.device_kind)
     facts |= {"version": f"jax {jax.__version__}", "device": f"{mesh.size} x {device.device_kind}"}
     facts |= {"peak_flops": peak and peak * mesh.size, "parameters": sum(x.size for x in jax.tree.leaves(shapes))}
@@ -168,25 +174,27 @@ def theirs(case, compiled):
 
     from siglip import flops
 
-    # Its class token, never dropped, attends too; its pool has no MLP, its text head and its image head are products.
-    e, extra = (
-        case.model.embedding_dims[0],
-        spec.depth * 4 * spec.width * (2 * spec.width + 2 * kept + 1 + spec.mlp_dim),
-    )
-    extra += (
-        4 * spec.width**2
-        + 2 * spec.width * e
-        - 4 * spec.width * spec.mlp_dim
-        - 2 * spec.width * (case.model.out_dim[0] or 0)
-    )
     facts = {"version": f"torch {torch.__version__}, open_clip {open_clip.__version__}", "memory_bytes": None}
-    facts |= {"flops": flops.train_flops_per_pair(case.model, batch_size=case.batch_size) + 3 * extra}
+    facts |= {"flops": flops_of_theirs(case)}
     facts["device"] = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     facts |= {"peak_flops": flops.peak_flops(facts["device"]), "parameters": sum(p.numel() for p in model.parameters())}
     start = time.perf_counter()
     run(1)
     facts["compile_s"] = time.perf_counter() - start
     return facts, run
+
+
+def flops_of_theirs(case):
+    """Our count of a step's FLOPs per pair, corrected by what their model has in other sizes."""
+    from siglip import flops
+
+    spec, tokens = case.model.image.spec, case.model.image.kept_patches
+    width, out_dim = spec.width, case.model.out_dim[0] or 0
+    # A class token that is never dropped attends as well.
+    extra = spec.depth * 4 * width * (2 * width + 2 * tokens + 1 + spec.mlp_dim) + 4 * width**2
+    # The pool has no MLP; the image head is always there.
+    extra += 2 * width * (case.model.embedding_dims[0] - out_dim) - 4 * width * spec.mlp_dim
+    return flops.train_flops_per_pair(case.model, batch_size=case.batch_size) + 3 * extra
 
 
 def work(args, parser):
@@ -235,7 +243,12 @@ class Worker:
         return json.loads(line)
 
     def measure(self, steps):
-        print(steps, file=self._process.stdin, flush=True)
+        if self._process.stdin.closed:
+            return  # it ran out of memory, say: its row will tell that it failed
+        try:
+            print(steps, file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            return self.close()
         answer = self._receive()
         if answer is not None:
             self.seconds.append(answer[0] / steps)
@@ -243,12 +256,13 @@ class Worker:
             self.facts["memory_bytes"] = answer[2]
 
     def close(self):
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
 
-    def row(self):
-        """The results as JSON values."""
-        if not self.seconds:
+    def row(self, turns):
+        """The results of so many turns as JSON values."""
+        if len(self.seconds) < turns:
             return {"label": self.label, "side": self.side, **self.options, "failed": True}
         step_s, facts = statistics.median(self.seconds), self.facts
         rate = facts["batch_size"] / step_s
@@ -330,7 +344,7 @@ def main():
         for worker in in_turn[:: 1 if turn % 2 else -1]:
             time.sleep(PAUSE_S)  # until the threads of the one before no longer spin
             worker.measure(args.steps)
-    rows = [worker.row() for worker in workers]
+    rows = [worker.row(args.alternations) for worker in workers]
     print(ROW.format("side", "step ms", "pairs/s", "least", "most", "ratio", "MFU", "GiB", "cores", "compile s"))
     for row in rows:
         show(row, rows[0] if args.open_clip else None)

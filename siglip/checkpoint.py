@@ -149,9 +149,11 @@ class Checkpointer:
             items = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
             )
-        except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+        except (MemoryError, jax.errors.JaxRuntimeError):
             raise  # the checkpoint may be whole
         except Exception as error:  # orbax raises a dozen kinds for one cause: files that do not fit
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise  # as may it be here: a disk or a network that fails
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(
                 f"checkpoint {self._folder / str(step)} cannot be read ({first_line[:200]}); "

@@ -8,6 +8,8 @@ micro-batches compute again is not counted again, nor is anything elementwise.
 The trap: peaks are of dense bfloat16 products. Half the number on a data sheet is often a product of sparse matrices.
 """
 
+import jax
+
 from siglip.models.two_tower import ModelConfig
 from siglip.models.variants import Variant
 
@@ -31,6 +33,12 @@ PEAK_BF16_FLOPS = (
 def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 FLOP/s of one device, or None for a kind that is not listed (a CPU)."""
     return next((peak for start, peak in PEAK_BF16_FLOPS if device_kind.startswith(start)), None)
+
+
+def peak_pairs_per_s(model: ModelConfig, *, batch_size: int) -> float | None:
+    """Pairs per second of all devices of the job at an MFU of 1; None if their peak is not known."""
+    peak = peak_flops(jax.devices()[0].device_kind)
+    return None if peak is None else jax.device_count() * peak / train_flops_per_pair(model, batch_size=batch_size)
 
 
 def train_flops_per_pair(model: ModelConfig, *, batch_size: int) -> float:

@@ -37,9 +37,7 @@ class Hub:
         while not self._complete or self._guests:
             for key, _ in self._selector.select(pause_s / 2):
                 if key.data is None:
-                    connection, _ = self._server.accept()
-                    connection.settimeout(self._limit_s / 4)  # a guest that does not read must not stop the others
-                    self._selector.register(connection, selectors.EVENT_READ, Wire(connection))
+                    self._let_in()
                 else:
                     self._hear(key.data)
             now = time.monotonic()
@@ -53,19 +51,33 @@ class Hub:
                     self._drop(guest, f"no heartbeat for {self._limit_s:g} s")
         self._server.close()
 
+    def _let_in(self) -> None:
+        with contextlib.suppress(OSError):  # it may have gone again already
+            connection, _ = self._server.accept()
+            try:
+                connection.settimeout(self._limit_s / 4)  # a guest that does not read must not stop the others
+                self._selector.register(connection, selectors.EVENT_READ, Wire(connection))
+            except OSError:
+                connection.close()
+
     def _hear(self, guest: "Wire") -> None:
+        """Takes in what a guest sends; anybody may send anything, and this thread has to outlive it."""
         try:
             messages = guest.receive()
-        except (OSError, ValueError) as error:
-            return self._drop(guest, f"connection lost: {getattr(error, 'strerror', None) or error}")
+            for message in messages or ():
+                self._handle(guest, message)
+                if guest.dropped:
+                    return
+        except OSError as error:
+            return self._drop(guest, f"connection lost: {error.strerror or error}")
+        except (KeyError, TypeError, ValueError, RecursionError) as error:  # the last for JSON that is nested too deep
+            return self._drop(guest, f"it sent what is no message: {error!r}")
         if messages is None:
-            return self._drop(guest, "it was killed or its host is down")
-        for message in messages:
-            self._handle(guest, message)
+            self._drop(guest, "it was killed or its host is down")
 
     def _handle(self, guest: "Wire", message: Mapping[str, Any]) -> None:
         kind = message["kind"]
-        if kind == "hello":
+        if kind == "hello" and guest.index is None:  # once: a guest has one index
             self._welcome(guest, message.get("index"), message.get("count"))
         elif guest.index is None:
             self._drop(guest, "")
@@ -116,28 +128,42 @@ class Hub:
     def _refuse_all(self, line: str) -> None:
         self._tell_all({"kind": "refused", "line": line})
 
-    def _tell_all(self, message: Mapping[str, Any], *, last: "Wire | None" = None) -> None:
-        line = encode(message)
-        for guest in sorted(self._guests.values(), key=lambda guest: guest is last):
-            with contextlib.suppress(OSError):  # who is gone is noticed when reading
-                guest.send_line(line)
+    def _tell_all(self, *messages: Mapping[str, Any], last: "Wire | None" = None) -> None:
+        news = list(messages)
+        for message in news:  # it grows when somebody is dropped: a loop, so that a lost network is no deep recursion
+            line = encode(message)
+            for guest in sorted(self._guests.values(), key=lambda guest: guest is last):
+                try:
+                    guest.send_line(line)
+                except ConnectionError:
+                    pass  # it is gone, which is noticed when reading, after what it said last
+                except OSError as error:
+                    # It may have half a line, so whatever came next would be garbled.
+                    news += self._close(guest, f"it takes in no messages: {error.strerror or error}")
 
     def _drop(self, guest: "Wire", why: str) -> None:
+        self._tell_all(*self._close(guest, why))
+
+    def _close(self, guest: "Wire", why: str) -> list[dict[str, Any]]:
+        """Parts with a guest, once; returns what the others have to be told."""
+        if guest.dropped:
+            return []
+        guest.dropped = True
         self._selector.unregister(guest.socket)
         guest.socket.close()
         if guest.index is None:
-            return
+            return []
         del self._guests[guest.index]
-        if self._complete and not guest.said_bye:
-            self._tell_all({"kind": "lost", "index": guest.index, "why": why})
+        return [{"kind": "lost", "index": guest.index, "why": why}] if self._complete and not guest.said_bye else []
 
 
 class Wire:
-    """JSON lines over one connection. index: of the process at the other end, once it said so."""
+    """JSON lines over one connection. index: of the process at the other end, once it said so; dropped: closed by the hub."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket, self.index, self.heard, self.said_bye = connection, None, time.monotonic(), False
+        self.dropped = False
         self._rest, self._sending = b"", threading.Lock()
 
     def receive(self) -> list[dict[str, Any]] | None:

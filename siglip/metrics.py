@@ -156,10 +156,13 @@ def _warn_only(what: str) -> Iterator[None]:
 
 
 class Throughput:
-    """Pairs per second and the share of time spent waiting for data, since the last `read`."""
+    """Pairs per second, the share of time spent waiting for data, and MFU (siglip/flops.py), since the last `read`.
 
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
+    `peak_pairs_per_s` is what the devices could do at most; None if that is not known.
+    """
+
+    def __init__(self, batch_size: int, *, peak_pairs_per_s: float | None = None) -> None:
+        self._batch_size, self._peak_pairs_per_s = batch_size, peak_pairs_per_s
         self.restart()
 
     def restart(self) -> None:
@@ -178,7 +181,10 @@ class Throughput:
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """{"train/pairs_per_s", "train/step_s", "train/data_wait"} and starts over; nothing when there was no step."""
+        """{"train/pairs_per_s", "train/step_s", "train/data_wait", "train/mfu" if the peak is known} and starts over.
+
+        Nothing when there was no step.
+        """
         if not self._steps:
             return {}
         elapsed = max(time.perf_counter() - self._start, 1e-9)
@@ -187,6 +193,8 @@ class Throughput:
             "train/step_s": elapsed / self._steps,
             "train/data_wait": self._wait_s / elapsed,
         }
+        if self._peak_pairs_per_s is not None:
+            values["train/mfu"] = values["train/pairs_per_s"] / self._peak_pairs_per_s
         self.restart()
         return values
 

@@ -25,6 +25,8 @@ from typing import Any
 from siglip.hub import Wire, interval_s
 
 _GRACE_S = 3.0  # for a message to have gone round
+_ADVICE_S = 5.0  # for the advice, which may look into a shared folder that hangs
+_ADVICE = "start the same command again on every host"
 
 
 class Alone:
@@ -92,7 +94,7 @@ class Peers(Alone):
         """
         self.index, self.count = index, count
         self._limit_s, self._end = heartbeat_timeout_s, end or end_process
-        self._advice: Callable[[], str] = lambda: "start the same command again on every host"
+        self._advice: Callable[[], str] = lambda: _ADVICE
         self._changed = threading.Condition()
         self._gathered: dict[str, list[Any]] = {}
         self._calls: dict[str, int] = {}
@@ -169,10 +171,13 @@ class Peers(Alone):
 
     def _join(self, address: str, timeout_s: float) -> None:
         """Waits for the hub's word that everybody is here; the hub's patience ends first."""
-        self._wire.socket.settimeout(timeout_s + _GRACE_S)
-        self._wire.send({"kind": "hello", "index": self.index, "count": self.count})
+        deadline, messages = time.monotonic() + timeout_s + _GRACE_S, []
         try:
-            answer, *self._early = self._wire.receive() or [{"kind": "nothing"}]
+            self._wire.send({"kind": "hello", "index": self.index, "count": self.count})
+            while messages == []:  # a message may come in pieces
+                self._wire.socket.settimeout(max(deadline - time.monotonic(), 0.001))
+                messages = self._wire.receive()
+            answer, *self._early = messages or [{"kind": "nothing"}]
         except (OSError, ValueError) as error:
             answer = {"kind": "nothing", "why": error}
         if answer["kind"] == "refused":
@@ -186,25 +191,24 @@ class Peers(Alone):
     def _watch(self) -> None:
         """Listens until the end of the job; the silence of process 0 is news as well."""
         pause_s, heard, beat_at = interval_s(self._limit_s), time.monotonic(), 0.0
+        messages: list[dict[str, Any]] | None = self._early
         with selectors.DefaultSelector() as selector:
             selector.register(self._wire.socket, selectors.EVENT_READ)
-            for message in self._early:
-                self._handle(message)
             while True:
                 try:
+                    for message in messages:
+                        self._handle(message)  # which may have to answer
                     if time.monotonic() >= beat_at:
                         self._wire.send({"kind": "beat"})
                         beat_at = time.monotonic() + pause_s
                     messages = self._wire.receive() if selector.select(pause_s) else []
-                except OSError as error:
-                    return self._lost(0, f"connection lost: {error.strerror or error}")
+                except (OSError, ValueError) as error:
+                    return self._lost(0, f"connection lost: {getattr(error, 'strerror', None) or error}")
                 if messages is None:
                     return self._lost(0, "it was killed or its host is down")
                 heard = time.monotonic() if messages else heard
                 if time.monotonic() - heard > self._limit_s:
                     return self._lost(0, f"no heartbeat for {self._limit_s:g} s")
-                for message in messages:
-                    self._handle(message)
 
     def _handle(self, message: Mapping[str, Any]) -> None:
         kind = message["kind"]
@@ -231,8 +235,23 @@ class Peers(Alone):
         self._wire.send({"kind": "gather", "name": "stop", "value": self._committed})
 
     def _lost(self, index: int, why: str) -> None:
-        if not self._finished:
-            self._end_because(1, f"process {index} of {self.count} is gone ({why}); {self._advice()}")
+        # The end is claimed before the advice is asked for: that takes time, and nobody else is to end this process meanwhile.
+        if not self._finished and self._ending.acquire(blocking=False):
+            self._end(1, f"process {index} of {self.count} is gone ({why}); {self._advised()}")
+
+    def _advised(self) -> str:
+        """The advice, or the general one if it fails or does not come: this process has to end all the same."""
+        lines = [_ADVICE]
+
+        def ask() -> None:
+            with contextlib.suppress(Exception):
+                lines.append(self._advice())
+
+        with contextlib.suppress(RuntimeError):  # no thread to be had
+            thread = threading.Thread(target=ask, name="siglip-advice", daemon=True)
+            thread.start()
+            thread.join(_ADVICE_S)
+        return lines[-1]
 
     def _end_because(self, code: int, line: str) -> None:
         if self._ending.acquire(blocking=False):
@@ -241,8 +260,10 @@ class Peers(Alone):
 
 def end_process(code: int, line: str) -> None:
     """Says why and ends this process, whatever its other threads are doing; its data workers go with it."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    print(f"siglip: error: {' '.join(line.split())}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(code)
+    try:
+        for child in multiprocessing.active_children():
+            child.kill()
+        print(f"siglip: error: {' '.join(line.split())}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    finally:  # also when nobody reads its output any more
+        os._exit(code)

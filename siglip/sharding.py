@@ -166,7 +166,7 @@ def _cannot_shard(
     failed: Sequence[str], flat: Mapping[str, Any], actions: Mapping[str, str], mesh: Mesh, config: MeshConfig
 ) -> str:
     def all_fit(fsdp: int) -> bool:
-        return all(_fsdp_spec(path, flat[path], actions[path], fsdp, config) is not None for path in failed)
+        return all(_fsdp_spec(path, leaf, actions[path], fsdp, config) is not None for path, leaf in flat.items())
 
     fits = next(n for n in range(config.fsdp - 1, 0, -1) if mesh.size % n == 0 and all_fit(n))
     path = failed[0]

@@ -5,7 +5,7 @@ are neighbours, and an all-gather over one axis of the grid at a time is a real 
 may not be. Both are choices of the collective, not of the mesh: the mesh may list its devices in any order.
 
 The trap: only whole slices of the largest size close their axes to a torus. The ring here uses no such link: its way back
-is a column of its own.
+is a row of its own.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def ring(devices: Sequence[Device]) -> Ring:
         plane = plane.T
     if plane.shape[1] % 2:  # an odd number of places has no closed walk of single hops
         return Ring(_to_and_fro(plane), one_hop=False)
-    # Column 0 is kept free for the way back; the rest is walked to and fro, an even number of times.
+    # The first row is kept free for the way back; the columns of the rest are walked to and fro, an even number of them.
     there = _to_and_fro(plane[1:].T)
     return Ring((*plane[:1, 0].tolist(), *there, *plane[0, :0:-1].tolist()), one_hop=True)
 

@@ -15,6 +15,7 @@ query (the MAP head) stay with "xla".
 """
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -124,11 +125,12 @@ def choose_kernel(
 
 
 def _cudnn_obstacle(device: Any, head_dim: int, dtype: str) -> str | None:
-    if device.platform != "gpu" or "nvidia" not in device.device_kind.lower():
-        return f"an NVIDIA GPU, not {device.platform}"
-    # Devices that only describe a topology, for compiling ahead of time, do not always say.
-    if float(getattr(device, "compute_capability", "8.0")) < 8.0:
-        return f"compute capability 8.0 or later, not {device.compute_capability}"
+    # Devices that only describe a topology, for compiling ahead of time, do not always say; AMD's is no number.
+    capability = str(getattr(device, "compute_capability", "8.0"))
+    if device.platform != "gpu" or not re.fullmatch(r"\d+(\.\d+)?", capability):
+        return f"an NVIDIA GPU, not {device.device_kind if device.platform == 'gpu' else device.platform}"
+    if float(capability) < 8.0:
+        return f"compute capability 8.0 or later, not {capability}"
     if dtype != "bfloat16":
         return f"dtype 'bfloat16', not {dtype!r}"
     if head_dim % 8 or head_dim > _CUDNN_MAX_HEAD_DIM:

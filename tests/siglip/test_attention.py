@@ -79,8 +79,8 @@ def test_cudnn_is_the_equation(tokens, depth):
 CPU = types.SimpleNamespace(platform="cpu", device_kind="cpu")
 TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
 H100 = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
-T4 = types.SimpleNamespace(platform="gpu", device_kind="Tesla T4 NVIDIA", compute_capability="7.5")
-MI300 = types.SimpleNamespace(platform="gpu", device_kind="AMD Instinct MI300X")
+T4 = types.SimpleNamespace(platform="gpu", device_kind="Tesla T4", compute_capability="7.5")
+MI300 = types.SimpleNamespace(platform="gpu", device_kind="AMD Instinct MI300X", compute_capability="gfx942")
 SIZES = {"tokens": 256, "head_dim": 64, "dtype": "bfloat16"}
 
 

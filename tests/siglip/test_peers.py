@@ -3,6 +3,7 @@
 import json
 import logging
 import socket
+import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from siglip import distributed
 from siglip.checkpoint import check_same_run, open_workdir
 from siglip.distributed import DistributedConfig, Place, detect, first_host
 from siglip.divergence import LossWatch, NonFiniteLoss
-from siglip.hub import Hub
+from siglip.hub import Hub, listen
 from siglip.peers import Alone, Peers
 
 LIMIT_S = 1.0
@@ -114,6 +115,65 @@ def test_who_is_gone_is_told_at_once_with_how_to_go_on():
     assert max(job.ended[i][0][2] for i in (0, 1)) - began < LIMIT_S / 2
 
 
+@pytest.mark.parametrize("kind", ["hangs", "fails"])
+def test_an_advice_that_does_not_come_does_not_keep_the_process_alive(kind, monkeypatch):
+    monkeypatch.setattr("siglip.peers._ADVICE_S", 0.3)
+    job, released = Job(2).join(), threading.Event()
+
+    def advice():
+        if kind == "fails":
+            raise OSError("the shared folder is gone")
+        released.wait(60)
+        return "too late"
+
+    job.peers[0].on_loss(advice)
+    hang_up(job.peers[1])
+    try:
+        ((code, line),) = job.wait_for_ends(0, within_s=3)
+    finally:
+        released.set()
+    assert code == 1 and line.startswith("process 1 of 2 is gone (")
+    assert line.endswith("); start the same command again on every host")
+
+
+def test_who_does_not_read_is_dropped_and_gets_no_garbled_lines():
+    job, rounds, large = Job(2), 12, "x" * 1_000_000
+    with socket.socket() as slow, ThreadPoolExecutor(1) as pool:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", job.hub.port))
+        lines = [{"kind": "hello", "index": 1, "count": 2}]
+        lines += [{"kind": "gather", "name": f"large {n + 1}", "value": 0} for n in range(rounds)]
+        slow.sendall(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        peers = pool.submit(job.peer, 0).result()
+        for n in range(rounds):
+            peers._wire.send({"kind": "gather", "name": f"large {n + 1}", "value": large})
+        ((code, line),) = job.wait_for_ends(0)
+        assert code == 1 and "process 1 of 2 is gone (it takes in no messages: timed out)" in line
+        slow.settimeout(5)
+        *whole, _ = b"".join(iter(lambda: slow.recv(1 << 20), b"")).split(b"\n")
+        assert [json.loads(line)["kind"] for line in whole][0] == "welcome"
+
+
+def test_messages_in_pieces_and_what_is_no_message():
+    ended = []
+    with listen(0, "127.0.0.1") as server, ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(
+            Peers, "127.0.0.1", server.getsockname()[1], index=1, count=2, timeout_s=5, heartbeat_timeout_s=LIMIT_S,
+            end=lambda code, line: ended.append((code, line)),
+        )  # fmt: skip
+        connection, _ = server.accept()
+        with connection:
+            for piece in (b'{"kind": "wel', b'come"}', b"\n"):
+                connection.sendall(piece)
+                time.sleep(0.1)
+            joining.result()
+            connection.sendall(b"7\n")
+            deadline = time.monotonic() + 5
+            while not ended and time.monotonic() < deadline:
+                time.sleep(0.01)
+    assert len(ended) == 1 and "process 0 of 2 is gone (connection lost: not a message of this program)" in ended[0][1]
+
+
 def test_a_silent_host_is_missed_after_the_limit():
     job = Job(2)
     with socket.create_connection(("localhost", job.hub.port)) as silent, ThreadPoolExecutor(1) as pool:
@@ -172,20 +232,32 @@ def test_processes_that_disagree_about_the_job():
             first.result()
 
 
-def test_strangers_do_no_harm():
-    job = Job(2)
+def pester(port):
+    """What a port scanner, another program or another job may send."""
     for junk in (
         b"GET / HTTP/1.1\r\n\r\n",
         b"7\n",
+        b"[" * 50_000 + b"\n",
         b'{"kind": "gather"}\n',
-        b'{"kind": "hello", "index": [], "count": 2}\n',
+        b'{"kind": "x"}\n{"kind": "y"}\n',
+        b'{"kind": "hello", "index": 1, "count": 2}\n{"kind": "gather"}\n',
     ):
-        with socket.create_connection(("localhost", job.hub.port)) as stranger:
+        with socket.create_connection(("localhost", port)) as stranger:
             stranger.sendall(junk)
-            if b"hello" not in junk:
-                stranger.settimeout(5)
-                assert stranger.recv(100) == b""
+            stranger.settimeout(5)
+            answer = b"".join(iter(lambda: stranger.recv(1000), b""))  # noqa: B023
+            assert not answer or (b"hello" in junk and b"refused" in answer)
+    for _ in range(20):  # whether the answer meets the reset is chance
+        with socket.create_connection(("localhost", port)) as stranger:
+            stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            stranger.sendall(b'{"kind": "hello", "index": [], "count": 2}\n')
+
+
+def test_strangers_do_no_harm():
+    job = Job(2)
+    pester(job.hub.port)
     job.join()
+    pester(job.hub.port)
     with socket.create_connection(("localhost", job.hub.port)) as stranger:
         stranger.sendall(b'{"kind": "hello", "index": 1, "count": 2}\n')
         assert b"refused" in stranger.recv(1000)

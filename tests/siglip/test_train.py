@@ -126,7 +126,7 @@ def test_what_was_trained_outlives_a_broken_evaluation(tmp_path):
     def broken(params):
         raise ValueError("labels are missing")
 
-    with pytest.raises(ValueError, match="labels are missing"):
+    with pytest.raises(RuntimeError, match="labels are missing"):
         train(tiny_config(tmp_path, **with_task()), TinyBatches(), evaluate=broken)
     assert read_run_params(tmp_path)[2] == 8
 
@@ -373,3 +373,14 @@ def test_a_broken_wandb_does_not_stop_the_run(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="wandb.init failed and is skipped: disk full"):
         train(config, TinyBatches())
     assert len(read_metrics(tmp_path)) == 2
+
+
+def test_a_file_that_goes_missing_while_training_is_a_failed_run_not_bad_input(tmp_path):
+    class Missing(TinyBatches):
+        def __next__(self):
+            if self.state()["position"] == 3:
+                raise FileNotFoundError("the shards are gone")
+            return super().__next__()
+
+    with pytest.raises(RuntimeError, match="the shards are gone"):
+        train(tiny_config(tmp_path), Missing())

@@ -3,7 +3,7 @@
     SIGLIP_TEST_RECORD=FILE SIGLIP_TEST_AT=STEP:EVENT python -m tests.siglip.train_worker train …
 
 FILE gets a JSON line [step, keys] for every batch and ["read", key] for every training pair that is read. EVENT: "hold"
-touches FILE.holding and sleeps for ever, "fail" raises, a number is a signal that the process sends itself.
+touches FILE.holding and sleeps for ever, "fail" and "missing" raise, a number is a signal that the process sends itself.
 """
 
 import json
@@ -44,6 +44,8 @@ def happen(event: str, path: Path) -> None:
         time.sleep(3600)
     if event == "fail":
         raise RuntimeError("the disk is on fire")
+    if event == "missing":
+        raise FileNotFoundError("the shards are gone")
     os.kill(os.getpid(), int(event))
 
 
