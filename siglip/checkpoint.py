@@ -17,6 +17,7 @@ The trap: a run that goes on with other settings is neither run. Whatever change
 the workdir's config.json; only where it runs and what it reports may differ.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,7 +26,7 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,20 +146,10 @@ class Checkpointer:
             ValueError: if the checkpoint is damaged or belongs to another model.
         """
         self._check_model(step, like)
-        try:
+        with _reading(self._folder / str(step), fix="move that folder away to go on from the one before"):
             items = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
             )
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            raise  # the checkpoint may be whole
-        except Exception as error:  # orbax raises a dozen kinds for one cause: files that do not fit
-            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-                raise  # as may it be here: a disk or a network that fails
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(
-                f"checkpoint {self._folder / str(step)} cannot be read ({first_line[:200]}); "
-                f"move that folder away to go on from the one before"
-            ) from error
         return items.state, items.data
 
     def _check_model(self, step: int, like: Any) -> None:
@@ -347,7 +338,7 @@ def read_run_params(path: Path, *, step: int | None = None) -> tuple[dict[str, A
             f"{workdir} has no checkpoint{'' if step is None else f' {step}'}; it has {steps or 'none'}"
         )
     config = _read_json(workdir / CONFIG_FILE)
-    try:
+    with _reading(folder / str(step), fix="try another step"):
         with ocp.PyTreeCheckpointer() as reader:
             tree = reader.metadata(folder / str(step) / "state").item_metadata.tree
             name = "ema" if tree.get("ema") else "params"
@@ -361,15 +352,23 @@ def read_run_params(path: Path, *, step: int | None = None) -> tuple[dict[str, A
                     partial_restore=True,
                 ),
             )
-    except (PermissionError, MemoryError):
-        raise
-    except Exception as error:  # as in Checkpointer.restore
-        raise ValueError(
-            f"checkpoint {folder / str(step)} cannot be read ({str(error)[:200]}); try another step"
-        ) from error
     params = restored[name]
     assert trees.flatten(params), "a checkpoint without parameters"
     return params, config, step
+
+
+@contextlib.contextmanager
+def _reading(folder: Path, *, fix: str) -> Iterator[None]:
+    """Turns what orbax raises for a damaged checkpoint into a ValueError; what may be the machine's fault passes."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # orbax raises a dozen kinds for one cause: files that do not fit
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise  # a disk or a network that fails, a folder that may not be read
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"checkpoint {folder} cannot be read ({first_line[:200]}); {fix}") from error
 
 
 def newest_step(workdir: Path) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _CHUNK_BYTES = 1 << 16
+_STRANGER_BYTES = 1 << 12  # enough to say hello
 
 
 class Hub:
@@ -68,6 +69,8 @@ class Hub:
                 self._handle(guest, message)
                 if guest.dropped:
                     return
+            if guest.index is None and guest.pending_bytes > _STRANGER_BYTES:
+                raise ValueError("a line without an end")
         except OSError as error:
             return self._drop(guest, f"connection lost: {error.strerror or error}")
         except (KeyError, TypeError, ValueError, RecursionError) as error:  # the last for JSON that is nested too deep
@@ -181,6 +184,11 @@ class Wire:
         if not all(isinstance(message, dict) and "kind" in message for message in messages):
             raise ValueError("not a message of this program")
         return messages
+
+    @property
+    def pending_bytes(self) -> int:
+        """Of a message that has not ended."""
+        return len(self._rest)
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Sends one message, whole: several threads may send."""

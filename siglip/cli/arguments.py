@@ -40,6 +40,10 @@ def _cli(cls: type[T], args: list[str], prog: str, default: T | None) -> T:
 def _one_line(box: str) -> str:
     lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("For full helptext", "Argument helptext"))]
+    hints = next((i for i, line in enumerate(lines) if line.startswith("Perhaps you meant")), None)
+    if hints is not None:  # what follows are options with their whole helptexts
+        options = [line.split()[0] for line in lines[hints + 1 :] if line.startswith("--")]
+        lines[hints:] = [f"perhaps you meant {' or '.join(options[:3])}"] if options else []
     # The first line is the box's title.
     return "; ".join(lines[1:] if len(lines) > 1 else lines)
 

@@ -20,6 +20,9 @@ ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "data_pipelines" / "sample"
 STEPS = 12
 HEARTBEAT_S = 10
+# On another layout the pairs of a batch come in another order, and so do the partial sums over them: float32 sums then differ
+# by 1e-7 (measured: 3e-7 after twelve steps).
+LOSS_RTOL = 2e-6
 
 RECIPE = f"""
     from data_pipelines.augment import AugmentConfig

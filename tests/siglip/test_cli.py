@@ -186,7 +186,7 @@ def test_the_shipped_tokenizer_can_be_remade(tmp_path):
 def test_mistakes_in_flags(recipe, capsys, tmp_path):
     train = ["train", str(recipe)]
     fails(["trian"], capsys, "unknown command 'trian'; did you mean 'train'")
-    fails([*train, "--optim.lrr", "1"], capsys, r"--optim\.lrr", r"Perhaps you meant:; --optim\.lr ")
+    fails([*train, "--optim.lrr", "1"], capsys, r"--optim\.lrr", r"; perhaps you meant --optim\.lr")
     fails([*train, "--optim.lr", "fast"], capsys, "--optim.lr", "'fast'")
     fails([*train, "--optim.lr", "-1"], capsys, r"optim\.lr=-1\.0 must be positive")
     fails([*train, "--loss.impl", "star"], capsys, "star", "ring")

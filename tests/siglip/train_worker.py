@@ -3,7 +3,8 @@
     SIGLIP_TEST_RECORD=FILE SIGLIP_TEST_AT=STEP:EVENT python -m tests.siglip.train_worker train …
 
 FILE gets a JSON line [step, keys] for every batch and ["read", key] for every training pair that is read. EVENT: "hold"
-touches FILE.holding and sleeps for ever, "fail" and "missing" raise, a number is a signal that the process sends itself.
+touches FILE.holding and sleeps for ever, "fail" and "missing" raise, a number is a signal that the process sends itself. STEP may
+be "evaluating" or "evaluated": EVENT then comes before an evaluation's first forward pass, or when its results are there.
 """
 
 import json
@@ -13,7 +14,9 @@ from pathlib import Path
 
 from data_pipelines.loader import Loader
 from data_pipelines.sources.webdataset import TarSource
-from siglip.cli import main
+from siglip.cli import main, training
+from siglip.cli.evaluation import Tower
+from siglip.config import EvalTask
 
 
 def record(path: Path, at: str) -> None:
@@ -35,6 +38,16 @@ def record(path: Path, at: str) -> None:
         file.write(json.dumps(["read", pair.key]) + "\n")
         return pair
 
+    def evaluate_and_fail(task: EvalTask, tower: Tower) -> list:
+        if event_step == "evaluating":
+            happen(event, path)
+        results = evaluate(task, tower)
+        if event_step == "evaluated":
+            happen(event, path)
+        return results
+
+    evaluate = training.evaluate_task
+    training.evaluate_task = evaluate_and_fail
     Loader.__next__, TarSource.__getitem__ = hand_out_and_tell, read_and_tell
 
 
