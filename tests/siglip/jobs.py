@@ -143,9 +143,13 @@ class Job:
             assert self.processes[index].poll() is None and time.monotonic() < deadline, self.output(index).read_text()
             time.sleep(0.05)
 
-    def kill(self, index: int) -> float:
-        """Kills a process that holds; the seconds until the last of the others has ended."""
+    def kill(self, index: int, *, saved: int) -> float:
+        """Kills a process that holds, once step `saved` is on disk; the seconds until the last of the others has ended."""
         self.wait_until_held(index)
+        deadline = time.monotonic() + 120  # saving goes on beside the steps: how long it takes is the machine's affair
+        while not (self.workdir / "checkpoints" / str(saved)).exists():
+            assert time.monotonic() < deadline, f"step {saved} was not saved"
+            time.sleep(0.05)
         began = time.monotonic()
         self.processes[index].send_signal(signal.SIGKILL)
         for process in self.processes:

@@ -72,7 +72,7 @@ def test_stopped_killed_and_started_again_it_goes_on_exactly(jobs, reference):
     assert 5 <= step < STEPS and all(f"at step {step}, which is saved" in line for line in lines), lines
 
     killed = jobs.start("cut", processes=2, devices=2, at={1: "11:hold"})
-    took_s = killed.kill(1)
+    took_s = killed.kill(1, saved=8)
     line, _ = killed.ends_with(1, -signal.SIGKILL)
     assert took_s < HEARTBEAT_S / 2  # its connection closes: nobody has to wait for its heartbeats
     assert "process 1 of 2 is gone" in line and "it goes on from step 8 of" in line, line
@@ -87,7 +87,7 @@ def test_stopped_killed_and_started_again_it_goes_on_exactly(jobs, reference):
 @pytest.mark.slow
 def test_the_others_outlive_process_0_long_enough_to_say_so(jobs):
     job = jobs.start("headless", processes=2, devices=1, at={0: "10:hold"})
-    assert job.kill(0) < HEARTBEAT_S / 2
+    assert job.kill(0, saved=8) < HEARTBEAT_S / 2
     _, line = job.ends_with(-signal.SIGKILL, 1)
     assert "process 0 of 2 is gone" in line and "it goes on from step 8 of" in line, line
 
