@@ -7,6 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SAMPLE := data_pipelines/sample
 RUN ?= runs/quickstart
 STEPS ?=
+# Whole files go to a process each: what a file makes once is made once.
+PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: quickstart test slow interop lint clean
 
@@ -30,7 +32,7 @@ quickstart: $(VENV)/.installed
 	@echo "encoder: $(RUN)/encoder"
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m 'not slow' -rs
+	$(BIN)/python -m pytest -m 'not slow' -rs $(PARALLEL)
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow -rs

@@ -1,32 +1,41 @@
-"""A trained model as an object: pictures and token ids in, embeddings and tokens out. `siglip.load` is `load` here.
+"""A trained model as an object: pictures and token ids in, embeddings and tokens out.
+
+    model = siglip.load(SRC)                              # both towers: embeddings, logits
+    encoder = siglip.load_encoder(SRC, image_size=448)    # the image tower alone, as a vision-language model takes it
+    tokens = encoder.tokens(images)                       # float32 [b, h, w, 3] in [-1, 1] -> [b, n, d]
 
     logits = exp(t) * zimg @ ztxt.T + b;   probability of a match = sigmoid(logits)      (SigLIP, arXiv:2303.15343)
 
-Any source is read: a run's workdir, a checkpoint inside it, a big_vision npz, a Hugging Face folder, one of our
-exports.
+An `ImageEncoder` is a pytree whose leaves are its parameters, so it goes through jit, grad, device_put and optax as it is:
+hand it to a jitted step as an argument, lay its leaves out with `siglip.sharding.param_shardings`, and unfreeze it with
+`encoder.unfrozen()`. PaLI-3 (arXiv:2310.09199) and PaliGemma (arXiv:2407.07726) read the tokens after the last LayerNorm and
+before pooling: layer -1. Layers -2, -3, … are what earlier blocks return, without a LayerNorm, as LLaVA reads them
+(`hidden_states[-2]` in transformers).
 
-The trap: pictures are float32 in [-1, 1] and texts are lower-cased, then padded to exactly `config.text.length`.
-Neither is checked by a model that was given something else; it only gets worse, quietly. What can be seen from the
-outside raises here.
+The traps: pictures are float32 in [-1, 1] and texts are lower-cased, then padded to exactly `config.text.length`; neither is
+checked by a model that was given something else, it only gets worse, quietly. And an encoder that is closed over instead of
+passed in becomes a constant of the compiled program: neither its sharding nor its gradient is then what you asked for.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from siglip.formats import big_vision, hugging_face
-from siglip.models.two_tower import ModelConfig, make_model
-from siglip.models.vit import resample_positions
+from siglip import trees
+from siglip.models.two_tower import ImageConfig, ModelConfig, make_model
+from siglip.models.vit import ViT
 from siglip.shapes import Array, Float
-from siglip.trees import build_dataclass
+from siglip.source import read_model
 
-EXPORTED_NPZ = "model.npz"
+PIXEL_RANGE = (-1.0, 1.0)
+_STATIC = {"static": True}
 
 
 class Encoder:
@@ -55,7 +64,7 @@ class Encoder:
         """
         if self.config.image.pool == "none":
             raise ValueError("this image tower has no pooling, so pictures have no embedding; use image_tokens")
-        return self._image(self.params, self._check_images(images))
+        return self._image(self.params, check_images(images, self.config.image))
 
     def image_tokens(self, images: ArrayLike) -> Float[Array, "b n d"]:
         """float32 [b, h, w, 3] in [-1, 1] -> float32 [b, n, d], after the final LayerNorm and before pooling.
@@ -66,7 +75,7 @@ class Encoder:
         Raises:
             ValueError: the size is not the model's, or pixels are integers.
         """
-        return self._tokens(self.params, self._check_images(images))
+        return self._tokens(self.params, check_images(images, self.config.image))
 
     def embed_texts(self, tokens: ArrayLike) -> Float[Array, "b e"]:
         """int32 [b, l] token ids -> float32 [b, e], L2-normalised.
@@ -104,18 +113,20 @@ class Encoder:
             )
         return _logits(jnp.asarray(zimg), jnp.asarray(ztxt), self.params["t"], self.params["b"])
 
-    def _check_images(self, images: ArrayLike) -> Float[Array, "b h w 3"]:
-        height, width = self.config.image.image_size
-        if not jnp.issubdtype(jnp.result_type(images), jnp.floating):
-            raise ValueError(
-                f"images are {jnp.result_type(images)}; pass float32 in [-1, 1], for 8-bit pixels x / 127.5 - 1"
-            )
-        if jnp.ndim(images) != 4 or jnp.shape(images)[1:] != (height, width, 3):
-            raise ValueError(
-                f"images have shape {jnp.shape(images)} but the model takes [b, {height}, {width}, 3]; "
-                f"resize them, or load the model with image_size=(h, w)"
-            )
-        return jnp.asarray(images, jnp.float32)
+
+def check_images(images: ArrayLike, config: ImageConfig) -> Float[Array, "b h w 3"]:
+    """Raises ValueError for pictures that the tower was not made for, as far as that can be seen from the outside."""
+    height, width = config.image_size
+    if not jnp.issubdtype(jnp.result_type(images), jnp.floating):
+        raise ValueError(
+            f"images are {jnp.result_type(images)}; pass float32 in [-1, 1], for 8-bit pixels x / 127.5 - 1"
+        )
+    if jnp.ndim(images) != 4 or jnp.shape(images)[1:] != (height, width, 3):
+        raise ValueError(
+            f"images have shape {jnp.shape(images)} but the model takes [b, {height}, {width}, 3]; "
+            f"resize them, or load the model with image_size=(h, w)"
+        )
+    return jnp.asarray(images, jnp.float32)
 
 
 @jax.jit
@@ -125,7 +136,9 @@ def _logits(zimg: Array, ztxt: Array, t: Array, b: Array) -> Float[Array, "b k"]
     return jnp.exp(t).reshape(1, 1) * similarity + b.reshape(1, 1)
 
 
-def load(src: str | Path, image_size: int | tuple[int, int] | None = None) -> Encoder:
+def load(
+    src: str | Path, image_size: int | tuple[int, int] | None = None, *, patch_size: int | tuple[int, int] | None = None
+) -> Encoder:
     """Reads a model from any source.
 
     Args:
@@ -133,59 +146,174 @@ def load(src: str | Path, image_size: int | tuple[int, int] | None = None) -> En
             exported folder.
         image_size: pixels, one number or (height, width); learned positions are resampled when the grid changes. None
             keeps the size it was trained at.
+        patch_size: pixels, likewise; the patch kernel is resampled (FlexiViT). None keeps it.
 
     Raises:
         FileNotFoundError: there is nothing at `src`.
         ValueError: it is none of these, or damaged, or does not hold exactly one model's arrays.
     """
-    if isinstance(image_size, int):
-        image_size = (image_size, image_size)
-    params, config, tokenizer = _read(src, image_size)
-    params, config = resize(params, config, image_size or config.image.image_size)
-    return Encoder(params, config, tokenizer=tokenizer if tokenizer and tokenizer.is_file() else None)
+    params, config, tokenizer = read_model(src, image_size, patch_size=patch_size)
+    return Encoder(params, config, tokenizer=tokenizer)
 
 
-def resize(
-    params: Mapping[str, Any], config: ModelConfig, image_size: tuple[int, int]
-) -> tuple[dict[str, Any], ModelConfig]:
-    """The same model for pictures of another (height, width); learned positions are resampled to the new grid.
+@dataclasses.dataclass(frozen=True)
+class EncoderSpec:
+    """What an encoder takes and gives.
+
+    Attributes:
+        tokens: n, tokens a picture: down * across, and a class token before them where the tower has one.
+        width: d of the tokens.
+        grid: patches (down, across), row by row.
+        image_size: (height, width) in pixels.
+        patch_size: (height, width) in pixels.
+        pixel_range: what the smallest and the largest pixel value become: 0 -> -1 and 255 -> 1.
+        pooled_width: of `pooled`; None where the tower has no pooling, or tokens are read from an earlier layer.
+        class_token: whether the first token is none of the grid's.
+    """
+
+    tokens: int
+    width: int
+    grid: tuple[int, int]
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    pixel_range: tuple[float, float]
+    pooled_width: int | None
+    class_token: bool
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "head_dim", "layer", "frozen"]
+)
+@dataclasses.dataclass(frozen=True)
+class ImageEncoder:
+    """An image tower with its parameters; make one with `load_encoder`.
+
+    Attributes:
+        params: nested dict of float32 arrays under the published names, without the leading "img"; its leaves are the pytree's,
+            and may also be gradients, shardings or shapes.
+        config: the tower, at the resolution it was loaded for; `depth` counts the blocks up to the layer that is read.
+        head_dim: width of the linear head behind the pooling, or None.
+        layer: -1 after the last LayerNorm, -2 … the output of an earlier block.
+        frozen: whether gradients stop here: none reaches the parameters or the pictures.
+    """
+
+    params: Any
+    config: ImageConfig = dataclasses.field(metadata=_STATIC)
+    head_dim: int | None = dataclasses.field(metadata=_STATIC)
+    layer: int = dataclasses.field(default=-1, metadata=_STATIC)
+    frozen: bool = dataclasses.field(default=True, metadata=_STATIC)
+
+    @property
+    def spec(self) -> EncoderSpec:
+        """Sizes of what goes in and comes out."""
+        config, class_token = self.config, self.config.pool == "tok"
+        pooled = None if config.pool == "none" or self.layer != -1 else self.head_dim or config.spec.width
+        return EncoderSpec(
+            tokens=config.grid[0] * config.grid[1] + class_token,
+            width=config.spec.width,
+            grid=config.grid,
+            image_size=config.image_size,
+            patch_size=config.patch,
+            pixel_range=PIXEL_RANGE,
+            pooled_width=pooled,
+            class_token=class_token,
+        )
+
+    def tokens(self, images: ArrayLike) -> Float[Array, "b n d"]:
+        """float32 [b, h, w, 3] in [-1, 1] -> float32 [b, n, d].
+
+        Raises:
+            ValueError: the pictures have another size, or integer pixels.
+        """
+        return self._forward(images)[1]
+
+    def pooled(self, images: ArrayLike) -> Float[Array, "b e"]:
+        """float32 [b, h, w, 3] in [-1, 1] -> float32 [b, e], one vector a picture, not normalised; divided by its norm it is
+        the embedding that texts are compared with.
+
+        Raises:
+            ValueError: as for `tokens`, or the encoder has no pooling, or reads from an earlier layer.
+        """
+        if self.spec.pooled_width is None:
+            raise ValueError(
+                f"this encoder (pool={self.config.pool!r}, layer={self.layer}) has no pooled output; use tokens, or load a "
+                "tower with a pooling head at layer=-1"
+            )
+        return self._forward(images)[0]
+
+    def unfrozen(self) -> "ImageEncoder":
+        """The same encoder, through which gradients flow."""
+        return dataclasses.replace(self, frozen=False)
+
+    def _forward(self, images: ArrayLike) -> tuple[Array | None, Array]:
+        images, params = check_images(images, self.config), self.params
+        if self.frozen:
+            images, params = jax.lax.stop_gradient((images, params))
+        return _apply(params, images, self.config, self.head_dim, self.layer)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _apply(
+    params: Mapping[str, Any], images: Array, config: ImageConfig, head_dim: int | None, layer: int
+) -> tuple[Array | None, Array]:
+    pooled, out = ViT(config, head_dim, final_norm=layer == -1).apply({"params": params}, images)
+    return pooled, out["encoded"]
+
+
+def load_encoder(
+    src: str | Path,
+    image_size: int | tuple[int, int] | None = None,
+    *,
+    patch_size: int | tuple[int, int] | None = None,
+    layer: int = -1,
+    frozen: bool = True,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> ImageEncoder:
+    """The image tower of any source that `siglip.load` reads.
+
+    Args:
+        image_size: pixels, one number or (height, width); learned positions are resampled to its grid.
+        patch_size: pixels, likewise; the patch kernel is resampled (FlexiViT, arXiv:2212.08013).
+        layer: -1 reads after the last LayerNorm, -2 what the second-last block returns, and so on down to -depth.
+        frozen: whether gradients stop.
+        dtype: of the matrix products; parameters, LayerNorms and the tokens stay float32.
 
     Raises:
-        ValueError: the size does not hold one patch.
+        FileNotFoundError: there is nothing at `src`.
+        ValueError: it is no model, the size holds no patch, or the tower has no such layer.
     """
-    resized = dataclasses.replace(config, image=dataclasses.replace(config.image, image_size=tuple(image_size)))
-    params = dict(params)
-    if config.image.posemb == "learn" and resized.image.grid != config.image.grid:
-        positions = resample_positions(
-            np.asarray(params["img"]["pos_embedding"]), config.image.grid, resized.image.grid
+    params, config, _ = read_model(src, image_size, patch_size=patch_size)
+    image, depth = config.image, config.image.spec.depth
+    if not -depth <= layer <= -1:
+        raise ValueError(f"layer={layer}: the tower has {depth} blocks; count them from the end, -1 to -{depth}")
+    image = dataclasses.replace(image, dtype=dtype, remat="none", dropout=0.0, patch_dropout=0.0)
+    params, head_dim = params["img"], config.out_dim[0]
+    if layer != -1:
+        params, image, head_dim = (
+            _cut(params, image, depth + layer + 1),
+            _without_pooling(image, depth + layer + 1),
+            None,
         )
-        params["img"] = {**params["img"], "pos_embedding": positions}
-    return params, resized
+    return ImageEncoder(jax.tree.map(jnp.asarray, params), image, head_dim, layer, frozen)
 
 
-def _read(src: str | Path, image_size: tuple[int, int] | None) -> tuple[dict[str, Any], ModelConfig, Path | None]:
-    file, _ = big_vision.split_subtree(src)
-    if file.suffix == ".npz":
-        return *big_vision.read(src, image_size=image_size), file.with_name(hugging_face.TOKENIZER_FILE)
-    folder = Path(src)
-    if not folder.is_dir():
-        if folder.exists():
-            raise ValueError(f"{str(src)!r} is no model; a model is {_SOURCES}")
-        raise FileNotFoundError(f"nothing at {str(src)!r}; a model is {_SOURCES}")
-    if (folder / EXPORTED_NPZ).is_file():
-        return *big_vision.read(folder / EXPORTED_NPZ, image_size=image_size), folder / hugging_face.TOKENIZER_FILE
-
-    # Orbax is slow to import, and only runs need it.
-    from siglip import checkpoint
-
-    if checkpoint.is_run(folder):
-        params, config, _ = checkpoint.read_run_params(folder)
-        workdir = folder if (folder / checkpoint.CONFIG_FILE).is_file() else folder.resolve().parents[1]
-        model = build_dataclass(ModelConfig, config["model"], where=f"{workdir / checkpoint.CONFIG_FILE}: model")
-        return params, model, workdir / checkpoint.TOKENIZER_FILE
-    if (folder / "config.json").is_file():
-        return *hugging_face.read(folder), folder / hugging_face.TOKENIZER_FILE
-    raise ValueError(f"folder {str(src)!r} is no model; a model is {_SOURCES}")
+def _cut(params: Mapping[str, Any], config: ImageConfig, depth: int) -> dict[str, Any]:
+    """The parameters that `depth` blocks need, with nothing after them."""
+    kept = {}
+    for path, leaf in trees.flatten(params).items():
+        top, *_ = path.split("/")
+        if top in ("embedding", "pos_embedding", "cls"):
+            kept[path] = leaf
+        elif path.startswith("Transformer/encoderblock/"):
+            kept[path] = leaf[:depth]
+        elif (
+            path.startswith("Transformer/encoderblock_")
+            and int(path.split("/")[1].removeprefix("encoderblock_")) < depth
+        ):
+            kept[path] = leaf
+    return trees.unflatten(kept)
 
 
-_SOURCES = "a run's workdir, a checkpoint inside it, FILE.npz, FILE.npz:img, or a Hugging Face folder"
+def _without_pooling(config: ImageConfig, depth: int) -> ImageConfig:
+    # The class token is part of the sequence: a tower that has one keeps it.
+    return dataclasses.replace(config, depth=depth, pool=config.pool if config.pool == "tok" else "none")

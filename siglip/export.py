@@ -25,6 +25,7 @@ from siglip import encoder
 from siglip.encoder import Encoder
 from siglip.formats import big_vision, hugging_face
 from siglip.models.two_tower import ModelConfig
+from siglip.source import EXPORTED_NPZ
 
 Format = Literal["bigvision", "hf"]
 Tower = Literal["image", "both"]
@@ -110,7 +111,7 @@ Written = tuple[Callable[[], Outputs], bool, str]
 
 
 def _write_big_vision(model: Encoder, folder: Path, *, source: str) -> Written:
-    npz = folder / encoder.EXPORTED_NPZ
+    npz = folder / EXPORTED_NPZ
     big_vision.write(npz, model.params, model.config)
     if model.tokenizer:
         (folder / hugging_face.TOKENIZER_FILE).write_bytes(model.tokenizer.read_bytes())
@@ -216,7 +217,7 @@ def _publish(partial: Path, out: Path) -> None:
     if out.suffix != ".npz":
         os.rename(partial, out)
         return
-    npz = partial / encoder.EXPORTED_NPZ
+    npz = partial / EXPORTED_NPZ
     if big_vision.sidecar(npz).exists():
         os.rename(big_vision.sidecar(npz), big_vision.sidecar(out))
     os.rename(npz, out)

@@ -98,7 +98,7 @@ def dropout(x: Float[Array, "b n d"], rate: float) -> Float[Array, "b n d"]:
 
 
 class Encoder(nn.Module):
-    """`variant.depth` blocks and a final LayerNorm.
+    """`variant.depth` blocks and, with `final_norm`, a LayerNorm.
 
     `scan` compiles one block for all of them and stacks their parameters on a leading layer axis under
     `encoderblock`; without it they are `encoderblock_0`, `encoderblock_1`, … `remat` recomputes activations in the
@@ -114,6 +114,7 @@ class Encoder(nn.Module):
     dropout: float = 0.0
     attention: AttentionFn = attention_fn
     placement: Placement | None = None
+    final_norm: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -142,7 +143,8 @@ class Encoder(nn.Module):
         else:
             for i in range(self.variant.depth):
                 x, _ = body(block(f"encoderblock_{i}"), x, None)
-        return _layer_norm("encoder_norm")(x if placement is None else placement.batch(x))
+        x = x if placement is None else placement.batch(x)
+        return _layer_norm("encoder_norm")(x) if self.final_norm else x
 
 
 def _on_params(function: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -1,10 +1,10 @@
-"""Vision transformer: square or other patches, learned or fixed positions, and four ways to pool.
+"""Vision transformer: square or other patches, learned or fixed positions, and five ways to pool.
 
     tokens = LN(blocks(patches @ kernel + bias + position))          (ViT, arXiv:2010.11929)
 
 Pooling happens after the final LayerNorm: "map" attends with a probe, "gap" averages, "tok" takes a class token that
-was put first, "none" leaves the tokens as they are, which is what a vision-language model consumes. The fixed
-positions are those of MoCo v3 (arXiv:2104.02057).
+was put first, "0" takes the first patch, "none" leaves the tokens as they are, which is what a vision-language model
+consumes. The fixed positions are those of MoCo v3 (arXiv:2104.02057).
 
 The trap: pixels that do not fill a whole patch are dropped at the right and the bottom: 384 px in patches of 14 are
 27 x 27 patches, the last 6 px are never seen.
@@ -42,7 +42,7 @@ class ImageConfig:
     num_heads: int | None = None
     patch_size: tuple[int, int] | None = None
     image_size: tuple[int, int] = (224, 224)
-    pool: Literal["map", "gap", "tok", "none"] = "map"
+    pool: Literal["map", "gap", "0", "tok", "none"] = "map"
     posemb: Literal["learn", "sincos2d"] = "learn"
     scan: bool = False
     remat: Remat = "none"
@@ -99,27 +99,6 @@ def sincos2d(grid: tuple[int, int], width: int) -> Float[np.ndarray, "1 n d"]:
     return table[None].astype(np.float32)
 
 
-def resample_positions(
-    positions: Float[np.ndarray, "1 n d"], grid: tuple[int, int], new_grid: tuple[int, int]
-) -> Float[np.ndarray, "1 m d"]:
-    """Learned positions for another grid, by bilinear interpolation between aligned corners and without antialias.
-
-    That is how the published models were carried from one resolution to the next (`scipy.ndimage.zoom` of order 1),
-    and it differs visibly from an image resize, which aligns the edges of pixels instead.
-    """
-    assert positions.shape[1] == grid[0] * grid[1], (positions.shape, grid)
-    down, across = (_interpolation(old, new) for old, new in zip(grid, new_grid, strict=True))
-    image = np.asarray(positions, np.float64).reshape(*grid, -1)
-    out = np.einsum("hi,wj,ijd->hwd", down, across, image, optimize=True)
-    return out.reshape(1, -1, positions.shape[-1]).astype(np.float32)
-
-
-def _interpolation(old: int, new: int) -> Float[np.ndarray, "new old"]:
-    """Row i holds the weights of the old points around the new point i."""
-    at = np.linspace(0, old - 1, new)
-    return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(old)))
-
-
 class PatchEmbed(nn.Module):
     """A convolution whose stride is its kernel, done as one matrix product: the same function, faster on every
     device. With `keep`, only those patches of each picture are embedded."""
@@ -148,13 +127,14 @@ class ViT(nn.Module):
     Returns the embedding before normalisation (None for pool "none") and everything worth looking at on the way:
     "stem" [b, gh, gw, d] (unless patches are dropped), "with_posemb" [b, n, d], "encoded" (the tokens after the final
     LayerNorm, [b, n, d], with the class token first when pool is "tok"), and unless pool is "none" "head_input" [b, d]
-    and "pre_logits" [b, d].
+    and "pre_logits" [b, d]. Without `final_norm` "encoded" is what the last block returns.
     """
 
     config: ImageConfig
     out_dim: int | None
     attention: AttentionFn = attention_fn
     placement: Placement | None = None
+    final_norm: bool = True
 
     @nn.compact
     def __call__(
@@ -179,14 +159,14 @@ class ViT(nn.Module):
         if config.pool == "tok":
             cls = self.param("cls", nn.initializers.zeros, (1, 1, spec.width))
             x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, spec.width)), x], axis=1)
-        encoder = (spec, config.scan, config.remat, dtype, rate, self.attention, self.placement)
+        encoder = (spec, config.scan, config.remat, dtype, rate, self.attention, self.placement, self.final_norm)
         x = out["encoded"] = Encoder(*encoder, name="Transformer")(x)
         if config.pool == "none":
             return None, out
         if config.pool == "map":
             x = MAPHead(spec, dtype, name="MAPHead_0")(x)
         else:
-            x = x[:, 0] if config.pool == "tok" else x.mean(axis=1)
+            x = x.mean(axis=1) if config.pool == "gap" else x[:, 0]
         out["head_input"] = out["pre_logits"] = x
         if self.out_dim is not None:
             # Never zeros: the gradient of the norm at an embedding of exactly 0 is NaN.

@@ -7,11 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from siglip import encoder
 from siglip.encoder import Encoder, load
 from siglip.formats import big_vision, hugging_face
 from siglip.formats.big_vision import image_only
-from siglip.models.vit import resample_positions
 
 from .tiny import random_inputs, random_params, square_model
 
@@ -37,25 +35,6 @@ def test_public_face_gives_big_visions_numbers(fixtures, name):
         np.testing.assert_allclose(found, stored[f"out/{key}"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name, old, new", [("14to32", 14, 32), ("16to58", 16, 58), ("24to16", 24, 16), ("7to14", 7, 14)]
-)
-def test_positions_are_resampled_as_the_reference_does(fixtures, name, old, new):
-    stored = np.load(fixtures / "bv_posemb.npz")
-    found = resample_positions(stored[f"{name}/in"], (old, old), (new, new))
-    np.testing.assert_allclose(found, stored[f"{name}/out"], rtol=0, atol=1e-6)
-
-
-def test_positions_of_grids_that_are_not_square():
-    rows, columns = np.mgrid[:3, :5]
-    plane = (10.0 * rows + columns).reshape(1, 15, 1)
-    found = resample_positions(plane, (3, 5), (5, 9)).reshape(5, 9)
-    rows, columns = np.mgrid[:5, :9]
-    np.testing.assert_allclose(found, 10 * rows / 2 + columns / 2, atol=1e-6)
-    # One row left: the first, as scipy.ndimage.zoom takes it.
-    np.testing.assert_allclose(resample_positions(plane, (3, 5), (1, 5)).ravel(), range(5), atol=1e-6)
-
-
 def test_another_resolution(tmp_path):
     config = square_model()
     params = random_params(config)
@@ -70,12 +49,6 @@ def test_another_resolution(tmp_path):
     np.testing.assert_array_equal(same_grid.params["img"]["pos_embedding"], params["img"]["pos_embedding"])
     with pytest.raises(ValueError, match="holds no patch"):
         load(tmp_path / "m.npz", image_size=4)
-
-
-def test_fixed_positions_need_no_resampling():
-    config = square_model(image={"posemb": "sincos2d"})
-    params, resized = encoder.resize(random_params(config), config, (16, 40))
-    assert Encoder(params, resized).image_tokens(np.zeros((1, 16, 40, 3))).shape == (1, 10, 36)
 
 
 def test_all_sources_of_one_model_agree(tmp_path, model):
