@@ -10,7 +10,7 @@ STEPS ?=
 # Whole files go to a process each: what a file makes once is made once.
 PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: quickstart test slow interop lint clean
+.PHONY: quickstart test slow interop interop5 lint clean
 
 # A .venv whose install was cut short is installed again: the stamp is written last.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
@@ -35,11 +35,17 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m 'not slow' -rs $(PARALLEL)
 
 slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow -rs
+	$(BIN)/python -m pytest -m slow -rs $(PARALLEL)
 
 # What needs torch and transformers, exports read back by their users; and libtpu, programs compiled for a pod.
 interop: $(VENV)/.interop
-	$(BIN)/python -m pytest tests/siglip/test_hugging_face.py tests/siglip/test_export.py tests/siglip/test_ahead_of_time.py -rs
+	$(BIN)/python -m pytest tests/siglip/test_hugging_face.py tests/siglip/test_pali_gemma.py tests/siglip/test_export.py \
+	    tests/siglip/test_hf_tokenizer.py tests/siglip/test_ahead_of_time.py tests/examples/test_hf_paligemma.py \
+	    tests/examples/test_captioner.py::test_the_decoder_is_gemma -rs $(PARALLEL)
+
+# The same exports in transformers 5, beside the version 4 of .venv.
+interop5: $(VENV)/.interop
+	tests/transformers5.sh $(BIN)/python
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

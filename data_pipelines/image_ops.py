@@ -4,18 +4,36 @@ Order: header -> size check -> decode -> turn upright (EXIF) -> over white -> RG
 bilinear. Pillow's bilinear filter widens with the reduction, as the published preprocessors do; without that,
 pixels of a reduced picture are off by 0.08 of the [-1, 1] range.
 
+Pillow decodes, and judges every damaged file. Two libraries do its two slow parts where they can: simplejpeg (libjpeg-turbo)
+decodes grey and colour JPEGs without a flaw, the same pixels 1.5 times as fast; cykooz-resizer computes Pillow's filter
+with SIMD instructions, 5 times as fast, within 1/255 of it (2/255 at one value in millions). A machine that lacks one of them
+has Pillow do it.
+
 The trap: Pillow clips 16-bit grey to white instead of scaling it, and allocates the whole picture before it
 finds that the file is a bomb or cut: only the header is trusted with sizes here, and any error of any codec
 is a `DecodeError`.
 """
 
 import io
+import math
+import struct
+import threading
 
 import numpy as np
+import pyarrow
 from PIL import Image, UnidentifiedImageError
 
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+try:
+    import cykooz_resizer
+except ImportError:
+    cykooz_resizer = None
+
 # What browsers show. Naming them also keeps Pillow's other fifty decoders away from files of unknown origin.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF")
 MAX_CANVAS_PIXELS = 1 << 25
 _ORIENTATION_TAG = 0x0112
@@ -29,6 +47,11 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _WHITE = (255, 255, 255)
+# JFIF, JPEG tables and frames, comments, ICC profiles; not APP1, where EXIF may say that the picture lies on its side.
+_START_OF_FRAME, _START_OF_SCAN = (0xC0, 0xC2), 0xDA
+_PLAIN_SEGMENTS = frozenset((*_START_OF_FRAME, _START_OF_SCAN, 0xC4, 0xDB, 0xDD, 0xE0, 0xE2, 0xFE))
+_FRAME = struct.Struct(">BHHB")
+_local = threading.local()
 
 
 class DecodeError(ValueError):
@@ -55,11 +78,16 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
     if not data:
         raise DecodeError("empty_image", "0 bytes")
     try:
-        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
         if picture.width * picture.height > max_pixels:
-            raise DecodeError("bomb", f"{picture.width} x {picture.height} px, limit {max_pixels}")
-        picture.load()
-        return _to_rgb(_upright(picture))
+            raise _bomb(*picture.size, max_pixels)
+        is_plain = simplejpeg is not None and picture.format == "JPEG" and picture.mode in ("L", "RGB")
+        pixels = _decode_jpeg(data, "RGBX", picture.size) if is_plain else None
+        if pixels is None:
+            picture.load()
+        rgb = _to_rgb(picture) if pixels is None else _to_picture(pixels)
+        orientation = _orientation(picture)  # After load(): a PNG may tell it behind its pixels.
+        return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
     except DecodeError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -72,33 +100,117 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
         raise DecodeError(reason, f"{type(error).__name__}: {error}") from error
 
 
+def decode_pixels(data: bytes, *, max_pixels: int) -> np.ndarray:
+    """`decode_image` as an array, uint8 [h, w, 3], without Pillow where the file is a plain JPEG."""
+    size = _plain_jpeg_size(data)
+    if size is not None:
+        if size[0] * size[1] > max_pixels:
+            raise _bomb(*size, max_pixels)
+        pixels = _decode_jpeg(data, "RGB", size)
+        if pixels is not None:
+            return pixels
+    return np.asarray(decode_image(data, max_pixels=max_pixels))
+
+
 def resize(
-    picture: Image.Image, size_px: tuple[int, int], *, box: tuple[float, float, float, float] | None = None
+    picture: np.ndarray | Image.Image,
+    size_px: tuple[int, int],
+    *,
+    box: tuple[float, float, float, float] | None = None,
 ) -> np.ndarray:
     """Resizes a picture, or a box of it, with antialias. The aspect ratio gives way.
 
     Args:
-      picture: RGB.
+      picture: RGB, uint8 [h, w, 3] or Pillow's.
       size_px: (h, w) of the result.
       box: (left, top, right, bottom) in pixels of the picture; what lies outside the picture is white.
 
     Returns:
       uint8 [h, w, 3].
     """
-    h, w = size_px
+    pixels, (h, w) = np.asarray(picture), size_px
     if box is not None:
-        picture, box = _pad_to(picture, box)
-    return np.asarray(picture.resize((w, h), Image.Resampling.BILINEAR, box=box))
+        pixels, box = _pad_to(pixels, box)
+    if cykooz_resizer is None:
+        return np.asarray(Image.fromarray(pixels).resize((w, h), Image.Resampling.BILINEAR, box=box))
+    rgb, (height, width) = cykooz_resizer.PixelType.U8x3, pixels.shape[:2]
+    resized = cykooz_resizer.ImageData(w, h, rgb)
+    whole = cykooz_resizer.ImageData(width, height, rgb, pixels.tobytes())
+    _thread_resizer().resize(whole, resized, _resize_options((width, height), box))
+    return np.frombuffer(resized.get_buffer(), np.uint8).reshape(h, w, 3)
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    if "exif" not in picture.info:
-        return picture
+def _thread_resizer():
+    """It owns its buffers, so every thread has its own."""
+    if not hasattr(_local, "resizer"):
+        _local.resizer = cykooz_resizer.Resizer()
+    return _local.resizer
+
+
+def _resize_options(size: tuple[int, int], box: tuple[float, float, float, float] | None):
+    """Pillow's bilinear filter over a box that lies within the picture."""
+    crop = None
+    if box is not None:
+        (left, width), (top, height) = (_within(box[side], box[side + 2], size[side]) for side in (0, 1))
+        crop = cykooz_resizer.CropBox(left, top, width, height)
+    filter_type = cykooz_resizer.FilterType.bilinear
+    return cykooz_resizer.ResizeOptions(cykooz_resizer.ResizeAlg.convolution(filter_type), crop_box=crop)
+
+
+def _within(start: float, end: float, limit: int) -> tuple[float, float]:
+    """(start, length) whose sum does not exceed the limit, not even by rounding."""
+    length = end - start
+    while start + length > limit:
+        length = math.nextafter(length, 0)
+    return start, length
+
+
+def _decode_jpeg(data: bytes, colors: str, size: tuple[int, int]) -> np.ndarray | None:
+    """A grey or YCbCr JPEG of this (width, height); None when it has a flaw, which is Pillow's to judge."""
     try:
-        orientation = picture.getexif().get(_ORIENTATION_TAG)
+        pixels = simplejpeg.decode_jpeg(data, colors, strict=True)
+    except ValueError:
+        return None
+    return pixels if pixels.shape[1::-1] == size else None
+
+
+def _to_picture(pixels: np.ndarray) -> Image.Image:
+    """Pixels of four bytes, as Pillow keeps RGB: it takes these over without a copy."""
+    flat = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(pixels.reshape(-1)), 4)
+    return Image.fromarrow(flat, "RGB", pixels.shape[1::-1])
+
+
+def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of a grey or YCbCr JPEG that lies upright; None of all else."""
+    if simplejpeg is None or data[:2] != b"\xff\xd8":
+        return None
+    size, start = None, 2
+    while start + 4 <= len(data):
+        mark, marker, length = data[start], data[start + 1], data[start + 2] << 8 | data[start + 3]
+        if mark != 0xFF or marker not in _PLAIN_SEGMENTS or length < 2:
+            return None
+        if marker == _START_OF_SCAN:
+            return size
+        if marker in _START_OF_FRAME:
+            bits, height, width, components = _FRAME.unpack_from(data[start + 4 : start + 10].ljust(6, b"\0"))
+            if size is not None or bits != 8 or components not in (1, 3) or not height or not width:
+                return None
+            size = width, height
+        start += 2 + length
+    return None
+
+
+def _bomb(width: int, height: int, max_pixels: int) -> DecodeError:
+    return DecodeError("bomb", f"{width} x {height} px, limit {max_pixels}")
+
+
+def _orientation(picture: Image.Image) -> int | None:
+    if "exif" not in picture.info:
+        return None
+    try:
+        return picture.getexif().get(_ORIENTATION_TAG)
     except Exception:  # Broken metadata of a whole picture: browsers show it as it lies.
-        return picture
-    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+        return None
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -125,26 +237,23 @@ def _deep_grey_to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _pad_to(
-    picture: Image.Image, box: tuple[float, float, float, float]
-) -> tuple[Image.Image, tuple[float, float, float, float]]:
+    pixels: np.ndarray, box: tuple[float, float, float, float]
+) -> tuple[np.ndarray, tuple[float, float, float, float]]:
     """A picture with as much white around it as the box reaches out, and the box in its pixels.
 
     Where that would need a canvas of more than MAX_CANVAS_PIXELS, the picture is reduced first: it ends up small anyway.
     """
-    width, height = picture.size
+    height, width = pixels.shape[:2]
     reach = (max(box[2], width) - min(box[0], 0)) * (max(box[3], height) - min(box[1], 0))
     if reach > MAX_CANVAS_PIXELS:
-        factor = int(np.ceil((reach / MAX_CANVAS_PIXELS) ** 0.5))
-        picture = picture.reduce(factor)
-        box = tuple(
-            side * size / old for side, size, old in zip(box, picture.size * 2, (width, height) * 2, strict=True)
-        )
+        pixels = np.asarray(Image.fromarray(pixels).reduce(int(np.ceil((reach / MAX_CANVAS_PIXELS) ** 0.5))))
+        old, (height, width) = (width, height), pixels.shape[:2]
+        box = tuple(side * size / was for side, size, was in zip(box, (width, height) * 2, old * 2, strict=True))
     left, top, right, bottom = box
-    width, height = picture.size
-    pad_left, pad_top = max(0, int(np.ceil(-left))), max(0, int(np.ceil(-top)))
-    pad_right, pad_bottom = max(0, int(np.ceil(right - width))), max(0, int(np.ceil(bottom - height)))
+    pad_left, pad_top = max(0, math.ceil(-left)), max(0, math.ceil(-top))
+    pad_right, pad_bottom = max(0, math.ceil(right - width)), max(0, math.ceil(bottom - height))
     if pad_left or pad_top or pad_right or pad_bottom:
-        canvas = Image.new("RGB", (width + pad_left + pad_right, height + pad_top + pad_bottom), _WHITE)
-        canvas.paste(picture, (pad_left, pad_top))
-        picture = canvas
-    return picture, (left + pad_left, top + pad_top, right + pad_left, bottom + pad_top)
+        canvas = np.full((height + pad_top + pad_bottom, width + pad_left + pad_right, 3), 255, np.uint8)
+        canvas[pad_top : pad_top + height, pad_left : pad_left + width] = pixels
+        pixels = canvas
+    return pixels, (left + pad_left, top + pad_top, right + pad_left, bottom + pad_top)

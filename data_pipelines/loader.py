@@ -1,6 +1,6 @@
 """The resumable stream of training batches, and every pair once for evaluation.
 
-    mixture order -> read -> decode, crop, resize, tokenize -> batch -> Grain: threads, workers, prefetch
+    mixture order -> read -> decode, crop, resize, tokenize -> batch -> threads (Grain) or processes (workers.py)
 
 The position is the number of batches handed out, nothing else: batch k is a pure function of (seed, k), so a
 resume seeks by arithmetic and is free to change the number of threads, workers and processes.
@@ -10,21 +10,21 @@ is to be read on machines that have neither.
 """
 
 import collections
+import dataclasses
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipelines import workers
 from data_pipelines.augment import AugmentConfig
+from data_pipelines.image_embeddings import ImageEmbeddings
 from data_pipelines.mixture import Mixture, SourceConfig
+from data_pipelines.noise import NoiseConfig
+from data_pipelines.order import BlockShuffle
 from data_pipelines.records import Source
-from data_pipelines.sources.webdataset import TarSource
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class DataConfig:
 
     Attributes:
       sources: what to mix.
-      tokenizer: path of a SentencePiece model.
+      tokenizer: path of a SentencePiece model; None takes that of the model that training starts from.
       augment: random crops and colours; None for none.
       workers: processes that decode; 0 decodes in threads of the main process, which is faster for small
         pictures.
@@ -41,16 +41,23 @@ class DataConfig:
       prefetch: batches kept ready, in the main process or in each worker.
       max_image_pixels: larger pictures are refused as decompression bombs.
       cache_bytes: memory for decoded pictures, in the main process or in each worker; 0 for none.
+      image_embeddings: folder in which a frozen image tower's embeddings of all pictures are kept, computed when they are
+        missing; training then reads them instead of pictures. All hosts share it. None decodes pictures.
+      shuffle_blocks: shuffles block by block, for storage that likes long reads; None moves every pair anywhere.
+      noise: corrupts pairs on purpose, for studies of robustness; None for none.
     """
 
     sources: tuple[SourceConfig, ...]
-    tokenizer: str
+    tokenizer: str | None
     augment: AugmentConfig | None = None
     workers: int = 0
     threads: int = 2
     prefetch: int = 4
     max_image_pixels: int = 1 << 26
     cache_bytes: int = 1 << 28
+    image_embeddings: str | None = None
+    shuffle_blocks: BlockShuffle | None = None
+    noise: NoiseConfig | None = None
 
     def __post_init__(self):
         if not self.sources:
@@ -61,14 +68,18 @@ class DataConfig:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least {bound}")
         if self.max_image_pixels > 89_478_485:
             raise ValueError(f"data.max_image_pixels={self.max_image_pixels} exceeds Pillow's limit, 89478485")
+        if self.noise is not None and self.noise.image and self.image_embeddings is not None:
+            raise ValueError(f"data.noise.image={self.noise.image} needs pictures; leave out data.image_embeddings")
 
 
 class Loader:
     """An endless iterator of local batches; make one with `make_loader`.
 
-    A batch is a dict: image uint8 [bl, h, w, 3], text int32 [bl, l], key list[str] of length bl.
+    A batch is a dict: image uint8 [bl, h, w, 3], text int32 [bl, l], key list[str] of length bl; after
+    `use_image_embeddings`, zimg float32 [bl, e] takes the place of image.
 
     Attributes:
+      sources: what the pairs come from, in the order of the config.
       counts: pairs handed out since this loader was made or restored that are substitutes for broken ones, by
         reason.
     """
@@ -78,28 +89,62 @@ class Loader:
         self._config = config
         self._identity = identity
         self._iterator = None
-        self.restore({"position": batches.start, "counts": {}, **identity})
+        self.sources = batches.sources
+        self._position = batches.start
+        self.counts = collections.Counter()
 
     def __iter__(self) -> Iterator[dict]:
         return self
 
     def __next__(self) -> dict:
         if self._iterator is None:
-            self._iterator = _iterate(self._batches, self._config, self._position)
+            self._iterator = _iterate(dataclasses.replace(self._batches, start=self._position), self._config)
         batch = next(self._iterator)
         self._position += 1
         self.counts.update(batch.pop("replaced"))
-        if self._config.workers:
-            # Plain memory: a worker's shared segment would live on for as long as the batch is referenced.
-            batch = batch | {name: np.array(batch[name]) for name in ("image", "text")}
         return batch
+
+    def use_image_embeddings(self, embeddings: Sequence[ImageEmbeddings]) -> None:
+        """From the next batch on, batches hold these in place of pictures. embeddings: whole, one per source."""
+        self.close()
+        self._batches = dataclasses.replace(self._batches, embeddings=tuple(embeddings))
+
+    def part_pictures(
+        self, source: int, embeddings: ImageEmbeddings, parts: Sequence[int], *, rows: int
+    ) -> Iterator[dict]:
+        """The pictures of these parts of a source, `rows` at a time: {"image": uint8 [n, h, w, 3], "broken": {record: reason}}.
+
+        Every part gives equally many batches, the last of them short or empty.
+        """
+        from data_pipelines.samples import PartPictures
+
+        spec = self._batches.spec
+        pictures = PartPictures(
+            self.sources[source], embeddings, tuple(parts), rows, spec.image_size_px, spec.max_image_pixels
+        )
+        iterator = _iterate(pictures, self._config)
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+    def progress(self) -> dict[str, float]:
+        """What all processes together have seen of each source: {"source_0/pairs": …, "source_0/epochs": …, …}."""
+        order = self._batches.order
+        counts = order.counts_before(self._position * self._batches.batch_pairs)
+        values = {}
+        for source, (pairs, size) in enumerate(zip(counts, order.sizes, strict=True)):
+            values |= {f"source_{source}/pairs": pairs, f"source_{source}/epochs": pairs / size}
+        return values
 
     def state(self) -> dict:
         """What `restore` needs, for json: the batches handed out, the counts, and what they are a function of."""
-        return {"position": self._position, "counts": dict(self.counts), **self._identity}
+        order = self._batches.order
+        mixture = {"weights": list(order.weights), "since": order.since, "counts": list(order.counts)}
+        return {"position": self._position, "counts": dict(self.counts), "mixture": mixture, **self._identity}
 
     def restore(self, state: dict) -> None:
-        """Goes to where `state()` was taken.
+        """Goes to where `state()` was taken. Where the weights were others, each source goes on from its own count.
 
         Raises:
           ValueError: the state belongs to other data, another seed or another batch size.
@@ -113,6 +158,13 @@ class Loader:
         self.close()
         self._position = state["position"]
         self.counts = collections.Counter(state["counts"])
+        was, ours = state["mixture"], tuple(source.weight for source in self._config.sources)
+        order = dataclasses.replace(
+            self._batches.order, weights=tuple(was["weights"]), since=was["since"], counts=tuple(was["counts"])
+        )
+        if order.weights != ours:
+            order = order.reweighted(ours, position=self._position * self._batches.batch_pairs)
+        self._batches = dataclasses.replace(self._batches, order=order)
 
     def close(self) -> None:
         """Stops threads and worker processes. The next batch starts them again."""
@@ -154,8 +206,9 @@ def make_loader(
     if text_length < 1:
         raise ValueError(f"text_length={text_length} must be at least 1")
     tokenizer = SentencePieceTokenizer(config.tokenizer)
-    sources = tuple(TarSource(source.shards) for source in config.sources)
-    order = Mixture(tuple(map(len, sources)), tuple(source.weight for source in config.sources), seed)
+    sources = tuple(map(_open, config.sources))
+    weights = tuple(source.weight for source in config.sources)
+    order = Mixture(tuple(map(len, sources)), weights, seed, config.shuffle_blocks)
     spec = SampleSpec(
         image_size_px=tuple(image_size),
         text_length=text_length,
@@ -163,6 +216,7 @@ def make_loader(
         augment=config.augment,
         max_image_pixels=config.max_image_pixels,
         seed=seed,
+        noise=config.noise,
     )
     cache = PictureCache(config.cache_bytes)
     batches = BatchSource(
@@ -254,42 +308,33 @@ def _stack(rows: list[tuple]) -> dict:
     return {"image": np.stack(images), "key": list(keys), "fields": list(fields), "index": list(indices)}
 
 
-def _iterate(batches, config: DataConfig, position: int):
-    """Grain's iterator over the batches from `position` on."""
-    import dataclasses
-
-    import grain
-    from absl import flags
-
-    dataset = grain.MapDataset.source(dataclasses.replace(batches, start=position))
-    options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch)
-    iterable = dataset.to_iter_dataset(options)
+def _iterate(batches, config: DataConfig):
+    """The batches in order, from worker processes or from threads of this one."""
+    workers.keep_freed_memory()
     if config.workers:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain passes absl flags to its workers, unparsed ones raise.
-        iterable = iterable.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=config.prefetch),
-            worker_init_fn=_leave_signals_to_the_parent,
-        )
-    return iter(iterable)
+        return workers.WorkerPool(batches, workers=config.workers, threads=config.threads, prefetch=config.prefetch)
+    import grain
+
+    options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch)
+    return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
 
 
-def _leave_signals_to_the_parent(index: int, count: int) -> None:
-    """In a worker process. Terminals and schedulers signal it too, but the parent still needs its batches to stop in order;
-    a parent that was killed is followed at once.
-    """
-    del index, count
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_follow_parent, daemon=True).start()
+def _open(config: SourceConfig) -> Source:
+    """Raises FileNotFoundError, PermissionError, ValueError, OSError: see `open_source` and `KeptPairs`."""
+    from data_pipelines.sources.opening import open_source
 
+    parts = (part.strip() for field, _ in config.captions for part in field.split("+"))
+    source = open_source(config.shards, fields={part.split(".")[0] for part in parts})
+    if config.manifest is None:
+        return source
+    from data_pipelines.kept_pairs import KeptPairs
 
-def _follow_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    return KeptPairs(source, config.manifest)
 
 
 def _fingerprint(sources: tuple[Source, ...], config: DataConfig) -> str:
-    """Of all that the order depends on, besides seed and batch size."""
-    parts = [[source.fingerprint, part.weight] for source, part in zip(sources, config.sources, strict=True)]
+    """Of all that the order depends on, besides seed, batch size and weights."""
+    parts = [source.fingerprint for source in sources]
+    if config.shuffle_blocks is not None:
+        parts.append(dataclasses.asdict(config.shuffle_blocks))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -8,19 +8,23 @@ A pair that cannot be decoded is replaced by another of its source, drawn from (
 under the reason why the original failed. The counts travel with the batch, so they are exact for what was
 handed out.
 
+Where the pictures' embeddings are known (image_embeddings.py), a sample has these instead and no picture is decoded: the
+same pairs, captions and substitutes, since a picture that is broken is known to be.
+
 The trap: the replacement may be broken as well; after MAX_TRIES the source is not noisy but unusable, and
 that stops.
 """
 
 import collections
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
-from data_pipelines import augment, image_ops, text_ops
+from data_pipelines import augment, image_ops, noise, text_ops
 from data_pipelines.draws import Draws, Rng
+from data_pipelines.image_embeddings import ImageEmbeddings
 from data_pipelines.mixture import Mixture
 from data_pipelines.records import Pair, Source
 from data_pipelines.tokenizers import SentencePieceTokenizer
@@ -48,13 +52,15 @@ class SampleSpec:
     augment: augment.AugmentConfig | None
     max_image_pixels: int
     seed: int
+    noise: noise.NoiseConfig | None
 
 
 @dataclass(frozen=True)
 class BatchSource:
     """The local batches of one process from batch `start` on, as Grain's random-access source.
 
-    batch_pairs is global; this process takes every `process_count`-th position from `process_index` on.
+    batch_pairs is global; this process takes every `process_count`-th position from `process_index` on, or of a shuffle by
+    blocks those that lie together in storage. embeddings: one per source, or none at all.
     """
 
     sources: tuple[Source, ...]
@@ -66,14 +72,44 @@ class BatchSource:
     process_index: int
     process_count: int
     start: int
+    embeddings: tuple[ImageEmbeddings, ...] = ()
 
     def __len__(self) -> int:
         return ENDLESS_BATCHES
 
     def __getitem__(self, index: int) -> dict:
-        """image: uint8 [bl, h, w, 3], text: int32 [bl, l], key: list[str], replaced: {reason: n}."""
+        """image: uint8 [bl, h, w, 3] or zimg: float32 [bl, e], text: int32 [bl, l], key: list[str], replaced: {reason: n}."""
         first = (self.start + index) * self.batch_pairs
-        positions = np.arange(first + self.process_index, first + self.batch_pairs, self.process_count)
+        every = range(first, first + self.batch_pairs)
+        positions = self._own(every)
+        batch = self._embedded(positions) if self.embeddings else self._pictured(positions)
+        if self.spec.noise is not None:
+            self._corrupt(batch, positions, every, self.spec.noise)
+        return batch
+
+    def _own(self, every: range) -> np.ndarray:
+        """The positions of a global batch that are this process's."""
+        if self.order.blocks is None:
+            return np.arange(every.start + self.process_index, every.stop, self.process_count)
+        positions, share = np.array(every), len(every) // self.process_count
+        sources, records = self.order.locate(positions)
+        by_place = positions[np.lexsort((records, sources))]
+        return by_place[self.process_index * share : (self.process_index + 1) * share]
+
+    def _embedded(self, positions: np.ndarray) -> dict:
+        zimg = np.empty((len(positions), self.embeddings[0].width), np.float32)
+        texts = np.empty((len(positions), self.spec.text_length), np.int32)
+        keys, replaced = [], collections.Counter()
+        for row, (position, source, record) in enumerate(
+            zip(positions.tolist(), *self._locate(positions), strict=True)
+        ):
+            (zimg[row], texts[row], key), reason = self._sample_or_substitute(position, source, record)
+            keys.append(key)
+            if reason:
+                replaced[reason] += 1
+        return {"zimg": zimg, "text": texts, "key": keys, "replaced": dict(replaced)}
+
+    def _pictured(self, positions: np.ndarray) -> dict:
         images = np.empty((len(positions), *self.spec.image_size_px, 3), np.uint8)
         texts = np.empty((len(positions), self.spec.text_length), np.int32)
         gains, flips = np.empty((len(positions), 3), np.float32), np.empty(len(positions), bool)
@@ -89,17 +125,33 @@ class BatchSource:
         images = augment.apply_flip(augment.apply_gain(images, gains), flips)
         return {"image": images, "text": texts, "key": keys, "replaced": dict(replaced)}
 
+    def _corrupt(self, batch: dict, positions: np.ndarray, every: range, config: noise.NoiseConfig) -> None:
+        """Pictures and texts of a batch, corrupted in place."""
+        seed, length = self.spec.seed, self.spec.text_length
+        shown = noise.text_positions(config, every, seed=seed)[positions - every.start]
+        moved = np.flatnonzero(shown != positions)
+        for row, position, *place in zip(moved, shown[moved].tolist(), *self._locate(shown[moved]), strict=True):
+            batch["text"][row], _ = self._sample_or_substitute(position, *place, sample=self._caption)
+        vocab_size, eos_id = self.tokenizer.vocab_size, self.tokenizer.eos_id
+        for row in np.flatnonzero(noise.noisy_texts(config, positions, seed=seed)):
+            tokens = noise.random_tokens(int(positions[row]), length, vocab_size=vocab_size, eos_id=eos_id, seed=seed)
+            batch["text"][row] = tokens
+        for row in np.flatnonzero(noise.noisy_images(config, positions, seed=seed)):
+            batch["image"][row] = noise.random_picture(int(positions[row]), self.spec.image_size_px, seed=seed)
+
     def _locate(self, positions: np.ndarray) -> tuple[list[int], list[int]]:
         sources, records = self.order.locate(positions)
         return sources.tolist(), records.tolist()
 
-    def _sample_or_substitute(self, position: int, source: int, record: int) -> tuple[tuple, str | None]:
+    def _sample_or_substitute(
+        self, position: int, source: int, record: int, *, sample: Callable | None = None
+    ) -> tuple[tuple, str | None]:
         """The sample for a position, and why it is a substitute (None: it is not)."""
         substitutes = Draws(self.spec.seed, _SUBSTITUTE_STREAM, position)
-        first_reason = None
+        sample, first_reason = sample or (self._embedded_sample if self.embeddings else self._sample), None
         for _ in range(MAX_TRIES):
             try:
-                return self._sample(position, source, record), first_reason
+                return sample(position, source, record), first_reason
             except BrokenPair as error:
                 first_reason = first_reason or error.reason
             record = int(substitutes.random() * len(self.sources[source]))
@@ -116,19 +168,73 @@ class BatchSource:
         config = self.spec.augment
         if config is None:
             return image_ops.resize(picture, self.spec.image_size_px), tokens, (1.0, 1.0, 1.0), False, pair.key
-        box = augment.draw_box(config, picture.size, rng)
+        box = augment.draw_box(config, picture.shape[1::-1], rng)
         image = image_ops.resize(picture, self.spec.image_size_px, box=box)
         return image, tokens, augment.draw_gain(config, rng), augment.draw_flip(config, rng), pair.key
 
-    def _decoded(self, source: int, record: int) -> tuple[Pair, Image.Image]:
+    def _embedded_sample(self, position: int, source: int, record: int) -> tuple[np.ndarray, np.ndarray, str]:
+        zimg = self.embeddings[source].get(record)
+        if isinstance(zimg, str):
+            raise BrokenPair(zimg)
+        pair, _ = self.cache.get(source, record) or self._undecoded(source, record)
+        caption = choose_caption(pair, self.spec.captions[source], Draws(self.spec.seed, _SAMPLE_STREAM, position))
+        return zimg, self.tokenizer.encode(caption, self.spec.text_length), pair.key
+
+    def _caption(self, position: int, source: int, record: int) -> np.ndarray:
+        """What `_sample` shows as text at this position, whatever the picture is worth."""
+        pair, _ = self.cache.get(source, record) or (read_pair(self.sources[source], record), None)
+        caption = choose_caption(pair, self.spec.captions[source], Draws(self.spec.seed, _SAMPLE_STREAM, position))
+        return self.tokenizer.encode(caption, self.spec.text_length)
+
+    def _undecoded(self, source: int, record: int) -> tuple[Pair, None]:
+        pair = read_pair(self.sources[source], record)
+        self.cache.add(source, record, pair, None)
+        return pair, None
+
+    def _decoded(self, source: int, record: int) -> tuple[Pair, np.ndarray]:
         pair = read_pair(self.sources[source], record)
         picture = decode_picture(pair, max_pixels=self.spec.max_image_pixels)
         self.cache.add(source, record, pair, picture)
         return pair, picture
 
 
+@dataclass(frozen=True)
+class PartPictures:
+    """The pictures of some parts of a source, `rows` at a time, as Grain's random-access source; every part gives equally many
+    batches, the last of them short or empty.
+    """
+
+    source: Source
+    embeddings: ImageEmbeddings
+    parts: tuple[int, ...]
+    rows: int
+    image_size_px: tuple[int, int]
+    max_image_pixels: int
+
+    @property
+    def batches(self) -> int:
+        """Of one part."""
+        return -(-self.embeddings.part_pairs // self.rows)
+
+    def __len__(self) -> int:
+        return len(self.parts) * self.batches
+
+    def __getitem__(self, index: int) -> dict:
+        """image: uint8 [n, h, w, 3], n <= rows, broken: {record: reason}."""
+        part, batch = divmod(index, self.batches)
+        records = self.embeddings.records(self.parts[part])[batch * self.rows : (batch + 1) * self.rows]
+        images, broken = np.zeros((len(records), *self.image_size_px, 3), np.uint8), {}
+        for row, record in enumerate(records):
+            try:
+                picture = decode_picture(read_pair(self.source, record), max_pixels=self.max_image_pixels)
+                images[row] = image_ops.resize(picture, self.image_size_px)
+            except BrokenPair as error:
+                broken[record] = error.reason
+        return {"image": images, "broken": broken}
+
+
 class PictureCache:
-    """Decoded pictures with their texts, kept while there is room; nothing is thrown out.
+    """Decoded pictures with their texts, or the texts alone, kept while there is room; nothing is thrown out.
 
     A small set is read and decoded once instead of once an epoch, which halves the work per pair; of a large
     one, the first pairs stay and the rest costs nothing. Each worker process fills its own.
@@ -136,17 +242,18 @@ class PictureCache:
 
     def __init__(self, limit_bytes: int):
         self.limit_bytes = limit_bytes
-        self._kept: dict[tuple[int, int], tuple[Pair, Image.Image]] = {}
+        self._kept: dict[tuple[int, int], tuple[Pair, np.ndarray | None]] = {}
         self._used_bytes = 0
 
     def __reduce__(self):
         return PictureCache, (self.limit_bytes,)
 
-    def get(self, source: int, record: int) -> tuple[Pair, Image.Image] | None:
+    def get(self, source: int, record: int) -> tuple[Pair, np.ndarray | None] | None:
         return self._kept.get((source, record))
 
-    def add(self, source: int, record: int, pair: Pair, picture: Image.Image) -> None:
-        needed_bytes = 4 * picture.width * picture.height + len(pair.image)  # The file stands for its texts' size.
+    def add(self, source: int, record: int, pair: Pair, picture: np.ndarray | None) -> None:
+        needed_bytes = len(pair.image or b"")  # The file stands for its texts' size.
+        needed_bytes += 0 if picture is None else picture.nbytes
         if (source, record) not in self._kept and self._used_bytes + needed_bytes <= self.limit_bytes:
             self._used_bytes += needed_bytes
             self._kept[source, record] = dataclasses.replace(pair, image=None), picture
@@ -168,11 +275,11 @@ def choose_caption(pair: Pair, spec: text_ops.CaptionSpec, rng: Rng) -> str:
         raise BrokenPair(pair.problems[0] if pair.problems else error.reason) from error
 
 
-def decode_picture(pair: Pair, *, max_pixels: int) -> Image.Image:
-    """The decoded RGB picture. Raises BrokenPair: "missing_image" or the reason of the `DecodeError`."""
+def decode_picture(pair: Pair, *, max_pixels: int) -> np.ndarray:
+    """The decoded picture, uint8 [h, w, 3]. Raises BrokenPair: "missing_image" or the reason of the `DecodeError`."""
     if pair.image is None:
         raise BrokenPair("missing_image")
     try:
-        return image_ops.decode_image(pair.image, max_pixels=max_pixels)
+        return image_ops.decode_pixels(pair.image, max_pixels=max_pixels)
     except image_ops.DecodeError as error:
         raise BrokenPair(error.reason) from error

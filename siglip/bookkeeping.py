@@ -32,13 +32,15 @@ Evaluate = Callable[[Mapping[str, Any]], Mapping[str, float]]
 class Batches(Protocol):
     """What the loop needs of a data pipeline; data_pipelines.loader.Loader is one.
 
-    `counts` are the substitutions so far, by reason; they are part of `state`, where each process counts its own.
+    `counts` are the substitutions so far, by reason; they are part of `state`, where each process counts its own. `progress` is
+    what all processes together have seen, for metrics.jsonl: {"source_0/epochs": 1.5, …}.
     """
 
     counts: Mapping[str, int]
 
     def __next__(self) -> Mapping[str, Any]: ...
     def state(self) -> dict[str, Any]: ...
+    def progress(self) -> Mapping[str, float]: ...
     def restore(self, state: Mapping[str, Any]) -> None: ...
     def close(self) -> None: ...
 
@@ -64,9 +66,10 @@ class Bookkeeping:
         self._losses = LossWatch(workdir, peers, saved_step=checkpointer.latest_step)
         self._first_step = start_step + 1
         self._best = peers.gather("best", checkpointer.best_value())[0]
-        self.throughput = Throughput(
-            config.batch_size, peak_pairs_per_s=flops.peak_pairs_per_s(config.model, batch_size=config.batch_size)
-        )
+        # Where image embeddings are read instead of computed, the model's FLOPs are not those of a step.
+        counted = config.data.image_embeddings is None
+        peak = flops.peak_pairs_per_s(config.model, batch_size=config.batch_size) if counted else None
+        self.throughput = Throughput(config.batch_size, peak_pairs_per_s=peak)
 
     def after_step(
         self, step: int, state: TrainState, metrics: Mapping[str, jax.Array], keys: list[str], *, stop: bool
@@ -125,6 +128,7 @@ class Bookkeeping:
         everyones = self._peers.gather("log", own)
         counts = sum((Counter(one["counts"]) for one in everyones), Counter())
         values |= {f"train/substituted/{reason}": n for reason, n in sorted(counts.items())}
+        values |= {f"data/{name}": value for name, value in self._batches.progress().items()}
         if "train/data_wait" in values:
             values["train/data_wait"] = max(one["data_wait"] for one in everyones)  # all wait for the slowest
         self._writer.write(step, values)

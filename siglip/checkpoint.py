@@ -1,8 +1,5 @@
 """A run's workdir on disk, and checkpoints that are whole or absent.
 
-    workdir/config.json           what the run was started with
-    workdir/tokenizer.model       its SentencePiece model, so that the run can be evaluated and exported on its own
-    workdir/metrics.jsonl
     workdir/checkpoints/STEP/     orbax: state, data (the loader's position), config: one atomic unit
 
 Saving is asynchronous: orbax copies the arrays from the device, writes to a folder with a temporary name and renames it
@@ -11,22 +8,15 @@ when every file is there. The last `keep` checkpoints stay, and the best one by 
 Several processes write one checkpoint together, so the workdir is a folder that all hosts share. It is laid out on whatever
 devices restore it: their number, the number of hosts, FSDP and the data workers may change between starts.
 
-How a run starts, in this order: the newest checkpoint of its workdir; else fresh parameters.
+How a run starts, in this order: the newest checkpoint of its workdir; else `init.src` (siglip/initial.py); else fresh
+parameters. A run that has a checkpoint never looks at `init.src` again: it may be gone.
 
-The trap: a run that goes on with other settings is neither run. Whatever changes the parameters or the pairs must agree with
-the workdir's config.json; only where it runs and what it reports may differ.
+The trap: a folder under checkpoints/ may be half a checkpoint. Whole is what has orbax's last file.
 """
 
 import contextlib
 import dataclasses
-import hashlib
-import json
-import os
-import re
-import tempfile
-import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,30 +26,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from siglip import trees
-from siglip.peers import Alone
+from siglip.workdir import CONFIG_FILE, read_config
 
-CONFIG_FILE = "config.json"
-TOKENIZER_FILE = "tokenizer.model"
 CHECKPOINTS_DIR = "checkpoints"
-
-# Fields (patterns of their paths) that neither change the parameters nor the pairs: where it runs, how often it reports, where
-# files lie. What the files hold is compared by content: the loader's fingerprint, and the tokenizer in the workdir.
-FREE_FIELDS = (
-    "workdir",
-    "(mesh|log|checkpoint|eval|distributed)(/.*)?",
-    "loss/(impl|chunk_size|micro_batch_size)",
-    "model/(image|text)/(attention|remat)",
-    "data/(workers|threads|prefetch|cache_bytes|tokenizer)",
-    r"data/sources/\d+/shards",
-)
-# Fields in which the processes of one run may differ: who they are, and what a host can and where it has its files.
-OWN_FIELDS = (
-    "workdir",
-    "distributed(/.*)?",
-    "data/(workers|threads|prefetch|cache_bytes|tokenizer)",
-    r"data/sources/\d+/shards",
-)
-_SHARED_FILE_S = 5.0  # a network folder may be slow to show what another host wrote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,143 +150,18 @@ class Checkpointer:
         self._manager.close()
 
 
-def check_same_run(
-    peers: Alone, *, config: Mapping[str, Any], data_state: Mapping[str, Any], tokenizer: bytes | None
-) -> None:
-    """Raises ValueError, in every process, if one was started with other settings or other data than process 0."""
-    own = re.compile("|".join(f"(?:{pattern})" for pattern in OWN_FIELDS))
-    data = {**data_state, "tokenizer": None if tokenizer is None else hashlib.sha256(tokenizer).hexdigest()[:16]}
-    flat = {path: value for path, value in _flatten_json(_plain(config)).items() if not own.fullmatch(path)}
-    settings = flat | {f"data/{name}": value for name, value in _plain(data).items()}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    if len(set(peers.gather("settings", digest))) == 1:
-        return
-    everyones = peers.gather("settings in full", settings)
-    index = next(i for i, theirs in enumerate(everyones) if theirs != everyones[0])
-    differences = _differences(everyones[0], everyones[index], ())
-    told = [f"{name} is {first!r} in process 0 and {its!r} in process {index}" for name, first, its in differences[:3]]
-    raise ValueError(
-        f"process {index} was started with other settings than process 0: {'; '.join(told)}; "
-        f"start the same command, with the same recipe and data, on every host"
-    )
-
-
-def _plain(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back: tuples become lists."""
-    return json.loads(json.dumps(tree))
-
-
-def open_workdir(
-    workdir: Path, config: Mapping[str, Any], *, tokenizer: bytes | None = None, peers: Alone | None = None
-) -> None:
-    """Creates the workdir with its config.json and tokenizer, or checks that those there are of the same run.
-
-    Raises:
-        ValueError: if config.json there differs in a field that changes the parameters or the pairs, if its tokenizer is
-            another one, or if the processes do not all see the same folder.
-        PermissionError, NotADirectoryError: if the folder cannot be made or written.
-    """
-    peers = Alone() if peers is None else peers
-    if peers.is_first:
-        _make_workdir(workdir, config, tokenizer)
-    if peers.count == 1:
-        return
-    # Leftovers of an earlier run may lie on every host: only a file written now proves that the folder is one.
-    proof = workdir / f".shared-{uuid.uuid4().hex}"
-    if peers.is_first:
-        proof.touch()
-    proof = workdir / peers.gather("workdir", proof.name)[0]
-    deadline = time.monotonic() + _SHARED_FILE_S
-    while not (seen := proof.exists() and os.access(workdir, os.W_OK)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    everyones = peers.gather("workdir is shared", [seen, str(workdir)])
-    if peers.is_first:
-        proof.unlink()
-    blind = [(index, path) for index, (seen, path) in enumerate(everyones) if not seen]
-    if blind:
-        raise ValueError(
-            f"process {blind[0][0]} does not see, or may not write, what process 0 writes to workdir {everyones[0][1]} "
-            f"(there it is {blind[0][1]}); give --workdir a folder that all hosts share"
-        )
-
-
-def _make_workdir(workdir: Path, config: Mapping[str, Any], tokenizer: bytes | None) -> None:
-    path = workdir / TOKENIZER_FILE
-    if tokenizer is not None and path.exists() and path.read_bytes() != tokenizer:
-        raise ValueError(
-            f"workdir {workdir} was trained with another tokenizer than {config['data']['tokenizer']}; "
-            f"use --data.tokenizer {path}, or another --workdir"
-        )
-    _make_config_file(workdir, config)
-    if tokenizer is not None and not path.exists():
-        write_atomically(path, tokenizer)
-
-
-def _make_config_file(workdir: Path, config: Mapping[str, Any]) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not os.access(workdir, os.W_OK):
-        raise PermissionError(f"{workdir} is not writable; give another --workdir")
-    path = workdir / CONFIG_FILE
-    if path.exists():
-        differences = _differences(_flatten_json(_read_json(path)), _flatten_json(_plain(config)), FREE_FIELDS)
-        if differences:
-            told = [f"{name} is {there!r} there and {here!r} here" for name, there, here in differences[:3]]
-            raise ValueError(
-                f"workdir {workdir} belongs to another run: {'; '.join(told)}"
-                f"{f' and {len(differences) - 3} more' if len(differences) > 3 else ''}; "
-                f"use another --workdir, or the settings in {path}"
-            )
-    write_atomically(path, json.dumps(config, indent=2) + "\n")
-
-
-def _differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], free_fields: Sequence[str]
-) -> list[tuple[str, Any, Any]]:
-    """(dotted name, old value, new value) of every path whose value differs and that is not free."""
-    free = re.compile("|".join(f"(?:{pattern})" for pattern in free_fields))
-    return [
-        (path.replace("/", "."), old.get(path, "absent"), new.get(path, "absent"))
-        for path in sorted(old.keys() | new.keys())
-        if not free.fullmatch(path) and old.get(path) != new.get(path)
-    ]
-
-
-def _flatten_json(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, list):
-        items = ((str(i), v) for i, v in enumerate(value))
-    else:
-        return {prefix[:-1]: value}
-    return {k: v for name, item in items for k, v in _flatten_json(item, f"{prefix}{name}/").items()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); restore it from a checkpoint's config/ or remove it"
-        ) from None
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file under a temporary name beside its place, then renames: readers see the old one or the new one."""
-    content = content.encode() if isinstance(content, str) else content
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
-
-
 def is_run(path: Path) -> bool:
     """Whether `path` is a run's workdir or one checkpoint inside it."""
     return _run_of(path) is not None
+
+
+def locate(path: Path) -> tuple[Path, int] | None:
+    """(workdir, step) of a workdir's newest checkpoint, or of the one that `path` names; None when there is none."""
+    workdir, step = _run_of(path) or (None, None)
+    if workdir is None or step is not None:
+        return workdir and (workdir, step)
+    steps = _whole_steps(workdir)
+    return (workdir, steps[-1]) if steps else None
 
 
 def read_run_params(path: Path, *, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any], int]:
@@ -337,7 +181,7 @@ def read_run_params(path: Path, *, step: int | None = None) -> tuple[dict[str, A
         raise FileNotFoundError(
             f"{workdir} has no checkpoint{'' if step is None else f' {step}'}; it has {steps or 'none'}"
         )
-    config = _read_json(workdir / CONFIG_FILE)
+    config = read_config(workdir)
     with _reading(folder / str(step), fix="try another step"):
         with ocp.PyTreeCheckpointer() as reader:
             tree = reader.metadata(folder / str(step) / "state").item_metadata.tree
@@ -375,6 +219,11 @@ def newest_step(workdir: Path) -> str:
     """ "step N of WORKDIR" or "the beginning": where a run would go on that had to stop now."""
     steps = _whole_steps(workdir)
     return f"step {steps[-1]} of {workdir}" if steps else f"the beginning, workdir {workdir} has no checkpoint yet"
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a run in this workdir goes on from a checkpoint."""
+    return bool(_whole_steps(workdir))
 
 
 def _whole_steps(workdir: Path) -> list[int]:

@@ -16,9 +16,12 @@ from typing import Any, Literal
 from data_pipelines.augment import AugmentConfig
 from data_pipelines.loader import DataConfig
 from data_pipelines.mixture import SourceConfig
+from data_pipelines.noise import NoiseConfig
+from data_pipelines.order import BlockShuffle
 from siglip import trees
 from siglip.checkpoint import CheckpointConfig
 from siglip.distributed import DistributedConfig
+from siglip.initial import InitConfig, SourceImage, SourceModel, SourceText, read_base
 from siglip.metrics import LogConfig
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.optim import OptimConfig
@@ -83,6 +86,7 @@ class TrainConfig:
     """A training run, whole.
 
     Attributes:
+        model: the architecture, or a SourceModel: that of `init.src`.
         total_steps: optimizer steps; the schedule ends there.
         batch_size: pairs in the global batch, over all devices and hosts.
         workdir: where everything is written.
@@ -90,11 +94,12 @@ class TrainConfig:
     """
 
     data: DataConfig
-    model: ModelConfig
+    model: ModelConfig | SourceModel
     total_steps: int
     batch_size: int
     workdir: str
     seed: int = 0
+    init: InitConfig = InitConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     loss: LossConfig = LossConfig()
@@ -110,19 +115,56 @@ class TrainConfig:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must not be negative")
         if self.model.text is None:
-            raise ValueError("model.text is None: pretraining needs a text tower")
+            raise ValueError("model.text is None: training needs a text tower")
+        if self.init.src is None:
+            self._check_without_source()
         best, tasks = self.checkpoint.best_metric, [f"eval/{task.task}/{task.name}" for task in self.eval.tasks]
         if best is not None and not best.startswith(tuple(tasks)):
             raise ValueError(
                 f"checkpoint.best_metric={best!r} belongs to no evaluation task; there are {tasks or 'none'}"
             )
 
+    def _check_without_source(self) -> None:
+        if isinstance(self.model, SourceModel):
+            raise ValueError(
+                "model is a SourceModel, that of init.src, but there is none; name one with --init.src SRC"
+            )
+        if self.data.tokenizer is None:
+            raise ValueError("data.tokenizer is None, that of init.src, but there is none; use --data.tokenizer FILE")
+        if self.init != InitConfig():
+            raise ValueError(
+                "init.only and init.skip say what of init.src is taken, but there is none; use --init.src SRC"
+            )
+
 
 CONFIG_CLASSES = (
-    TrainConfig, EvalConfig, EvalTask, DataConfig, SourceConfig, AugmentConfig, ModelConfig, ImageConfig, TextConfig,
-    OptimConfig, MeshConfig, LossConfig, CheckpointConfig, LogConfig,
-    DistributedConfig,
+    TrainConfig, EvalConfig, EvalTask, DataConfig, SourceConfig, AugmentConfig, BlockShuffle, NoiseConfig,
+    ModelConfig, ImageConfig, TextConfig, InitConfig, SourceModel, SourceImage, SourceText,
+    OptimConfig, MeshConfig, LossConfig, CheckpointConfig, LogConfig, DistributedConfig,
 )  # fmt: skip
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The config with its open ends filled in: a SourceModel, and a tokenizer that is None.
+
+    They are what the workdir's config.json says or, in a new workdir, the source's.
+
+    Raises:
+        FileNotFoundError: there is nothing at `init.src`.
+        ValueError: it is no model, has no tokenizer, or the parts do not fit each other.
+    """
+    model, tokenizer = config.model, config.data.tokenizer
+    if isinstance(model, ModelConfig) and tokenizer is not None:
+        return config
+    image_size = model.image.image_size
+    base, base_tokenizer, where = read_base(config.init.src, workdir=Path(config.workdir), image_size=image_size)
+    if tokenizer is None:
+        if base_tokenizer is None:
+            raise ValueError(f"{where} brings no tokenizer; name its SentencePiece model with --data.tokenizer FILE")
+        tokenizer = str(base_tokenizer)
+    if isinstance(model, SourceModel):
+        model = model.of(base, where=where)
+    return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, tokenizer=tokenizer))
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:

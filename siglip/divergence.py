@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from siglip.checkpoint import write_atomically
 from siglip.peers import Alone
+from siglip.workdir import write_atomically
 
 BAD_BATCH_FILE = "non_finite_batch.json"
 

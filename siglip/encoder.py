@@ -43,13 +43,13 @@ class Encoder:
 
     Attributes:
         config: the architecture, at the resolution it was loaded for.
-        params: nested dict of float32 arrays.
+        params: nested dict of float32 arrays; numpy ones given to it may be used where they lie, so leave them as they are.
         tokenizer: path of the SentencePiece model that came with it, or None.
     """
 
     def __init__(self, params: Mapping[str, Any], config: ModelConfig, *, tokenizer: Path | None = None) -> None:
         self.config = config
-        self.params = jax.tree.map(jnp.asarray, dict(params))
+        self.params = jax.device_put(dict(params))
         self.tokenizer = tokenizer
         model = make_model(config)
         self._image = jax.jit(lambda p, images: model.apply({"params": p}, images, None)[0])
@@ -294,7 +294,7 @@ def load_encoder(
             _without_pooling(image, depth + layer + 1),
             None,
         )
-    return ImageEncoder(jax.tree.map(jnp.asarray, params), image, head_dim, layer, frozen)
+    return ImageEncoder(jax.device_put(params), image, head_dim, layer, frozen)
 
 
 def _cut(params: Mapping[str, Any], config: ImageConfig, depth: int) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from siglip.checkpoint import write_atomically
 from siglip.metrics import format_value, read_metrics, short_name
 from siglip.shapes import Float, UInt8
+from siglip.workdir import write_atomically
 
 CURVES = (
     ("train/loss", "loss"),

@@ -13,6 +13,7 @@ from siglip.formats import big_vision, hugging_face
 from siglip.models.resample import resample
 from siglip.models.two_tower import ModelConfig
 from siglip.trees import build_dataclass
+from siglip.workdir import CONFIG_FILE, TOKENIZER_FILE
 
 EXPORTED_NPZ = "model.npz"
 SOURCES = "a run's workdir, a checkpoint inside it, FILE.npz, FILE.npz:img, or a Hugging Face folder"
@@ -50,9 +51,9 @@ def _read(src: str | Path, image_size: tuple[int, int] | None) -> tuple[dict[str
 
     if checkpoint.is_run(folder):
         params, config, _ = checkpoint.read_run_params(folder)
-        workdir = folder if (folder / checkpoint.CONFIG_FILE).is_file() else folder.resolve().parents[1]
-        model = build_dataclass(ModelConfig, config["model"], where=f"{workdir / checkpoint.CONFIG_FILE}: model")
-        return params, model, workdir / checkpoint.TOKENIZER_FILE
+        workdir = folder if (folder / CONFIG_FILE).is_file() else folder.resolve().parents[1]
+        model = build_dataclass(ModelConfig, config["model"], where=f"{workdir / CONFIG_FILE}: model")
+        return params, model, workdir / TOKENIZER_FILE
     if (folder / "config.json").is_file():
         return *hugging_face.read(folder), folder / hugging_face.TOKENIZER_FILE
     raise ValueError(f"folder {str(src)!r} is no model; a model is {SOURCES}")

@@ -1,13 +1,15 @@
 """The training state and the pure functions that make, advance and use it.
 
 A batch is {"image": uint8 [b, h, w, 3], "text": int32 [b, l]}; pixels travel to the device as bytes and become
-x / 127.5 - 1 there. `make_train_step` returns one jitted function that donates the state it is given.
+x / 127.5 - 1 there. With a frozen image tower it may hold "zimg", float32 [b, e], in place of the pictures: what the tower
+makes of them, normalised, and then the tower does not run (LiT, arXiv:2111.07991). `make_train_step` returns one jitted
+function that donates the state it is given.
 
 The trap: the donated state is gone after the call. Keep the returned one, never the argument.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,7 +19,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
-from siglip import sharding
+from siglip import sharding, trees
 from siglip.accumulation import Batch, Params, make_value_and_grad
 from siglip.losses import Impl, chunked_sigmoid_loss, softmax_loss
 from siglip.models.two_tower import ModelConfig, init_params, make_model
@@ -105,18 +107,36 @@ def state_like(
 
 
 def init_state(
-    model: ModelConfig, optimizer: optax.GradientTransformation, *, like: TrainState, seed: int
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    like: TrainState,
+    seed: int,
+    given: Mapping[str, jax.Array] | None = None,
 ) -> TrainState:
-    """A fresh state, born sharded as `like` (from `state_like`) says."""
+    """A fresh state, born sharded as `like` (from `state_like`) says.
+
+    Args:
+        given: parameters by path that are not to be drawn (siglip.initial.put); they are donated. The others are what they
+            would be without any given.
+    """
     init = jax.jit(
-        lambda: _fresh_state(model, optimizer, jax.random.key(seed), ema=like.ema is not None),
+        lambda given: _fresh_state(model, optimizer, jax.random.key(seed), ema=like.ema is not None, given=given),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like),
+        donate_argnums=0,
     )
-    return init()
+    return init(dict(given or {}))
 
 
-def _fresh_state(model: ModelConfig, optimizer: optax.GradientTransformation, key: Array, *, ema: bool) -> TrainState:
-    params = init_params(model, key)
+def _fresh_state(
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    key: Array,
+    *,
+    ema: bool,
+    given: Mapping[str, Array] | None = None,
+) -> TrainState:
+    params = trees.unflatten(trees.flatten(init_params(model, key)) | (given or {}))
     average = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
@@ -180,7 +200,7 @@ def make_train_step(
 def make_embed(
     model: ModelConfig, *, placement: sharding.Placement
 ) -> Callable[[Params, Batch, Array], tuple[Float[Array, "b e"], Float[Array, "b e"]]]:
-    """(params, batch or some rows of it, dropout key) -> (zimg, ztxt), as in training.
+    """(params, batch or some rows of it, dropout key) -> (zimg, ztxt), as in training; a batch's own zimg is handed through.
 
     Raises:
         ValueError: if the model asks for an attention kernel that cannot run on the devices of `placement`.
@@ -188,10 +208,10 @@ def make_embed(
     module = make_model(model, placement=placement)
 
     def embed(params: Params, batch: Batch, key: Array) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
-        images = normalize_pixels(batch["image"])
+        images = None if "zimg" in batch else normalize_pixels(batch["image"])
         variables = {"params": placement.gather_outside_blocks(params)}
         zimg, ztxt, _ = module.apply(variables, images, batch["text"], train=True, rngs={"dropout": key})
-        return zimg, ztxt
+        return batch["zimg"] if zimg is None else zimg, ztxt
 
     return embed
 

@@ -1,6 +1,7 @@
 """The training loop, top to bottom.
 
-    restore or init -> [next batch -> step -> log? evaluate? checkpoint?] until total_steps, a signal, or a non-finite loss
+    restore, or init.src, or init -> [next batch -> step -> log? evaluate? checkpoint?]
+                                     until total_steps, a signal, or a non-finite loss
 
 Nothing is read from the device but when logging (siglip/divergence.py). A non-finite loss stops the run before anything of it is
 saved. Several processes run this same loop; what they must not decide differently they ask of each other (siglip/peers.py).
@@ -13,36 +14,44 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
-from siglip import optim, sharding
+from siglip import initial, optim, sharding
 from siglip.bookkeeping import Batches, Bookkeeping, Evaluate
-from siglip.checkpoint import Checkpointer, check_same_run, newest_step, open_workdir
-from siglip.config import TrainConfig, to_json
+from siglip.checkpoint import Checkpointer, has_checkpoint, newest_step
+from siglip.config import TrainConfig, resolve, to_json
 from siglip.divergence import NonFiniteLoss
 from siglip.models.two_tower import param_shapes
 from siglip.peers import Alone
 from siglip.signals import Interrupted, SignalFlag
 from siglip.step import TrainState, init_state, make_train_step, state_like
+from siglip.workdir import check_same_run, open_workdir
 
 logger = logging.getLogger(__name__)
+
+# Called once before the first step, with the step behind it, the parameters, and what tells the number of a signal received.
+Prepare = Callable[[int, Mapping[str, Any], Callable[[], int | None]], None]
 
 
 def train(
     config: TrainConfig,
     batches: Batches,
     *,
+    prepare: Prepare | None = None,
     evaluate: Evaluate | None = None,
     tokenizer: bytes | None = None,
     peers: Alone | None = None,
 ) -> TrainState:
-    """Trains until `config.total_steps`, going on from the workdir's newest checkpoint if there is one.
+    """Trains until `config.total_steps`, from the workdir's newest checkpoint; without one, from `config.init.src`.
 
     Args:
-        batches: this process's share of each batch: image uint8 [bl, h, w, 3], text int32 [bl, l], key list[str].
+        batches: this process's share of each batch: image uint8 [bl, h, w, 3] or zimg float32 [bl, e], text int32 [bl, l],
+            key list[str].
+        prepare: makes `batches` ready, where that takes the parameters that training starts with.
         evaluate: run every `config.eval.every_steps` and at the end.
         tokenizer: content of the SentencePiece model, kept in the workdir for evaluation and export.
         peers: the other processes (siglip.distributed.joined); None: there are none.
@@ -51,7 +60,8 @@ def train(
         The final state.
 
     Raises:
-        ValueError: for settings that do not fit each other, the devices or the workdir.
+        FileNotFoundError: if there is nothing at `init.src`.
+        ValueError: for settings that do not fit each other, the devices, the workdir or `init.src`.
         NonFiniteLoss: the last good checkpoint is intact.
         Interrupted: after SIGTERM or SIGINT; the state is saved.
     """
@@ -60,18 +70,28 @@ def train(
         raise ValueError(
             f"jax runs on {jax.process_count()} processes; train needs peers=, from siglip.distributed.joined"
         )
+    config, workdir = resolve(config), Path(config.workdir)
     mesh = sharding.make_mesh(config.mesh)
     program = _build(config, mesh)
-    check_same_run(peers, config=to_json(config), data_state=batches.state(), tokenizer=tokenizer)
-    workdir = Path(config.workdir)
+    given = _read_initial(config, tokenizer, peers)
+    check_same_run(
+        peers,
+        config=to_json(config),
+        data_state=batches.state(),
+        tokenizer=tokenizer,
+        initial=initial.digest(given) if given and peers.count > 1 else None,
+    )
     open_workdir(workdir, to_json(config), tokenizer=tokenizer, peers=peers)
     agreed: Interrupted | NonFiniteLoss | None = None
     with jax.set_mesh(mesh), SignalFlag() as signals:
         checkpointer = Checkpointer(workdir, config.checkpoint)
         peers.on_loss(lambda: f"start the same command again on every host: it goes on from {newest_step(workdir)}")
-        state, start_step = _restore_or_init(config, program, checkpointer, batches, peers)
+        state, start_step = _restore_or_init(config, program, checkpointer, batches, peers, given)
+        del given
         book = Bookkeeping(config, batches, checkpointer, evaluate, workdir, start_step, peers)
         try:
+            if prepare is not None and start_step < config.total_steps:
+                prepare(start_step, state.params, lambda: signals.received)
             state = _steps(config, program, state, start_step, batches, book, signals, peers)
         except (Interrupted, NonFiniteLoss) as error:
             agreed = error  # the other processes raise it at the same step
@@ -158,12 +178,25 @@ def _build(config: TrainConfig, mesh: jax.sharding.Mesh) -> _Program:
     return _Program(mesh, optimizer, like, step)
 
 
+def _read_initial(config: TrainConfig, tokenizer: bytes | None, peers: Alone) -> dict[str, np.ndarray]:
+    """The parameters of `init.src`, in this process's memory; none where there is a checkpoint to go on from."""
+    if config.init.src is None or peers.gather("has a checkpoint", has_checkpoint(Path(config.workdir)))[0]:
+        return {}
+    return initial.read_initial(config.init, config.model, tokenizer=tokenizer)
+
+
 def _restore_or_init(
-    config: TrainConfig, program: _Program, checkpointer: Checkpointer, batches: Batches, peers: Alone
+    config: TrainConfig,
+    program: _Program,
+    checkpointer: Checkpointer,
+    batches: Batches,
+    peers: Alone,
+    given: Mapping[str, np.ndarray],
 ) -> tuple[TrainState, int]:
     step = peers.gather("newest step", checkpointer.latest_step())[0]
     if step is None:
-        return init_state(config.model, program.optimizer, like=program.like, seed=config.seed), 0
+        on_devices = initial.put(given, program.like.params)
+        return init_state(config.model, program.optimizer, like=program.like, seed=config.seed, given=on_devices), 0
     state, data_state = checkpointer.restore(step, program.like)
     if "counts" in data_state and not peers.is_first:
         data_state = data_state | {"counts": {}}  # they are everyone's, and process 0 goes on with them

@@ -20,7 +20,7 @@ HELP = """usage: siglip COMMAND …
   export  SRC --format hf|bigvision --out DIR [--tower image|both]        hand the encoder over, verified
   embed   SRC --data SHARDS --out FILE.npz|FILE.parquet                   embed pictures
   report  WORKDIR                                                         report.html: curves, tables, pictures found
-  data    index SHARDS… | tokenizer SHARDS… --out FILE                    prepare data
+  data    index | tokenizer | stats SHARDS… | curate SHARDS… --out DIR    prepare data
 
 SRC is a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
 `siglip COMMAND --help` explains a command, `siglip train CONFIG --help` lists every config field.

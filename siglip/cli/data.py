@@ -1,10 +1,11 @@
-"""`siglip data index` and `siglip data tokenizer`: preparing data without training."""
+"""`siglip data index|tokenizer|curate|stats`: preparing data without training."""
 
 import dataclasses
 
 import tyro
 
-from data_pipelines.sources.webdataset import TarSource
+from data_pipelines.records import Source
+from data_pipelines.sources.opening import open_source
 from data_pipelines.text_ops import iter_captions
 from data_pipelines.tokenizers import SentencePieceTokenizer, train_tokenizer
 from siglip.cli.arguments import parse
@@ -12,15 +13,17 @@ from siglip.trees import did_you_mean
 
 USAGE = """usage: siglip data index SHARDS…
        siglip data tokenizer SHARDS… --out FILE [--vocab-size N] [--repeat FIELD N …]
+       siglip data curate SHARDS… --out DIR [--against SHARDS…] [--preset NAME] [--model SRC] [--materialize tar|arrayrecord] …
+       siglip data stats DIR|SHARDS…
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexArgs:
-    """Build the offset index of tar shards now instead of at first use.
+    """Build the offset index of shards now instead of at first use.
 
     Attributes:
-        shards: tar files; *, {00000..00009} and {a,b} expand.
+        shards: paths or URLs of tar, Parquet, ArrayRecord, TFRecord, CSV or JSONL files; *, {00000..00009} and {a,b} expand.
     """
 
     shards: tyro.conf.Positional[tuple[str, ...]]
@@ -31,7 +34,7 @@ class TokenizerArgs:
     """Train a SentencePiece tokenizer on every caption of some shards: lower case, byte fallback, </s> at id 1.
 
     Attributes:
-        shards: tar files; *, {00000..00009} and {a,b} expand.
+        shards: paths or URLs of tar, Parquet, ArrayRecord, TFRecord, CSV or JSONL files; *, {00000..00009} and {a,b} expand.
         out: the model file to write, for instance spiece.model.
         vocab_size: pieces in all.
         repeat: FIELD N pairs: texts of that field count N times, so that a language among many gets pieces of its own.
@@ -51,8 +54,17 @@ def data_command(args: list[str]) -> None:
         index_command(args[1:])
     elif args[0] == "tokenizer":
         tokenizer_command(args[1:])
+    elif args[0] == "curate":
+        from siglip.cli.curating import curate_command
+
+        curate_command(args[1:])
+    elif args[0] == "stats":
+        from siglip.cli.curating import stats_command
+
+        stats_command(args[1:])
     else:
-        hint = did_you_mean(args[0], ["index", "tokenizer"]) or "; there are index and tokenizer"
+        commands = ["index", "tokenizer", "curate", "stats"]
+        hint = did_you_mean(args[0], commands) or f"; there are {', '.join(commands)}"
         raise ValueError(f"unknown command 'data {args[0]}'{hint}")
 
 
@@ -72,7 +84,7 @@ def tokenizer_command(args: list[str]) -> None:
     print(f"{SentencePieceTokenizer(options.out).vocab_size} pieces -> {options.out}")
 
 
-def _open(shards: tuple[str, ...]) -> TarSource:
+def _open(shards: tuple[str, ...]) -> Source:
     if not shards:
-        raise ValueError("no shards given; name tar files, for instance 'data/train-*.tar'")
-    return TarSource(shards)
+        raise ValueError("no shards given; name some, for instance 'data/train-*.tar'")
+    return open_source(shards)

@@ -12,10 +12,9 @@ import numpy as np
 import tyro
 
 from data_pipelines.loader import make_eval_batches
-from data_pipelines.sources.webdataset import TarSource
+from data_pipelines.sources.opening import open_source
 from data_pipelines.text_ops import captions_of, lookup
 from data_pipelines.tokenizers import SentencePieceTokenizer
-from siglip.checkpoint import write_atomically
 from siglip.cli.arguments import parse
 from siglip.config import EvalTask
 from siglip.distributed import gather_records, gather_rows
@@ -24,6 +23,7 @@ from siglip.evaluators import zeroshot
 from siglip.evaluators.retrieval import mean_of, retrieval
 from siglip.metrics import format_value, short_name
 from siglip.step import normalize_pixels
+from siglip.workdir import write_atomically
 
 TASK_NAMES = {"retrieval": "zeroshot_retrieval", "zeroshot": "zeroshot_classification"}
 
@@ -35,7 +35,7 @@ class EvalArgs:
     Attributes:
         src: a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
         task: retrieval both ways, or zero-shot classification.
-        data: tar shards, as img2dataset writes them.
+        data: shards, as for training: tar files as img2dataset writes them, Parquet, ArrayRecord, TFRecord, lists.
         name: of the data set, in the result.
         captions: retrieval: text fields; each is evaluated on its own.
         classes: zeroshot: file of class names, one per line or a JSON list.
@@ -65,7 +65,7 @@ class EmbedArgs:
 
     Attributes:
         src: a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
-        data: tar shards, as img2dataset writes them.
+        data: shards, as for training: tar files as img2dataset writes them, Parquet, ArrayRecord, TFRecord, lists.
         out: FILE.npz or FILE.parquet; columns `key` and `embedding` (float32, L2-normalised).
         batch_size: pictures per forward pass.
     """
@@ -128,7 +128,7 @@ def embed_shards(
     Raises:
         ValueError: if none decodes.
     """
-    source = TarSource(data)
+    source = open_source(data)
     batches = make_eval_batches(
         source, batch_size=batch_size, image_size=image_size, process_index=process_index, process_count=process_count
     )
@@ -197,7 +197,7 @@ def check_task(task: EvalTask) -> None:
     Raises:
         FileNotFoundError, ValueError: for what would fail later.
     """
-    first = TarSource(task.data)[0].fields
+    first = open_source(task.data)[0].fields
     if task.task == "retrieval":
         missing = [name for name in task.captions if not captions_of(first, name)]
         if len(missing) == len(task.captions):

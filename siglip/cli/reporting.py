@@ -8,15 +8,15 @@ import numpy as np
 import tyro
 
 from data_pipelines.loader import make_eval_batches
-from data_pipelines.sources.webdataset import TarSource
+from data_pipelines.sources.opening import open_source
 from data_pipelines.text_ops import captions_of
-from siglip.checkpoint import CONFIG_FILE, TOKENIZER_FILE
 from siglip.cli.arguments import parse
 from siglip.cli.evaluation import format_table, tower_of
 from siglip.config import EvalTask, TrainConfig, from_json
 from siglip.encoder import load
 from siglip.metrics import read_metrics
 from siglip.report import Gallery, final_results, write_report
+from siglip.workdir import CONFIG_FILE, TOKENIZER_FILE
 
 QUERIES = 16  # pictures asked for, each in one language, in turn
 SHOWN_PX = 72
@@ -64,7 +64,7 @@ def _gallery(workdir: Path, config: TrainConfig, task: EvalTask) -> Gallery:
     tokenizer = workdir / TOKENIZER_FILE
     tower = tower_of(load(str(workdir)), tokenizer=str(tokenizer), batch_size=config.eval.batch_size)
     zimg, _, fields = tower.embed_shards(task.data)
-    shown = make_eval_batches(TarSource(task.data), batch_size=len(zimg), image_size=(SHOWN_PX, SHOWN_PX))
+    shown = make_eval_batches(open_source(task.data), batch_size=len(zimg), image_size=(SHOWN_PX, SHOWN_PX))
     queries = []
     for n, i in enumerate(np.linspace(0, len(zimg) - 1, min(QUERIES, len(zimg))).astype(int)):
         first, *others = task.captions

@@ -8,7 +8,8 @@ from siglip import distributed, sharding
 from siglip.cli import describe
 from siglip.cli.arguments import parse
 from siglip.cli.evaluation import Tower, check_task, evaluate_task
-from siglip.config import TrainConfig, load_config_file
+from siglip.cli.frozen_images import make_prepare
+from siglip.config import TrainConfig, load_config_file, resolve
 from siglip.peers import Alone
 from siglip.step import make_embed_fns
 from siglip.train import Evaluate, train
@@ -17,6 +18,7 @@ USAGE = """usage: siglip train CONFIG [flags]
 
 CONFIG is a Python file with `def get_config() -> TrainConfig`, such as configs/quickstart.py.
 `siglip train CONFIG --help` lists every field of that config as a flag.
+`--init.src SRC` starts from a trained model: a run, a checkpoint in it, FILE.npz, or a Hugging Face folder.
 The same command in the same workdir goes on where it stopped. On several hosts, start it on each (launch/)."""
 
 
@@ -31,6 +33,7 @@ def train_command(args: list[str]) -> None:
 
 
 def _train(config: TrainConfig, peers: Alone) -> None:
+    config = resolve(config)
     tokenizer = load_tokenizer(config.data.tokenizer, vocab_size=config.model.text.vocab_size)
     sharding.check_batch_size(config.batch_size, sharding.make_mesh(config.mesh))
     loader = make_loader(
@@ -42,8 +45,14 @@ def _train(config: TrainConfig, peers: Alone) -> None:
         process_index=peers.index,
         process_count=peers.count,
     )
-    evaluate = make_evaluate(config, tokenizer, peers) if config.eval.tasks else None
-    train(config, loader, evaluate=evaluate, tokenizer=Path(config.data.tokenizer).read_bytes(), peers=peers)
+    train(
+        config,
+        loader,
+        prepare=make_prepare(config, loader, peers) if config.data.image_embeddings else None,
+        evaluate=make_evaluate(config, tokenizer, peers) if config.eval.tasks else None,
+        tokenizer=Path(config.data.tokenizer).read_bytes(),
+        peers=peers,
+    )
 
 
 def load_tokenizer(path: str, *, vocab_size: int) -> SentencePieceTokenizer:

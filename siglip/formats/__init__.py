@@ -1,1 +1,4 @@
-"""Checkpoint formats: one file each, reader and writer side by side; names.py holds the key maps."""
+"""Checkpoint formats: one file each, reader and writer side by side.
+
+containers.py holds arrays in files, names.py the key maps, architecture.py what shapes tell of a model.
+"""

@@ -1,38 +1,41 @@
 """big_vision's `.npz`: flat arrays named "params/img/Transformer/encoderblock_0/…", the layout SigLIP was published in.
 
-Reads the loop and the scan layout, keys with and without `params/`, the old `opt/target/` prefix, bfloat16 kept as
-raw 2-byte values, and `FILE.npz:img`, one tower of a file. An npz says nothing about its model but the shapes, and
-those tell nearly all.
+Reads the loop and the scan layout, keys with and without `params/`, the old `opt/target/` prefix and older names yet,
+bfloat16 kept as raw 2-byte values, `FILE.npz:img`, one tower of a file, and the vision tower of a PaliGemma. Whatever
+else lies beside the parameters, an optimizer's state for one, is not looked at.
 
-The trap: four things cannot be read from shapes: text pool "last" or "mean", image pool "gap" or "none", a grid that
-is not square, and the image size behind fixed positions. `write` puts a config file beside such an npz, and `read`
-looks for it. Untrusted files are never unpickled.
+The trap: an npz says nothing about its model but the shapes, and those do not tell all (`architecture` has the list).
+`write` puts a config file beside such an npz, and `read` looks for it. Untrusted files are never unpickled.
 """
 
 import dataclasses
+import functools
 import json
-import math
-import zipfile
-import zlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 
-from siglip.formats import names
-from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, param_shapes
-from siglip.models.variants import Variant, name_of
-from siglip.trees import build_dataclass, did_you_mean, flatten, unflatten
+from siglip.formats import names, old_names, pali_gemma
+from siglip.formats.architecture import Inferred, expected_shapes, infer_config
+from siglip.formats.containers import LazyArray, open_npz, write_npz
+from siglip.models.two_tower import ModelConfig
+from siglip.trees import build_dataclass, flatten, unflatten
 
-Flat = dict[str, np.ndarray]
+Layout = Literal["loop", "scan"]
+
+_PREFIXES = ("params/", "opt/target/")
+_TOWERS = ("img/", "txt/", "llm/")
 
 
 def read(
     path: str | Path, *, config: ModelConfig | None = None, image_size: tuple[int, int] | None = None
 ) -> tuple[dict[str, Any], ModelConfig]:
     """Parameters (nested dict of float32 arrays, in the layout of the file) and the architecture they belong to.
+
+    Of a PaliGemma it reads the vision tower: neither the language model nor the connector to it (img/head).
 
     Args:
         path: "FILE.npz", or "FILE.npz:img" for its image tower alone.
@@ -42,39 +45,64 @@ def read(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, holds pickled objects, or does not hold exactly the arrays of one model.
+        ValueError: the file is damaged, or does not hold exactly the arrays of one model; every bad key is named.
     """
     file, subtree = split_subtree(path)
-    flat = _only_subtree(_parameters(_load(file)), subtree, str(path))
+    source = str(path)
     if config is None and sidecar(file).is_file():
         config = _read_sidecar(sidecar(file))
-    if config is not None and not any(key.startswith("txt/") for key in flat):
-        config = image_only(config)
-    if config is None:
-        config = infer_config(flat, image_size=image_size, source=str(path))
-    scanned = {tower: any(f"{tower}/" in k and "/encoderblock/" in k for k in flat) for tower in ("img", "txt")}
-    text = config.text and dataclasses.replace(config.text, scan=scanned["txt"])
-    config = dataclasses.replace(config, image=dataclasses.replace(config.image, scan=scanned["img"]), text=text)
-    expected = names.flat_shapes(flatten(param_shapes(config)))
-    names.check_shapes(names.flat_shapes(flat), expected, source=str(path))
-    return unflatten(flat), config
+    with open_npz(file) as stored:
+        arrays = _only_subtree(_parameters(stored, source), subtree, source)
+        patches = _patches(arrays, config, image_size)
+        arrays = old_names.modernise(arrays, patches=patches, source=source)
+        _refuse_other_models(arrays, source)
+        shapes = names.flat_shapes(arrays)
+        inferred = _given(config, shapes) if config else infer_config(shapes, image_size=image_size, source=source)
+        config = _in_layout_of(inferred.config, arrays, source)
+        expected = expected_shapes(config) | inferred.unclear
+        names.check_arrays(arrays, expected, source=source, problems=inferred.problems)
+        return unflatten({key: array.read() for key, array in arrays.items()}), config
 
 
-def write(path: Path, params: Mapping[str, Any], config: ModelConfig) -> None:
-    """Writes `params` (both towers or one) in the loop layout under `params/`, as the published files are.
+def write(path: Path, params: Mapping[str, Any], config: ModelConfig, *, layout: Layout = "loop") -> None:
+    """Writes `params` (both towers or one) under `params/`, as the published files are.
 
     A config file goes beside it when the shapes alone would be read as another model.
+
+    Args:
+        layout: "loop", as SigLIP was published, or "scan", as PaliGemma was. The reference's image tower loads both
+            into either, its text tower only its own.
     """
     flat = names.unstack_blocks({key: np.asarray(leaf, np.float32) for key, leaf in flatten(params).items()})
-    with path.open("wb") as file:
-        np.savez(file, **{f"params/{key}": array for key, array in flat.items()})
-    if not _shapes_tell(flat, config):
+    shapes = names.flat_shapes(flat)
+    arrays = {key: LazyArray(array.shape, functools.partial(np.asarray, array)) for key, array in flat.items()}
+    if layout == "scan":
+        arrays = names.stack_blocks(arrays, stack=_lazily_stacked)
+    write_npz(path, {f"params/{key}": array for key, array in arrays.items()})
+    if not _shapes_tell(shapes, config):
         sidecar(path).write_text(json.dumps({"model": dataclasses.asdict(config)}, indent=1) + "\n")
 
 
 def image_only(config: ModelConfig) -> ModelConfig:
     """The same image tower without a text tower."""
     return dataclasses.replace(config, text=None, out_dim=(config.out_dim[0], None))
+
+
+def without_head(params: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str, Any], ModelConfig]:
+    """The same model whose image tower ends at its last LayerNorm, with neither pooling nor a linear head.
+
+    Raises:
+        ValueError: it pools by a class token, which the other tokens were trained beside.
+    """
+    if config.image.pool == "tok":
+        raise ValueError(
+            "image.pool='tok': the tokens were trained beside the class token, so it cannot go; keep the head"
+        )
+    image = {name: leaf for name, leaf in params["img"].items() if name not in ("MAPHead_0", "head")}
+    config = dataclasses.replace(
+        config, image=dataclasses.replace(config.image, pool="none"), out_dim=(None, config.out_dim[1])
+    )
+    return {**params, "img": image}, config
 
 
 def split_subtree(path: str | Path) -> tuple[Path, str | None]:
@@ -88,153 +116,102 @@ def sidecar(path: Path) -> Path:
     return path.with_suffix(".config.json")
 
 
-def infer_config(flat: Mapping[str, np.ndarray], *, image_size: tuple[int, int] | None, source: str) -> ModelConfig:
-    """The architecture behind the shapes of a flat tree ("img/…", "txt/…", "t", "b").
-
-    Raises:
-        ValueError: an array that is needed for this is missing, or the grid is not square and `image_size` not given.
-    """
-    flat = names.unstack_blocks(flat)
-
-    def shape(key: str, ndim: int) -> names.Shape:
-        if key not in flat:
-            raise ValueError(f"{source} lacks {key}{did_you_mean(key, flat)}; it holds {len(flat)} arrays")
-        if flat[key].ndim != ndim:
-            raise ValueError(f"{source}: {key} has shape {flat[key].shape} where {ndim} axes were expected")
-        return flat[key].shape
-
-    patch_h, patch_w, _, width = shape("img/embedding/kernel", 4)
-    spec = _infer_spec(flat, "img/Transformer/", width, shape)
-    has_text = any(key.startswith("txt/") for key in flat)
-    has_head = "img/head/kernel" in flat
-    pool = "map" if "img/MAPHead_0/probe" in flat else "tok" if "img/cls" in flat else None
-    # A tower that has no embedding to train would be pointless beside a text tower; alone it is what a VLM reads.
-    pool = pool or ("gap" if has_text or has_head else "none")
-    learned = "img/pos_embedding" in flat
-    positions = shape("img/pos_embedding", 3)[1] if learned else None
-    name = name_of(spec)
-    image = ImageConfig(
-        variant=f"{name or 'B'}/{patch_h}",
-        **({} if name else dataclasses.asdict(spec)),
-        patch_size=None if patch_h == patch_w else (patch_h, patch_w),
-        image_size=_infer_image_size(positions, (patch_h, patch_w), image_size, source),
-        pool=pool,
-        posemb="learn" if learned else "sincos2d",
-    )
-    text = _infer_text(flat, shape) if has_text else None
-    out_dim = tuple(flat[key].shape[-1] if key in flat else None for key in ("img/head/kernel", "txt/head/kernel"))
-    return ModelConfig(image=image, text=text, out_dim=out_dim)
+def _parameters(stored: Mapping[str, LazyArray], source: str) -> dict[str, LazyArray]:
+    """The parameters of a checkpoint that may hold an optimizer state and more beside them."""
+    prefixes = [prefix for prefix in _PREFIXES if any(key.startswith(prefix) for key in stored)]
+    bare = next((key for key in stored if key.startswith(_TOWERS)), None)
+    models = [*prefixes, *([bare] if bare else [])]
+    if len(models) > 1:
+        raise ValueError(f"{source} holds two models, under {' and '.join(models)}; save the one that is meant alone")
+    if not prefixes:
+        return dict(stored)
+    return {key.removeprefix(prefixes[0]): array for key, array in stored.items() if key.startswith(prefixes[0])}
 
 
-def _infer_text(flat: Mapping[str, np.ndarray], shape: Any) -> TextConfig:
-    vocab_size, width = shape("txt/Embed_0/embedding", 2)
-    spec = _infer_spec(flat, "txt/Encoder_0/", width, shape)
-    name = name_of(spec)
-    return TextConfig(
-        variant=name or "B",
-        **({} if name else dataclasses.asdict(spec)),
-        vocab_size=vocab_size,
-        length=shape("txt/pos_embedding", 3)[1],
-        pool="map" if "txt/MAPHead_0/probe" in flat else "last",
-    )
+def _only_subtree(arrays: dict[str, LazyArray], subtree: str | None, source: str) -> dict[str, LazyArray]:
+    if subtree not in (None, "img"):
+        raise ValueError(f"{source}: only the sub-tree ':img' can be read on its own, not ':{subtree}'")
+    if pali_gemma.is_pali_gemma(arrays):
+        return pali_gemma.image_tower(arrays)
+    has_towers = any(key.startswith(_TOWERS) for key in arrays)
+    if subtree is None:
+        # An image model saved on its own has the tower's paths at the top.
+        bare = not has_towers and any(key.startswith(("Transformer/", "embedding/")) for key in arrays)
+        return {f"img/{key}": array for key, array in arrays.items()} if bare else arrays
+    image = {key: array for key, array in arrays.items() if key.startswith("img/")}
+    if not image:
+        raise ValueError(f"{source}: the file has no img/…; leave ':img' away to read an image tower saved on its own")
+    return image
 
 
-def _infer_spec(flat: Mapping[str, np.ndarray], encoder: str, width: int, shape: Any) -> Variant:
-    indices = [
-        int(key.split("encoderblock_")[1].split("/")[0]) for key in flat if key.startswith(f"{encoder}encoderblock_")
-    ]
-    block = f"{encoder}encoderblock_{min(indices, default=0)}/"
-    return Variant(
-        width=width,
-        depth=max(indices, default=0) + 1,
-        mlp_dim=shape(f"{block}MlpBlock_0/Dense_0/kernel", 2)[1],
-        num_heads=shape(f"{block}MultiHeadDotProductAttention_0/query/kernel", 3)[1],
-    )
+def _patches(
+    arrays: Mapping[str, LazyArray], config: ModelConfig | None, image_size: tuple[int, int] | None
+) -> int | None:
+    """How many patches a picture has, where the caller or the config file says so."""
+    if config is not None:
+        return config.image.grid[0] * config.image.grid[1]
+    kernel = arrays.get("img/embedding/kernel")
+    if image_size is None or kernel is None or len(kernel.shape) != 4 or 0 in kernel.shape:
+        return None
+    return (image_size[0] // kernel.shape[0]) * (image_size[1] // kernel.shape[1])
 
 
-def _infer_image_size(
-    positions: int | None, patch: tuple[int, int], hint: tuple[int, int] | None, source: str
-) -> tuple[int, int]:
-    side = math.isqrt(positions or 0)
-    if positions and side * side == positions:
-        return side * patch[0], side * patch[1]
-    if positions is None and hint:
-        return hint
-    if hint and (hint[0] // patch[0]) * (hint[1] // patch[1]) == positions:
-        return hint
-    what = f"{positions} positions, no square grid" if positions else "no img/pos_embedding (fixed positions)"
-    given = f"; image_size={hint} does not give that many patches of {patch} px" if hint else ""
-    raise ValueError(f"{source} has {what}{given}; pass image_size=(height, width) of the pictures it was trained on")
+def _refuse_other_models(arrays: Mapping[str, LazyArray], source: str) -> None:
+    kernel, positions = arrays.get("img/embedding/kernel"), arrays.get("img/pos_embedding")
+    square = positions is not None and len(positions.shape) == 3 and positions.shape[0] == positions.shape[1] > 1
+    if kernel is not None and len(kernel.shape) == 2 and (square or positions is None):
+        shape = positions and positions.shape
+        raise ValueError(
+            f"{source} is a NaFlex model (img/embedding/kernel {kernel.shape}, img/pos_embedding {shape}), which takes "
+            f"pictures of any aspect ratio; only those of one size can be read: take the fixed-resolution checkpoint"
+        )
+    pickled = sorted(key for key, array in arrays.items() if array.dtype == "object")
+    if pickled and not any(key.startswith("img/") for key in arrays):
+        raise ValueError(
+            f"{source} holds no arrays of an image tower (img/…) but Python objects ({', '.join(pickled)}), which may run code "
+            f"when they are unpickled; save its arrays one by one, as plain numbers"
+        )
+    if layer := sorted(key for key in arrays if key.startswith("img/pre_logits/")):
+        raise ValueError(
+            f"{source} has {', '.join(layer)}: a tanh layer before the head (rep_size), which no SigLIP has; read an encoder "
+            f"without it, or remove these arrays and img/head"
+        )
 
 
-def _shapes_tell(flat: Mapping[str, np.ndarray], config: ModelConfig) -> bool:
+def _given(config: ModelConfig, shapes: Mapping[str, names.Shape]) -> Inferred:
+    """A config that the file need not tell; without the text tower if the file has none."""
+    if not any(key.startswith("txt/") for key in shapes):
+        config = image_only(config)
+    return Inferred(config, unclear={}, problems=[])
+
+
+def _in_layout_of(config: ModelConfig, arrays: Mapping[str, LazyArray], source: str) -> ModelConfig:
+    scan = {}
+    for tower in ("img", "txt"):
+        stacked = [key for key in arrays if re.match(rf"{tower}/\w+/encoderblock/", key)]
+        single = [key for key in arrays if re.match(rf"{tower}/\w+/encoderblock_\d+/", key)]
+        if stacked and single:
+            raise ValueError(
+                f"{source} holds two models: blocks one by one ({single[0]}) and stacked ({stacked[0]}); keep one"
+            )
+        scan[tower] = bool(stacked)
+    text = config.text and dataclasses.replace(config.text, scan=scan["txt"])
+    return dataclasses.replace(config, image=dataclasses.replace(config.image, scan=scan["img"]), text=text)
+
+
+def _lazily_stacked(layers: list[LazyArray]) -> LazyArray:
+    return LazyArray((len(layers), *layers[0].shape), lambda: np.stack([layer.read() for layer in layers]))
+
+
+def _shapes_tell(shapes: Mapping[str, names.Shape], config: ModelConfig) -> bool:
     """Whether `infer_config` finds the same function again."""
-    try:
-        found = infer_config(flat, image_size=None, source="")
-    except ValueError:
-        return False
+    inferred = infer_config(shapes)
 
     def key(c: ModelConfig) -> tuple:
         image = (c.image.spec, c.image.patch, c.image.image_size, c.image.pool, c.image.posemb)
         return image, c.text and (c.text.spec, c.text.vocab_size, c.text.length, c.text.pool), c.out_dim
 
-    return key(found) == key(config)
-
-
-def _load(file: Path) -> Flat:
-    """All numeric arrays of an npz, floats as float32."""
-    if not file.is_file():
-        raise FileNotFoundError(f"no file {str(file)!r}")
-    flat = {}
-    key = "its index"
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            for key in archive.files:
-                flat[key] = archive[key]
-    except (
-        ValueError,
-        OSError,
-        EOFError,
-        KeyError,
-        AttributeError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-    ) as error:
-        hint = (
-            "it holds a pickled object, which may run code when read" if "pickle" in str(error) else "is it cut short?"
-        )
-        raise ValueError(f"{file} cannot be read at {key}: {hint} ({error})".replace("\n", " ")) from None
-    return flat
-
-
-def _as_float32(key: str, array: np.ndarray) -> np.ndarray:
-    if array.dtype == np.dtype("V2"):
-        array = array.view(jnp.bfloat16)
-    if array.dtype.kind != "f" and array.dtype != jnp.bfloat16:
-        raise ValueError(f"{key} has type {array.dtype}; parameters are floating-point")
-    return np.asarray(array, np.float32)
-
-
-def _parameters(flat: Flat) -> Flat:
-    """The parameters of a checkpoint that may hold an optimizer state and more beside them."""
-    for prefix in ("params/", "opt/target/"):
-        if any(key.startswith(prefix) for key in flat):
-            flat = {key.removeprefix(prefix): array for key, array in flat.items() if key.startswith(prefix)}
-            break
-    return {key: _as_float32(key, array) for key, array in flat.items()}
-
-
-def _only_subtree(flat: Flat, subtree: str | None, source: str) -> Flat:
-    if subtree is None:
-        # An image model saved on its own has the tower's paths at the top.
-        return {f"img/{key}": array for key, array in flat.items()} if "embedding/kernel" in flat else flat
-    if subtree != "img":
-        raise ValueError(f"{source}: only the sub-tree ':img' can be read on its own, not ':{subtree}'")
-    image = {key: array for key, array in flat.items() if key.startswith("img/")}
-    if not image:
-        raise ValueError(f"{source}: the file has no img/…; leave ':img' away to read an image tower saved on its own")
-    return image
+    return not inferred.problems and key(inferred.config) == key(config)
 
 
 def _read_sidecar(path: Path) -> ModelConfig:

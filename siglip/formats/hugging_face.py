@@ -2,12 +2,13 @@
 
 Written with the key names of transformers 4 (`vision_model.…`), which both 4.57 and 5.x load whole. Read in that
 layout and in the one that transformers 5 writes for a lone vision tower, without the prefix; also from several
-safetensors shards.
+safetensors shards, and out of a PaliGemma folder (its vision tower alone; the rest is not even read).
 
 The trap: a vision tower in the version 5 layout loads into version 4 as random weights, with a warning only. So the
 names are always version 4's, and an export is proved by loading it back.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from siglip.formats import names
-from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, param_shapes
+from siglip.formats import hf_tokenizer, names, pali_gemma
+from siglip.formats.architecture import expected_shapes
+from siglip.formats.containers import LazyArray, aligned_float32, open_safetensors, write_safetensors
+from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.models.variants import Variant, name_of
 from siglip.models.vit import sincos2d
 from siglip.trees import flatten, unflatten
@@ -37,25 +40,35 @@ _PIPELINE_LENGTH = 64
 def read(folder: str | Path) -> tuple[dict[str, Any], ModelConfig]:
     """Parameters (nested dict of float32 arrays, loop layout) and the architecture of a SigLIP folder.
 
+    Of a PaliGemma it reads the vision tower: neither the language model nor the connector to it.
+
     Raises:
         FileNotFoundError: config.json or the safetensors weights are missing.
         ValueError: another kind of model, or weights that do not fit the config; every bad key is named.
     """
     folder = Path(folder)
-    config = model_config(_read_json(folder / "config.json"), source=str(folder / "config.json"))
-    state = _read_weights(folder)
-    if config.text is None and not any(key.startswith("vision_model.") for key in state):
-        state = {f"vision_model.{key}": array for key, array in state.items()}
-    state = {key: array for key, array in state.items() if not key.endswith(".position_ids")}
+    tree = _read_json(folder / "config.json")
+    config = model_config(tree, source=str(folder / "config.json"))
+    with open_safetensors(_weight_files(folder)) as stored:
+        state = {key: array for key, array in stored.items() if not key.endswith(".position_ids")}
+        if tree["model_type"] == pali_gemma.MODEL_TYPE:
+            state = pali_gemma.hugging_face_tower(state, source=str(folder))
+        elif config.text is None and not any(key.startswith("vision_model.") for key in state):
+            state = {f"vision_model.{key}": array for key, array in state.items()}
+        depth = max(tower.spec.depth for tower in (config.image, config.text) if tower)
+        if depth > len(state):
+            raise ValueError(
+                f"{folder}/config.json says {depth} layers, but the weights are {len(state)} arrays in all"
+            )
+        ours = expected_shapes(config)
+        names.check_arrays(state, _their_shapes(ours), source=str(folder))
+        return unflatten({path: _ours(state, path, shape) for path, shape in ours.items()}), config
 
-    ours = names.flat_shapes(flatten(param_shapes(config)))
-    names.check_shapes(names.flat_shapes(state), _their_shapes(ours), source=str(folder))
-    flat = {}
-    for path, shape in ours.items():
-        key, kind, part = names.hugging_face_entry(path)
-        array = state[key] if part is None else np.split(state[key], 3)[part]
-        flat[path] = names.from_hugging_face(np.asarray(array, np.float32), kind, shape)
-    return unflatten(flat), config
+
+def _ours(state: Mapping[str, LazyArray], path: str, shape: names.Shape) -> np.ndarray:
+    key, kind, part = names.hugging_face_entry(path)
+    array = state[key].read()
+    return aligned_float32(names.from_hugging_face(array if part is None else np.split(array, 3)[part], kind, shape))
 
 
 def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, tokenizer: Path | None = None) -> None:
@@ -67,8 +80,6 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, token
     Raises:
         ValueError: Hugging Face's SigLIP cannot express this model.
     """
-    from safetensors.numpy import save_file
-
     check_expressible(config)
     flat = names.unstack_blocks({path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()})
     if config.image.posemb == "sincos2d":
@@ -77,23 +88,11 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, token
         width = config.text.spec.width
         flat |= {"txt/head/kernel": np.eye(width, dtype=np.float32), "txt/head/bias": np.zeros(width, np.float32)}
 
-    state, thirds = {}, {}
-    for path, array in flat.items():
-        key, kind, part = names.hugging_face_entry(path)
-        array = np.ascontiguousarray(names.to_hugging_face(array, kind))
-        if part is None:
-            state[key] = array
-        else:
-            thirds.setdefault(key, {})[part] = array
-    state |= {key: np.concatenate([parts[i] for i in range(3)]) for key, parts in thirds.items()}
-    save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
+    write_safetensors(folder / _WEIGHTS, _their_arrays(flat))
     _write_json(folder / "config.json", config_json(config))
     _write_json(folder / "preprocessor_config.json", _preprocessor_json(config))
     if config.text is not None and tokenizer is not None:
-        (folder / TOKENIZER_FILE).write_bytes(tokenizer.read_bytes())
-        special = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
-        _write_json(folder / "special_tokens_map.json", special)
-        _write_json(folder / "tokenizer_config.json", _tokenizer_json(config.text) | special)
+        _write_tokenizer(folder, tokenizer, length=config.text.length)
 
 
 def check_expressible(config: ModelConfig) -> None:
@@ -167,38 +166,70 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def model_config(tree: Mapping[str, Any], *, source: str) -> ModelConfig:
-    """The architecture that a config.json describes.
+    """The architecture that a config.json describes; of a PaliGemma, its vision tower's.
 
     Raises:
         ValueError: it is no fixed-resolution SigLIP, or one with other activations or norms than the published ones.
     """
+    vision, text = _parts(tree, source)
+    _check_fields(vision, text, source)
+    try:
+        size, spec = vision["image_size"], _spec(vision)
+        image = ImageConfig(
+            variant=f"{name_of(spec) or 'B'}/{vision['patch_size']}",
+            **_overrides(spec),
+            image_size=(size, size),
+            pool="map" if vision["vision_use_head"] else "none",
+        )
+        if text is None:
+            return ModelConfig(image=image, text=None, out_dim=(None, None))
+        spec = _spec(text)
+        text_config = TextConfig(
+            variant=name_of(spec) or "B",
+            **_overrides(spec),
+            vocab_size=text["vocab_size"],
+            length=text["max_position_embeddings"],
+        )
+        return ModelConfig(image=image, text=text_config, out_dim=(None, text.get("projection_size") or spec.width))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def _parts(tree: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """(vision config, text config or None), what config.json leaves out filled in."""
     kind = tree.get("model_type")
-    if kind not in ("siglip", _VISION_TYPE):
-        raise ValueError(f"{source}: model_type={kind!r} cannot be read; 'siglip' and {_VISION_TYPE!r} can")
-    vision = _VISION_DEFAULTS | dict(tree.get("vision_config", {}) if kind == "siglip" else tree)
-    text = _TEXT_DEFAULTS | dict(tree.get("text_config", {})) if kind == "siglip" else None
-    for part in filter(None, (vision, text)):
+    if kind == "siglip":
+        vision, text = (tree.get(name) or {} for name in ("vision_config", "text_config"))
+        if not isinstance(vision, dict) or not isinstance(text, dict):
+            raise ValueError(f"{source}: vision_config and text_config are objects in a SigLIP's config; copy it again")
+        return _VISION_DEFAULTS | vision, _TEXT_DEFAULTS | text
+    if kind == _VISION_TYPE:
+        return _VISION_DEFAULTS | dict(tree), None
+    if kind == pali_gemma.MODEL_TYPE:
+        return _VISION_DEFAULTS | pali_gemma.vision_config(tree), None
+    fix = f"'siglip', {_VISION_TYPE!r} and {pali_gemma.MODEL_TYPE!r} can"
+    if str(kind).startswith("siglip2"):
+        fix = "it is NaFlex (any aspect ratio); take the fixed-resolution checkpoint of its size, model_type 'siglip'"
+    if kind == _TEXT_TYPE:
+        fix = "it is a text tower alone; take the folder of the whole model, model_type 'siglip'"
+    raise ValueError(f"{source}: model_type={kind!r} cannot be read: {fix}")
+
+
+def _check_fields(vision: Mapping[str, Any], text: Mapping[str, Any] | None, source: str) -> None:
+    bad = []
+    for part, defaults in ((vision, _VISION_DEFAULTS), (text, _TEXT_DEFAULTS)):
+        if part is None:
+            continue
+        kind = "vision" if part is vision else "text"
         for field, only in (*_FIXED.items(), ("num_channels", 3)):
             if part.get(field, only) != only:
-                raise ValueError(f"{source}: {field}={part[field]!r} is not supported, only {only!r}")
-    size, spec = vision["image_size"], _spec(vision)
-    name = name_of(spec)
-    image = ImageConfig(
-        variant=f"{name or 'B'}/{vision['patch_size']}",
-        **_overrides(spec),
-        image_size=(size, size),
-        pool="map" if vision["vision_use_head"] else "none",
-    )
-    if text is None:
-        return ModelConfig(image=image, text=None, out_dim=(None, None))
-    spec = _spec(text)
-    text_config = TextConfig(
-        variant=name_of(spec) or "B",
-        **_overrides(spec),
-        vocab_size=text["vocab_size"],
-        length=text["max_position_embeddings"],
-    )
-    return ModelConfig(image=image, text=text_config, out_dim=(None, text.get("projection_size") or spec.width))
+                bad.append(f"{kind} {field}={part[field]!r} is not supported, only {only!r}")
+        sizes = [field for field, default in defaults.items() if type(default) is int]
+        bad += [
+            f"{kind} {f}={part[f]!r} is no positive number" for f in sizes if type(part[f]) is not int or part[f] < 1
+        ]
+    if bad:
+        raise ValueError(f"{source}: {'; '.join(bad)}")
 
 
 def _spec(part: Mapping[str, Any]) -> Variant:
@@ -237,16 +268,25 @@ def _preprocessor_json(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _tokenizer_json(text: TextConfig) -> dict[str, Any]:
-    return {
-        "tokenizer_class": "SiglipTokenizer",
-        "processor_class": "SiglipProcessor",
-        "model_max_length": text.length,
-        "do_lower_case": True,
-        "padding_side": "right",
-        # The class default has an attention mask; the towers attend to pads, as in training.
-        "model_input_names": ["input_ids"],
-    }
+def _write_tokenizer(folder: Path, tokenizer: Path, *, length: int) -> None:
+    model, source = tokenizer.read_bytes(), str(tokenizer)
+    _write_json(folder / "tokenizer.json", hf_tokenizer.tokenizer_json(model, source=source))
+    _write_json(folder / "tokenizer_config.json", hf_tokenizer.tokenizer_config(model, length=length, source=source))
+    (folder / TOKENIZER_FILE).write_bytes(model)
+
+
+def _their_arrays(flat: Mapping[str, np.ndarray]) -> dict[str, LazyArray]:
+    sources: dict[str, list[tuple[int, np.ndarray, str]]] = {}
+    for path, array in flat.items():
+        key, kind, part = names.hugging_face_entry(path)
+        sources.setdefault(key, []).append((part or 0, array, kind))
+
+    def make(parts: list[tuple[int, np.ndarray, str]]) -> np.ndarray:
+        arrays = [names.to_hugging_face(array, kind) for _, array, kind in sorted(parts, key=lambda part: part[0])]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    shapes = _their_shapes(names.flat_shapes(flat))
+    return {key: LazyArray(shapes[key], functools.partial(make, parts)) for key, parts in sources.items()}
 
 
 def _their_shapes(ours: Mapping[str, names.Shape]) -> dict[str, names.Shape]:
@@ -258,23 +298,20 @@ def _their_shapes(ours: Mapping[str, names.Shape]) -> dict[str, names.Shape]:
     return shapes
 
 
-def _read_weights(folder: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
+def _weight_files(folder: Path) -> list[Path]:
+    files = [_WEIGHTS]
     if (folder / _INDEX).is_file():
-        files = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
-    else:
-        files = [_WEIGHTS]
-    state = {}
-    for name in files:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}; only safetensors weights are read, pickled ones never")
-        try:
-            state |= load_file(folder / name)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{folder / name} is not a whole safetensors file ({error}); copy it again") from None
-    return state
+        shards = _read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise ValueError(f"{folder / _INDEX} has no weight_map {{key: file}}; copy it again")
+        files = sorted(set(shards.values()))
+    # A name with a path in it would read files from outside of the folder.
+    missing = [name for name in files if Path(name).name != name or not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} has no {', '.join(missing)}; only safetensors weights are read, pickled ones never"
+        )
+    return [folder / name for name in files]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

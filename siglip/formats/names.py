@@ -9,18 +9,19 @@ The trap: the attention of Hugging Face's pooling head is torch's `MultiheadAtte
 live in one tensor, stacked by rows in that order; three of our paths share one key there.
 """
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from siglip.formats.containers import FLOATING, LazyArray, Shape
 from siglip.trees import did_you_mean
-
-Shape = tuple[int, ...]
 
 _STACKED = re.compile(r"(.*/)encoderblock/(.+)")
 _SINGLE = re.compile(r"(.*/)encoderblock_(\d+)/(.+)")
+_LAYER = re.compile(r"(.*(?:/encoderblock_|encoder\.layers\.))(\d+)[/.].+")
 # Suggestions cost a comparison with every key; a file that is wrong throughout would wait for them.
 _MOST_SUGGESTIONS = 20
 
@@ -36,40 +37,98 @@ def unstack_blocks(flat: Mapping[str, Any]) -> dict[str, Any]:
     return loop
 
 
-def stack_blocks(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Loop layout -> scan layout; the inverse of `unstack_blocks`."""
+def unstack_shapes(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """`unstack_blocks` of the arrays' shapes."""
+    return {
+        path: layer.shape
+        for path, layer in unstack_blocks({p: np.broadcast_to(np.float32(0), s) for p, s in shapes.items()}).items()
+    }
+
+
+def stack_blocks(flat: Mapping[str, Any], *, stack: Callable[[list[Any]], Any] = np.stack) -> dict[str, Any]:
+    """Loop layout -> scan layout; the inverse of `unstack_blocks`. `stack` puts the arrays of all layers into one."""
     scan, layers = {}, {}
     for path, array in flat.items():
         if match := _SINGLE.fullmatch(path):
             layers.setdefault(f"{match[1]}encoderblock/{match[3]}", {})[int(match[2])] = array
         else:
             scan[path] = array
-    return scan | {path: np.stack([blocks[i] for i in sorted(blocks)]) for path, blocks in layers.items()}
+    return scan | {path: stack([blocks[i] for i in sorted(blocks)]) for path, blocks in layers.items()}
 
 
-def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], *, source: str) -> None:
-    """Checks that a checkpoint holds exactly the arrays that the model has.
+def check_arrays(
+    found: Mapping[str, LazyArray],
+    expected: Mapping[str, Shape | str],
+    *,
+    source: str,
+    problems: Iterable[str] = (),
+) -> None:
+    """Checks that a checkpoint holds exactly the arrays that the model has, and that they are numbers.
+
+    Args:
+        expected: shapes, or a description for those that are not known but are certainly not what was found.
+        problems: what else is wrong, each the rest of a sentence that starts with "it".
 
     Raises:
-        ValueError: in one line, every key that is missing, left over or of the wrong shape, with suggestions.
+        ValueError: in one line, every key that is missing, left over or of the wrong shape or type, with suggestions.
     """
     missing = [key for key in expected if key not in found]
     unknown = [key for key in found if key not in expected]
-    wrong = [key for key in expected if key in found and tuple(found[key]) != tuple(expected[key])]
-    problems = []
+    known = [key for key in expected if key in found]
+    wrong = [key for key in known if found[key].shape != expected[key]]
+    wrong_type = [key for key in known if found[key].dtype not in FLOATING]
+    problems = list(problems)
     if missing:
-        problems.append(f"lacks {_listing(missing)}")
+        problems.append(f"lacks {_listing(_by_layer(missing, expected, of_how_many=True))}")
     if unknown:
-        candidates = missing or list(expected)
-        hints = [did_you_mean(key, candidates) for key in unknown[:_MOST_SUGGESTIONS]]
-        hints += [""] * (len(unknown) - len(hints))
-        problems.append("has unknown " + _listing([f"{key}{hint}" for key, hint in zip(unknown, hints, strict=True)]))
+        problems.append(f"has unknown {_listing(_unknown(unknown, missing, expected))}")
     if wrong:
-        problems.append(
-            "has " + _listing([f"{k} of shape {tuple(found[k])} instead of {tuple(expected[k])}" for k in wrong])
-        )
+        problems.append("has " + _listing([f"{k} of shape {found[k].shape} instead of {expected[k]}" for k in wrong]))
+    if wrong_type:
+        problems.append("has " + _listing([f"{k} of {_type(found[k].dtype)}" for k in wrong_type]))
     if problems:
         raise ValueError(f"{source} does not fit the model it describes: it {'; it '.join(problems)}")
+
+
+def _unknown(unknown: list[str], missing: list[str], expected: Mapping[str, Any]) -> list[str]:
+    items, candidates = _by_layer(unknown, [*expected, *unknown]), missing or list(expected)
+    hints = [did_you_mean(key, candidates) if key in unknown else "" for key in items[:_MOST_SUGGESTIONS]]
+    return [item + hint for item, hint in itertools.zip_longest(items, hints, fillvalue="")]
+
+
+def _by_layer(keys: list[str], everything: Iterable[str], *, of_how_many: bool = False) -> list[str]:
+    """The keys one by one, but those of layers that are in `keys` as a whole in one item: "layer 3 of 12 (…)"."""
+    layers: dict[str, dict[int, list[str]]] = {}
+    for key in everything:
+        if match := _LAYER.fullmatch(key):
+            layers.setdefault(match[1], {}).setdefault(int(match[2]), []).append(key)
+    items, rest = [], set(keys)
+    for stem, blocks in layers.items():
+        whole = [i for i, block in sorted(blocks.items()) if len(block) > 1 and rest.issuperset(block)]
+        rest.difference_update(key for i in whole for key in blocks[i])
+        for first, last in _runs(whole):
+            count = sum(len(blocks[i]) for i in range(first, last + 1))
+            which = f"layer {first}" if first == last else f"layers {first} to {last}"
+            total = f" of {max(blocks) + 1}" if of_how_many else ""
+            items.append(f"{which}{total} ({count} arrays, {stem}{first}{'' if first == last else ' …'})")
+    return items + [key for key in keys if key in rest]
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """Sorted numbers as (first, last) of runs without a gap."""
+    runs: list[tuple[int, int]] = []
+    for n in numbers:
+        if runs and runs[-1][1] == n - 1:
+            runs[-1] = (runs[-1][0], n)
+        else:
+            runs.append((n, n))
+    return runs
+
+
+def _type(dtype: str) -> str:
+    if dtype == "object":
+        return "Python objects, which may run code when they are unpickled; save it as plain numbers"
+    return f"type {dtype}, and parameters are floating-point"
 
 
 def _listing(items: list[str]) -> str:

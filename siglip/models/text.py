@@ -34,7 +34,7 @@ class TextConfig:
     num_heads: int | None = None
     vocab_size: int = 32_000
     length: int = 64
-    pool: Literal["last", "map", "mean"] = "last"
+    pool: Literal["last", "first", "mean", "max", "map"] = "last"
     scan: bool = False
     remat: Remat = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -92,10 +92,17 @@ class TextTransformer(nn.Module):
         out = {}
         encoder = (spec, config.scan, config.remat, dtype, rate, self.attention, self.placement)
         x = out["encoded"] = Encoder(*encoder, name="Encoder_0")(x)
-        if config.pool == "map":
-            x = MAPHead(spec, dtype, name="MAPHead_0")(x)
-        else:
-            x = x[:, -1] if config.pool == "last" else x.mean(axis=1)
+        match config.pool:
+            case "last":
+                x = x[:, -1]
+            case "first":
+                x = x[:, 0]
+            case "mean":
+                x = x.mean(axis=1)
+            case "max":
+                x = x.max(axis=1)
+            case "map":
+                x = MAPHead(spec, dtype, name="MAPHead_0")(x)
         out["pre_logits"] = x
         if self.out_dim is not None:
             x = nn.Dense(self.out_dim, kernel_init=nn.initializers.lecun_normal(), name="head")(x)

@@ -1,6 +1,9 @@
 """Every kind of picture comes out upright, in the right colours, over white; bombs and damage are refused."""
 
+import contextlib
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zlib
 
@@ -12,7 +15,7 @@ from PIL import Image
 from shards import encode, quadrants
 
 from data_pipelines import image_ops
-from data_pipelines.image_ops import DecodeError, decode_image, resize
+from data_pipelines.image_ops import DecodeError, decode_image, decode_pixels, resize
 
 LIMIT = 1 << 20
 
@@ -20,6 +23,7 @@ LIMIT = 1 << 20
 def decoded(data: bytes) -> np.ndarray:
     picture = decode_image(data, max_pixels=LIMIT)
     assert picture.mode == "RGB"
+    assert (decode_pixels(data, max_pixels=LIMIT) == np.asarray(picture)).all()
     return np.asarray(picture)
 
 
@@ -27,6 +31,26 @@ def png(width: int, height: int, *, bits: int, color_type: int, rows: bytes, ext
     """A PNG written by hand. extra: whole chunks between header and data."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@contextlib.contextmanager
+def without(library: str):
+    """As on a machine that lacks this library."""
+    kept = getattr(image_ops, library)
+    assert kept is not None, f"these tests need {library}"
+    setattr(image_ops, library, None)
+    try:
+        yield
+    finally:
+        setattr(image_ops, library, kept)
+
+
+def outcome(decode, data: bytes) -> tuple:
+    try:
+        shown = np.asarray(decode(data, max_pixels=LIMIT))
+        return shown.shape, shown.tobytes()
+    except DecodeError as error:
+        return error.reason, None
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
@@ -239,3 +263,114 @@ def test_a_wide_box_of_a_large_picture_needs_no_giant_canvas(monkeypatch):
     monkeypatch.setattr(image_ops, "MAX_CANVAS_PIXELS", 60_000)
     reduced = image_ops.resize(smooth, (16, 16), box=box)
     assert np.abs(whole.astype(int) - reduced).max() <= 12 and np.abs(whole.astype(int) - reduced).mean() < 1
+
+
+JPEG_OPTIONS = [
+    {"subsampling": 0},
+    {"subsampling": 1},
+    {"subsampling": 2},
+    {"progressive": True, "subsampling": 2},
+    {"quality": 20, "optimize": True},
+    {"quality": 100, "keep_rgb": True},
+    {"restart_marker_blocks": 2},
+]
+
+
+def painting(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Shades and edges in colour."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
+    picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    picture.paste((255, 0, 40), (width // 4, height // 3, width // 2, height // 2))
+    return picture
+
+
+JPEG_KINDS = [(options, mode) for mode in ("RGB", "L", "CMYK") for options in JPEG_OPTIONS]
+JPEG_KINDS = [kind for kind in JPEG_KINDS if kind[1] == "RGB" or "keep_rgb" not in kind[0]]
+
+
+@pytest.mark.parametrize("options, mode", JPEG_KINDS, ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (17, 31), (120, 161)])
+def test_both_decoders_give_the_same_pixels(options, mode, size):
+    data = encode(painting(*size).convert(mode), "JPEG", **options)
+    with without("simplejpeg"):
+        pillows = decoded(data)
+    assert (decoded(data) == pillows).all()
+    assert image_ops._plain_jpeg_size(data) == (None if "keep_rgb" in options or mode == "CMYK" else size[::-1])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(JPEG_OPTIONS[:4]),
+    st.sampled_from(["RGB", "L"]),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
+    st.one_of(st.just(1.0), st.floats(0, 1)),
+    st.binary(max_size=4),
+)
+def test_a_damaged_jpeg_ends_alike_with_both_decoders(options, mode, flips, cut, trailer):
+    data = bytearray(encode(painting(24, 40).convert(mode), "JPEG", **options))
+    for place, value in flips:
+        data[int(place * (len(data) - 1))] = value
+    data = bytes(data[: int(cut * len(data))]) + trailer
+    ours = [outcome(decode, data) for decode in (decode_image, decode_pixels)]
+    with without("simplejpeg"):
+        assert ours == [outcome(decode_image, data)] * 2
+
+
+def test_a_jpeg_bomb_is_refused_before_allocating():
+    data = encode(NOISE, "JPEG")
+    frame = data.index(b"\xff\xc0")
+    data = data[: frame + 5] + struct.pack(">HH", 60_000, 1000) + data[frame + 9 :]
+    tracemalloc.start()
+    for decode in (decode_image, decode_pixels):
+        with pytest.raises(DecodeError, match="bomb: 1000 x 60000 px, limit 33554432"):
+            decode(data, max_pixels=1 << 25)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 1 << 20
+
+
+sizes = st.integers(1, 150)
+edges = st.floats(-0.6, 1.6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.tuples(sizes, sizes), st.tuples(sizes, sizes), st.lists(edges, min_size=4, max_size=4), st.booleans())
+def test_resize_is_pillows_within_a_level_almost_everywhere(picture_size, size_px, box, whole):
+    picture = painting(*picture_size)
+    width, height = picture.size
+    left, right = sorted((box[0] * width, box[1] * width))
+    top, bottom = sorted((box[2] * height, box[3] * height))
+    box = None if whole or right - left < 0.1 or bottom - top < 0.1 else (left, top, right, bottom)
+    ours = resize(picture, size_px, box=box)
+    with without("cykooz_resizer"):
+        pillows = resize(picture, size_px, box=box)
+    assert ours.shape == pillows.shape == (*size_px, 3)
+    off = np.abs(ours.astype(int) - pillows)
+    assert off.max() <= 2 and (off > 1).sum() <= max(1, off.size // 1000)
+
+
+def test_resize_of_a_large_picture_is_pillows():
+    picture = painting(2500, 2600)  # More than one block of Pillow's memory.
+    ours = resize(picture, (224, 224), box=(3.3, 100.7, 2600.0, 2400.2))
+    with without("cykooz_resizer"):
+        assert np.abs(ours.astype(int) - resize(picture, (224, 224), box=(3.3, 100.7, 2600.0, 2400.2))).max() <= 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 10**5), st.floats(0, 1), st.floats(0, 1))
+def test_a_box_ends_within_the_picture_in_spite_of_rounding(limit, start, end):
+    start, end = sorted((start * limit, end * limit))
+    kept_start, length = image_ops._within(start, end, limit)
+    assert kept_start == start and start + length <= limit and abs(length - (end - start)) < 1e-9 * limit
+
+
+def test_a_machine_without_the_fast_libraries_decodes_too():
+    script = (
+        "import sys\n"
+        "for name in ('simplejpeg', 'cykooz_resizer'): sys.modules[name] = None\n"
+        "from data_pipelines.image_ops import decode_image, resize\n"
+        "print(resize(decode_image(sys.stdin.buffer.read(), max_pixels=9999), (2, 3)).shape)\n"
+    )
+    data = encode(painting(20, 20), "JPEG")
+    done = subprocess.run([sys.executable, "-c", script], input=data, check=True, capture_output=True)
+    assert done.stdout == b"(2, 3, 3)\n"

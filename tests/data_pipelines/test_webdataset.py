@@ -1,20 +1,27 @@
 """Tar shards: what a pair holds, the index and its life, cut and damaged shards, patterns, errors."""
 
+import gzip
 import json
 import multiprocessing
 import os
 import pickle
+import resource
 import tarfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from shards import SAMPLE, encode, quadrants, write_pairs, write_tar
 
 from data_pipelines.image_ops import decode_image
+from data_pipelines.records import ShardLost
+from data_pipelines.samples import BrokenPair, read_pair
 from data_pipelines.sources import tar_index
-from data_pipelines.sources.webdataset import TarSource, expand_shards
+from data_pipelines.sources.files import expand_shards
+from data_pipelines.sources.webdataset import TarSource
 
 
 def keys(source):
@@ -29,8 +36,8 @@ def index_of(shard: Path) -> Path:
 def builds(monkeypatch):
     """Counts how often an index is built."""
     count = []
-    build = tar_index._build
-    monkeypatch.setattr(tar_index, "_build", lambda *args: count.append(1) or build(*args))
+    build = tar_index.build
+    monkeypatch.setattr(tar_index, "build", lambda *args: count.append(1) or build(*args))
     return count
 
 
@@ -192,7 +199,7 @@ def test_what_is_whole_of_a_cut_shard_is_used(tmp_path, cut, whole):
     with pytest.warns(UserWarning, match=f"is cut off: its {whole} whole pairs are used"):
         source = TarSource(shard)
     assert keys(source) == [f"{number:06d}" for number in range(whole)]
-    assert source.truncated_shards == [shard]
+    assert source.truncated_shards == [str(shard)]
     with pytest.warns(UserWarning, match="is cut off"):  # from the cached index as well
         TarSource(shard)
 
@@ -226,10 +233,10 @@ def test_bad_shards(tmp_path):
 def test_no_permission(tmp_path, monkeypatch):
     shard = write_pairs(tmp_path / "a.tar", 1)
 
-    def refuse(self, *args, **kwargs):
+    def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)  # chmod does not stop root
+    monkeypatch.setattr("builtins.open", refuse)  # chmod does not stop root
     with pytest.raises(PermissionError, match="no permission to read shard"):
         TarSource(shard)
 
@@ -275,3 +282,128 @@ def test_fingerprint_follows_content_not_place(tmp_path):
     assert TarSource(f"{tmp_path}/copy/*.tar").fingerprint == fingerprint
     assert TarSource([f"{tmp_path}/b.tar", f"{tmp_path}/a.tar"]).fingerprint != fingerprint
     json.dumps(fingerprint)
+
+
+def test_several_captions(tmp_path):
+    members = [
+        ("a.1.txt", b"third"), ("a.0.txt", b"second"), ("b.txt", b"only"), ("a.jpg", b"i"), ("c.10.txt", b"b"),
+        ("c.9.txt", b"a"), ("a.txt", b"first"), ("c.jpg", b"j"), ("d.0.txt", b"alone"),
+    ]  # fmt: skip
+    source = TarSource(write_tar(tmp_path / "a.tar", members))
+    texts = {pair.key: pair.fields["txt"] for pair in source}
+    assert texts == {"a": ["first", "second", "third"], "b": "only", "c": ["a", "b"], "d": "alone"}
+    assert source.places(0).keys() == {"image", "txt"} and source.places(1).keys() == {"txt"}
+    assert [pair.image for pair in source] == [b"i", None, b"j", None]
+
+
+def test_places_are_where_the_members_lie(tmp_path):
+    shard = write_pairs(tmp_path / "a.tar", 3)
+    source = TarSource(shard)
+    offset, size = source.places(2)["image"]
+    assert shard.read_bytes()[offset : offset + size] == source[2].image
+    assert source.locate(2) == (0, 2)
+
+
+def test_an_index_deleted_under_a_source_is_made_again(tmp_path, builds):
+    shard = write_pairs(tmp_path / "a.tar", 3)
+    source = TarSource(shard)
+    index_of(shard).unlink()
+    assert keys(source) == ["000000", "000001", "000002"] and len(builds) == 2
+
+
+def test_a_shard_that_vanishes_or_is_replaced_stops_the_run(tmp_path):
+    shards = [write_pairs(tmp_path / f"{name}.tar", 3) for name in "abc"]
+    gone, replaced, cut = map(TarSource, shards)
+    shards[0].unlink()
+    with pytest.raises(ShardLost, match=r"a\.tar' vanished while it was in use"):
+        gone[0]
+    write_pairs(shards[1], 5)
+    TarSource(shards[1])
+    with pytest.raises(ShardLost, match=r"b\.tar' was replaced while it was in use"):
+        replaced[0]
+    keys(cut)
+    os.truncate(shards[2], 600)
+    with pytest.raises(OSError, match=r"c\.tar' ends before byte \d+: it was cut after it was opened"):
+        cut[2]
+
+
+def test_many_shards_are_indexed_by_several_processes_within_the_limit_of_open_files(tmp_path):
+    shards = [write_pairs(tmp_path / f"{number:03d}.tar", 2, first=2 * number) for number in range(200)]
+    shards.append(tmp_path / "broken.tar")
+    shards[-1].write_bytes(b"no tar" * 1000)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with pytest.raises(ValueError, match="broken.tar' is not an uncompressed tar"):
+        TarSource(shards)
+    assert len(list(tmp_path.glob("*.idx"))) == 200
+    resource.setrlimit(resource.RLIMIT_NOFILE, (400, limits[1]))
+    try:
+        source = TarSource(shards[:-1])
+        assert keys(source) == [f"{number:06d}" for number in range(400)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def write_side(path: Path, rows: list[dict]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def test_the_side_file_adds_what_the_shard_lacks(tmp_path):
+    write_tar(tmp_path / "0.tar", {"f/1.jpg": b"i", "f/2.jpg": b"j", "f/3.jpg": b"k"})
+    rows = [
+        {"key": "2", "url": "u2", "caption": "two", "status": "success", "width": 5},
+        {"key": "0", "url": "u0", "caption": None, "status": "failed_to_download", "width": None},
+        {"key": "1", "url": "u1", "caption": "one", "status": "success", "width": None},
+    ]
+    write_side(tmp_path / "0.parquet", rows)
+    source = TarSource(tmp_path / "0.tar")
+    assert [dict(pair.fields) for pair in pickle.loads(pickle.dumps(source))] == [
+        {"url": "u1", "caption": "one", "status": "success"},
+        {"url": "u2", "caption": "two", "status": "success", "width": 5},
+        {},
+    ]
+    write_side(tmp_path / "0.parquet", rows[::-1])
+    with pytest.raises(ShardLost, match="side file .* has changed"):
+        TarSource(tmp_path / "0.tar")[0]
+
+
+def test_the_side_file_is_read_only_for_what_the_json_members_lack(tmp_path):
+    write_tar(tmp_path / "0.tar", {"1.jpg": b"i", "1.json": b'{"url": "from json", "caption": "c"}'})
+    write_side(tmp_path / "0.parquet", [{"key": "1", "url": "from side", "caption": "d"}])
+    assert "side" not in TarSource(tmp_path / "0.tar")._tables(0)
+    write_tar(tmp_path / "1.tar", {"1.jpg": b"i", "1.json": b'{"url": "from json"}'})
+    write_side(tmp_path / "1.parquet", [{"key": "1", "url": "from side", "score": 0.5}])
+    assert TarSource(tmp_path / "1.tar")[0].fields == {"url": "from json", "score": 0.5}
+    (tmp_path / "2.parquet").write_bytes(b"no parquet")
+    write_tar(tmp_path / "2.tar", {"1.jpg": b"i"})
+    with pytest.warns(UserWarning, match="side file .*2.parquet' cannot be read"):
+        assert TarSource(tmp_path / "2.tar")[0].fields == {}
+
+
+def test_fewer_pairs_than_the_statistics_count_is_a_cut(tmp_path):
+    shard = write_pairs(tmp_path / "0.tar", 3)
+    (tmp_path / "0_stats.json").write_text('{"count": 9, "successes": 5, "failed_to_download": 4}')
+    with pytest.warns(UserWarning, match=r"0.tar' is cut off: its 3 whole pairs are used of the 5 that"):
+        assert TarSource(shard).truncated_shards == [str(shard)]
+    (tmp_path / "1_stats.json").write_text('{"successes": 3}')
+    assert TarSource(write_pairs(tmp_path / "1.tar", 3)).truncated_shards == []
+    (tmp_path / "2_stats.json").write_text("{")
+    with pytest.warns(UserWarning, match="2_stats.json' cannot be read"):
+        TarSource(write_pairs(tmp_path / "2.tar", 3))
+
+
+def test_packed_tars_are_named(tmp_path):
+    shard = write_pairs(tmp_path / "a.tar", 3)
+    shard.write_bytes(gzip.compress(shard.read_bytes()))
+    with pytest.raises(ValueError, match="packed with gzip; unpack it"):
+        TarSource(shard)
+
+
+def test_storage_that_fails_costs_a_pair_and_a_lost_shard_the_run(tmp_path):
+    cut, gone = (TarSource(write_pairs(tmp_path / f"{name}.tar", 3)) for name in "ab")
+    os.truncate(tmp_path / "a.tar", 600)
+    (tmp_path / "b.tar").unlink()
+    with pytest.raises(BrokenPair) as error:
+        read_pair(cut, 2)
+    assert error.value.reason == "unreadable"
+    with pytest.raises(ShardLost, match="b.tar"):
+        read_pair(gone, 2)

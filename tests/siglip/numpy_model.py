@@ -23,7 +23,7 @@ def image_tower(p, config, image):
     pool = config.image.pool
     if pool == "none":
         return tokens, None
-    z = _map_head(p, "img/MAPHead_0/", tokens) if pool == "map" else tokens[:, 0] if pool == "tok" else tokens.mean(1)
+    z = _map_head(p, "img/MAPHead_0/", tokens) if pool == "map" else tokens.mean(1) if pool == "gap" else tokens[:, 0]
     return tokens, _normalised(_dense(p, "img/head/", z) if config.out_dim[0] else z)
 
 
@@ -31,8 +31,12 @@ def text_tower(p, config, ids):
     """-> (tokens after the final LayerNorm, normalised embedding)."""
     x = p["txt/Embed_0/embedding"][ids] + p["txt/pos_embedding"]
     tokens = _encoder(p, "txt/Encoder_0/", config.text.spec.depth, x)
-    pool = config.text.pool
-    z = _map_head(p, "txt/MAPHead_0/", tokens) if pool == "map" else tokens[:, -1] if pool == "last" else tokens.mean(1)
+    if config.text.pool == "map":
+        z = _map_head(p, "txt/MAPHead_0/", tokens)
+    else:
+        z = {"last": tokens[:, -1], "first": tokens[:, 0], "mean": tokens.mean(1), "max": tokens.max(1)}[
+            config.text.pool
+        ]
     return tokens, _normalised(_dense(p, "txt/head/", z) if config.out_dim[1] else z)
 
 

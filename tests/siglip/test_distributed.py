@@ -65,6 +65,7 @@ def test_four_processes_train_as_two_do(jobs, reference):
     assert sum(map(len, reads)) == len(set.union(*reads))
 
 
+@pytest.mark.slow
 def test_stopped_killed_and_started_again_it_goes_on_exactly(jobs, reference):
     signalled = jobs.start("cut", processes=2, devices=2, at={1: f"5:{signal.SIGTERM}"})
     lines = signalled.ends_with(128 + signal.SIGTERM)

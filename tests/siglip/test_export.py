@@ -2,18 +2,25 @@
 
 import importlib.util
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_pipelines.sources.webdataset import TarSource
 from siglip import export as export_module
+from siglip.cli.exporting import sample_inputs
 from siglip.encoder import load
-from siglip.export import ExportMismatch, export
+from siglip.export import export
 from siglip.formats import big_vision, hugging_face
 from siglip.models.two_tower import ModelConfig
+from siglip.train import train
+from siglip.verification import ExportMismatch, compare
 
 from .tiny import random_inputs, random_params, square_model
+from .tiny_run import TinyBatches, tiny_config
 
+SAMPLE = Path(__file__).parents[2] / "data_pipelines" / "sample"
 HAS_TRANSFORMERS = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 
 
@@ -22,8 +29,8 @@ def source(tmp_path):
     """A two-tower npz in bfloat16 compute and scan layout, with a tokenizer beside it."""
     folder = tmp_path / "source"
     folder.mkdir()
-    (folder / "spiece.model").write_bytes(b"pieces")
-    return written(folder / "m.npz", square_model(image={"scan": True}))
+    (folder / "spiece.model").write_bytes((SAMPLE / "spiece.model").read_bytes())
+    return written(folder / "m.npz", square_model(image={"scan": True}, text={"vocab_size": 4000}))
 
 
 def written(path, config: ModelConfig):
@@ -39,7 +46,7 @@ def test_big_vision_folder(tmp_path, source):
     out = tmp_path / "made" / "on" / "the" / "way"
     report = export(source, format="bigvision", out=out, tower="both")
     assert report.path == out and report.verified
-    assert report.differences == {"image_tokens": 0, "image_embedding": 0, "text_embedding": 0, "logits": 0}
+    assert report.differences == {"random": {"image_tokens": 0, "image_embedding": 0, "text_embedding": 0, "logits": 0}}
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "model.npz", "spiece.model"]
     images, ids = random_inputs(load(source).config)
     np.testing.assert_array_equal(load(out).embed_texts(ids), load(source).embed_texts(ids))
@@ -57,13 +64,65 @@ def test_npz_alone(tmp_path, source):
     assert load(tmp_path / "b.npz").config.image.image_size == (16, 24)
 
 
+def test_stacked_blocks_and_towers_without_a_head(tmp_path, source):
+    export(
+        source, format="bigvision", out=tmp_path / "scan", layout="scan", head=False, image_size=48, patch_size=(12, 12)
+    )
+    with np.load(tmp_path / "scan" / "model.npz") as stored:
+        assert stored["params/img/Transformer/encoderblock/LayerNorm_0/scale"].shape == (2, 36)
+        assert stored["params/img/embedding/kernel"].shape == (12, 12, 3, 36)
+        assert not any("MAPHead" in key or "/head/" in key for key in stored)
+    model = load(tmp_path / "scan")
+    assert model.config.image.pool == "none" and model.config.image.image_size == (48, 48)
+    pictures = random_inputs(model.config)[0]
+    expected = load(source, 48, patch_size=12).image_tokens(pictures)
+    np.testing.assert_allclose(model.image_tokens(pictures), expected, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def real_source(tmp_path):
+    """A two-tower npz of 64 tokens that knows the shipped tokenizer."""
+    folder = tmp_path / "real"
+    folder.mkdir()
+    (folder / "spiece.model").write_bytes((SAMPLE / "spiece.model").read_bytes())
+    return written(folder / "m.npz", square_model(text={"vocab_size": 4000, "length": 64}))
+
+
+def samples(config, tokenizer):
+    return sample_inputs(TarSource(f"{SAMPLE}/emoji-heldout-*.tar"), config, tokenizer)
+
+
+@pytest.mark.parametrize("format", ["bigvision", "stablehlo"])
+def test_real_pictures_and_texts_are_compared_too(tmp_path, real_source, format):
+    report = export(real_source, format=format, out=tmp_path / "out", tower="both", samples=samples)
+    assert list(report.differences) == ["random", "sample"]
+    for found in report.differences.values():
+        assert set(found) == {"image_tokens", "image_embedding", "text_embedding", "logits"}
+        assert max(found.values()) < 1e-5
+
+
 @pytest.mark.parametrize("tower", ["image", "both"])
 @pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs torch and transformers: pip install '.[interop]'")
-def test_hugging_face_is_proved_by_transformers(tmp_path, source, tower):
-    report = export(source, format="hf", out=tmp_path / "hf", tower=tower, image_size=40)
-    assert report.verified and max(report.differences.values()) < 1e-5
-    assert len(report.differences) == (4 if tower == "both" else 2)
-    assert (tmp_path / "hf" / "spiece.model").exists() == (tower == "both")
+def test_hugging_face_is_proved_by_transformers(tmp_path, real_source, tower):
+    report = export(real_source, format="hf", out=tmp_path / "hf", tower=tower, image_size=40, samples=samples)
+    assert report.verified and (tmp_path / "hf" / "spiece.model").exists() == (tower == "both")
+    outputs = {"image_tokens", "image_embedding"}
+    outputs |= {"text_embedding", "logits", "probabilities"} if tower == "both" else set()
+    assert set(report.differences["random"]) == outputs
+    found = report.differences["sample"]
+    assert set(found) == outputs | {"pixels"} | ({"tokens"} if tower == "both" else set())
+    assert max(found.values()) < 1e-5 and found["pixels"] < 2e-7 and found.get("tokens", 0) == 0
+
+
+def test_a_saved_model_is_compared_on_files_and_strings(tmp_path, real_source):
+    report = export(real_source, format="savedmodel", out=tmp_path / "out", tower="both", samples=samples)
+    assert list(report.differences) == ["sample"] and max(report.differences["sample"].values()) < 1e-5
+    assert {"image_tokens", "text_embedding", "probabilities"} <= set(report.differences["sample"])
+    with pytest.raises(ValueError, match="pass samples="):
+        export(real_source, format="savedmodel", out=tmp_path / "other")
+    (real_source.parent / "spiece.model").unlink()
+    with pytest.raises(ValueError, match="has no tokenizer, and a SavedModel takes raw text"):
+        export(real_source, format="savedmodel", out=tmp_path / "other", tower="both", samples=samples)
 
 
 def test_without_transformers_it_says_so(tmp_path, source, monkeypatch):
@@ -104,14 +163,70 @@ def test_nothing_stays_behind(tmp_path, source, monkeypatch):
 
 def test_not_a_number_does_not_pass():
     with pytest.raises(ExportMismatch, match="differs"):
-        export_module._compare({"z": np.ones(2)}, {"z": np.array([1, np.nan])})
+        compare({"z": np.ones(2)}, {"z": np.array([1, np.nan])})
 
 
-def test_the_model_card_says_what_to_feed_and_its_example_runs(tmp_path, source, monkeypatch, capsys):
-    export(source, format="bigvision", out=tmp_path / "bv", tower="both")
-    card = (tmp_path / "bv" / "README.md").read_text()
-    for part in ("width 36, depth 2", "32 x 32 px", "16 tokens (4 x 4", "exactly 7", "[-1, 1]"):
-        assert part in card
-    monkeypatch.chdir(tmp_path / "bv")
+def test_what_the_source_lacks_or_has_in_another_shape_does_not_pass():
+    with pytest.raises(ExportMismatch, match=r"z has shape \(2,\), its source's is absent"):
+        compare({}, {"z": np.ones(2)})
+    with pytest.raises(ExportMismatch, match=r"z has shape \(2,\), its source's is \(1,\)"):
+        compare({"z": np.ones(1)}, {"z": np.ones(2)})
+    with pytest.raises(ExportMismatch, match="tokens differs"):
+        compare({"tokens": np.full(2, 900_000)}, {"tokens": np.array([900_000, 900_001])})
+
+
+def run_example(folder, monkeypatch, capsys) -> str:
+    """What the example in a model card prints."""
+    card = (folder / "README.md").read_text()
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
     exec(re.search(r"```python\n(.*?)```", card, re.S)[1], {})
-    assert "(1, 16, 36)" in capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_the_model_card_says_what_to_feed_and_how_far_it_was_checked(tmp_path, source):
+    export(source, format="bigvision", out=tmp_path / "bv", tower="both", licence="apache-2.0")
+    card = (tmp_path / "bv" / "README.md").read_text()
+    parts = (
+        "width 36, depth 2", "32 x 32 px", "16 tokens (4 x 4", "exactly 7", "[-1, 1]", "| image_tokens | 0.0e+00 |",
+        "Licence: apache-2.0", 'license_name: "apache-2.0"', "the source is not a training run", "None on record",
+    )  # fmt: skip
+    for part in parts:
+        assert part in card, part
+
+
+@pytest.mark.parametrize("tower", ["image", "both"])
+@pytest.mark.parametrize("format, printed", [("bigvision", "(1, 16, 36)"), ("stablehlo", ""), ("savedmodel", "")])
+def test_examples_of_model_cards_run(tmp_path, real_source, monkeypatch, capsys, format, printed, tower):
+    export(real_source, format=format, out=tmp_path / "out", tower=tower, samples=samples)
+    out = run_example(tmp_path / "out", monkeypatch, capsys)
+    assert (printed or ("(1, 16, 36)" if tower == "image" else "[[0.")) in out
+
+
+@pytest.mark.parametrize("tower, length", [("image", 64), ("both", 64), ("both", 12)])
+@pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs torch and transformers: pip install '.[interop]'")
+def test_examples_for_transformers_run(tmp_path, real_source, monkeypatch, capsys, tower, length):
+    written(real_source, square_model(text={"vocab_size": 4000, "length": length}))
+    export(real_source, format="hf", out=tmp_path / "out", tower=tower)
+    out = run_example(tmp_path / "out", monkeypatch, capsys)
+    assert {"image": "[1, 16, 36]", "both": "score" if length == 64 else "tensor([["}[tower] in out
+
+
+def test_the_card_of_a_run_tells_its_recipe_and_evaluation(tmp_path):
+    workdir = tmp_path / "run"
+    train(tiny_config(workdir), TinyBatches())
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "eval/retrieval/toy/image_retrieval_recall@1": 0.125}\n')
+        file.write('{"step": 9, "eval/retrieval/toy/image_retrieval_recall@1": 0.5}\n')
+    export(workdir, format="bigvision", out=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    parts = (
+        "from `run`, step 8",
+        "8 of 8 steps",
+        "pairs seen",
+        "adamw, lr",
+        "| retrieval/toy/image_retrieval_recall@1 | 0.125 |",
+    )
+    for part in parts:
+        assert part in card, part
+    assert "0.500" not in card

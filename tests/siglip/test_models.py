@@ -94,6 +94,12 @@ ODD = [
         out_dim=(27, None),
     ),
     ModelConfig(ImageConfig(**ODD_IMAGE, image_size=(6, 40), pool="none", posemb="sincos2d"), TextConfig(**ODD_TEXT)),
+    ModelConfig(
+        ImageConfig(**ODD_IMAGE, image_size=(13, 24), pool="0"),
+        TextConfig(**ODD_TEXT, pool="first"),
+        out_dim=(27, None),
+    ),
+    ModelConfig(ImageConfig(**ODD_IMAGE, image_size=(18, 9)), TextConfig(**ODD_TEXT, pool="max"), out_dim=(None, 36)),
 ]
 
 

@@ -11,10 +11,10 @@ from contextlib import suppress
 import jax.numpy as jnp
 import pytest
 
-from siglip.checkpoint import check_same_run, open_workdir
 from siglip.divergence import LossWatch, NonFiniteLoss
 from siglip.hub import Hub, listen
 from siglip.peers import Alone, Peers
+from siglip.workdir import check_same_run, open_workdir
 
 LIMIT_S = 1.0
 

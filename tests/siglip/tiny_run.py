@@ -58,6 +58,9 @@ class TinyBatches:
     def state(self):
         return {"position": self.position}
 
+    def progress(self):
+        return {"source_0/pairs": self.position * self.batch_size}
+
     def restore(self, state):
         self.position = state["position"]
 

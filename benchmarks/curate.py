@@ -1,0 +1,191 @@
+"""Pairs per second and memory of every stage of a curation, and, where the truth is known, what it found of each fault.
+
+    python benchmarks/curate.py 'noisy-*.tar' --against 'eval-*.tar' --truth truth.jsonl --out curate.json
+
+A row of the truth: {"key", "faults": [...], "image_decodable": bool or null, "dup_group", "detail": {"of", "heldout_key"}}.
+`named`: the rule that is meant for the fault is among the pair's reasons. `dropped`: the pair is not kept.
+Copies: found if the pair or its original is called the other's copy; precision: of all pairs called copies, those of which
+the named original is of the same group.
+The trap: memory is resident, so what the processes share is counted in each; the pool's start and the import of its
+libraries are part of the first stage.
+"""
+
+import argparse
+import collections
+import json
+import os
+import resource
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from data_pipelines.curate.config import COPIES, MENDING, CurateConfig
+from data_pipelines.curate.engine import LocalEngine
+from data_pipelines.curate.run import curate
+
+# Which rules are meant for a fault.
+RULES_OF = {
+    "truncated_jpeg": {"truncated", "corrupt_image"},
+    "zero_byte_image": {"empty_image"},
+    "not_an_image": {"not_an_image"},
+    "decompression_bomb": {"bomb"},
+    "missing_image": {"missing_image"},
+    "missing_txt": {"missing_text"},
+    "missing_json": {"missing_json"},
+    "invalid_json": {"invalid_json"},
+    "invalid_utf8": {"invalid_utf8"},
+    "mojibake": {"mojibake"},
+    "control_chars": {"control_chars"},
+    "html_markup": {"markup", "html_entities"},
+    "boilerplate_caption": {"boilerplate", "too_short"},
+    "empty_caption": {"empty_text"},
+    "very_long_caption": {"too_long"},
+    "animated_gif": {"animated"},
+    "image_1x1": {"too_small"},
+    "extreme_aspect": {"extreme_aspect"},
+}
+COPY_FAULTS = ("exact_duplicate", "near_duplicate_rejpeg", "near_duplicate_rescaled", "near_duplicate_cropped")
+
+
+class Clock:
+    """Seconds of every stage, from the end of the one before to its own."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def __call__(self, stage: str, done: int, of: int) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+class Memory(threading.Thread):
+    """The most memory that all processes of this process group held at once, sampled, and that any of them held, in MiB."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.together, self.largest = 0.0, 0.0
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopped.wait(0.05):
+            held = list(self._held())
+            self.together, self.largest = max(self.together, sum(held)), max(self.largest, *held)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join()
+
+    def _held(self) -> Iterator[float]:
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if os.getpgid(int(folder.name)) == os.getpgrp():
+                    yield int((folder / "statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+            except (OSError, IndexError):  # it ended meanwhile
+                continue
+
+
+def detection(rows: list[dict], truth: dict[str, dict], protected: set[str]) -> dict[str, dict]:
+    """{fault: {pairs, named, dropped}} of the rows of a manifest. protected: keys of the evaluation sets."""
+    counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for row in rows:
+        told = truth.get(row["key"], {"faults": []})
+        for fault in told["faults"]:
+            meant = RULES_OF.get(fault, set())
+            if fault == "eval_leak":
+                given = told["detail"]["heldout_key"] in protected
+                fault, meant = f"eval_leak{'' if given else ' (set not given)'}", {"eval_leak"}
+            named = bool(meant.intersection(row["reasons"]))
+            counts[fault].update({"pairs": 1, "named": int(named), "dropped": int(not row["keep"])})
+    return {fault: dict(found) for fault, found in counts.items()}
+
+
+def copies(rows: list[dict], truth: dict[str, dict]) -> dict[str, float]:
+    """Recall of each kind of copy, and the precision of all."""
+    by_key = {row["key"]: row for row in rows}
+    places = {f"{row['shard']}#{row['index']}": row["key"] for row in rows}
+    group = {key: told.get("dup_group") for key, told in truth.items()}
+    called = [(row["key"], places[row["duplicate_of"]]) for row in rows if row["duplicate_of"]]
+    right = sum(group[key] is not None and group[key] == group[of] for key, of in called)
+    found = {"called copies": len(called), "precision": right / max(1, len(called))}
+    for fault in COPY_FAULTS:
+        pairs = [(key, told["detail"]["of"]) for key, told in truth.items() if fault in told["faults"]]
+        shown = [pair for pair in pairs if all(key in by_key and by_key[key]["pixel_hash"] for key in pair)]
+        hits = sum(any(by_key[key]["duplicate_of"] for key in pair) for pair in shown)
+        found[fault] = hits / max(1, len(shown))
+    return found
+
+
+def faultless(rows: list[dict], truth: dict[str, dict]) -> dict:
+    """Of the pairs without a fault, those that were dropped and are no copies in truth."""
+    sound = [row for row in rows if not truth.get(row["key"], {"faults": [""]})["faults"]]
+    dropped = [row for row in sound if not row["keep"]]
+    wrong = [row for row in dropped if row["reason"] not in COPIES or not truth[row["key"]].get("dup_group")]
+    return {
+        "pairs": len(sound),
+        "dropped": len(dropped),
+        "wrongly": len(wrong),
+        "wrong": [f"{row['key']} {row['reason']}: {row['caption']}" for row in wrong],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", nargs="+")
+    parser.add_argument("--against", nargs="*", default=[])
+    parser.add_argument("--truth", type=Path)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    args = parser.parse_args()
+    clock, memory, began = Clock(), Memory(), time.perf_counter()
+    memory.start()
+    with tempfile.TemporaryDirectory(prefix="curate-") as folder, LocalEngine(args.workers) as engine:
+        funnel = curate(
+            args.shards,
+            Path(folder),
+            config=CurateConfig(),
+            engine=engine,
+            against=args.against,
+            progress=clock,
+        )
+        rows = pq.read_table(Path(folder) / "manifest.parquet").to_pylist()
+        keys = [pq.read_table(path, columns=["key"])["key"].to_pylist() for path in Path(folder).glob("against/*")]
+    seconds = time.perf_counter() - began
+    memory.stop()
+    result = {"pairs": funnel["pairs"], "kept": funnel["kept"], "seconds": seconds, "workers": engine.workers}
+    result |= {"stages_s": clock.seconds, "peak_process_mib": memory.largest, "peak_together_mib": memory.together}
+    print(
+        f"{funnel['pairs']} pairs, {engine.workers} workers: {seconds:.1f} s, {funnel['pairs'] / seconds:.0f} pairs/s"
+    )
+    for stage, taken in clock.seconds.items():
+        print(f"  {stage:20}{taken:8.2f} s{funnel['pairs'] / max(taken, 1e-3):12.0f} pairs/s")
+    print(f"memory: {memory.largest:.0f} MiB in the largest process, {memory.together:.0f} MiB in all")
+    if args.truth is not None:
+        truth = {row["key"]: row for row in map(json.loads, args.truth.read_text().splitlines())}
+        result["faults"] = detection(rows, truth, {key for some in keys for key in some})
+        print(f"{'fault':32}{'pairs':>7}{'named':>9}{'dropped':>9}")
+        for fault, found in sorted(result["faults"].items()):
+            named = f"{found['named'] / found['pairs']:9.1%}" if found["named"] else f"{'-':>9}"
+            print(f"{fault:32}{found['pairs']:7}{named}{found['dropped'] / found['pairs']:9.1%}")
+        result["undecodable"] = _undecodable(rows, truth)
+        result["copies"], result["faultless"] = copies(rows, truth), faultless(rows, truth)
+        print("undecodable or bomb: {dropped} of {pairs} dropped".format(**result["undecodable"]))
+        print("copies: " + ", ".join(f"{name} {value:.4g}" for name, value in result["copies"].items()))
+        print("faultless: {pairs}, dropped {dropped}, of them no copies {wrongly}".format(**result["faultless"]))
+        print("".join(f"  {line}\n" for line in result["faultless"]["wrong"]), end="")
+    if args.out is not None:
+        args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def _undecodable(rows: list[dict], truth: dict[str, dict]) -> dict[str, int]:
+    broken = [row for row in rows if truth.get(row["key"], {"image_decodable": True})["image_decodable"] is not True]
+    return {"pairs": len(broken), "dropped": sum(not set(MENDING).issuperset(row["reasons"]) for row in broken)}
+
+
+if __name__ == "__main__":
+    main()

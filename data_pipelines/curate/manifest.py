@@ -1,0 +1,267 @@
+"""The manifest: one row a pair, what it is, whether it is kept, and why not.
+
+    judge    scans and verdicts joined: every rule that applied so far
+    survey   what the alignment rules need to know of the pairs that are left: histograms of scores, counts of concepts
+    finish   alignment applied, `keep` and `reason` settled; counts and examples for the report
+
+The trap: shares and balance are of what the other rules left, so they come last; a tenth of a corpus that is half
+duplicates would otherwise be a twentieth.
+"""
+
+import collections
+import functools
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipelines.curate import scores
+from data_pipelines.curate.config import COPIES, LEAKS, MENDING, RULES
+from data_pipelines.curate.exchange import Exchange
+from data_pipelines.curate.layout import VERDICT, Work
+from data_pipelines.curate.tables import whole_file, write_table
+
+EXAMPLES = 10
+_ORDER = {rule: place for place, rule in enumerate(RULES)}
+_SIZE_EDGES = (0, 16, 32, 64, 128, 224, 256, 384, 512, 768, 1024, 2048, 1 << 30)
+
+# `duplicate_of`, `leak_of`: SHARD#INDEX of the pair that it is a copy of, in the corpus and in an evaluation set.
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.string()),
+        ("index", pa.int32()),
+        *((f"{slot}_{name}", pa.int64()) for slot in ("image", "txt", "json") for name in ("offset", "bytes")),
+        ("format", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("caption", pa.string()),
+        ("language", pa.string()),
+        ("sha256", pa.string()),
+        ("pixel_hash", pa.string()),
+        ("perceptual_hash", pa.uint64()),
+        ("score", pa.float32()),
+        ("leak_similarity", pa.float32()),
+        ("duplicate_of", pa.string()),
+        ("leak_of", pa.string()),
+        ("keep", pa.bool_()),
+        ("reason", pa.string()),
+        ("reasons", pa.list_(pa.string())),
+    ]
+)
+_JUDGED_SCHEMA = pa.schema(
+    [field for field in MANIFEST_SCHEMA if field.name not in ("keep", "reason")] + [("thumbnail", pa.binary())]
+)
+
+
+@dataclass(frozen=True)
+class Judging:
+    """verdicts: the exchanges to join; protected: the evaluation shards, for `leak_of`."""
+
+    work: Work
+    verdicts: tuple[Exchange, ...]
+    protected: tuple[str, ...]
+
+    def judged(self, shard: int) -> Path:
+        return self.work.folder / "judged" / self.work.layout.tables[shard].name
+
+    def finished(self, shard: int) -> Path:
+        return self.work.folder / "finished" / self.work.layout.tables[shard].name
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of the alignment rules. by_language: the score that the top share reaches; counts: file of the concepts' counts."""
+
+    by_language: dict[str, float]
+    concepts: str | None
+    counts: Path | None
+
+
+def judge(task: tuple[Judging, int]) -> None:
+    """Joins the verdicts of one group to its scans."""
+    judging, group = task
+    layout = judging.work.layout
+    verdicts = pa.concat_tables([VERDICT.empty_table(), *(exchange.gather(group) for exchange in judging.verdicts)])
+    by_shard: dict[int, list[dict]] = collections.defaultdict(list)
+    for verdict in verdicts.to_pylist():
+        by_shard[verdict["shard"]].append(verdict)
+    for shard in layout.members(group):
+        table = pq.read_table(layout.tables[shard]).replace_schema_metadata(None)
+        columns = {name: table[name] for name in table.column_names}
+        columns |= _joined(table["reasons"].to_pylist(), by_shard[shard], judging)
+        columns |= _scores(judging.work, shard, len(table)) | {"shard": [layout.shards[shard]] * len(table)}
+        columns["pixel_hash"] = [None if value is None else value.hex() for value in table["pixel_hash"].to_pylist()]
+        columns["perceptual_hash"] = [_first_hash(value) for value in table["hashes"].to_pylist()]
+        arrays = {field.name: _as(columns[field.name], field.type) for field in _JUDGED_SCHEMA}
+        write_table(judging.judged(shard), pa.table(arrays, _JUDGED_SCHEMA))
+
+
+def _joined(reasons: list[list[str]], verdicts: list[dict], judging: Judging) -> dict[str, list]:
+    """The columns that verdicts change. Of several better copies the best is named."""
+    rules = [set(faults) for faults in reasons]
+    best: dict[int, tuple] = {}
+    leak_of: list[str | None] = [None] * len(rules)
+    for verdict in verdicts:
+        index = verdict["index"]
+        rules[index].add(verdict["rule"])
+        if verdict["rule"] in LEAKS:
+            leak_of[index] = leak_of[index] or f"{judging.protected[verdict['of_shard']]}#{verdict['of_index']}"
+        elif verdict["rule"] in COPIES:
+            copy = (-verdict["of_rank"], verdict["of_shard"], verdict["of_index"])
+            best[index] = min(best.get(index, copy), copy)
+    duplicate_of: list[str | None] = [None] * len(rules)
+    for index, (_, of_shard, of_index) in best.items():
+        duplicate_of[index] = f"{judging.work.layout.shards[of_shard]}#{of_index}"
+    return {"reasons": [in_order(found) for found in rules], "duplicate_of": duplicate_of, "leak_of": leak_of}
+
+
+def survey_scores(task: tuple[Judging, int, dict[str, int] | None]) -> dict[str, list[tuple[int, int]]]:
+    """Histograms of the scores of one group's pairs that are left, by language: upper, or lower within the given bins."""
+    judging, group, bins = task
+    histograms: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for shard in judging.work.layout.members(group):
+        table = pq.read_table(judging.judged(shard), columns=["score", "language", "reasons"])
+        left = np.array([_reason(faults) is None for faults in table["reasons"].to_pylist()], bool)
+        score = table["score"].to_numpy()
+        language = np.array(table["language"].to_pylist(), object)
+        for name in sorted(set(language[left])):
+            some = score[left & (language == name) & ~np.isnan(score)]
+            histogram = scores.upper_histogram(some) if bins is None else scores.lower_histogram(some, bins[name])
+            for place in np.flatnonzero(histogram).tolist():
+                histograms[name][place] += int(histogram[place])
+    return {name: sorted(histogram.items()) for name, histogram in histograms.items()}
+
+
+def survey_concepts(task: tuple[Judging, int, str]) -> Path:
+    """Counts the concepts in the captions of one group's pairs that are left."""
+    judging, group, path = task
+    concepts, longest = scores.read_concepts(path)
+    counts = np.zeros(len(concepts), np.int64)
+    for shard in judging.work.layout.members(group):
+        table = pq.read_table(judging.judged(shard), columns=["caption", "reasons"]).to_pydict()
+        for caption, faults in zip(table["caption"], table["reasons"], strict=True):
+            if _reason(faults) is None:
+                counts[scores.match_concepts(caption, concepts, longest)] += 1
+    out = judging.work.folder / "concepts" / f"{group:06d}.npy"
+    with whole_file(out) as partial, partial.open("wb") as file:
+        np.save(file, counts)
+    return out
+
+
+def finish(task: tuple[Judging, int, Limits]) -> Path:
+    """Settles the pairs of one group; returns a JSON file with the counts and the examples."""
+    judging, group, limits = task
+    stats = new_stats()
+    for shard in judging.work.layout.members(group):
+        table = pq.read_table(judging.judged(shard))
+        rows = table.select(["caption", "language", "score", "sha256", "reasons"]).to_pylist()
+        reasons = [_with_alignment(row, judging.work, limits) for row in rows]
+        settled = [_reason(faults) for faults in reasons]
+        table = table.drop_columns(["reasons"])
+        table = table.append_column("reasons", pa.array(reasons, pa.list_(pa.string())))
+        table = table.append_column("reason", pa.array(settled, pa.string()))
+        table = table.append_column("keep", pa.array([reason is None for reason in settled]))
+        _count(stats, shard, table)
+        write_table(judging.finished(shard), table.select(MANIFEST_SCHEMA.names))
+    out = judging.work.folder / "stats" / f"{group:06d}.json"
+    with whole_file(out) as partial:
+        partial.write_text(json.dumps(stats))
+    return out
+
+
+def new_stats() -> dict:
+    """Counts by name, and per rule the examples: [order, shard, index, caption, thumbnail in hex]."""
+    return {"pairs": 0, "kept": 0, "taken": {}, "applied": {}, "languages": [{}, {}], "sides": [{}, {}], "examples": {}}
+
+
+def add_stats(total: dict, part: dict) -> None:
+    """Adds the second to the first; the result does not depend on the order of additions."""
+    for name in ("pairs", "kept"):
+        total[name] += part[name]
+    for counts, more in ((total["taken"], part["taken"]), (total["applied"], part["applied"]),
+                         *zip(total["languages"], part["languages"], strict=True),
+                         *zip(total["sides"], part["sides"], strict=True)):  # fmt: skip
+        for name, count in more.items():
+            counts[name] = counts.get(name, 0) + count
+    for rule, examples in part["examples"].items():
+        total["examples"][rule] = sorted(total["examples"].get(rule, []) + examples)[:EXAMPLES]
+
+
+def in_order(rules: Iterable[str]) -> list[str]:
+    """As in `RULES`."""
+    return sorted(rules, key=_ORDER.__getitem__)
+
+
+def side_label(side_px: int) -> str:
+    edge = next(edge for edge in reversed(_SIZE_EDGES) if side_px >= edge)
+    return str(edge)
+
+
+def _reason(faults: list[str]) -> str | None:
+    """The first rule that drops a pair."""
+    return next((rule for rule in faults if rule not in MENDING), None)
+
+
+def _with_alignment(row: dict, work: Work, limits: Limits) -> list[str]:
+    found, config = list(row["reasons"]), work.config
+    score = row["score"]
+    if config.needs_scores and score is not None and not np.isnan(score):
+        least = max(
+            limits.by_language.get(row["language"], -1.0), -1.0 if config.min_score is None else config.min_score
+        )
+        if score < least:
+            found.append("low_score")
+    if limits.counts is not None and _reason(row["reasons"]) is None:
+        concepts, longest = scores.read_concepts(limits.concepts)
+        matched = scores.match_concepts(row["caption"], concepts, longest)
+        draw = scores.uniform_of(row["sha256"] or "", row["caption"])
+        if not scores.keep_in_balance(matched, _read_counts(limits.counts), config.concept_cap, draw):
+            found.append("crowded_concept")
+    return in_order(found)
+
+
+def _count(stats: dict, shard: int, table: pa.Table) -> None:
+    rows = table.select(["index", "caption", "language", "width", "height", "keep", "reason", "reasons", "thumbnail"])
+    drawn: dict[str, list] = collections.defaultdict(list)
+    for row in rows.to_pylist():
+        stats["pairs"] += 1
+        stats["kept"] += row["keep"]
+        for rule in row["reasons"]:
+            stats["applied"][rule] = stats["applied"].get(rule, 0) + 1
+            draw = scores.uniform_of(rule, str(shard), str(row["index"]))
+            thumbnail = row["thumbnail"].hex() if row["thumbnail"] else ""
+            drawn[rule].append([draw, shard, row["index"], row["caption"][:200], thumbnail])
+        if row["reason"]:
+            stats["taken"][row["reason"]] = stats["taken"].get(row["reason"], 0) + 1
+        side = side_label(min(row["width"], row["height"])) if row["width"] else None
+        for place in (0, 1) if row["keep"] else (0,):
+            for counts, name in ((stats["languages"][place], row["language"]), (stats["sides"][place], side)):
+                if name is not None:
+                    counts[name] = counts.get(name, 0) + 1
+    for rule, examples in drawn.items():
+        stats["examples"][rule] = sorted(stats["examples"].get(rule, []) + examples)[:EXAMPLES]
+
+
+def _scores(work: Work, shard: int, count: int) -> dict:
+    if not work.scored:
+        return {"score": [None] * count, "leak_similarity": [None] * count}
+    table = pq.read_table(scores.scores_path(work, shard))
+    return {"score": table["score"], "leak_similarity": table["similarity"]}
+
+
+def _first_hash(hashes: bytes | None) -> int | None:
+    return None if hashes is None else int.from_bytes(hashes[:8], "little")
+
+
+def _as(values: list | pa.ChunkedArray, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    return pa.array(values, kind) if isinstance(values, list) else values.cast(kind)
+
+
+@functools.lru_cache(1)
+def _read_counts(path: Path) -> np.ndarray:
+    return np.load(path)

@@ -1,0 +1,120 @@
+"""report.html: what each rule took, ten pairs of each to look at, languages and sizes before and after.
+
+Everything is inlined, thumbnails as they lie in the scans, plots as SVG, so the file can be mailed.
+
+The trap: captions are other people's text; every string is escaped before it becomes HTML.
+"""
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from data_pipelines.curate.config import MENDING
+from data_pipelines.curate.tables import whole_file
+
+_LANGUAGES = 20
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1160px; margin: 2rem auto; padding: 0 1rem; color: #1d2433; }
+h1 { margin-bottom: 0 } h2 { margin-top: 2.2rem; border-bottom: 1px solid #dde2ea; padding-bottom: .3rem }
+h3 { margin: 1.4rem 0 .3rem } .muted { color: #6a7385 } table { border-collapse: collapse; margin: .6rem 0 }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #eceff4 } th { font-weight: 600 }
+th:first-child, td:first-child, td.text { text-align: left }
+.examples { display: flex; flex-wrap: wrap; gap: .6rem } .example { width: 104px; font-size: 11px; line-height: 1.25 }
+.example .shown { width: 104px; height: 104px; object-fit: contain; background: #f2f4f8; display: block }
+.example div { overflow: hidden; max-height: 4.2em; overflow-wrap: anywhere } img.plot { max-width: 100% }
+"""
+
+
+def write_report(path: Path, funnel: Mapping, examples: Mapping[str, Sequence], shards: Sequence[str]) -> None:
+    """Writes the page. examples: {rule: [[draw, shard, index, caption, thumbnail in hex], …]}, shard as in `shards`."""
+    sections = [_head(funnel), _rules(funnel), _plots(funnel), _shards(funnel)]
+    sections += ["<h2>Examples</h2>"]
+    sections += [_examples(rule, examples[rule], shards, funnel) for rule in funnel["applied"]]
+    page = (
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>Curation</title>"
+        f"<style>{_STYLE}</style><body>{''.join(sections)}</body></html>\n"
+    )
+    with whole_file(path) as partial:
+        partial.write_text(page, encoding="utf-8")
+
+
+def _head(funnel: Mapping) -> str:
+    share = funnel["kept"] / funnel["pairs"]
+    return f"<h1>Curation</h1><p class='muted'>{funnel['kept']} of {funnel['pairs']} pairs kept ({share:.1%})</p>"
+
+
+def _rules(funnel: Mapping) -> str:
+    """The funnel as a table, in the order in which rules decide."""
+    left = funnel["pairs"]
+    rows = [f"<tr><td>all</td><td></td><td></td><td>{left}</td></tr>"]
+    for rule, applied in funnel["applied"].items():
+        taken = funnel["taken"].get(rule, 0)
+        left -= taken
+        shown = "mended" if rule in MENDING else str(taken)
+        rows.append(f"<tr><td>{html.escape(rule)}</td><td>{applied}</td><td>{shown}</td><td>{left}</td></tr>")
+    return (
+        "<h2>Rules</h2><p class='muted'>A pair is taken by the first rule that applies to it and drops; "
+        "mended pairs stay.</p>"
+        f"<table><tr><th>rule</th><th>applies to</th><th>takes</th><th>left</th></tr>{''.join(rows)}</table>"
+    )
+
+
+def _plots(funnel: Mapping) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    grid = figure.add_gridspec(2, 2)
+    top, left, right = (figure.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
+    taken = {"all": funnel["pairs"]}
+    for rule, count in funnel["taken"].items():
+        taken[rule] = list(taken.values())[-1] - count
+    top.bar(list(taken), list(taken.values()), color="#3457d5")
+    top.set_title("pairs left after each rule", fontsize=10)
+    top.tick_params(axis="x", labelrotation=45, labelsize=8)
+    before, after = funnel["languages"]["before"], funnel["languages"]["after"]
+    names = sorted(before, key=lambda name: (-before[name], name))[:_LANGUAGES]
+    _before_after(left, names, before, after, "captions by language")
+    before, after = funnel["sides_px"]["before"], funnel["sides_px"]["after"]
+    _before_after(right, sorted(before, key=int), before, after, "pictures by shorter side, px from")
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "curate"}):  # the same counts, the same bytes
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return f"<h2>Before and after</h2><img class='plot' alt='plots' src='{_data_url(buffer.getvalue(), 'svg+xml')}'>"
+
+
+def _before_after(axes, names: Sequence[str], before: Mapping, after: Mapping, title: str) -> None:
+    places = range(len(names))
+    axes.bar([place - 0.2 for place in places], [before[name] for name in names], 0.4, color="#b9c4dc", label="before")
+    axes.bar([p + 0.2 for p in places], [after.get(name, 0) for name in names], 0.4, color="#3457d5", label="after")
+    axes.set_xticks(places, names, fontsize=8)
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8)
+
+
+def _shards(funnel: Mapping) -> str:
+    problems = [shard for shard in (*funnel["shards"], *funnel["against"]) if shard["problem"]]
+    if not problems:
+        return ""
+    rows = "".join(f"<tr><td class='text'>{html.escape(shard['problem'])}</td></tr>" for shard in problems)
+    return f"<h2>Shards with a problem</h2><table>{rows}</table>"
+
+
+def _examples(rule: str, examples: Sequence, shards: Sequence[str], funnel: Mapping) -> str:
+    shown = "".join(_example(shards[shard], index, caption, data) for _, shard, index, caption, data in examples)
+    count = funnel["applied"][rule]
+    return f"<h3>{html.escape(rule)} <span class='muted'>{count}</span></h3><div class='examples'>{shown}</div>"
+
+
+def _example(shard: str, index: int, caption: str, thumbnail: str) -> str:
+    picture = "<div class='shown'></div>"
+    if thumbnail:
+        picture = f"<img class='shown' alt='' src='{_data_url(bytes.fromhex(thumbnail), 'jpeg')}'>"
+    place = html.escape(f"{shard}#{index}", quote=True)
+    return f"<div class='example' title='{place}'>{picture}<div><bdi>{html.escape(caption)}</bdi></div></div>"
+
+
+def _data_url(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,268 @@
+"""Curation from end to end: shards and thresholds in; DIR/manifest.parquet, funnel.json and report.html out.
+
+    DIR/scan/      one table a shard, kept: what a run that was killed does not do again
+    DIR/against/   the same of the evaluation sets
+    DIR/scores/    scores of a model, one table a shard, kept
+    DIR/work/      the global stages, made anew by each run and deleted after it
+
+The trap: a shard that cannot be read in the middle of a run must not cost the others' work: all that can be scanned is,
+then one error names it. Cut and empty shards are no such thing: they are findings.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipelines.curate import duplicates, leaks, manifest, pictures, repeats, scores
+from data_pipelines.curate.config import CurateConfig
+from data_pipelines.curate.engine import Engine
+from data_pipelines.curate.exchange import Exchange
+from data_pipelines.curate.layout import Work, write_layout
+from data_pipelines.curate.manifest import MANIFEST_SCHEMA, Judging, Limits
+from data_pipelines.curate.report import write_report
+from data_pipelines.curate.scan import ScanResult, ScanTask, scan_shard
+from data_pipelines.curate.tables import whole_file
+from data_pipelines.sources.files import expand_shards
+
+Progress = Callable[[str, int, int], None]  # stage, done, of
+_NAMED_FAILURES = 3
+FUNNEL_FILE = "funnel.json"
+
+
+def curate(
+    shards: str | Sequence[str],
+    out: Path,
+    *,
+    config: CurateConfig,
+    engine: Engine,
+    against: str | Sequence[str] = (),
+    scorer: scores.Scorer | None = None,
+    concepts: str | None = None,
+    progress: Progress = lambda stage, done, of: None,
+) -> dict:
+    """Curates and returns the funnel, as in funnel.json.
+
+    Args:
+      shards, against: patterns of shards to judge, and of evaluation sets that must not be among them.
+      scorer: a model, needed by `min_score` and `top_share`, used for leaks as well when given.
+      concepts: file of concepts, needed by `concept_cap`.
+
+    Raises:
+      FileNotFoundError: a pattern matches nothing.
+      ValueError: what the thresholds need is missing; no pair is readable; or shards failed, the others are scanned.
+    """
+    if config.needs_scores and scorer is None:
+        raise ValueError("min_score and top_share need a model that scores pairs: give one with --model SRC")
+    if config.concept_cap is not None:
+        if concepts is None:
+            raise ValueError("concept_cap needs a list of concepts: give a file, one a line, with --concepts FILE")
+        scores.read_concepts(concepts)
+    names = expand_shards(shards)
+    protected = expand_shards(against) if against else []
+    run = _Run(out, engine, progress)
+    results = run.scan(names, "scan", config, pictures.CROPS)
+    against_results = run.scan(protected, "against", config, pictures.EVAL_CROPS)
+    for result in against_results:
+        if not result.pairs:  # a set that is not there protects nothing
+            raise ValueError(f"evaluation {result.problem or f'shard {result.shard!r} is empty'}")
+    work = Work(out / "work", config, scored=scorer is not None)
+    shutil.rmtree(work.folder, ignore_errors=True)
+    work.folder.mkdir(parents=True)
+    try:
+        if not sum(result.pairs for result in results):
+            raise ValueError(f"no pair in {len(names)} shards can be read: {results[0].problem}")
+        tables = [_table(out, "scan", name) for name in names]
+        write_layout(work, names, tables, [result.pairs for result in results])
+        verdicts = run.verdicts(work, protected, scorer)
+        judging = Judging(work, verdicts, tuple(protected))
+        stats = run.finish(judging, concepts)
+        if stats["applied"].get("missing_text") == stats["pairs"]:
+            raise ValueError(f"no pair has a caption in {', '.join(config.captions)}; name its field with --captions")
+        funnel = _funnel(stats, results, against_results, config)
+        write_report(out / "report.html", funnel, stats["examples"], names)
+        with whole_file(out / FUNNEL_FILE) as partial:
+            partial.write_text(json.dumps(funnel, indent=1, ensure_ascii=False) + "\n")
+        _write_manifest(judging, out / "manifest.parquet")  # last: where it is new, so is the rest
+    finally:
+        shutil.rmtree(work.folder, ignore_errors=True)
+    return funnel
+
+
+class _Run:
+    """The stages of one run, with who computes and who watches."""
+
+    def __init__(self, out: Path, engine: Engine, progress: Progress):
+        self.out, self.engine, self.progress = out, engine, progress
+
+    def scan(self, names: list[str], kind: str, config: CurateConfig, crops: tuple[float, ...]) -> list[ScanResult]:
+        """Scans all shards that need it. Raises ValueError naming those that failed, after all others are done."""
+        tasks = [ScanTask(name, _table(self.out, kind, name), config, crops) for name in names]
+        found = self._outcomes(scan_shard, tasks, kind)
+        failures = [(task.shard, error) for task, error in found.items() if isinstance(error, Exception)]
+        if failures:
+            some = "; ".join(
+                f"{shard!r}: {' '.join(str(error).split())}" for shard, error in failures[:_NAMED_FAILURES]
+            )
+            raise ValueError(
+                f"{len(failures)} of {len(names)} shards failed: {some}; the others are scanned, mend these and run again"
+            )
+        return [found[task] for task in tasks]
+
+    def verdicts(self, work: Work, protected: list[str], scorer: scores.Scorer | None) -> tuple[Exchange, ...]:
+        """All stages that need the whole corpus; returns where their verdicts lie."""
+        found = []
+        if scorer is not None:
+            found.append(self._score(work, protected, scorer))
+        if work.config.duplicates != "off":
+            self._groups("copies: contents", duplicates.scatter_contents, work)
+            self._buckets("copies: same", duplicates.judge_contents, work, duplicates.exact_exchange(work))
+            self._groups("copies: hashes", duplicates.scatter_windows, work)
+            self._buckets("copies: alike", duplicates.meet_in_windows, work, duplicates.windows_exchange(work))
+            self._groups("copies: thumbnails", duplicates.attach_thumbnails, work)
+            self._groups("copies: confirm", duplicates.confirm_candidates, work)
+            found += [duplicates.exact_verdicts(work), duplicates.near_verdicts(work)]
+        if work.config.max_caption_pictures:
+            self._groups("captions", repeats.scatter_captions, work)
+            self._buckets("captions: repeated", repeats.judge_captions, work, repeats.captions_exchange(work))
+            found.append(repeats.repeat_verdicts(work))
+        if protected:
+            folder = work.folder / "protected"
+            leaks.build_index([_table(self.out, "against", name) for name in protected], folder)
+            tasks = [(work, folder, group) for group in range(work.groups)]
+            self._all("leaks", leaks.find_leaks, tasks)
+            found.append(leaks.hash_leaks(work))
+        return tuple(found)
+
+    def finish(self, judging: Judging, concepts: str | None) -> dict:
+        """Joins, aligns and counts; returns the counts."""
+        work, groups = judging.work, range(judging.work.groups)
+        self._all("join", manifest.judge, [(judging, group) for group in groups])
+        limits = Limits(self._score_limits(judging), concepts, None)
+        if work.config.concept_cap is not None:
+            tasks = [(judging, group, concepts) for group in groups]
+            counts = sum(np.load(path) for path in self._all("concepts", manifest.survey_concepts, tasks))
+            path = work.folder / "concepts.npy"
+            np.save(path, counts)
+            limits = Limits(limits.by_language, concepts, path)
+        stats = manifest.new_stats()
+        for path in self._all("manifest", manifest.finish, [(judging, group, limits) for group in groups]):
+            manifest.add_stats(stats, json.loads(path.read_text()))
+        return stats
+
+    def _score_limits(self, judging: Judging) -> dict[str, float]:
+        """Of each language the score that `top_share` of its pairs reach."""
+        share = judging.work.config.top_share
+        if share is None:
+            return {}
+        upper = self._histograms(judging, None)
+        places = {}
+        for name, histogram in upper.items():
+            places[name] = scores.bin_of(histogram, max(1, round(share * int(histogram.sum()))))
+        lower = self._histograms(judging, {name: place for name, (place, _) in places.items()})
+        keys = {name: (place << 16) | scores.bin_of(lower[name], rank)[0] for name, (place, rank) in places.items()}
+        return {name: scores.unsortable(key) for name, key in keys.items()}
+
+    def _histograms(self, judging: Judging, bins: dict[str, int] | None) -> dict[str, np.ndarray]:
+        total: dict[str, np.ndarray] = {}
+        tasks = [(judging, group, bins) for group in range(judging.work.groups)]
+        for part in self._all("shares", manifest.survey_scores, tasks):
+            for name, counts in part.items():
+                histogram = total.setdefault(name, np.zeros(1 << 16, np.int64))
+                for place, count in counts:
+                    histogram[place] += count
+        return {name: histogram for name, histogram in total.items() if histogram.any()}
+
+    def _score(self, work: Work, protected: list[str], scorer: scores.Scorer) -> Exchange:
+        """Scores every shard, here where the model is; returns the leaks that its embeddings show."""
+        limit = work.config.max_image_pixels
+        places, embedded = [], []
+        for number, name in enumerate(protected):
+            rows, zimg = scores.embed_pictures(scorer, _table(self.out, "against", name), name, limit)
+            if not len(rows):
+                continue
+            places.append(np.stack([np.full(len(rows), number, np.int32), rows.astype(np.int32)], axis=1))
+            embedded.append(zimg)
+        against = np.concatenate(embedded) if embedded else None
+        exchange = work.to_groups("embedding-leaks", sources=work.groups)
+        done = 0
+        for group in range(work.groups):
+            tables = []
+            for shard in work.layout.members(group):
+                path = scores.scores_path(work, shard)
+                table, name = work.layout.tables[shard], work.layout.shards[shard]
+                scores.score_shard(scorer, table, name, path, max_pixels=limit, against=against)
+                where = np.concatenate(places) if places else np.zeros((1, 2), np.int32)
+                tables.append(leaks.embedding_leaks(work, shard, where))
+                done += 1
+                self.progress("scores", done, len(work.layout.shards))
+            table = pa.concat_tables(tables)
+            exchange.scatter(group, table, np.full(len(table), group))
+        return exchange
+
+    def _groups(self, stage: str, function: Callable, work: Work) -> None:
+        self._all(stage, function, [(work, group) for group in range(work.groups)])
+
+    def _buckets(self, stage: str, function: Callable, work: Work, exchange: Exchange) -> None:
+        self._all(stage, function, [(work, bucket) for bucket in range(exchange.buckets)])
+
+    def _all(self, stage: str, function: Callable, tasks: list) -> list:
+        """The results in the order of the tasks; the first failure is raised."""
+        indexed = self._outcomes(_Numbered(function), list(enumerate(tasks)), stage, by=lambda task: task[0])
+        results = [indexed[number] for number in range(len(tasks))]
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return results
+
+    def _outcomes(self, function: Callable, tasks: list, stage: str, by: Callable = lambda task: task) -> dict:
+        found = {}
+        for task, outcome in self.engine.map(function, tasks):
+            found[by(task)] = outcome
+            self.progress(stage, len(found), len(tasks))
+        return found
+
+
+class _Numbered:
+    """Calls a function with the second of (number, task)."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, numbered: tuple):
+        return self.function(numbered[1])
+
+
+def _table(out: Path, kind: str, shard: str) -> Path:
+    """Where the scan of a shard lies, whatever other shards there are."""
+    digest = hashlib.sha256(shard.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return out / kind / f"{Path(shard).name}-{digest}.parquet"
+
+
+def _write_manifest(judging: Judging, path: Path) -> None:
+    with whole_file(path) as partial, pq.ParquetWriter(partial, MANIFEST_SCHEMA, compression="zstd") as writer:
+        for shard in range(len(judging.work.layout.shards)):
+            table = pq.read_table(judging.finished(shard))
+            if len(table):
+                writer.write_table(table.cast(MANIFEST_SCHEMA))
+
+
+def _funnel(stats: dict, results: list[ScanResult], protected: list[ScanResult], config: CurateConfig) -> dict:
+    """What funnel.json says."""
+    return {
+        "pairs": stats["pairs"],
+        "kept": stats["kept"],
+        "taken": {rule: stats["taken"][rule] for rule in manifest.in_order(stats["taken"])},
+        "applied": {rule: stats["applied"][rule] for rule in manifest.in_order(stats["applied"])},
+        "shards": [{"shard": result.shard, "pairs": result.pairs, "problem": result.problem} for result in results],
+        "against": [{"shard": result.shard, "pairs": result.pairs, "problem": result.problem} for result in protected],
+        "languages": dict(zip(("before", "after"), stats["languages"], strict=True)),
+        "sides_px": dict(zip(("before", "after"), stats["sides"], strict=True)),
+        "config": asdict(config),
+    }

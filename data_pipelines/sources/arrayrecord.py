@@ -1,0 +1,90 @@
+"""ArrayRecord shards (Grain, TFDS) whose records are tf.train.Example, by random access.
+
+The format has its own index and checksums. See `examples` for what becomes of a record; `writing` makes such shards.
+
+The trap: the library reads local files only and every read of a group unpacks all of it. Remote shards are fetched whole
+into the user's cache folder, on first use; shards are to be written with group_size:1, as TFDS does.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+
+from data_pipelines.records import Pair, ShardLost
+from data_pipelines.sources import examples, files, index_file, tfds
+from data_pipelines.sources.files import Window
+from data_pipelines.sources.index_file import Contents
+from data_pipelines.sources.remote import FileStat
+from data_pipelines.sources.shards import ColumnSource
+from data_pipelines.sources.tfrecord import example_notes
+
+_OPEN_READERS = 64
+_RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
+_IDENTITY_BYTES = 1 << 16
+
+
+class ArrayRecordSource(ColumnSource):
+    """The records of ArrayRecord shards, in their order.
+
+    Args:
+      shards: a pattern or several, as for `files.expand_shards`.
+      image: the feature that holds the picture; None finds it.
+
+    Raises:
+      FileNotFoundError, PermissionError, ValueError: a shard is missing, unreadable, cut, no ArrayRecord file of
+        tf.train.Example, or has no such feature.
+      OSError: a server does not answer.
+    """
+
+    def __init__(self, shards: str | os.PathLike | Sequence[str | os.PathLike], *, image: str | None = None):
+        super().__init__(shards, "arrayrecord", build, image=image)
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self._reader = functools.lru_cache(_OPEN_READERS)(self._open_reader)
+
+    def _open_reader(self, shard: int):
+        copy = self.local_copy(shard)
+        if not os.path.exists(copy):
+            raise ShardLost(f"shard {self.paths[shard]!r} vanished while it was in use; put it back and resume")
+        return _open_file(copy)
+
+    def _pair(self, shard: int, row: int) -> Pair:
+        reader = self._reader(shard)
+        try:
+            (record,) = reader.read([row])
+            features = examples.parse(record)
+        except (RuntimeError, ValueError) as error:
+            told = " ".join(str(error).split())
+            raise OSError(f"record {row} of shard {self.paths[shard]!r} is damaged: {told}") from error
+        name = f"{os.path.basename(self.paths[shard])}/{row}"
+        return examples.to_pair(features, image=self._images[shard], fallback_key=name)
+
+
+def build(shard: str, stat: FileStat) -> Contents:
+    """Raises ValueError: the shard is cut, or no ArrayRecord file of tf.train.Example."""
+    reader = _open_file(files.local_copy(shard, stat.size, stat.version))
+    count = reader.num_records()
+    if not reader.ok() or not count:
+        raise ValueError(
+            f"shard {shard!r} is cut, empty or no ArrayRecord file: it has no index at its end; fetch it again"
+        )
+    try:
+        first = examples.parse(reader.read([0])[0])
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"shard {shard!r} does not hold tf.train.Example records: {error}") from error
+    finally:
+        reader.close()
+    notes = example_notes(shard, first)
+    due = tfds.records_due(shard)
+    if due is not None and due > count:
+        notes |= {"truncated": True, "pairs_due": due}
+    # The index at the end says where every chunk lies; a chunk's header has the hash of its data.
+    end = Window(shard, stat.size).fetch(max(0, stat.size - _IDENTITY_BYTES), _IDENTITY_BYTES)
+    return Contents(count, {}, notes, index_file.digest(stat, f"{count}\n".encode(), end[-_IDENTITY_BYTES:]))
+
+
+def _open_file(path: str):
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(path, _RANDOM_ACCESS)

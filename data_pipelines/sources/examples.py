@@ -1,0 +1,136 @@
+"""Records that are a serialized tf.train.Example, as TFDS and most TensorFlow data sets store them, without TensorFlow.
+
+    Example { features: map<string, Feature> }     Feature = list of bytes | list of float | list of int64
+
+The message types are built here with protobuf, in a pool of their own: TensorFlow registers the same names in the
+default one.
+
+Picture and texts of a record, by the features' names: the picture is `image` or the like (see `IMAGE_FEATURES`), else
+the only feature that begins like a picture; every other feature becomes a field, text decoded, one value plain and several
+as a list. `json` is an object whose entries are fields too, as in tars: `writing` stores there what no feature can hold.
+
+The trap: a feature with no value and one that is missing are the same on the wire; neither becomes a field.
+"""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+
+from data_pipelines.records import Pair
+
+IMAGE_FEATURES = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "image_raw")
+KEY_FEATURES = ("__key__", "tfds_id", "image/filename", "id")
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM")
+_LISTS = {
+    "bytes_list": ("BytesList", "TYPE_BYTES"),
+    "float_list": ("FloatList", "TYPE_FLOAT"),
+    "int64_list": ("Int64List", "TYPE_INT64"),
+}
+
+
+@functools.cache
+def _example_class() -> type:
+    """The class of the message, wire compatible with tensorflow/core/example/example.proto."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(
+        name="data_pipelines/example.proto", package="data_pipelines", syntax="proto3"
+    )
+    feature = descriptor_pb2.DescriptorProto(name="Feature")
+    feature.oneof_decl.add(name="kind")
+    for number, (name, (message, kind)) in enumerate(_LISTS.items(), 1):
+        values = file.message_type.add(name=message)
+        values.field.add(name="value", number=1, type=getattr(field, kind), label=field.LABEL_REPEATED)
+        feature.field.add(
+            name=name,
+            number=number,
+            type=field.TYPE_MESSAGE,
+            type_name=f".data_pipelines.{message}",
+            label=1,
+            oneof_index=0,
+        )
+    file.message_type.append(feature)
+    features = file.message_type.add(name="Features")
+    entry = features.nested_type.add(name="FeatureEntry")
+    entry.options.map_entry = True
+    entry.field.add(name="key", number=1, type=field.TYPE_STRING, label=1)
+    of_feature = {"type": field.TYPE_MESSAGE, "type_name": ".data_pipelines.Feature"}
+    entry.field.add(name="value", number=2, label=1, **of_feature)
+    of_entry = {"type": field.TYPE_MESSAGE, "type_name": ".data_pipelines.Features.FeatureEntry"}
+    features.field.add(name="feature", number=1, label=field.LABEL_REPEATED, **of_entry)
+    example = file.message_type.add(name="Example")
+    of_features = {"type": field.TYPE_MESSAGE, "type_name": ".data_pipelines.Features"}
+    example.field.add(name="features", number=1, label=1, **of_features)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("data_pipelines.Example"))
+
+
+def parse(record: bytes) -> dict[str, list]:
+    """The values of each feature. Raises ValueError when the record is no tf.train.Example."""
+    from google.protobuf.message import DecodeError
+
+    try:
+        example = _example_class().FromString(record)
+    except DecodeError as error:
+        raise ValueError(f"a record of {len(record)} bytes is no tf.train.Example ({error})") from error
+    features = {}
+    for name, feature in example.features.feature.items():
+        kind = feature.WhichOneof("kind")
+        features[name] = list(getattr(feature, kind).value) if kind else []
+    return features
+
+
+def serialize(features: Mapping[str, Sequence]) -> bytes:
+    """A record of lists of bytes, str, int or float, the same bytes for the same features."""
+    example = _example_class()()
+    for name, values in features.items():
+        feature = example.features.feature[name]
+        if all(isinstance(value, bytes | str) for value in values):
+            feature.bytes_list.value.extend(value.encode() if isinstance(value, str) else value for value in values)
+        elif all(isinstance(value, int) for value in values):
+            feature.int64_list.value.extend(values)
+        else:
+            feature.float_list.value.extend(values)
+    return example.SerializeToString(deterministic=True)
+
+
+def image_feature(features: Mapping[str, list]) -> str | None:
+    """The name of the feature that holds the picture, judged by one record."""
+    blobs = {name: values[0] for name, values in features.items() if len(values) == 1 and isinstance(values[0], bytes)}
+    named = next((name for name in IMAGE_FEATURES if name in blobs), None)
+    shown = [name for name, blob in blobs.items() if _is_picture(blob)]
+    return named or (shown[0] if len(shown) == 1 else None)
+
+
+def to_pair(features: Mapping[str, list], *, image: str, fallback_key: str) -> Pair:
+    """A pair of the features of a record. image: the name of the picture's feature."""
+    fields, problems = {}, []
+    for name, values in features.items():
+        if name in (image, "json") or not values:
+            continue
+        if isinstance(values[0], bytes):
+            if _is_picture(values[0]):
+                continue  # a mask, a second view
+            try:
+                values = [value.decode("utf-8") for value in values]
+            except UnicodeDecodeError:
+                problems.append("invalid_utf8")
+                continue
+        fields[name] = values if len(values) > 1 else values[0]
+    key = fields.pop("key", None)
+    if features.get("json"):
+        try:
+            told = json.loads(features["json"][0])
+            fields = told | fields if isinstance(told, dict) else problems.append("invalid_json") or fields
+        except ValueError:
+            problems.append("invalid_json")
+    if not isinstance(key, str | int):
+        key = next((fields[name] for name in KEY_FEATURES if isinstance(fields.get(name), str | int)), fallback_key)
+    picture = features.get(image)
+    return Pair(str(key), picture[0] if picture else None, fields, tuple(dict.fromkeys(problems)))
+
+
+def _is_picture(blob: bytes) -> bool:
+    return blob.startswith(_MAGIC) or (blob[:4] == b"RIFF" and blob[8:12] == b"WEBP")

@@ -1,0 +1,206 @@
+"""Files by path or URL: which ones a pattern names, how large they are, and byte ranges of them.
+
+Local files are read with `pread`, URLs through `remote`. Readers keep no position and no lock, so any number of threads
+reads at once.
+
+The trap: a file that was cut after it was indexed returns fewer bytes than asked for, without an error. Here that is
+one.
+"""
+
+import functools
+import glob
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Sequence
+
+from data_pipelines.records import ShardLost
+from data_pipelines.sources import remote
+from data_pipelines.sources.remote import FileStat
+
+_OPEN_FILES = 128
+_LOCAL_WINDOW_BYTES = 1 << 20
+_REMOTE_WINDOW_BYTES = 1 << 23
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::|://)")
+
+
+def is_remote(path: str) -> bool:
+    return _URL.match(path) is not None
+
+
+def expand_shards(shards: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
+    """The paths and URLs that patterns name, in the order of the patterns, sorted within a glob.
+
+    A pattern is a path or URL with `*`, `?` (not in HTTP URLs), `[…]`, `{00000..00003}` or `{a,b}` in it.
+
+    Raises:
+      FileNotFoundError: a pattern names no file.
+      ValueError: there is no pattern, or a URL cannot be opened.
+      OSError: a server does not answer.
+    """
+    patterns = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
+    if not patterns or not all(os.fspath(pattern) for pattern in patterns):
+        raise ValueError(f"shards={shards!r} names nothing; give a path such as 'data/{{00000..00009}}.tar'")
+    paths = []
+    for pattern in patterns:
+        for path in _expand_braces(os.path.expanduser(os.fspath(pattern).removeprefix("file://"))):
+            paths += _expand_glob(path)
+    return list(dict.fromkeys(paths))
+
+
+def _expand_glob(path: str) -> list[str]:
+    if is_remote(path):
+        magic = "*[" if path.startswith("http") else "*[?"
+        found = remote.listing(path) if any(character in path for character in magic) else [path]
+    else:
+        has_magic = glob.has_magic(path) and not os.path.exists(path)
+        # An index or a file that is still being written is not a shard.
+        found = sorted(glob.glob(path, recursive=True)) if has_magic else [path]
+    if found != [path]:
+        found = [name for name in found if not name.endswith((".idx", ".partial"))]
+    if not found:
+        raise FileNotFoundError(f"no shard matches {path!r}; check the path and the pattern")
+    return found
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    matched = _BRACES.search(pattern)
+    if not matched:
+        return [pattern]
+    if bounds := _RANGE.fullmatch(matched[1]):
+        first, last = bounds.groups()
+        choices = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+        if not choices:
+            raise ValueError(f"range {{{matched[1]}}} in {pattern!r} runs backwards; use {{{last}..{first}}}")
+    else:
+        choices = matched[1].split(",")
+    head, tail = pattern[: matched.start()], pattern[matched.end() :]
+    return [expanded for choice in choices for expanded in _expand_braces(head + choice + tail)]
+
+
+def stat(path: str) -> FileStat:
+    """Size and version of a shard.
+
+    Raises:
+      FileNotFoundError, PermissionError: it is not there, or not to be read.
+      ValueError: it is a folder, empty, or a URL that cannot be opened.
+      OSError: a server does not answer.
+    """
+    if is_remote(path):
+        found = remote.stat(path)
+    else:
+        try:
+            with open(path, "rb") as file:
+                local = os.fstat(file.fileno())
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"no shard at {path!r}; check the path") from error
+        except IsADirectoryError as error:
+            raise ValueError(f"shard {path!r} is a folder; name its files, e.g. '{path}/*.tar'") from error
+        except PermissionError as error:
+            raise PermissionError(f"no permission to read shard {path!r}; try chmod a+r on it") from error
+        found = FileStat(local.st_size, str(local.st_mtime_ns))
+    if found.size == 0:
+        raise ValueError(f"shard {path!r} is empty (0 bytes); fetch it again or leave it out")
+    return found
+
+
+def exists(path: str) -> bool:
+    """Whether there is such a file that may be read. Raises OSError when a server does not answer."""
+    if not is_remote(path):
+        return os.path.isfile(path)
+    try:
+        return remote.stat(path).size > 0
+    except (FileNotFoundError, PermissionError, ValueError):
+        return False
+
+
+def read_whole(path: str) -> bytes:
+    """A small file. Raises as `stat`, or OSError."""
+    if is_remote(path):
+        size = remote.stat(path).size
+        return remote.read_range(path, 0, size, total=size)
+    with open(path, "rb") as file:
+        return file.read()
+
+
+class Reader:
+    """Byte ranges of files that are there; picklable. sizes: in bytes, one per path."""
+
+    def __init__(self, paths: Sequence[str], sizes: Sequence[int]):
+        self._paths, self._sizes = list(paths), list(sizes)
+        self._remote = [is_remote(path) for path in self._paths]
+        # A file that the cache drops is closed with its last reference, so never under a thread that reads it.
+        self._file = functools.lru_cache(_OPEN_FILES)(lambda file: open(self._paths[file], "rb", buffering=0))
+
+    def __reduce__(self):
+        return Reader, (self._paths, self._sizes)
+
+    def read(self, file: int, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`.
+
+        Raises:
+          ShardLost: the file is gone, or another by now.
+          OSError: it cannot be read here and now, retries included.
+        """
+        path = self._paths[file]
+        try:
+            if self._remote[file]:
+                return remote.read_range(path, offset, size, total=self._sizes[file])
+            opened = self._file(file)  # Held by this name while its descriptor is used.
+        except FileNotFoundError as error:
+            raise ShardLost(f"shard {path!r} vanished while it was in use; put it back and resume") from error
+        except (PermissionError, ValueError) as error:
+            raise ShardLost(f"shard {path!r} cannot be read any more: {error}") from error
+        data = os.pread(opened.fileno(), size, offset)
+        if len(data) != size:
+            raise OSError(f"shard {path!r} ends before byte {offset + size}: it was cut after it was opened")
+        return data
+
+
+class Window:
+    """One file from front to back, or in leaps ahead: `at` fetches a window when a place lies outside of it."""
+
+    def __init__(self, path: str, size: int):
+        self._reader = Reader([path], [size])
+        self._window_bytes = _REMOTE_WINDOW_BYTES if is_remote(path) else _LOCAL_WINDOW_BYTES
+        self.size = size
+
+    def fetch(self, offset: int, least: int = 0) -> bytes:
+        """A window from `offset` on, `least` bytes or longer, but not beyond the end."""
+        wanted = max(least, self._window_bytes)
+        return self._reader.read(0, offset, max(0, min(wanted, self.size - offset)))
+
+
+def local_copy(path: str, size: int, version: str) -> str:
+    """The path of a file on this machine: its own, or that of a copy in the user's cache folder, fetched once.
+
+    Raises:
+      FileNotFoundError, PermissionError, ValueError, OSError: it cannot be read, or not be kept.
+    """
+    if not is_remote(path):
+        return path
+    copy = cache_path(path, f".{hashlib.sha256(f'{size} {version}'.encode()).hexdigest()[:8]}.copy")
+    if os.path.exists(copy):
+        return copy
+    partial = f"{copy}.{os.getpid()}-{threading.get_ident()}.partial"
+    os.makedirs(os.path.dirname(copy), exist_ok=True)
+    try:
+        with open(partial, "wb") as file:
+            for offset in range(0, size, _REMOTE_WINDOW_BYTES):
+                file.write(remote.read_range(path, offset, min(_REMOTE_WINDOW_BYTES, size - offset), total=size))
+        os.replace(partial, copy)
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)
+    return copy
+
+
+def cache_path(path: str, suffix: str) -> str:
+    """Where in the user's cache folder something about a file is kept."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    name = path if is_remote(path) else os.path.abspath(path)
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return os.path.join(root, "siglip", "index", f"{digest}-{os.path.basename(path)[-80:]}{suffix}")

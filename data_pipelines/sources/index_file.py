@@ -1,0 +1,168 @@
+"""The index of one shard on disk: what one pass over a shard found, so that no later run has to make it.
+
+A file beside the shard, or in the user's cache folder when the shard is remote or its folder read-only:
+
+    {"version": 2, "kind": "tar", "shard_bytes": …, "shard_version": …, "pairs": n, "tables": …, …}\\n
+    tables of fixed-width rows, mapped into memory and so shared by processes
+
+An index is used when its shard still has the size and version (modification time, entity tag) that it states and its
+tables have the stated checksum; otherwise it is built again. Writing goes through a temporary file and a rename, so
+processes can race.
+
+The trap: a memory map holds a file descriptor for as long as it lives, and a thousand shards exhaust what a process
+may have. So an opened index is only a header; its tables are mapped on demand, see `shards`.
+"""
+
+import hashlib
+import json
+import os
+import threading
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data_pipelines.sources import files
+from data_pipelines.sources.remote import FileStat
+
+_VERSION = 2
+_HEADER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a pass over a shard found. tables: structured arrays; notes: for json; digest: identifies the pairs."""
+
+    pairs: int
+    tables: Mapping[str, np.ndarray]
+    notes: Mapping[str, object]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """The first line of an index file. `digest` identifies the pairs, wherever and whenever they lie."""
+
+    version: int
+    kind: str
+    shard_bytes: int
+    shard_version: str
+    pairs: int
+    tables: tuple[tuple[str, list, int], ...]
+    tables_crc32: int
+    digest: str
+    notes: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Index:
+    """An index, its tables on disk (`place`) or, where none could be written, in memory (`kept`)."""
+
+    header: Header
+    place: str | None
+    kept: Mapping[str, np.ndarray] | None = field(repr=False, default=None)
+
+    def load(self) -> Mapping[str, np.ndarray] | None:
+        """The tables; None when the file is gone, or another by now."""
+        if self.kept is not None:
+            return self.kept
+        found = _map(self.place)
+        return found[1] if found and found[0] == self.header else None
+
+
+def open_index(shard: str, kind: str, build: Callable[[str, FileStat], Contents]) -> Index:
+    """The index of a shard: the one on disk if it fits the shard as it is now, else built and written.
+
+    Raises:
+      FileNotFoundError, PermissionError, ValueError, OSError: as `files.stat` and `build` raise.
+    """
+    stat = files.stat(shard)
+    places = [files.cache_path(shard, ".idx")]
+    if not files.is_remote(shard):
+        places.insert(0, f"{shard}.idx")
+    for place in places:
+        found = _map(place)
+        if found and _fits(found[0], kind, stat) and _checksum(found[1]) == found[0].tables_crc32:
+            return Index(found[0], place)
+    contents = build(shard, stat)
+    tables = {name: np.ascontiguousarray(table) for name, table in contents.tables.items()}
+    described = tuple((name, table.dtype.descr, len(table)) for name, table in tables.items())
+    header = Header(
+        _VERSION,
+        kind,
+        stat.size,
+        stat.version,
+        contents.pairs,
+        described,
+        _checksum(tables),
+        contents.digest,
+        contents.notes,
+    )
+    line = json.dumps(asdict(header)).encode() + b"\n"
+    header = _parse(line)  # as it will be read: json has no tuples
+    for place in places:
+        if _write(Path(place), line, tables):
+            return Index(header, place)
+    return Index(header, None, tables)
+
+
+def digest(stat: FileStat, *parts: bytes | np.ndarray) -> str:
+    """Identifies the pairs of a shard by its size and these."""
+    sha = hashlib.sha256(f"{stat.size}\n".encode())
+    for part in parts:
+        sha.update(part.tobytes() if isinstance(part, np.ndarray) else part)
+    return sha.hexdigest()
+
+
+def _fits(header: Header, kind: str, stat: FileStat) -> bool:
+    told = (header.version, header.kind, header.shard_bytes, header.shard_version)
+    return told == (_VERSION, kind, stat.size, stat.version)
+
+
+def _checksum(tables: Mapping[str, np.ndarray]) -> int:
+    crc = 0
+    for table in tables.values():
+        crc = zlib.crc32(table, crc)
+    return crc
+
+
+def _parse(line: bytes) -> Header:
+    return Header(**json.loads(line))
+
+
+def _map(place: str) -> tuple[Header, dict[str, np.ndarray]] | None:
+    """The index at `place`, or None when there is none or it is damaged."""
+    try:
+        with open(place, "rb") as file:
+            line = file.readline(_HEADER_BYTES)
+            header = _parse(line)
+            tables, offset = {}, len(line)
+            whole = np.memmap(file, np.uint8, mode="r")
+            for name, columns, count in header.tables:
+                dtype = np.dtype([tuple(column) for column in columns])
+                tables[name] = whole[offset : offset + count * dtype.itemsize].view(dtype)
+                offset += count * dtype.itemsize
+            return (header, tables) if offset == len(whole) else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _write(place: Path, line: bytes, tables: Mapping[str, np.ndarray]) -> bool:
+    """Whether the index could be written; a folder that is read-only or full is no reason to stop."""
+    partial = place.with_name(f"{place.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(line)
+            for table in tables.values():
+                file.write(table)
+        os.replace(partial, place)
+    except OSError:
+        try:
+            partial.unlink(missing_ok=True)
+        except OSError:
+            pass
+        return False
+    return True

@@ -1,0 +1,170 @@
+"""A list of picture files with their captions: CSV, TSV (a header names the columns) or JSONL (an object per line).
+
+    image,caption
+    cats/1.jpg,"a cat, asleep"
+
+Paths are relative to the list's folder, or absolute, or URLs. The offsets of the rows are found in one pass and kept as
+an index, so memory does not grow with the list.
+
+The trap: a quoted caption may hold line ends, so rows are not lines: the csv module finds where each one ends.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+
+from data_pipelines.records import Pair
+from data_pipelines.sources import files, index_file
+from data_pipelines.sources.files import Window
+from data_pipelines.sources.index_file import Contents
+from data_pipelines.sources.remote import FileStat
+from data_pipelines.sources.shards import ColumnSource, join_offsets
+
+IMAGE_COLUMNS = ("image", "file_name", "filename", "filepath", "image_path", "path", "file", "img")
+_BOM = b"\xef\xbb\xbf"
+_MAX_FIELD_CHARS = 1 << 24
+
+
+class ListSource(ColumnSource):
+    """The rows of lists, in their order. Pairs whose picture is not there have no image and say "missing_image".
+
+    Args:
+      shards: a pattern or several, as for `files.expand_shards`.
+      image: the column that holds the paths; None finds it.
+
+    Raises:
+      FileNotFoundError, PermissionError, ValueError: a list is missing, unreadable, empty, or has no such column.
+      OSError: a server does not answer.
+    """
+
+    def __init__(self, shards: str | os.PathLike | Sequence[str | os.PathLike], *, image: str | None = None):
+        super().__init__(shards, "list", build, image=image)
+
+    def _pair(self, shard: int, row: int) -> Pair:
+        path, column = self.paths[shard], self._images[shard]
+        offset, size = self._tables(shard)["rows"][row].item()
+        line = self._files.read(shard, offset, size)
+        fields, problems = _parse_json(line) if _is_json(path) else _parse_csv(path, line, self.notes(shard)["columns"])
+        named = fields.pop(column, None)
+        key = fields.pop("key", None) or named or f"{os.path.basename(path)}/{row}"
+        image = None
+        if isinstance(named, str) and named:
+            try:
+                image = files.read_whole(_join(path, named))
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                problems.append("missing_image")
+            except ValueError as error:  # no path at all: a NUL, an unknown protocol
+                raise OSError(f"row {row} of {path!r} names no picture: {error}") from error
+        return Pair(str(key), image, fields, tuple(problems))
+
+
+def build(shard: str, stat: FileStat) -> Contents:
+    """Raises ValueError: the list has no rows, or is no list."""
+    offsets, sizes, columns = _scan_json(shard, stat) if _is_json(shard) else _scan_csv(shard, stat)
+    if not offsets:
+        raise ValueError(f"list {shard!r} has no rows; leave it out")
+    rows = join_offsets(offsets, sizes)
+    image = next((name for name in IMAGE_COLUMNS if name in columns), None)
+    notes = {"columns": columns, "image": image}
+    return Contents(len(rows), {"rows": rows}, notes, index_file.digest(stat, rows, repr(columns).encode()))
+
+
+def _is_json(path: str) -> bool:
+    return path.lower().endswith(".jsonl")
+
+
+def _dialect(path: str) -> dict:
+    return {"delimiter": "\t" if path.lower().endswith(".tsv") else ",", "strict": True}
+
+
+def _lines(shard: str, stat: FileStat) -> Iterator[tuple[int, bytes]]:
+    """Every line with its offset."""
+    window, offset, rest = Window(shard, stat.size), 0, b""
+    base = 0
+    while offset < stat.size:
+        block = window.fetch(offset)
+        offset += len(block)
+        lines = (rest + block).split(b"\n")
+        rest = lines.pop()
+        for line in lines:
+            yield base, line + b"\n"
+            base += len(line) + 1
+    if rest:
+        yield base, rest
+
+
+class _Decoded:
+    """Lines as text for the csv module; `end` is the offset after the last one that it took."""
+
+    def __init__(self, lines: Iterator[tuple[int, bytes]]):
+        self._lines = lines
+        self.end = 0
+
+    def __iter__(self) -> "_Decoded":
+        return self
+
+    def __next__(self) -> str:
+        offset, line = next(self._lines)
+        self.end = offset + len(line)
+        return (line.removeprefix(_BOM) if offset == 0 else line).decode("utf-8", "replace")
+
+
+def _scan_csv(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[str]]:
+    csv.field_size_limit(_MAX_FIELD_CHARS)
+    lines = _Decoded(_lines(shard, stat))
+    reader = csv.reader(lines, **_dialect(shard))
+    offsets, sizes = [], []
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+        start = lines.end
+        for row in reader:
+            if row:
+                offsets.append(start)
+                sizes.append(lines.end - start)
+            start = lines.end
+    except csv.Error as error:
+        raise ValueError(f"list {shard!r} is no CSV at line {reader.line_num} ({error}); mend that line") from error
+    return offsets, sizes, columns
+
+
+def _scan_json(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[str]]:
+    offsets, sizes, columns = [], [], None
+    for offset, line in _lines(shard, stat):
+        if not line.strip():
+            continue
+        if columns is None:
+            fields, problems = _parse_json(line)
+            if problems:
+                raise ValueError(f"list {shard!r} does not begin with a JSON object; write one per line")
+            columns = sorted(fields)
+        offsets.append(offset)
+        sizes.append(len(line))
+    return offsets, sizes, columns or []
+
+
+def _parse_json(line: bytes) -> tuple[dict, list[str]]:
+    try:
+        parsed = json.loads(line.removeprefix(_BOM))
+    except ValueError:
+        return {}, ["invalid_json"]
+    return (parsed, []) if isinstance(parsed, dict) else ({}, ["invalid_json"])
+
+
+def _parse_csv(path: str, line: bytes, columns: Sequence[str]) -> tuple[dict, list[str]]:
+    problems = []
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError:
+        text = line.decode("utf-8", "replace")
+        problems.append("invalid_utf8")
+    values = next(csv.reader(io.StringIO(text, newline=""), **_dialect(path)), [])
+    return dict(zip(columns, values, strict=False)), problems
+
+
+def _join(listing: str, name: str) -> str:
+    """Where a picture lies that a list names."""
+    if files.is_remote(name) or not files.is_remote(listing):
+        return os.path.join(os.path.dirname(listing), os.path.expanduser(name)) if not files.is_remote(name) else name
+    return f"{listing.rpartition('/')[0]}/{name}"

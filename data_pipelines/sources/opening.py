@@ -1,0 +1,88 @@
+"""Shards of any format: the reader is chosen by the files' names, and by their first bytes where a name says nothing.
+
+The trap: a caption field that the files do not have is found out here, not as a hundred thousand pairs without a text;
+tars are the exception, only their pairs tell what fields there are.
+"""
+
+import os
+import re
+from collections.abc import Collection, Sequence
+
+from data_pipelines.sources import files, tfds
+from data_pipelines.sources.arrayrecord import ArrayRecordSource
+from data_pipelines.sources.listing import ListSource
+from data_pipelines.sources.names import did_you_mean
+from data_pipelines.sources.parquet import ParquetSource
+from data_pipelines.sources.shards import ShardedSource
+from data_pipelines.sources.tfrecord import TFRecordSource
+from data_pipelines.sources.webdataset import TarSource
+
+_KINDS = {
+    "tar": re.compile(r"\.tar$"),
+    "parquet": re.compile(r"\.(?:parquet|pq)$"),
+    "arrayrecord": re.compile(r"\.(?:array_?record|riegeli)(?:-\d+-of-\d+)?$"),
+    "tfrecord": re.compile(r"\.tfrecords?(?:-\d+-of-\d+)?$|\.tfrec$"),
+    "list": re.compile(r"\.(?:csv|tsv|jsonl)$"),
+}
+_MAGIC = {"parquet": (0, b"PAR1"), "arrayrecord": (0, b"\x83\xaf\x70\xd1\x0d\x88\x4a\x3f"), "tar": (257, b"ustar")}
+_KNOWN = "tar, parquet, array_record, tfrecord, csv, tsv and jsonl"
+
+
+def open_source(
+    shards: str | os.PathLike | Sequence[str | os.PathLike],
+    *,
+    image: str | None = None,
+    fields: Collection[str] | None = None,
+) -> ShardedSource:
+    """The pairs of shards of one format, local or at URLs.
+
+    Args:
+      shards: a pattern or several, see `files.expand_shards`; or a folder that TFDS wrote.
+      image: the column or feature that holds the picture, where the files have such; None finds it.
+      fields: the fields that will be asked for, such as "captions" of "captions.en"; None for all of them.
+
+    Raises:
+      FileNotFoundError, PermissionError: a shard is missing or not to be read.
+      ValueError: a shard is damaged, of an unknown or another format, or lacks a column.
+      OSError: a server does not answer.
+    """
+    paths = files.expand_shards(shards)
+    if len(paths) == 1 and not files.is_remote(paths[0]) and os.path.isdir(paths[0]):
+        paths = tfds.expand_folder(paths[0].rstrip("/"))
+    kinds = {path: _kind(path) for path in paths}
+    kind, other = kinds[paths[0]], next((path for path in paths if kinds[path] != kinds[paths[0]]), None)
+    if other is not None:
+        raise ValueError(f"shards {paths[0]!r} and {other!r} are of two formats; make them two sources")
+    source = _open(paths, kind, image, fields)
+    columns = source.columns
+    for name in fields or ():
+        if columns is not None and name not in columns:
+            raise ValueError(f"shard {paths[0]!r} has no field {name!r}{did_you_mean(name, columns)}")
+    return source
+
+
+def _open(paths: list[str], kind: str, image: str | None, fields: Collection[str] | None) -> ShardedSource:
+    if kind == "parquet":
+        return ParquetSource(paths, image=image, fields=fields)
+    if kind == "arrayrecord":
+        return ArrayRecordSource(paths, image=image)
+    if kind == "tfrecord":
+        return TFRecordSource(paths, image=image)
+    if kind == "list":
+        return ListSource(paths, image=image)
+    if image is not None:
+        raise ValueError(f"image={image!r}: a tar has no columns; its pictures are its members KEY.jpg, KEY.png, …")
+    return TarSource(paths)
+
+
+def _kind(path: str) -> str:
+    name = path.partition("?")[0] if path.startswith("http") else path
+    for kind, pattern in _KINDS.items():
+        if pattern.search(name.lower()):
+            return kind
+    stat = files.stat(path)
+    head = files.Reader([path], [stat.size]).read(0, 0, min(stat.size, 512))
+    for kind, (offset, magic) in _MAGIC.items():
+        if head[offset : offset + len(magic)] == magic:
+            return kind
+    raise ValueError(f"shard {path!r} is of no known format ({_KNOWN}); rename it if it is one of them")

@@ -1,0 +1,284 @@
+"""Parquet files with encoded pictures in them: the Hugging Face layout, or any column of bytes.
+
+    pair -> (file, row group, row);  a row group is read in one go, only its needed columns, and kept for its neighbours
+
+The picture's column: a struct {bytes, path} (Hugging Face's Image), or bytes; `image` where there are several. All other
+columns become fields.
+
+The trap: the unit of reading is the row group, and an order that jumps between more groups than the cache holds reads a
+whole group for every pair. Write small groups (100 pictures), or stream in blocks; `group_starts` says where they lie.
+"""
+
+import bisect
+import functools
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
+
+import numpy as np
+
+from data_pipelines.records import Pair, ShardLost
+from data_pipelines.sources import files, index_file
+from data_pipelines.sources.index_file import Contents
+from data_pipelines.sources.remote import FileStat
+from data_pipelines.sources.shards import ColumnSource
+
+CACHE_BYTES = 1 << 28
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "picture", "bytes", "content")
+KEY_COLUMNS = ("key", "__key__")
+_OPEN_FOOTERS = 64
+_JOIN_GAP_BYTES = 1 << 20
+_FOOTER_GUESS_BYTES = 1 << 16
+
+
+class ParquetSource(ColumnSource):
+    """The rows of Parquet files, in their order.
+
+    Args:
+      shards: a pattern or several, as for `files.expand_shards`.
+      image: the column that holds the picture; None finds it.
+      fields: the other columns to read; None for all.
+
+    Raises:
+      FileNotFoundError, PermissionError, ValueError: a file is missing, unreadable, cut, no Parquet file, or has no
+        such column.
+      OSError: a server does not answer.
+    """
+
+    def __init__(
+        self,
+        shards: str | os.PathLike | Sequence[str | os.PathLike],
+        *,
+        image: str | None = None,
+        fields: Collection[str] | None = None,
+    ):
+        self._fields = fields
+        super().__init__(shards, "parquet", build, image=image)
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self._footer = functools.lru_cache(_OPEN_FOOTERS)(self._read_footer)
+        self._groups = _GroupCache(CACHE_BYTES)
+
+    def __getstate__(self) -> tuple:
+        return self._fields, super().__getstate__()
+
+    def __setstate__(self, state: tuple) -> None:
+        self._fields, opened = state
+        super().__setstate__(opened)
+
+    @property
+    def group_starts(self) -> np.ndarray:
+        """The first pair of each row group. -> int64 [groups]"""
+        starts = [self._tables(shard)["groups"]["first"] + self._starts[shard] for shard in range(len(self.paths))]
+        return np.concatenate(starts)
+
+    def _pair(self, shard: int, row: int) -> Pair:
+        firsts = self._tables(shard)["groups"]["first"]
+        group = bisect.bisect_right(firsts, row) - 1
+        table = self._groups.get((shard, group), lambda: self._read_group(shard, group))
+        values = table.slice(row - int(firsts[group]), 1).to_pylist()[0]
+        image = values.pop(self._images[shard])
+        if isinstance(image, dict):
+            image = image.get("bytes")
+        key = next((values[name] for name in KEY_COLUMNS if values.get(name) is not None), None)
+        values.pop("key", None)
+        name = f"{os.path.basename(self.paths[shard])}/{row}" if key is None else str(key)
+        return Pair(name, image, {name: value for name, value in values.items() if value is not None})
+
+    def _read_footer(self, shard: int):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        read = functools.partial(self._files.read, shard)
+        try:
+            return pq.read_metadata(_footer_file(read, self._indexes[shard].header.shard_bytes))
+        except pa.ArrowException as error:
+            raise ShardLost(f"shard {self.paths[shard]!r} was replaced while it was in use; start again") from error
+
+    def _read_group(self, shard: int, group: int):
+        """The needed columns of a row group, in as few reads as they lie in stretches."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        metadata = self._footer(shard)
+        wanted = {self._images[shard], *KEY_COLUMNS, *(self._fields or ())}
+        names = [name for name in self.notes(shard)["columns"] if self._fields is None or name in wanted]
+        described = metadata.row_group(group)
+        chunks = [described.column(place) for place in range(described.num_columns)]
+        spans = [_span(chunk) for chunk in chunks if chunk.path_in_schema.split(".")[0] in names]
+        blocks = [(start, self._files.read(shard, start, end - start)) for start, end in _joined(spans)]
+        source = _Blocks(blocks, self._indexes[shard].header.shard_bytes)
+        try:
+            file = pq.ParquetFile(pa.PythonFile(source, "r"), metadata=metadata)
+            return file.read_row_group(group, columns=names, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            told = " ".join(str(error).split())
+            raise OSError(f"row group {group} of shard {self.paths[shard]!r} is damaged: {told}") from error
+
+
+class _GroupCache:
+    """Tables by (file, group), the latest used ones that fit; who asks for one that is being read waits for it.
+
+    A table larger than the limit is handed out, and kept until the next one comes.
+    """
+
+    def __init__(self, limit_bytes: int):
+        self._limit_bytes = limit_bytes
+        self._lock = threading.Lock()  # held for bookkeeping only, never while reading
+        self._tables: OrderedDict[tuple[int, int], Future] = OrderedDict()
+
+    def get(self, place: tuple[int, int], read):
+        with self._lock:
+            future = self._tables.get(place)
+            reading = future is None
+            if reading:
+                future = self._tables[place] = Future()
+            self._tables.move_to_end(place)
+        if not reading:
+            return future.result()
+        try:
+            future.set_result(read())
+        except BaseException as error:
+            with self._lock:
+                self._tables.pop(place, None)
+            future.set_exception(error)
+            raise
+        with self._lock:
+            self._shrink(place)
+        return future.result()
+
+    def _shrink(self, newest: tuple[int, int]) -> None:
+        done = [place for place, future in self._tables.items() if future.done()]
+        used_bytes = sum(self._tables[place].result().nbytes for place in done)
+        for place in done:
+            if used_bytes <= self._limit_bytes:
+                return
+            if place != newest:
+                used_bytes -= self._tables.pop(place).result().nbytes
+
+
+class _Blocks:
+    """A file of which only some blocks are in memory, as pyarrow reads one. blocks: (offset, bytes) each."""
+
+    closed = False
+
+    def __init__(self, blocks: list[tuple[int, bytes]], size: int):
+        self._blocks, self._size, self._at = blocks, size, 0
+
+    def read(self, size: int = -1) -> bytes:
+        size = self._size - self._at if size < 0 else size
+        for start, block in self._blocks:
+            if start <= self._at and self._at + size <= start + len(block):
+                data = block[self._at - start : self._at - start + size]
+                self._at += len(data)
+                return data
+        raise OSError(f"bytes {self._at} to {self._at + size} lie outside of the columns that were read")
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def size(self) -> int:
+        return self._size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return False
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._blocks = []
+
+
+def build(shard: str, stat: FileStat) -> Contents:
+    """Raises ValueError: the shard is cut, no Parquet file, or has no rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    read = functools.partial(files.Reader([shard], [stat.size]).read, 0)
+    try:
+        metadata = pq.read_metadata(_footer_file(read, stat.size))
+    except (pa.ArrowException, OSError) as error:
+        if not isinstance(error, pa.ArrowException) and files.is_remote(shard):
+            raise
+        told = " ".join(str(error).split())
+        raise ValueError(f"shard {shard!r} is cut or no Parquet file ({told}); fetch it again") from error
+    if not metadata.num_rows:
+        raise ValueError(f"shard {shard!r} holds no rows; leave it out")
+    counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    groups = np.zeros(len(counts), [("first", "<i8")])
+    groups["first"][1:] = np.cumsum(counts)[:-1]
+    schema = metadata.schema.to_arrow_schema()
+    notes = {"columns": schema.names, "image": _image_column(schema)}
+    return Contents(metadata.num_rows, {"groups": groups}, notes, index_file.digest(stat, groups, _identity(metadata)))
+
+
+def _identity(metadata) -> bytes:
+    """Where every column of every group lies, and what its statistics say."""
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    columns = [group.column(place) for group in groups for place in range(group.num_columns)]
+    return repr([(_span(column), column.path_in_schema, column.total_uncompressed_size) for column in columns]).encode()
+
+
+def _image_column(schema) -> str | None:
+    import pyarrow.types as types
+
+    def is_bytes(kind) -> bool:
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
+    structs = [
+        field.name
+        for field in schema
+        if types.is_struct(field.type)
+        and field.type.get_field_index("bytes") >= 0
+        and is_bytes(field.type.field("bytes").type)
+    ]
+    plain = [field.name for field in schema if is_bytes(field.type)]
+    for found in (structs, plain):
+        named = [name for name in IMAGE_COLUMNS if name in found]
+        if named or len(found) == 1:
+            return (named or found)[0]
+    return None
+
+
+def _footer_file(read, size: int) -> _Blocks:
+    """The end of a file, in one read or two, as a file. read(offset, size) -> bytes"""
+    end = read(max(0, size - _FOOTER_GUESS_BYTES), min(size, _FOOTER_GUESS_BYTES))
+    needed = int.from_bytes(end[-8:-4], "little") + 8
+    if len(end) < needed <= size and end[-4:] == b"PAR1":
+        end = read(size - needed, needed)
+    import pyarrow as pa
+
+    return pa.PythonFile(_Blocks([(size - len(end), end)], size), "r")
+
+
+def _span(chunk) -> tuple[int, int]:
+    """Where a column chunk lies: (start, end)."""
+    start = chunk.data_page_offset
+    if chunk.dictionary_page_offset is not None:
+        start = min(start, chunk.dictionary_page_offset)
+    return start, start + chunk.total_compressed_size
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Stretches over these, small gaps read along."""
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if joined and start - joined[-1][1] <= _JOIN_GAP_BYTES:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined

@@ -1,0 +1,259 @@
+"""Files behind a URL, through fsspec: size, listing, byte ranges; tried again while there is hope.
+
+    wait before try k:  min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**k) * uniform(0.5, 1), or what the server asks for
+
+Timeouts, dropped connections, short bodies, 408, 425, 429 and 5xx are tried again; 403, 404 and the like are not.
+What fails for good is one line: which bytes of which URL, what failed, how often.
+
+HTTP is spoken here, over fsspec's session, because `fsspec` reads a body to its end before it looks at the
+status: a server that ignores the Range header would send the whole shard for every picture.
+
+fsspec is imported with the first URL: local files are read on machines that have none of this.
+
+The trap: a stalled connection raises nothing. Every step has a deadline, so it counts as dropped.
+"""
+
+import asyncio
+import contextlib
+import random
+import re
+import time
+import warnings
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+TRIES = 6
+FIRST_WAIT_S = 0.25
+LONGEST_WAIT_S = 20.0
+STALL_S = 20.0  # without a byte, or without an answer
+SLOWEST_BYTES_PER_S = 1 << 18
+_CHUNK_BYTES = 1 << 20
+_TRANSIENT_STATUS = frozenset((408, 425, 429))
+_VERSION_FIELDS = (
+    "ETag",
+    "etag",
+    "generation",
+    "md5Hash",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "mtime",
+    "created",
+)
+_jitter = random.SystemRandom()  # Worker processes forked from one parent must not wait in step.
+_warned_hosts: set[str] = set()
+
+
+class RemoteError(OSError):
+    """A remote read that failed after every retry."""
+
+
+class BadAnswer(OSError):
+    """An HTTP answer without the bytes that were asked for. status: of the answer, 0 when the body is at fault."""
+
+    def __init__(self, message: str, *, status: int = 0, retry_after_s: float | None = None):
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True)
+class FileStat:
+    """Size and version (an entity tag or a time, "" when neither is told) of a file."""
+
+    size: int
+    version: str
+
+
+def stat(url: str) -> FileStat:
+    """Raises FileNotFoundError, PermissionError, ValueError (a URL that cannot be), RemoteError."""
+
+    async def over_http(fs) -> FileStat:
+        async with _get(fs, url, "bytes=0-0") as response:
+            whole = re.fullmatch(r"bytes .*/(\d+)", response.headers.get("Content-Range", ""))
+            if response.status == 416 and whole:
+                return FileStat(0, "")
+            _check_status(response)
+            size = int(whole[1]) if whole else response.content_length
+            if size is None:
+                raise BadAnswer("the answer does not tell the size")
+            return FileStat(size, response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
+
+    def over_others(info: dict) -> FileStat:
+        if info.get("type") == "directory" or info.get("size") is None:
+            raise ValueError(f"{url!r} is a folder; name its files, e.g. '{url.rstrip('/')}/*.tar'")
+        return FileStat(info["size"], str(next((info[name] for name in _VERSION_FIELDS if info.get(name)), "")))
+
+    def attempt() -> FileStat:
+        fs, path = _open(url)
+        if _is_http(fs):
+            return _run(fs, over_http(fs), STALL_S)
+        return over_others(_run(fs, fs._info(path), STALL_S) if _is_async(fs) else fs.info(path))
+
+    return _retried(attempt, f"asking for the size of {url!r}")
+
+
+def read_range(url: str, offset: int, size: int, *, total: int) -> bytes:
+    """Exactly `size` bytes from `offset` of a file of `total` bytes.
+
+    Raises:
+      FileNotFoundError, PermissionError: it is gone, or not to be read.
+      RemoteError: it could not be read after every retry.
+      ValueError: it has another size by now, or the URL cannot be.
+    """
+    if size == 0:
+        return b""
+    deadline_s = STALL_S + size / SLOWEST_BYTES_PER_S
+
+    def attempt() -> bytes:
+        fs, path = _open(url)
+        if _is_http(fs):
+            return _run(fs, _http_range(fs, url, offset, size, total), deadline_s + total / SLOWEST_BYTES_PER_S)
+        ends = {"start": offset, "end": offset + size}
+        data = _run(fs, fs._cat_file(path, **ends), deadline_s) if _is_async(fs) else fs.cat_file(path, **ends)
+        if len(data) != size:
+            raise BadAnswer(f"{len(data)} bytes came, {size} were due")
+        return data
+
+    return _retried(attempt, f"reading bytes {offset} to {offset + size - 1} of {url!r}")
+
+
+def listing(pattern: str) -> list[str]:
+    """The URLs that a pattern with `*` and `[…]` in it names, sorted. Raises as `stat`; [] when there are none."""
+
+    def attempt() -> list[str]:
+        fs, path = _open(pattern)
+        try:
+            return sorted(fs.unstrip_protocol(name) for name in fs.glob(path))
+        except FileNotFoundError:  # the folder
+            return []
+
+    return _retried(attempt, f"listing {pattern!r}")
+
+
+async def _http_range(fs, url: str, offset: int, size: int, total: int) -> bytes:
+    async with _get(fs, url, f"bytes={offset}-{offset + size - 1}") as response:
+        _check_status(response)
+        skip = 0
+        if response.status == 206:
+            told = response.headers.get("Content-Range", "")
+            if not told.startswith(f"bytes {offset}-"):
+                raise BadAnswer(f"the answer is for another range ({told!r})", status=206)
+            if told.rpartition("/")[2] not in ("*", str(total)):
+                raise ValueError(f"{url!r} had {total} bytes when it was opened, now it is {told!r}; start again")
+        else:
+            skip = offset
+            _warn_no_ranges(url)
+        data = bytearray()
+        while len(data) < size:
+            chunk = await asyncio.wait_for(response.content.read(_CHUNK_BYTES), STALL_S)
+            if not chunk:
+                raise BadAnswer(f"the body ended after {len(data)} of {size} bytes")
+            data += chunk[skip : skip + size - len(data)]
+            skip = max(0, skip - len(chunk))
+        return bytes(data)
+
+
+@contextlib.asynccontextmanager
+async def _get(fs, url: str, byte_range: str):
+    """The answer to a request for a byte range, its body unread."""
+    headers = dict(fs.kwargs.get("headers", {})) | {"Range": byte_range, "Accept-Encoding": "identity"}
+    session = await fs.set_session()
+    request = session.get(fs.encode_url(url), **{**fs.kwargs, "headers": headers})
+    response = await asyncio.wait_for(request, STALL_S)
+    try:
+        yield response
+    finally:
+        response.close()  # A body read to its end has given its connection back; of another the rest is not wanted.
+
+
+def _check_status(response) -> None:
+    if response.status in (200, 206):
+        return
+    asked = response.headers.get("Retry-After", "")
+    wait_s = float(asked) if asked.isdecimal() else None
+    raise BadAnswer(f"{response.status} {response.reason}", status=response.status, retry_after_s=wait_s)
+
+
+def _warn_no_ranges(url: str) -> None:
+    host = urlsplit(url).netloc
+    if host not in _warned_hosts:
+        _warned_hosts.add(host)
+        warnings.warn(
+            f"the server of {url!r} ignores byte ranges, so every read starts at the first byte: slow; "
+            "serve the files with ranges, or copy them",
+            stacklevel=2,
+        )
+
+
+def _open(url: str):
+    """The fsspec file system for a URL (it keeps one in each process) and the path in it."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise ValueError(f"{url!r} cannot be opened: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{url!r} cannot be opened: {error}; name a path or a URL that fsspec knows") from error
+
+
+def _is_http(fs) -> bool:
+    return "http" in fs.protocol if isinstance(fs.protocol, tuple | list) else fs.protocol == "http"
+
+
+def _is_async(fs) -> bool:
+    from fsspec.asyn import AsyncFileSystem
+
+    return isinstance(fs, AsyncFileSystem)
+
+
+def _run(fs, work: Awaitable, deadline_s: float):
+    """Runs a coroutine on fsspec's loop, and cancels it at the deadline."""
+    from fsspec.asyn import sync
+
+    return sync(fs.loop, asyncio.wait_for, work, deadline_s)
+
+
+def _retried(attempt: Callable, doing: str):
+    started_s = time.monotonic()
+    for number in range(TRIES):
+        try:
+            return attempt()
+        except Exception as error:
+            _raise_if_permanent(error, doing)
+            last = error
+        if number < TRIES - 1:
+            wait_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**number) * _jitter.uniform(0.5, 1)
+            asked_s = getattr(last, "retry_after_s", None) or 0
+            time.sleep(max(wait_s, min(asked_s, LONGEST_WAIT_S)))
+    took_s = time.monotonic() - started_s
+    raise RemoteError(
+        f"{doing} failed {TRIES} times in {took_s:.0f} s, at last with: {_describe(last)}; check server and network"
+    ) from last
+
+
+def _raise_if_permanent(error: Exception, doing: str) -> None:
+    status = getattr(error, "status", None) or getattr(error, "code", None) or 0
+    if status == 404 or status == 410 or isinstance(error, FileNotFoundError):
+        raise FileNotFoundError(f"{doing}: there is no such file ({_describe(error)}); check the URL") from error
+    if status in (401, 403) or isinstance(error, PermissionError):
+        raise PermissionError(f"{doing}: not permitted ({_describe(error)}); check the credentials") from error
+    if isinstance(status, int) and 400 <= status < 500 and status not in _TRANSIENT_STATUS:
+        raise ValueError(f"{doing}: the server refuses ({_describe(error)})") from error
+    if not isinstance(error, (OSError, EOFError, *_client_errors())):
+        raise error
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """What HTTP clients raise beside OSError; every cloud file system of fsspec speaks through aiohttp."""
+    import aiohttp
+
+    return (aiohttp.ClientError,)
+
+
+def _describe(error: Exception) -> str:
+    name = "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
+    text = " ".join(str(error).split())
+    return text if isinstance(error, BadAnswer) else f"{name}: {text}" if text else name

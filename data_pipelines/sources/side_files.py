@@ -1,0 +1,91 @@
+"""What img2dataset writes beside a shard 00000.tar: 00000.parquet (a row per url, failures too) and 00000_stats.json.
+
+The parquet file repeats what the json members say, so it is read only for the columns that they lack: shards made
+without json, scores that someone added later. The statistics tell how many pairs the shard should hold.
+
+The trap: its rows are not those of the tar (failed downloads have one as well), they are matched by key.
+"""
+
+import io
+import json
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_pipelines.records import ShardLost
+from data_pipelines.sources import files
+
+KEY = "key"
+
+
+def successes(shard: str) -> int | None:
+    """How many pairs the statistics beside a shard count; None when there are none to read."""
+    path = f"{_stem(shard)}_stats.json"
+    if not files.exists(path):
+        return None
+    try:
+        return int(json.loads(files.read_whole(path))["successes"])
+    except (ValueError, KeyError, TypeError):
+        warnings.warn(f"statistics {path!r} cannot be read; they are not used", stacklevel=2)
+        return None
+
+
+def match(shard: str, rows: np.ndarray, first_json: bytes | None) -> tuple[np.ndarray, list[str]] | None:
+    """Each pair's row in the side file (-1: none) and the columns that it adds; None when it adds nothing.
+
+    rows: as in `tar_index`; first_json: of a pair, as an example of what the shard tells itself.
+    """
+    path = f"{_stem(shard)}.parquet"
+    if not files.exists(path):
+        return None
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        side = pq.ParquetFile(io.BytesIO(files.read_whole(path)))
+        added = [name for name in side.schema_arrow.names if name != KEY and name not in _names(first_json)]
+        if KEY not in side.schema_arrow.names or not added:
+            return None
+        place_of = {str(key).encode(): row for row, key in enumerate(side.read([KEY])[KEY].to_pylist())}
+    except (pa.ArrowException, OSError) as error:
+        warnings.warn(f"side file {path!r} cannot be read ({error}); it is not used", stacklevel=2)
+        return None
+    found = np.empty(len(rows), [("row", "<i8")])
+    found["row"] = [place_of.get(key.rpartition(b"/")[2], -1) for key in rows["key"].tolist()]
+    return (found, added) if (found["row"] >= 0).any() else None
+
+
+class SideTable:
+    """The added columns of one side file, in memory."""
+
+    def __init__(self, shard: str, columns: Sequence[str]):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._path = f"{_stem(shard)}.parquet"
+        try:
+            self._table = pq.read_table(io.BytesIO(files.read_whole(self._path)), columns=[KEY, *columns])
+        except (pa.ArrowException, FileNotFoundError, PermissionError) as error:
+            raise ShardLost(f"side file {self._path!r} cannot be read any more: {error}") from error
+
+    def fields(self, row: int, key: str) -> dict[str, object]:
+        """The columns of a row that have a value. Raises ShardLost when the row is not that of this key."""
+        values = self._table.slice(row, 1).to_pylist()
+        if not values or str(values[0].pop(KEY)) != key.rpartition("/")[2]:
+            raise ShardLost(
+                f"side file {self._path!r} has changed since its shard was indexed; delete the shard's .idx"
+            )
+        return {name: value for name, value in values[0].items() if value is not None}
+
+
+def _names(first_json: bytes | None) -> frozenset[str]:
+    try:
+        parsed = json.loads(first_json) if first_json is not None else {}
+    except ValueError:
+        parsed = {}
+    return frozenset(parsed) if isinstance(parsed, dict) else frozenset()
+
+
+def _stem(shard: str) -> str:
+    return shard.removesuffix(".tar")

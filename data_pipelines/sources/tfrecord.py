@@ -1,0 +1,122 @@
+"""TFRecord files of tf.train.Example (TFDS and others), by random access and without TensorFlow.
+
+    record = length (uint64) | masked crc of length | data | masked crc of data       little endian
+    masked = rotate_right(crc32c, 15) + 0xa282ead8
+
+The offsets are found in one pass over the lengths, from record to record, and kept as an index. See `examples` for what
+becomes of a record.
+
+The trap: files packed as a whole (GZIP) look like damage; they have no random access and are refused by name.
+"""
+
+import os
+import struct
+from collections.abc import Sequence
+
+from data_pipelines.records import Pair
+from data_pipelines.sources import examples, index_file, tfds
+from data_pipelines.sources.files import Window
+from data_pipelines.sources.index_file import Contents
+from data_pipelines.sources.remote import FileStat
+from data_pipelines.sources.shards import ColumnSource, join_offsets
+
+_HEADER_BYTES, _FOOTER_BYTES = 12, 4
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+class TFRecordSource(ColumnSource):
+    """The records of TFRecord shards, in their order.
+
+    Args:
+      shards: a pattern or several, as for `files.expand_shards`.
+      image: the feature that holds the picture; None finds it.
+
+    Raises:
+      FileNotFoundError, PermissionError, ValueError: a shard is missing, unreadable, empty, no TFRecord file of
+        tf.train.Example, or has no such feature.
+      OSError: a server does not answer.
+    """
+
+    def __init__(self, shards: str | os.PathLike | Sequence[str | os.PathLike], *, image: str | None = None):
+        super().__init__(shards, "tfrecord", build, image=image)
+
+    def _pair(self, shard: int, row: int) -> Pair:
+        offset, size = self._tables(shard)["rows"][row].item()
+        framed = self._files.read(shard, offset, size + _FOOTER_BYTES)
+        record = framed[:size]
+        if _masked_crc(record) != framed[size:]:
+            raise OSError(f"record {row} of shard {self.paths[shard]!r} does not have its checksum: it is damaged")
+        try:
+            features = examples.parse(record)
+        except ValueError as error:
+            raise OSError(f"record {row} of shard {self.paths[shard]!r}: {error}") from error
+        name = f"{os.path.basename(self.paths[shard])}/{row}"
+        return examples.to_pair(features, image=self._images[shard], fallback_key=name)
+
+
+def build(shard: str, stat: FileStat) -> Contents:
+    """Raises ValueError: the shard is no TFRecord file of tf.train.Example."""
+    window = Window(shard, stat.size)
+    offsets, sizes, crcs, whole = _walk(shard, window)
+    if not offsets:
+        raise ValueError(f"shard {shard!r} holds not one whole record ({stat.size} bytes); fetch it again")
+    rows = join_offsets(offsets, sizes)
+    try:
+        first = examples.parse(window.fetch(offsets[0], sizes[0])[: sizes[0]])
+    except ValueError as error:
+        raise ValueError(f"shard {shard!r} does not hold tf.train.Example records: {error}") from error
+    due = tfds.records_due(shard)
+    notes = example_notes(shard, first) | {"truncated": not whole}
+    if due is not None and due > len(rows):
+        notes |= {"truncated": True, "pairs_due": due}
+    digest = index_file.digest(stat, rows, b"".join(crcs))
+    return Contents(len(rows), {"rows": rows}, notes, digest)
+
+
+def example_notes(shard: str, first: dict[str, list]) -> dict[str, object]:
+    """What an index notes of a shard whose first record has these features: their names, and which is the picture."""
+    columns = None if "json" in first else sorted(first)
+    return {
+        "columns": columns,
+        "features": sorted(first),
+        "image": tfds.image_feature(shard) or examples.image_feature(first),
+    }
+
+
+def _walk(shard: str, window: Window) -> tuple[list[int], list[int], list[bytes], bool]:
+    """Offset and size of each whole record, the checksums of their data, and whether the file ends with the last one."""
+    offsets, sizes, crcs = [], [], []
+    offset = base = 0
+    data = b""
+    while offset < window.size:
+        at = offset - base
+        header = data[at : at + _HEADER_BYTES]
+        if len(header) < _HEADER_BYTES:
+            base, data, at = offset, window.fetch(offset), 0
+            header = data[:_HEADER_BYTES]
+        if len(header) < _HEADER_BYTES or _masked_crc(header[:8]) != header[8:]:
+            if not offsets and data.startswith(_GZIP_MAGIC):
+                raise ValueError(f"shard {shard!r} is packed with gzip; unpack it, records are read at random")
+            if not offsets:
+                raise ValueError(f"shard {shard!r} is no TFRecord file: its first record has no valid length")
+            return offsets, sizes, crcs, False
+        (size,) = struct.unpack("<Q", header[:8])
+        end = offset + _HEADER_BYTES + size + _FOOTER_BYTES
+        if end > window.size:
+            return offsets, sizes, crcs, False
+        crc = data[end - _FOOTER_BYTES - base : end - base]
+        if len(crc) < _FOOTER_BYTES:
+            base, data = end - _FOOTER_BYTES, window.fetch(end - _FOOTER_BYTES)
+            crc = data[:_FOOTER_BYTES]
+        offsets.append(offset + _HEADER_BYTES)
+        sizes.append(size)
+        crcs.append(crc)
+        offset = end
+    return offsets, sizes, crcs, True
+
+
+def _masked_crc(data: bytes) -> bytes:
+    import google_crc32c
+
+    crc = google_crc32c.value(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)

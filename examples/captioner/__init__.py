@@ -1,0 +1,1 @@
+"""A PaliGemma-shaped captioner on a frozen encoder, then on one that is trained at a higher resolution."""

@@ -1,0 +1,206 @@
+"""`siglip data curate` and `siglip data stats`: the rules of `data_pipelines.curate`, with a model where one is named."""
+
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from data_pipelines.curate.config import MENDING, PRESETS, CurateConfig
+from data_pipelines.curate.engine import LocalEngine
+from data_pipelines.curate.materialize import materialize
+from data_pipelines.curate.run import FUNNEL_FILE, curate
+from data_pipelines.curate.stats import describe
+from siglip.cli.arguments import parse
+from siglip.trees import did_you_mean
+
+_SECONDS_BETWEEN_LINES = 10.0
+_SHOWN_COUNTS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class CurateArgs:
+    """Judge every pair of some shards: DIR/manifest.parquet with a reason for each, funnel.json and report.html.
+
+    Attributes:
+        shards: tar, Parquet, ArrayRecord or TFRecord files, lists of files; *, {00000..00009} and {a,b} expand.
+        out: the folder to write, not optional; run again with the same one to go on after a stop.
+        rules: the thresholds.
+        against: shards of evaluation sets; pairs that show one of their pictures are dropped.
+        preset: thresholds to start from: datacomp-basic, clip-top-30, metaclip-balance or pali-top-10.
+        model: scores pairs and finds leaks: a run's workdir, a checkpoint, a big_vision .npz, or a Hugging Face folder.
+        tokenizer: SentencePiece model, where the model brings none.
+        concepts: file of concepts for --concept-cap, one a line or a JSON list.
+        batch_size: pairs per forward pass of the model.
+        workers: processes; 0 is one per core.
+        materialize: also write the kept pairs as shards into DIR/shards.
+    """
+
+    shards: tyro.conf.Positional[tuple[str, ...]]
+    out: str = ""
+    rules: tyro.conf.OmitArgPrefixes[CurateConfig] = dataclasses.field(default_factory=CurateConfig)
+    against: tuple[str, ...] = ()
+    preset: str | None = None
+    model: str | None = None
+    tokenizer: str | None = None
+    concepts: str | None = None
+    batch_size: int = 256
+    workers: int = 0
+    materialize: Literal["tar", "arrayrecord"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StatsArgs:
+    """What a curation found, or what shards hold before any.
+
+    Attributes:
+        places: the folder of a curation, or shards.
+    """
+
+    places: tyro.conf.Positional[tuple[str, ...]]
+
+
+def curate_command(args: list[str]) -> None:
+    """Writes the manifest, the funnel and the report, and prints the funnel."""
+    start = CurateArgs(shards=(), rules=_preset_rules(args))
+    options = parse(CurateArgs, args, prog="siglip data curate", default=start)
+    if not options.shards:
+        raise ValueError("no shards given; name them, for instance 'data/train-*.tar'")
+    if not options.out:
+        raise ValueError("no folder given for the manifest; name one with --out DIR")
+    scorer = None if options.model is None else ModelScorer(options.model, options.tokenizer, options.batch_size)
+    out, paths = Path(options.out), []
+    with Watch() as watch, LocalEngine(options.workers) as engine:
+        funnel = curate(
+            options.shards,
+            out,
+            config=options.rules,
+            engine=engine,
+            against=options.against,
+            scorer=scorer,
+            concepts=options.concepts,
+            progress=watch,
+        )
+        if options.materialize is not None:
+            paths = materialize(out / "manifest.parquet", out / "shards", options.materialize, progress=watch)
+    print(format_funnel(funnel))
+    if options.materialize is not None:
+        print(f"{funnel['kept']} pairs in {len(paths)} shards -> {out / 'shards'}")
+    print(f"manifest: {out / 'manifest.parquet'}\nreport: {out / 'report.html'}")
+
+
+def stats_command(args: list[str]) -> None:
+    """Prints the funnel of a curation, or what some shards hold."""
+    options = parse(StatsArgs, args, prog="siglip data stats")
+    if not options.places:
+        raise ValueError("no place given; name the folder of a curation, or shards")
+    if len(options.places) == 1 and (Path(options.places[0]) / FUNNEL_FILE).is_file():
+        print(format_funnel(json.loads((Path(options.places[0]) / FUNNEL_FILE).read_text())))
+        return
+    with Watch() as watch, LocalEngine() as engine:
+        stats = describe(options.places, engine=engine, progress=watch)
+    print(format_stats(stats))
+
+
+class ModelScorer:
+    """A model as the scorer that `curate` takes. Loaded here, so that only a run that asks for it pays for jax."""
+
+    def __init__(self, src: str, tokenizer: str | None, batch_size: int):
+        from siglip.cli.evaluation import embed_in_batches, tower_of
+        from siglip.encoder import load
+
+        self._tower = tower_of(load(src), tokenizer=tokenizer, batch_size=batch_size)
+        self._embed = embed_in_batches
+        self.image_size = self._tower.image_size
+        self.fingerprint = hashlib.sha256(self._probe().tobytes()).hexdigest()
+
+    def embed_images(self, images: np.ndarray) -> np.ndarray:
+        return self._embed(self._tower.images, images, self._tower.batch_size)
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        return self._tower.embed_texts(texts)
+
+    def _probe(self) -> np.ndarray:
+        """What the model makes of a fixed picture and text: other weights, another answer."""
+        ramp = np.arange(int(np.prod(self.image_size)) * 3, dtype=np.uint32).astype(np.uint8)
+        return np.concatenate([self.embed_images(ramp.reshape(1, *self.image_size, 3)), self.embed_texts(["a probe"])])
+
+
+class Watch:
+    """Shows each stage: a bar with the time left on a terminal, now and then a line elsewhere."""
+
+    def __init__(self):
+        self._stage, self._bar, self._task = "", None, None
+        self._began = self._told = time.perf_counter()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, stage: str, done: int, of: int) -> None:
+        if stage != self._stage:
+            self._stage, self._began = stage, time.perf_counter()
+            self._told = self._began
+        if sys.stderr.isatty():
+            self._draw(stage, done, of)
+        elif time.perf_counter() - self._told > _SECONDS_BETWEEN_LINES:
+            self._told = time.perf_counter()
+            left_s = (self._told - self._began) / done * (of - done)
+            print(f"{stage} {done}/{of}  {left_s:.0f} s left", file=sys.stderr, flush=True)
+
+    def _draw(self, stage: str, done: int, of: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        if self._bar is None:
+            columns = (TextColumn("{task.description:18}"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar.start()
+        if self._task is None:
+            self._task = self._bar.add_task(stage, total=of)
+        self._bar.update(self._task, description=stage, completed=done, total=of)
+        if done == of:
+            self._task = None
+
+
+def format_funnel(funnel: Mapping) -> str:
+    """The rules in the order in which they decide, with what each took and left."""
+    left = funnel["pairs"]
+    lines = [f"{'':22}{'applies':>10}{'takes':>10}{'left':>12}", f"{'all':22}{'':10}{'':10}{left:12}"]
+    for rule, applied in funnel["applied"].items():
+        taken = funnel["taken"].get(rule, 0)
+        left -= taken
+        lines.append(f"{rule:22}{applied:10}{'mended' if rule in MENDING else taken:>10}{left:12}")
+    lines += [f"shard: {shard['problem']}" for shard in funnel["shards"] + funnel["against"] if shard["problem"]]
+    return "\n".join([*lines, f"{funnel['kept']} of {funnel['pairs']} pairs kept"])
+
+
+def format_stats(stats: Mapping) -> str:
+    """Counts, the most frequent first."""
+    lines = [f"{stats['pairs']} pairs in {stats['shards']} shards"]
+    for name in ("formats", "languages", "sides_px", "words", "faults"):
+        counts = sorted(stats[name].items(), key=lambda item: (-item[1], item[0]))[:_SHOWN_COUNTS]
+        lines.append(f"{name:10} " + "  ".join(f"{value or 'none'} {count}" for value, count in counts))
+    return "\n".join([*lines, *(f"shard: {problem}" for problem in stats["problems"])])
+
+
+def _preset_rules(args: list[str]) -> CurateConfig:
+    """What --preset starts from, found before the flags are parsed since these change it."""
+    for place, arg in enumerate(args):
+        name, is_flag, value = arg.partition("=")
+        if name == "--preset":
+            value = value if is_flag else "".join(args[place + 1 : place + 2])
+            if value not in PRESETS:
+                hint = did_you_mean(value, list(PRESETS)) or f"; there are {', '.join(PRESETS)}"
+                raise ValueError(f"unknown preset {value!r}{hint}")
+            return PRESETS[value]()
+    return CurateConfig()

@@ -1,0 +1,218 @@
+"""TensorFlow SavedModel: encoded pictures and raw text in, embeddings and probabilities out; everything between is in the graph.
+
+    serving_default   images: string [b], texts: string [k] -> probabilities, logits [b, k], image_embedding, text_embedding
+    embed_images      images -> image_embedding [b, e]           embed_texts   texts -> text_embedding [k, e]
+    image_tokens      images -> image_tokens [b, n, d]
+    pixels            images -> pixels uint8 [b, h, w, 3]        tokens        texts -> tokens int32 [k, l]
+
+    import tensorflow as tf, tensorflow_text                      # the second one only for its ops
+    model = tf.saved_model.load(folder)
+    model.signatures["serving_default"](images=tf.constant([jpeg]), texts=tf.constant(["a dog"]))["probabilities"]
+
+Of an image tower alone, `serving_default` is images -> image_tokens and, where it pools, image_embedding. Pictures are decoded
+and resized as Pillow does it (siglip.formats.tf_pixels), texts lower-cased and tokenized as in training (tf_tokens). The towers
+are StableHLO for CPU, CUDA and TPU with float32 products (jax2tf), for any b and k above 0; whoever loads them needs neither jax
+nor us.
+
+The trap: weights that a traced function merely closes over become constants of the graph, which ends at 2 GiB, once for each
+signature. Here they are variables, stored once and handed to every call.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from siglip.formats import tf_pixels, tf_tokens
+from siglip.formats.big_vision import image_only
+from siglip.formats.hf_tokenizer import read_model
+from siglip.models.two_tower import ModelConfig, make_model
+
+_PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, tokenizer: Path | None) -> None:
+    """Writes both towers with the tokenizer in the graph, or the image tower alone when `config.text` is None.
+
+    Raises:
+        ValueError: there is a text tower but no tokenizer for it, or one with more pieces than the tower has.
+    """
+    pieces = None if config.text is None else _sentencepiece(tokenizer, config)
+    tf, _ = _tensorflow()
+    module = tf.Module()
+    with jax.default_matmul_precision("highest"):
+        graphs = _image_graphs(module, params, config)
+        if pieces is not None:
+            graphs |= _text_graphs(module, params, config, pieces=pieces)
+        graphs["serving_default"] = _default(module, params, config, graphs)
+        signatures = {
+            name: _strings(*arguments)(graph).get_concrete_function() for name, (arguments, graph) in graphs.items()
+        }
+    tf.saved_model.save(module, str(folder), signatures=signatures)
+
+
+def outputs(folder: Path, files: Sequence[bytes], texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Everything that a written model gives for pictures and texts: what the signatures return, probabilities included.
+
+    `pixels` come as the tower takes them, float32 in [-1, 1]; without texts or without files, what needs them is left out.
+    """
+    tf, _ = _tensorflow()
+    model = tf.saved_model.load(str(folder))
+    given = {"images": tf.constant(list(files), tf.string), "texts": tf.constant(list(texts), tf.string)}
+    found = {}
+    # The default one first: every other that has something to add compiles a tower again.
+    for name in sorted(model.signatures, key="serving_default".__ne__):
+        signature = model.signatures[name]
+        wanted = signature.structured_input_signature[1]
+        if all(given[name].shape[0] for name in wanted) and not signature.structured_outputs.keys() <= found.keys():
+            found |= signature(**{name: given[name] for name in wanted})
+    found = {name: tensor.numpy() for name, tensor in found.items()}
+    if "pixels" in found:
+        found["pixels"] = found["pixels"].astype(np.float32) / np.float32(127.5) - 1
+    return found
+
+
+# Names of the arguments, and the function of them.
+_Graph = tuple[tuple[str, ...], Callable[..., dict[str, Any]]]
+
+
+def _image_graphs(module: Any, params: Mapping[str, Any], config: ModelConfig) -> dict[str, _Graph]:
+    import tensorflow as tf
+
+    size_px, tower = config.image.image_size, make_model(image_only(config))
+    pooled = config.embedding_dims[0] is not None
+
+    def embed(weights: Any, pixels: jax.Array) -> dict[str, jax.Array]:
+        zimg, _, out = tower.apply({"params": {"img": weights}}, pixels.astype(jnp.float32) / 127.5 - 1.0)
+        return {"image_tokens": out["img/encoded"]} | ({"image_embedding": zimg} if pooled else {})
+
+    batches = {"b": tf.TensorSpec((None, *size_px, 3), tf.uint8)}
+    run = _lower(module, "image_weights", embed, params["img"], batches=batches)
+
+    @_strings("images")
+    def pixels(images: tf.Tensor) -> tf.Tensor:
+        shape = tf.TensorSpec((*size_px, 3), tf.uint8)
+        return tf.map_fn(lambda data: tf_pixels.pixels(data, size_px), images, fn_output_signature=shape)
+
+    graphs: dict[str, _Graph] = {
+        "pixels": (("images",), lambda images: {"pixels": pixels(images)}),
+        "image_tokens": (("images",), lambda images: _only(run(pixels(images)), "image_tokens")),
+    }
+    if pooled:
+        graphs["embed_images"] = ("images",), lambda images: _only(run(pixels(images)), "image_embedding")
+    graphs["serving_default"] = ("images",), lambda images: run(pixels(images))
+    return graphs
+
+
+def _text_graphs(module: Any, params: Mapping[str, Any], config: ModelConfig, *, pieces: bytes) -> dict[str, _Graph]:
+    import tensorflow as tf
+    import tensorflow_text as tf_text
+
+    tower, length = make_model(config), config.text.length
+    eos = read_model(pieces, source="the tokenizer").trainer_spec.eos_id
+    module.sentencepiece = tf_text.SentencepieceTokenizer(model=pieces, out_type=tf.int32)
+
+    def embed(weights: Any, tokens: jax.Array) -> dict[str, jax.Array]:
+        return {"text_embedding": tower.apply({"params": weights}, None, tokens)[1]}
+
+    weights = {name: tree for name, tree in params.items() if name != "img"}
+    run = _lower(module, "text_weights", embed, weights, batches={"k": tf.TensorSpec((None, length), tf.int32)})
+
+    @_strings("texts")
+    def tokens(texts: tf.Tensor) -> tf.Tensor:
+        return tf_tokens.tokens(texts, module.sentencepiece, length=length, eos=eos)
+
+    return {
+        "tokens": (("texts",), lambda texts: {"tokens": tokens(texts)}),
+        "embed_texts": (("texts",), lambda texts: run(tokens(texts))),
+    }
+
+
+def _default(module: Any, params: Mapping[str, Any], config: ModelConfig, graphs: Mapping[str, _Graph]) -> _Graph:
+    """Pairs of pictures and texts where both have embeddings, else what the image tower gives."""
+    import tensorflow as tf
+
+    if not {"embed_images", "embed_texts"} <= graphs.keys():
+        return graphs["serving_default"]
+    (_, embed_images), (_, embed_texts) = graphs["embed_images"], graphs["embed_texts"]
+
+    def compare(scalars: Any, zimg: jax.Array, ztxt: jax.Array) -> dict[str, jax.Array]:
+        logits = jnp.exp(scalars["t"]) * (zimg @ ztxt.T) + scalars["b"]
+        return {"logits": logits, "probabilities": jax.nn.sigmoid(logits)}
+
+    scalars = {name: params[name] for name in ("t", "b")}
+    batches = {
+        axis: tf.TensorSpec((None, width), tf.float32) for axis, width in zip("bk", config.embedding_dims, strict=True)
+    }
+    run = _lower(module, "scalars", compare, scalars, batches=batches)
+
+    def pairs(images: Any, texts: Any) -> dict[str, Any]:
+        found = embed_images(images) | embed_texts(texts)
+        return found | run(found["image_embedding"], found["text_embedding"])
+
+    return ("images", "texts"), pairs
+
+
+def _strings(*names: str) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a function of some lists of strings one of the graph: stored once, whoever calls it."""
+    import tensorflow as tf
+
+    signature = [tf.TensorSpec([None], tf.string, name) for name in names]
+    return lambda function: tf.function(function, autograph=False, input_signature=signature)
+
+
+def _only(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {name: found[name]}
+
+
+def _lower(
+    module: Any, name: str, function: Callable[..., Any], weights: Any, *, batches: Mapping[str, Any]
+) -> Callable[..., dict[str, Any]]:
+    """A function of weights and batches as one of TensorFlow batches; the weights become variables of the module.
+
+    batches: the name of each one's first axis -> its TensorSpec.
+    """
+    import tensorflow as tf
+    from jax.experimental import jax2tf
+
+    variables = jax.tree.map(lambda leaf: tf.Variable(np.asarray(leaf, np.float32), trainable=False), weights)
+    setattr(module, name, jax.tree.leaves(variables))
+    converted = jax2tf.convert(
+        function,
+        polymorphic_shapes=[None, *(f"({axis}, ...)" for axis in batches)],
+        native_serialization_platforms=_PLATFORMS,
+        with_gradient=False,
+    )
+    return tf.function(
+        lambda *arrays: converted(variables, *arrays), autograph=False, input_signature=list(batches.values())
+    )
+
+
+def _sentencepiece(tokenizer: Path | None, config: ModelConfig) -> bytes:
+    if tokenizer is None:
+        raise ValueError(
+            "a SavedModel takes raw texts, but the source brings no tokenizer; put its spiece.model beside it, "
+            "or export with --tower image"
+        )
+    pieces = tokenizer.read_bytes()
+    count, room = len(read_model(pieces, source=str(tokenizer)).pieces), config.text.vocab_size
+    if count > room:
+        raise ValueError(
+            f"tokenizer {str(tokenizer)!r} has {count} pieces, the text tower room for {room}; use its own"
+        )
+    return pieces
+
+
+def _tensorflow() -> tuple[Any, Any]:
+    """TensorFlow and its text ops, on the CPU: an export needs no accelerator, and jax may have taken them."""
+    import tensorflow as tf
+    import tensorflow_text as tf_text
+
+    try:
+        tf.config.set_visible_devices([], "GPU")
+    except RuntimeError:  # It is running already; what it took, it has.
+        pass
+    return tf, tf_text

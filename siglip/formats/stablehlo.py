@@ -1,0 +1,93 @@
+"""StableHLO: the towers as compiled-ahead programs that any process with jax and numpy can call, without this package.
+
+    image.stablehlo   (weights, float32 [b, h, w, 3] in [-1, 1]) -> {"image_tokens": [b, n, d], "image_embedding": [b, e]}
+    text.stablehlo    (weights, int32 [b, l])                    -> {"text_embedding": [b, e]}
+    image.npz         the weights of the first, text.npz those of the second and the log-temperature `params/t` and `params/b`
+
+    program = jax.export.deserialize(bytearray(open("image.stablehlo", "rb").read()))
+    outputs = program.call(dict(numpy.load("image.npz")), images)
+
+Embeddings are L2-normalised. Each program runs on CPU, CUDA and TPU and for any batch. Products are float32 ones everywhere, so
+that every device gives the numbers that were verified (jax.export, and its promise of compatibility: programs can be called by
+every jax of the six months after the one that wrote them).
+
+The trap: a program with its weights inside would be a flatbuffer, which ends at 2 GiB, and every process that calls it would
+compile the weights in as constants. So they are an argument and lie beside it.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from siglip import trees
+from siglip.formats.big_vision import image_only
+from siglip.models.two_tower import ModelConfig, make_model
+
+IMAGE, TEXT = "image", "text"
+PLATFORMS = ("cpu", "cuda", "tpu")
+_PREFIX = "params/"
+
+
+def write(folder: Path, params: Mapping[str, Any], config: ModelConfig) -> None:
+    """Writes the image tower, and the text tower where there is one."""
+    height, width = config.image.image_size
+    image = make_model(image_only(config))
+
+    def embed_images(weights: Mapping[str, jax.Array], images: jax.Array) -> dict[str, jax.Array]:
+        zimg, _, out = image.apply({"params": _tree(weights)}, images)
+        pooled = {} if zimg is None else {"image_embedding": zimg}
+        return {"image_tokens": out["img/encoded"], **pooled}
+
+    _write(folder, IMAGE, embed_images, {"img": params["img"]}, (height, width, 3), jnp.float32)
+    if config.text is None:
+        return
+    model = make_model(config)
+
+    def embed_texts(weights: Mapping[str, jax.Array], tokens: jax.Array) -> dict[str, jax.Array]:
+        return {"text_embedding": model.apply({"params": _tree(weights)}, None, tokens)[1]}
+
+    rest = {name: tree for name, tree in params.items() if name != "img"}
+    _write(folder, TEXT, embed_texts, rest, (config.text.length,), jnp.int32)
+
+
+def outputs(folder: Path, images: np.ndarray, tokens: np.ndarray | None) -> dict[str, np.ndarray]:
+    """What the programs in a folder give for pictures and token ids, with the logits of every pair."""
+    found = _call(folder, IMAGE, images)
+    if tokens is None:
+        return found
+    found |= _call(folder, TEXT, tokens)
+    if "image_embedding" in found:
+        with np.load(folder / f"{TEXT}.npz") as weights:
+            t, b = weights[f"{_PREFIX}t"], weights[f"{_PREFIX}b"]
+        found["logits"] = np.exp(t) * found["image_embedding"] @ found["text_embedding"].T + b
+    return found
+
+
+def _write(
+    folder: Path, name: str, function: Callable[..., Any], params: Mapping[str, Any], shape: tuple[int, ...], dtype: Any
+) -> None:
+    weights = {f"{_PREFIX}{path}": np.asarray(leaf, np.float32) for path, leaf in trees.flatten(params).items()}
+    shapes = {path: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in weights.items()}
+    (batch,) = export.symbolic_shape("b")
+    with jax.default_matmul_precision("highest"):
+        program = export.export(jax.jit(function), platforms=PLATFORMS)(
+            shapes, jax.ShapeDtypeStruct((batch, *shape), dtype)
+        )
+    (folder / f"{name}.stablehlo").write_bytes(program.serialize())
+    np.savez(folder / f"{name}.npz", **weights)
+
+
+def _call(folder: Path, name: str, batch: np.ndarray) -> dict[str, np.ndarray]:
+    program = export.deserialize(bytearray((folder / f"{name}.stablehlo").read_bytes()))
+    with np.load(folder / f"{name}.npz") as weights:
+        found = program.call(dict(weights), batch)
+    return {key: np.asarray(array) for key, array in found.items()}
+
+
+def _tree(weights: Mapping[str, jax.Array]) -> dict[str, Any]:
+    return trees.unflatten({path.removeprefix(_PREFIX): array for path, array in weights.items()})

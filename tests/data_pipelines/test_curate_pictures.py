@@ -1,0 +1,123 @@
+"""What is remembered of pictures, and when two are the same."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.fft import dctn
+from shards import SAMPLE, encode, quadrants
+
+from data_pipelines.curate import duplicates, pictures
+from data_pipelines.curate.confirm import same_picture
+from data_pipelines.curate.pictures import CROPS, EVAL_CROPS, crop_boxes, examine, perceptual_hashes, read_thumbnail
+from data_pipelines.sources.webdataset import TarSource
+
+LIMIT = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[Image.Image]:
+    source = TarSource(SAMPLE / "emoji-train-00001.tar")
+    return [Image.open(io.BytesIO(source[index].image)).convert("RGB") for index in range(0, 900, 30)]
+
+
+def describe(picture: Image.Image, **options) -> pictures.Picture:
+    return examine(encode(picture, "JPEG", **({"quality": 90} | options)), max_pixels=LIMIT)
+
+
+def thumbnails(shown: list[pictures.Picture]) -> np.ndarray:
+    return np.stack([read_thumbnail(picture.thumbnail) for picture in shown])
+
+
+def test_hashes_are_those_of_cropped_pictures(photos):
+    grey = np.asarray(photos[0].convert("L").resize((64, 64)), np.float64)
+    hashes = perceptual_hashes(grey, CROPS)
+    assert hashes.shape == (16,) and hashes.dtype == np.uint64
+    fine = np.kron(grey, np.ones((20, 20)))  # 5 % of a side are 64 of these, and every crop divides into 32 cells
+    for cut, found in zip((crop_boxes(CROPS) * 1280).round().astype(int).tolist(), hashes.tolist(), strict=True):
+        part = fine[cut[0] : 1280 - cut[1], cut[2] : 1280 - cut[3]]
+        shrunk = part.reshape(32, part.shape[0] // 32, 32, part.shape[1] // 32).mean((1, 3))
+        spectrum = dctn(shrunk, norm="ortho")[:8, :8].ravel()[1:]
+        bits = np.array([int(digit) for digit in f"{found:064b}"][1:])
+        assert (bits == (spectrum > np.median(spectrum) + 0.05 * np.abs(spectrum).mean())).all()
+
+
+def test_hash_of_a_copy_is_close_and_of_a_crop_closest_to_that_crop(photos):
+    whole = np.array([describe(photo).hashes for photo in photos])
+    again = np.array([describe(photo.resize((50, 60)), quality=60).hashes[0] for photo in photos])
+    assert np.median(np.bitwise_count(whole[:, 0] ^ again)) <= 3
+    cut = np.array([describe(photo.crop((4, 0, 72, 68))).hashes[0] for photo in photos])
+    place = crop_boxes(CROPS).tolist().index([0.0, pytest.approx(0.05), pytest.approx(0.05), 0.0])
+    assert np.bitwise_count(whole[:, place] ^ cut).mean() < np.bitwise_count(whole[:, 0] ^ cut).mean() / 2
+
+
+def test_windows_are_bits_of_the_hash():
+    hashes = np.array([0b1011 | 1 << 62, 0], np.uint64)
+    assert duplicates.windows(hashes, 0, 4).tolist() == [0b1011, 0]
+    assert duplicates.windows(hashes, 7, 32)[0] == (int(hashes[0]) >> 55 | (0b1011 << 8))
+    assert [duplicates.window_bits(n) for n in (0, 1000, 1 << 24, 1 << 34, 1 << 50)] == [8, 8, 16, 26, 32]
+
+
+def test_copies_are_the_same_and_others_are_not(photos):
+    whole = thumbnails([describe(photo) for photo in photos])
+    copies = {
+        "small": [photo.resize((40, 47), Image.Resampling.BICUBIC) for photo in photos],
+        "cut": [photo.crop((2 + n % 4, n % 6, 72 - n % 3, 70)) for n, photo in enumerate(photos)],
+        "wide": [photo.crop((4, 4, 70, 70)).resize((96, 50)) for photo in photos],
+    }
+    cut = np.zeros((len(photos), 4), np.float32)
+    found = []
+    for copy in copies.values():
+        shown = thumbnails([describe(picture, quality=70) for picture in copy])
+        found.append(same_picture(shown, whole, cut, max_error=0.15, max_spot=40))
+        found.append(same_picture(whole, shown, cut, max_error=0.15, max_spot=40))
+        assert not same_picture(shown, np.roll(whole, 1, axis=0), cut, max_error=0.15, max_spot=40).any()
+    assert np.mean(found) > 0.95 and min(map(np.mean, found)) > 0.9
+
+
+def test_a_changed_place_or_colour_is_another_picture(photos):
+    whole = thumbnails([describe(photo) for photo in photos])
+    spots = []
+    for photo in photos:
+        changed = photo.copy()
+        changed.paste((0, 160, 60), (30, 30, 42, 42))
+        spots.append(describe(changed))
+    tinted = [describe(Image.merge("RGB", photo.split()[::-1])) for photo in photos]
+    cut = np.zeros((len(photos), 4), np.float32)
+    for others in (spots, tinted):
+        assert same_picture(thumbnails(others), whole, cut, max_error=0.15, max_spot=40).mean() < 0.15
+
+
+def test_no_pairs():
+    nothing = np.zeros((0, 64, 64, 3), np.uint8)
+    assert same_picture(nothing, nothing, np.zeros((0, 4), np.float32), max_error=0.1, max_spot=30).shape == (0,)
+
+
+def test_files_that_show_nothing():
+    cases = {b"": "empty_image", b"<html>": "not_an_image", encode(quadrants())[:60]: "truncated"}
+    for data, reason in cases.items():
+        found = examine(data, max_pixels=LIMIT)
+        assert found.reason in (reason, "corrupt_image") and found.hashes is None
+    bomb = examine(encode(Image.new("1", (30_000, 30_000))), max_pixels=LIMIT)
+    assert bomb.reason == "bomb"
+
+
+def test_formats_sizes_and_animations():
+    picture = Image.fromarray(quadrants(32))
+    still, moving = encode(picture, "GIF"), encode(picture, "GIF", save_all=True, append_images=[picture.rotate(90)])
+    assert not examine(still, max_pixels=LIMIT).animated and examine(moving, max_pixels=LIMIT).animated
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = examine(encode(picture.resize((40, 20)), "JPEG", exif=exif), max_pixels=LIMIT)
+    assert (turned.format, turned.width, turned.height) == ("JPEG", 20, 40)
+
+
+def test_pixels_are_one_hash_in_any_lossless_file():
+    picture = Image.fromarray(quadrants(32))
+    same = {examine(encode(picture, kind), max_pixels=LIMIT).pixels for kind in ("PNG", "BMP", "GIF")}
+    assert len(same) == 1
+    assert examine(encode(np.zeros((2, 8, 3), np.uint8)), max_pixels=LIMIT).pixels != (
+        examine(encode(np.zeros((8, 2, 3), np.uint8)), max_pixels=LIMIT).pixels
+    )
+    assert len(examine(encode(picture), max_pixels=LIMIT, crops=EVAL_CROPS).hashes) == 81

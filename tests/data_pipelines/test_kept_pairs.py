@@ -1,0 +1,139 @@
+"""A manifest's pairs: only what is kept, in order, in a bit a row; a manifest of other shards is refused."""
+
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shards import write_pairs
+
+from data_pipelines.kept_pairs import Kept, KeptPairs, read_manifest
+from data_pipelines.sources.webdataset import TarSource
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 20_000), st.floats(0, 1), st.integers(0, 99))
+def test_select_finds_every_kept_row(rows, share, seed):
+    keep = np.random.default_rng(seed).random(rows) < share
+    kept = Kept.from_bits(np.packbits(keep))
+    assert len(kept) == keep.sum()
+    places = np.flatnonzero(keep)
+    for n in np.linspace(0, len(places) - 1, min(len(places), 50)).astype(int).tolist():
+        assert kept.select(n) == places[n]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Two shards of 13 and 29 pairs in a folder, and their manifest's rows: every third pair is dropped."""
+    write_pairs(tmp_path / "a.tar", 13)
+    write_pairs(tmp_path / "b.tar", 29, first=100)
+    rows = [
+        {"shard": str(tmp_path / f"{name}.tar"), "index": index, "key": f"{first + index:06d}", "keep": index % 3 != 0}
+        for name, count, first in (("a", 13, 0), ("b", 29, 100))
+        for index in range(count)
+    ]
+    return tmp_path, rows
+
+
+def write_manifest(folder: Path, rows: list[dict]) -> Path:
+    schema = pa.schema([("key", pa.string()), ("shard", pa.string()), ("index", pa.int32()), ("keep", pa.bool_())])
+    pq.write_table(pa.Table.from_pylist(rows, schema), folder / "manifest.parquet")
+    return folder / "manifest.parquet"
+
+
+def kept_keys(rows):
+    return [row["key"] for row in rows if row["keep"]]
+
+
+def test_only_kept_pairs_in_the_order_of_the_shards(corpus):
+    folder, rows = corpus
+    manifest = write_manifest(folder, rows)
+    source = KeptPairs(TarSource(folder / "*.tar"), manifest)
+    assert [source[n].key for n in range(len(source))] == kept_keys(rows)
+    with pytest.raises(IndexError, match="pair 27 of 27"):
+        source[27]
+    turned = KeptPairs(TarSource([folder / "b.tar", folder / "a.tar"]), manifest)
+    assert [turned[n].key for n in range(len(turned))] == kept_keys(rows[13:] + rows[:13])
+
+
+def test_rows_may_be_in_any_order_and_of_more_shards(corpus):
+    folder, rows = corpus
+    shuffled = [rows[n] for n in np.random.default_rng(0).permutation(len(rows))]
+    source = KeptPairs(TarSource(folder / "b.tar"), write_manifest(folder, shuffled))
+    assert [source[n].key for n in range(len(source))] == kept_keys(rows[13:])
+
+
+def test_shards_that_were_moved_are_known_by_name(corpus):
+    folder, rows = corpus
+    moved = [row | {"shard": row["shard"].replace(str(folder), "s3://bucket/web")} for row in rows]
+    source = KeptPairs(TarSource(folder / "*.tar"), write_manifest(folder, moved))
+    assert len(source) == 27
+    doubled = moved + [row | {"shard": row["shard"].replace("web", "other")} for row in moved]
+    with pytest.raises(ValueError, match="the manifest has both 's3://bucket/web/a.tar' and 's3://bucket/other/a.tar'"):
+        KeptPairs(TarSource(folder / "*.tar"), write_manifest(folder, doubled))
+
+
+def test_the_fingerprint_is_of_pairs_and_choice(corpus):
+    folder, rows = corpus
+    source = TarSource(folder / "*.tar")
+    first = KeptPairs(source, write_manifest(folder, rows)).fingerprint
+    assert KeptPairs(source, write_manifest(folder, rows)).fingerprint == first != source.fingerprint
+    rows[1]["keep"] = False
+    assert KeptPairs(source, write_manifest(folder, rows)).fingerprint != first
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda rows: rows[:-1], "b.tar' it has 28 pairs where the shard has 29; curate again"),
+        (lambda rows: rows[13:], "a.tar' it has nothing"),
+        (lambda rows: rows[:12] + [rows[12] | {"index": 13}] + rows[13:], "a.tar' it has more pairs than the shard"),
+        (lambda rows: [rows[0] | {"key": "999999"}] + rows[1:], "has '999999' where shard .*a.tar' has '000000'"),
+        (lambda rows: [row | {"keep": False} for row in rows], "keeps none of the 42 pairs"),
+    ],
+)
+def test_a_manifest_of_other_shards_is_refused(corpus, change, message):
+    folder, rows = corpus
+    with pytest.raises(ValueError, match=message):
+        KeptPairs(TarSource(folder / "*.tar"), write_manifest(folder, change(rows)))
+
+
+def test_what_is_no_manifest(corpus):
+    folder, _ = corpus
+    source = TarSource(folder / "a.tar")
+    with pytest.raises(FileNotFoundError, match="no manifest at .*none.parquet"):
+        KeptPairs(source, folder / "none.parquet")
+    with pytest.raises(ValueError, match="a.tar' is no Parquet file"):
+        KeptPairs(source, folder / "a.tar")
+    pq.write_table(pa.table({"shard": ["a"]}), folder / "other.parquet")
+    with pytest.raises(ValueError, match="has no column 'index'"):
+        KeptPairs(source, folder / "other.parquet")
+
+
+@pytest.mark.slow
+def test_ten_million_rows_take_a_megabyte_and_a_seek_takes_no_time(tmp_path):
+    shards, pairs = [f"{number:05d}.tar" for number in range(1000)], 10_000
+    keep = np.random.default_rng(0).random((len(shards), pairs)) < 0.3
+    indices = pa.array(np.arange(pairs, dtype=np.int32))
+    with pq.ParquetWriter(tmp_path / "manifest.parquet", pa.schema(_MANIFEST)) as writer:
+        for shard, kept in zip(shards, keep, strict=True):
+            columns = [pa.array([shard] * pairs), indices, indices.cast(pa.string()), pa.array(kept)]
+            writer.write_table(pa.table(columns, schema=pa.schema(_MANIFEST)))
+    tracemalloc.start()
+    kept, _ = read_manifest(tmp_path / "manifest.parquet", shards, range(0, pairs * len(shards) + 1, pairs))
+    stays_bytes, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept.nbytes == pytest.approx(0.127 * 10**7, rel=0.01) and stays_bytes < 2 * kept.nbytes
+    assert peak_bytes < 32 << 20  # A million rows at a time or ten, it is the same.
+    start = time.thread_time()
+    found = [kept.select(n) for n in range(0, len(kept), len(kept) // 100)]
+    assert (time.thread_time() - start) / len(found) < 0.001
+    assert (np.flatnonzero(keep.reshape(-1))[:: len(kept) // 100][: len(found)] == found).all()
+
+
+_MANIFEST = [("shard", pa.string()), ("index", pa.int32()), ("key", pa.string()), ("keep", pa.bool_())]

@@ -1,0 +1,134 @@
+"""Lists of picture files: CSV, TSV, JSONL; offsets of rows, quoted line ends, encodings, pictures that are not there."""
+
+import csv
+import io
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from http_server import serving
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shards import encode, quadrants
+
+from data_pipelines.sources import files
+from data_pipelines.sources.listing import ListSource
+from data_pipelines.sources.opening import open_source
+
+PICTURE = encode(quadrants())
+CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
+
+
+def test_a_list_of_each_kind(tmp_path):
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "1.png").write_bytes(PICTURE)
+    (tmp_path / "2.png").write_bytes(b"second")
+    rows = [
+        {"file_name": "cats/1.png", "caption": 'a cat, "asleep"\nat home', "lang": "ü"},
+        {"file_name": str(tmp_path / "2.png"), "caption": "", "lang": "de"},
+        {"file_name": "cats/../2.png", "caption": "up and down", "lang": ""},
+        {"file_name": "cats/none.png", "caption": "gone", "lang": ""},
+        {"file_name": "cats", "caption": "a folder", "lang": ""},
+    ]
+    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
+        with (tmp_path / name).open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys(), delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows)
+    (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
+    for name in ("a.csv", "a.tsv", "a.jsonl"):
+        source = pickle.loads(pickle.dumps(open_source(tmp_path / name, fields=["caption"])))
+        pairs = list(source)
+        assert [pair.image for pair in pairs] == [PICTURE, b"second", b"second", None, None]
+        assert [pair.problems for pair in pairs] == [(), (), (), ("missing_image",), ("missing_image",)]
+        assert [pair.key for pair in pairs] == [row["file_name"] for row in rows]
+        assert [dict(pair.fields) for pair in pairs] == [
+            {"caption": row["caption"], "lang": row["lang"]} for row in rows
+        ]
+        assert set(source.columns) == {"file_name", "caption", "lang"}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    table=st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=20),
+    line_end=st.sampled_from(["\n", "\r\n"]),
+    window_bytes=st.sampled_from([1, 7, 1 << 20]),
+    bom=st.booleans(),
+)
+def test_rows_are_found_wherever_they_end(tmp_path_factory, table, line_end, window_bytes, bom):
+    path = tmp_path_factory.mktemp("list") / "a.csv"
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator=line_end, quoting=csv.QUOTE_ALL)
+    writer.writerows([("path", "caption"), *(("x" + name, caption) for name, caption in table)])
+    path.write_bytes((b"\xef\xbb\xbf" if bom else b"") + text.getvalue().encode())
+    before, files._LOCAL_WINDOW_BYTES = files._LOCAL_WINDOW_BYTES, window_bytes
+    try:
+        source = ListSource(path)
+    finally:
+        files._LOCAL_WINDOW_BYTES = before
+    read = [source._tables(0)["rows"][row] for row in range(len(source))]
+    lines = [path.read_bytes()[row["offset"] : row["offset"] + row["bytes"]].decode() for row in read]
+    assert [tuple(next(csv.reader(io.StringIO(line, newline="")))) for line in lines] == [
+        ("x" + name, caption) for name, caption in table
+    ]
+
+
+def test_broken_rows_are_stated_not_raised(tmp_path):
+    (tmp_path / "1.png").write_bytes(PICTURE)
+    (tmp_path / "a.jsonl").write_bytes(b'{"image": "1.png", "txt": "a"}\n{"image": \n[1]\n{"image": 3}\n{"txt": "b"}\n')
+    pairs = list(open_source(tmp_path / "a.jsonl"))
+    assert [pair.image for pair in pairs] == [PICTURE, None, None, None, None]
+    assert [pair.problems for pair in pairs] == [(), ("invalid_json",), ("invalid_json",), (), ()]
+    (tmp_path / "a.csv").write_bytes(b"image,txt\n1.png\n1.png,a,b\n\n1.png,\xff\xe9\n")
+    pairs = list(open_source(tmp_path / "a.csv"))
+    assert [(pair.image, pair.fields.get("txt"), pair.problems) for pair in pairs] == [
+        (PICTURE, None, ()),
+        (PICTURE, "a", ()),
+        (PICTURE, "\ufffd\ufffd", ("invalid_utf8",)),
+    ]
+
+
+def test_bad_lists(tmp_path):
+    (tmp_path / "header.csv").write_text("image,txt\n")
+    (tmp_path / "columns.csv").write_text("picture;txt\na.png;b\n")
+    (tmp_path / "quote.csv").write_text('image,txt\na.png,"b" c\n')
+    (tmp_path / "text.jsonl").write_text("hello\n")
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    for name, message in (
+        ("header.csv", "has no rows"),
+        ("columns.csv", "no column with pictures; there are picture;txt"),
+        ("quote.csv", "is no CSV at line 2"),
+        ("text.jsonl", "does not begin with a JSON object"),
+        ("blank.jsonl", "has no rows"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            open_source(tmp_path / name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    (tmp_path / "a.csv").write_text("photo,title\na.png,b\n")
+    with pytest.raises(ValueError, match="no image column 'foto'; there are photo, title, did you mean 'photo'"):
+        open_source(tmp_path / "a.csv", image="foto")
+    with pytest.raises(ValueError, match="no field 'titel'; there are photo, title, did you mean 'title'"):
+        open_source(tmp_path / "a.csv", image="photo", fields=["titel"])
+    assert open_source(tmp_path / "a.csv", image="photo", fields=["title"])[0].fields == {"title": "b"}
+
+
+def test_a_list_over_http_names_pictures_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "served" / "set"
+    folder.mkdir(parents=True)
+    (folder / "1.png").write_bytes(PICTURE)
+    with serving(tmp_path / "served") as server:
+        (folder / "a.csv").write_text(f"image,txt\n1.png,a\n{server.url}/set/1.png,b\nnone.png,c\n")
+        pairs = list(open_source(f"{server.url}/set/a.csv"))
+    assert [pair.image for pair in pairs] == [PICTURE, PICTURE, None]
+    assert pairs[2].problems == ("missing_image",)
+
+
+def test_random_access_from_threads(tmp_path):
+    (tmp_path / "1.png").write_bytes(PICTURE)
+    (tmp_path / "a.csv").write_text("image,txt\n" + "".join(f"1.png,caption {n}\n" for n in range(500)))
+    source = open_source(tmp_path / "a.csv")
+    order = [7 * n % 500 for n in range(2000)]
+    with ThreadPoolExecutor(8) as pool:
+        assert [pair.fields["txt"] for pair in pool.map(source.__getitem__, order)] == [f"caption {n}" for n in order]

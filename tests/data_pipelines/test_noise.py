@@ -1,0 +1,60 @@
+"""Corruptions come as often as asked, the same everywhere, and more of them contain fewer."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipelines import noise
+from data_pipelines.noise import NoiseConfig
+
+POSITIONS = np.arange(10**9, 10**9 + 20_000)
+
+
+@pytest.mark.parametrize("field, pick", [("image", noise.noisy_images), ("text", noise.noisy_texts)])
+def test_the_share_is_the_asked_one_and_grows_by_adding(field, pick):
+    half, third = (pick(NoiseConfig(**{field: share}), POSITIONS, seed=3) for share in (0.5, 0.3))
+    assert abs(half.mean() - 0.5) < 0.02 and abs(third.mean() - 0.3) < 0.02
+    assert (half | ~third).all()
+    assert (pick(NoiseConfig(**{field: 0.5}), POSITIONS[77:90], seed=3) == half[77:90]).all()
+    assert (
+        not pick(NoiseConfig(), POSITIONS, seed=3).any() and pick(NoiseConfig(**{field: 1.0}), POSITIONS, seed=3).all()
+    )
+    assert (pick(NoiseConfig(**{field: 0.5}), POSITIONS, seed=4) != half).mean() > 0.4
+
+
+def test_corruptions_are_independent():
+    config = NoiseConfig(0.5, 0.5, 0.5)
+    moved = noise.text_positions(config, range(10**9, 10**9 + 20_000), seed=0) != POSITIONS
+    drawn = [pick(config, POSITIONS, seed=0) for pick in (noise.noisy_images, noise.noisy_texts)] + [moved]
+    assert np.abs(np.corrcoef(drawn) - np.eye(3)).max() < 0.03
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 300), st.floats(0, 1), st.integers(0, 9), st.integers(0, 10**9))
+def test_texts_go_round_and_none_keeps_its_own(size, share, seed, batch):
+    positions = range(batch * size, (batch + 1) * size)
+    shown = noise.text_positions(NoiseConfig(alignment=share), positions, seed=seed)
+    assert sorted(shown.tolist()) == list(positions)
+    moved = noise._uniform(np.array(positions), seed, noise._ALIGNMENT_STREAM) < share
+    if moved.sum() != 1:
+        assert ((shown != np.array(positions)) == moved).all()
+
+
+def test_pictures_and_tokens_of_noise():
+    picture = noise.random_picture(5, (30, 40), seed=0)
+    assert picture.shape == (30, 40, 3) and picture.dtype == np.uint8 and 120 < picture.mean() < 135
+    assert (picture == noise.random_picture(5, (30, 40), seed=0)).all()
+    assert (picture != noise.random_picture(6, (30, 40), seed=0)).any()
+    tokens = np.stack([noise.random_tokens(n, 16, vocab_size=1000, eos_id=1, seed=0) for n in range(3000)])
+    assert tokens.dtype == np.int32 and tokens.min() >= 0 and tokens.max() < 1000 and (tokens[:, -1] == 1).all()
+    lengths = (tokens != 1).sum(1)
+    assert lengths.min() <= 1 and lengths.max() == 15 and 7 < lengths.mean() < 9
+    assert noise.random_tokens(0, 1, vocab_size=1000, eos_id=1, seed=0).tolist() == [1]
+
+
+@pytest.mark.parametrize("field", ["image", "text", "alignment"])
+def test_nonsense_shares(field):
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=f"data.noise.{field}=.* is a share"):
+            NoiseConfig(**{field: share})

@@ -1,0 +1,209 @@
+"""Parquet with pictures: layouts, row groups and how often they are read, remote files, damage, columns that are not there."""
+
+import multiprocessing
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from http_server import serving
+
+from data_pipelines.records import ShardLost
+from data_pipelines.sources import files, parquet, remote
+from data_pipelines.sources.opening import open_source
+from data_pipelines.sources.parquet import ParquetSource
+
+
+def rows(count: int, *, first: int = 0, image_bytes: int = 50) -> list[dict]:
+    return [
+        {
+            "image": {"bytes": bytes([number % 256]) * image_bytes, "path": f"{number}.jpg"},
+            "caption": f"caption {number}",
+            "captions": {"en": f"en {number}", "de": None},
+            "alt": [f"a {number}", f"b {number}"],
+            "embedding": bytes(2000),
+        }
+        for number in range(first, first + count)
+    ]
+
+
+def write(path: Path, table: list[dict] | pa.Table, **options) -> Path:
+    table = table if isinstance(table, pa.Table) else pa.Table.from_pylist(table)
+    pq.write_table(table, path, **{"row_group_size": 10, **options})
+    return path
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """What is read of local files: (offset, bytes) each."""
+    seen, read = [], files.Reader.read
+    monkeypatch.setattr(files.Reader, "read", lambda self, *args: seen.append(args[1:]) or read(self, *args))
+    return seen
+
+
+def test_rows_of_the_hugging_face_layout(tmp_path):
+    for number in range(3):
+        write(tmp_path / f"train-{number:05d}-of-00003.parquet", rows(25, first=25 * number))
+    source = pickle.loads(pickle.dumps(open_source(f"{tmp_path}/*.parquet", fields=["caption", "captions", "alt"])))
+    assert isinstance(source, ParquetSource) and len(source) == 75
+    assert source.group_starts.tolist() == [0, 10, 20, 25, 35, 45, 50, 60, 70]
+    for number, pair in enumerate(source):
+        assert pair.key == f"train-{number // 25:05d}-of-00003.parquet/{number % 25}"
+        assert pair.image == bytes([number]) * 50
+        assert pair.fields == {
+            "caption": f"caption {number}",
+            "captions": {"en": f"en {number}", "de": None},
+            "alt": [f"a {number}", f"b {number}"],
+        }
+    assert "embedding" in open_source(f"{tmp_path}/*.parquet")[0].fields
+    for outside in (-1, 75):
+        with pytest.raises(IndexError):
+            source[outside]
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+@pytest.mark.parametrize("name", ["jpg", "something"])
+def test_plain_columns_and_keys(tmp_path, kind, name):
+    columns = {name: pa.array([b"i", None], kind), "text": ["a", "b"], "key": [7, 8]}
+    source = ParquetSource(write(tmp_path / "a.parquet", pa.table(columns)))
+    assert [(pair.key, pair.image, dict(pair.fields)) for pair in source] == [
+        ("7", b"i", {"text": "a"}),
+        ("8", None, {"text": "b"}),
+    ]
+
+
+def test_neighbours_cost_one_read_and_other_columns_none(tmp_path, reads):
+    path = write(tmp_path / "a.parquet", rows(40, image_bytes=3000), compression="none", use_dictionary=False)
+    source = open_source(path, fields=["caption"])
+    reads.clear()
+    assert [source[number].fields["caption"] for number in range(10, 20)] == [f"caption {n}" for n in range(10, 20)]
+    footer, group = reads
+    # Pictures and captions of ten rows; the embeddings lie behind them and stay on disk.
+    assert 10 * 3000 <= group[1] < 10 * (3000 + 1000) < 10 * (3000 + 2000)
+    reads.clear()
+    assert source[15].image == bytes([15]) * 3000 and not reads
+
+
+def test_memory_is_bounded(tmp_path, monkeypatch, reads):
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 35_000)
+    source = open_source(write(tmp_path / "a.parquet", rows(60, image_bytes=1000)), fields=["caption"])
+    for number in range(60):
+        source[number]
+    kept = source._groups._tables
+    assert [group for _, group in kept] == [3, 4, 5]
+    assert sum(table.result().nbytes for table in kept.values()) <= 35_000
+    monkeypatch.setattr(source._groups, "_limit_bytes", 10)  # less than one group
+    assert source[0].image[:1] == b"\0" and [group for _, group in kept] == [0]
+
+
+def test_threads_that_want_one_group_share_its_read(tmp_path, reads):
+    source = open_source(write(tmp_path / "a.parquet", rows(40)))
+    source[0]
+    reads.clear()
+    barrier = threading.Barrier(8)
+
+    def read(number: int) -> str:
+        barrier.wait()
+        return source[number].fields["caption"]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(read, range(20, 28))) == [f"caption {n}" for n in range(20, 28)]
+    assert len(reads) == 1
+
+
+def test_a_read_that_failed_is_tried_again(tmp_path, monkeypatch):
+    source = open_source(write(tmp_path / "a.parquet", rows(20)))
+    read = files.Reader.read
+
+    def fail(*args):
+        raise remote.RemoteError("down")
+
+    monkeypatch.setattr(files.Reader, "read", fail)
+    with pytest.raises(OSError, match="down"):
+        source[12]
+    monkeypatch.setattr(files.Reader, "read", read)
+    assert source[12].fields["caption"] == "caption 12"
+
+
+def captions(source) -> list[str]:
+    return [pair.fields["caption"] for pair in source]
+
+
+def test_remote_files_and_other_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "served").mkdir()
+    local = open_source(write(tmp_path / "served" / "a.parquet", rows(30)))
+    with serving(tmp_path / "served") as server:
+        source = open_source(f"{server.url}/*.parquet")
+        assert source.fingerprint == local.fingerprint
+        server.requests.clear()
+        assert list(source) == list(local)
+        assert len(server.requests) == 1 + 3  # the footer and three groups
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            assert pool.map(captions, [source]) == [captions(local)]
+        (tmp_path / "served" / "a.parquet").unlink()
+        fresh = pickle.loads(pickle.dumps(source))
+        with pytest.raises(ShardLost, match="a.parquet' vanished"):
+            fresh[0]
+
+
+def test_the_fingerprint_follows_the_content(tmp_path):
+    first = open_source(write(tmp_path / "a.parquet", rows(20))).fingerprint
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes())
+    assert open_source(tmp_path / "b" / "a.parquet").fingerprint == first
+    assert open_source(write(tmp_path / "a.parquet", rows(20, first=1))).fingerprint != first
+
+
+def test_bad_files(tmp_path):
+    data = write(tmp_path / "a.parquet", rows(20)).read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(data[:-10])
+    (tmp_path / "text.parquet").write_bytes(b"hello" * 100)
+    (tmp_path / "tiny.parquet").write_bytes(b"hi")
+    write(tmp_path / "none.parquet", pa.Table.from_pylist(rows(1)).slice(0, 0))
+    write(tmp_path / "texts.parquet", pa.table({"text": ["a"], "url": ["u"]}))
+    write(tmp_path / "two.parquet", pa.table({"left": [b"a"], "right": [b"b"], "text": ["a"]}))
+    for name, message in (
+        ("cut", "is cut or no Parquet file"),
+        ("text", "is cut or no Parquet file"),
+        ("tiny", "is cut or no Parquet file"),
+        ("none", "holds no rows"),
+        ("texts", "no column with pictures; there are text, url"),
+        ("two", "no column with pictures; there are left, right, text"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            open_source(tmp_path / f"{name}.parquet")
+        assert f"{name}.parquet" in str(error.value) and "\n" not in str(error.value)
+    assert open_source(tmp_path / "two.parquet", image="right")[0].image == b"b"
+
+
+def test_columns_that_are_not_there(tmp_path):
+    path = write(tmp_path / "a.parquet", rows(2))
+    with pytest.raises(ValueError, match="has no field 'captoin'; there are .*, did you mean 'caption'"):
+        open_source(path, fields=["caption", "captoin"])
+    with pytest.raises(ValueError, match="has no image column 'imag'; there are .*, did you mean 'image'"):
+        open_source(path, image="imag")
+
+
+def test_a_damaged_group_is_unreadable_and_the_others_are_not(tmp_path):
+    path = write(tmp_path / "a.parquet", rows(30), compression="none", write_page_checksum=True)
+    source = open_source(path)
+    data = bytearray(path.read_bytes())
+    start, end = parquet._span(pq.read_metadata(path).row_group(1).column(0))
+    data[start:end] = bytes(end - start)
+    with path.open("r+b") as file:
+        file.write(data)
+    assert source[5].fields["caption"] == "caption 5" and source[25].fields["caption"] == "caption 25"
+    with pytest.raises(OSError, match="row group 1 of shard .*a.parquet' is damaged"):
+        source[15]
+
+
+def test_a_file_replaced_under_a_source_stops_the_run(tmp_path):
+    path = write(tmp_path / "a.parquet", rows(30))
+    source = open_source(path)
+    path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(ShardLost, match="a.parquet' was replaced"):
+        source[0]

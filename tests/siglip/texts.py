@@ -1,0 +1,41 @@
+"""Texts that tell tokenizers apart: the sample's captions in twelve languages, and everything that is easily got wrong."""
+
+from pathlib import Path
+
+from hypothesis import strategies as st
+
+from data_pipelines import sample
+from data_pipelines.sources.webdataset import TarSource
+from data_pipelines.text_ops import iter_captions
+
+SAMPLE = Path(sample.__file__).parent
+SPIECE = SAMPLE / "spiece.model"
+
+HAND_PICKED = [
+    "", " ", "  ", "\n", " a  b ", "a\n\nb\tc\r\nd", "\u00a0a\u3000b\u2003", "▁", "▁▁ a ▁", "a dog's life, isn't it? (yes!)",
+    # What looks like special pieces and bytes, but is text
+    "</s>", "a</s>b <pad> <unk>", "<0x41>", "x <0x41> y<0x00>", "<0x4A>", "<s>", "<img> </ s >", "<<0x41>>",
+    # Lower case: final sigma, dotted I, title case, letters of another Unicode
+    "Σ", "ΑΣ", "ΑΣΣ ΑΣ", "ΣΑΣ.", "ΑΣ'Α ΑΣ'", "aΣ\u0301 b", "\u0345Σ", "İstanbul", "İ\u0301", "I\u0307", "Ǆ ǅ", "ẞ", "Ꙁ", "\u1c89",
+    # Normalisation: composed, decomposed, compatibility, marks out of order, marks on what has none
+    "é", "e\u0301", "E\u0301", "e\x01\u0301", "e\u200d\u0301", "Å\u0301\u0301", "a\u0323\u0307", "a\u0307\u0323", "ª\u0300",
+    "\u0301", "ＡＢＣ", "ﬁ ①½ ㎏", "～", "¨ ¨", "ΐ ᾼ", "\u1112\u1161\u11ab 한국어 한국어", "ﾊﾟ が ｶﾞ",
+    "ড় क़", "ㄱㅏ", "\ufb2c", "<\u0338",
+    # Scripts, emoji, invisible and control characters, noncharacters
+    "日本語のテキスト", "ภาษาไทย", "نص عربي ﷺ", "हिन्दी", "𓀀 ᚠᚢᚦ", "😀👨‍👩‍👧🏽🇸🇲", "\u200b\u200d\ufeff", "\x00", "a\x00b",
+    "\x01\x02\x03\x07\x7f\x9f", "\ufffd", "\ufffe\uffff", "\U0010ffff",
+    # Long, and repetitions that parse in several ways
+    "a " * 700, "word" * 500, "!" * 90, "... .. ....", "aaaa aaaaa aaaaaaa", "0000000", "\u0301" * 50,
+]  # fmt: skip
+
+_EASILY_WRONG = (
+    "aAbzéÉ ΣσςΑİıß.'!0-<>/spadunkx41▁\n\t\r\x00\x01\x02\x07\u00ad\u200b\u200d\u00a0"
+    "\u0301\u0308\u0323\u0345ª¨～ｶﾞ한\u1112\u1161\u11ab日😀"
+)
+STRINGS = st.text() | st.text(_EASILY_WRONG, max_size=30)
+
+
+def captions(*, every: int = 40) -> list[str]:
+    """Captions of the sample, keywords among them."""
+    found = [text for shard in sorted(SAMPLE.glob("*.tar")) for text in iter_captions(TarSource(str(shard)))]
+    return found[::every]
