@@ -7,7 +7,7 @@ that is gone is another matter: see `ShardLost`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class ShardLost(ValueError):
     """A shard that was there when its source was opened is gone or has been replaced: no fault of one pair, so it stops."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to pairs; safe to call from several threads, and picklable for worker processes.
 

@@ -22,11 +22,11 @@ import numpy as np
 import tyro
 
 from examples.captioner.data import SAMPLE, read_heldout
-from examples.folders import new_folder
 from siglip.cli import EXPECTED, describe
 from siglip.cli.arguments import parse
 from siglip.encoder import ImageEncoder, load_encoder
 from siglip.export import export
+from siglip.folders import new_folder
 from siglip.step import normalize_pixels
 from siglip.verification import compare
 

@@ -4,19 +4,18 @@ What was written is read back the way its users will read it (Hugging Face's by 
 noise and, where the caller has them, real pictures and texts: see siglip/verification.py. A failed export leaves nothing behind.
 """
 
-import contextlib
 import dataclasses
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from siglip import verification
 from siglip.encoder import Encoder
+from siglip.folders import new_folder
 from siglip.formats import big_vision, hugging_face, saved_model, stablehlo
+from siglip.formats.hf_tokenizer import read_model as read_sentencepiece
 from siglip.model_card import Format, model_card, provenance
 from siglip.models.two_tower import ModelConfig
 from siglip.source import EXPORTED_NPZ, read_model
@@ -79,41 +78,65 @@ def export(
         ExportMismatch: the written file does not give the same outputs; nothing is left of it.
     """
     out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{str(out)!r} exists; export to a new name, or remove it first")
-    for name, value, choices in (("format", format, Format), ("tower", tower, Tower), ("layout", layout, Layout)):
-        if value not in get_args(choices):
-            raise ValueError(f"{name}={value!r} is none of {', '.join(get_args(choices))}")
-    if format == "savedmodel" and samples is None:
-        raise ValueError(
-            "a SavedModel takes encoded pictures and raw texts, so it is verified with some: pass samples=…"
-        )
+    _check_request(out, format=format, tower=tower, layout=layout, samples=samples)
     params, config, tokenizer = _model(src, tower=tower, head=head, image_size=image_size, patch_size=patch_size)
-    if format == "hf":
-        hugging_face.check_expressible(config)
-    if format == "savedmodel" and tower == "both" and tokenizer is None:
-        raise ValueError(
-            f"{str(src)!r} has no tokenizer, and a SavedModel takes raw text; put spiece.model beside it, or use --tower image"
-        )
+    _check_model(src, config, tokenizer, format=format)
     # Noise as encoded files would be another question: what takes files is asked with real ones only.
     cases = [] if format == "savedmodel" else [random_inputs(config)]
     cases += [] if samples is None else [samples(config, tokenizer)]
     model = Encoder(params, config)
     expected = [expected_outputs(model, case) for case in cases]
     del model  # Weights are held once while they are written, and once while they are read back.
-    with _new_beside(out) as partial:
+    with new_folder(out, publish=_publish_npz if out.suffix == ".npz" else os.rename) as partial:
         written = _write(partial, params, config, tokenizer, format=format, layout=layout)
         del params
         found = written.read_back(cases)
         differences = {case.name: compare(*pair) for case, *pair in zip(cases, expected, found, strict=True)}
         origin = provenance(src, licence=licence)
-        card = model_card(config, format=format, origin=origin, differences=differences)
+        card = model_card(
+            config, format=format, origin=origin, differences=differences, has_tokenizer=tokenizer is not None
+        )
         (partial / "README.md").write_text(card)
-        _publish(partial, out)
     worst = max(value for found in differences.values() for value in found.values())
     count = len({name for found in differences.values() for name in found})
     message = f"wrote {out}: {count} outputs agree, largest difference {worst:.1e}"
     return ExportReport(out, differences, written.verified, "; ".join(filter(None, (message, *written.warnings))))
+
+
+def _check_request(out: Path, *, format: Format, tower: Tower, layout: Layout, samples: Samples | None) -> None:
+    for name, value, choices in (("format", format, Format), ("tower", tower, Tower), ("layout", layout, Layout)):
+        if value not in get_args(choices):
+            raise ValueError(f"{name}={value!r} is none of {', '.join(get_args(choices))}")
+    if out.suffix == ".npz" and format != "bigvision":
+        raise ValueError(f"--out {out}: only --format bigvision writes a lone npz; name a folder")
+    # A config file that is left from another npz would be believed.
+    for path in (out, big_vision.sidecar(out)) if out.suffix == ".npz" else (out,):
+        if path.exists():
+            raise FileExistsError(f"{str(path)!r} exists; export to a new name, or remove it first")
+    if format == "savedmodel" and samples is None:
+        raise ValueError(
+            "a SavedModel takes encoded pictures and raw texts, so it is verified with some: pass samples=…"
+        )
+
+
+def _check_model(src: str | Path, config: ModelConfig, tokenizer: Path | None, *, format: Format) -> None:
+    if format == "hf":
+        hugging_face.check_expressible(config)
+    if config.text is None:
+        return
+    if tokenizer is None and format == "savedmodel":
+        raise ValueError(
+            f"{str(src)!r} has no tokenizer, and a SavedModel takes raw text; put spiece.model beside it, or use --tower image"
+        )
+    if tokenizer is not None and format != "stablehlo":
+        pieces, room = (
+            len(read_sentencepiece(tokenizer.read_bytes(), source=str(tokenizer)).pieces),
+            config.text.vocab_size,
+        )
+        if pieces > room:
+            raise ValueError(
+                f"tokenizer {tokenizer} has {pieces} pieces, the text tower room for {room}; put its own there"
+            )
 
 
 def _model(
@@ -189,28 +212,14 @@ def _own_outputs(src: Path, cases: Sequence[Inputs]) -> list[Outputs]:
     return [model_outputs(model, case) for case in cases]
 
 
-@contextlib.contextmanager
-def _new_beside(out: Path) -> Iterator[Path]:
-    """A temporary folder where `out` will be; if the block fails, it and the parents made for it are gone again."""
-    made = [folder for folder in out.absolute().parents if not folder.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        partial.chmod(0o755)
-        yield partial
-        made = []
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for folder in made:
-            folder.rmdir()
-
-
-def _publish(partial: Path, out: Path) -> None:
-    """Renames what was written; for an npz alone its config file, if it needs one, goes first."""
-    if out.suffix != ".npz":
-        os.rename(partial, out)
-        return
-    npz = partial / EXPORTED_NPZ
-    if big_vision.sidecar(npz).exists():
+def _publish_npz(partial: Path, out: Path) -> None:
+    """The file alone; its config file, if it needs one, goes first, so that the npz is never read without."""
+    npz, described = partial / EXPORTED_NPZ, big_vision.sidecar(partial / EXPORTED_NPZ).exists()
+    if described:
         os.rename(big_vision.sidecar(npz), big_vision.sidecar(out))
-    os.rename(npz, out)
+    try:
+        os.rename(npz, out)
+    except OSError:
+        if described:
+            big_vision.sidecar(out).unlink()
+        raise

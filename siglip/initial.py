@@ -120,7 +120,7 @@ class SourceModel:
             image=image,
             text=text,
             out_dim=self.out_dim or out_dim,
-            temperature_init=self.temperature_init or base.temperature_init,
+            temperature_init=base.temperature_init if self.temperature_init is None else self.temperature_init,
             bias_init=base.bias_init if self.bias_init is None else self.bias_init,
         )
 

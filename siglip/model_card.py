@@ -15,7 +15,11 @@ from typing import Any, Literal
 from siglip.formats import hugging_face
 from siglip.metrics import format_value, read_metrics
 from siglip.models.two_tower import ModelConfig
-from siglip.workdir import CONFIG_FILE
+from siglip.workdir import read_config
+
+_HUB_LICENCES = (
+    "apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "gpl-3.0", "gemma",
+)  # fmt: skip
 
 Format = Literal["bigvision", "hf", "stablehlo", "savedmodel"]
 
@@ -47,9 +51,9 @@ def provenance(src: str | Path, *, licence: str | None = None) -> Provenance:
     path = Path(src)
     found = checkpoint.locate(path) if path.is_dir() else None
     if found is None:
-        return Provenance(path.name, licence)
+        return Provenance(path.resolve().name, licence)
     workdir, step = found
-    config = json.loads((workdir / CONFIG_FILE).read_text())
+    config = read_config(workdir)
     lines = [line for line in read_metrics(workdir) if line["step"] <= step]
     metrics = {}
     for line in lines:
@@ -58,7 +62,12 @@ def provenance(src: str | Path, *, licence: str | None = None) -> Provenance:
 
 
 def model_card(
-    config: ModelConfig, *, format: Format, origin: Provenance, differences: Mapping[str, Mapping[str, float]]
+    config: ModelConfig,
+    *,
+    format: Format,
+    origin: Provenance,
+    differences: Mapping[str, Mapping[str, float]],
+    has_tokenizer: bool,
 ) -> str:
     """The card. differences: {inputs: {output: largest difference}}, as the export's own check found them."""
     both = config.text is not None
@@ -67,20 +76,25 @@ def model_card(
         f"# SigLIP {'image and text towers' if both else 'image tower'}",
         _origin(origin),
         "## Architecture\n\n" + _architecture(config),
-        "## What it takes\n\n" + _contract(config, format=format),
+        "## What it takes\n\n" + _contract(config, format=format, has_tokenizer=has_tokenizer),
         "## Data and recipe\n\n" + _recipe(origin),
         "## Evaluation\n\n" + _evaluation(origin),
         "## How far it was checked\n\n" + _differences(differences),
-        "## Example\n\n" + _example(config, format=format),
+        "## Example\n\n" + _example(config, format=format, has_tokenizer=has_tokenizer),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _front_matter(origin: Provenance, *, format: Format, both: bool) -> str:
-    library = {"hf": "transformers", "bigvision": "big_vision", "stablehlo": "jax", "savedmodel": "keras"}[format]
+    library = {"hf": "transformers", "bigvision": "big_vision", "stablehlo": "jax", "savedmodel": "tensorflow"}[format]
     tag = "zero-shot-image-classification" if both else "image-feature-extraction"
-    # Hubs know a fixed list of identifiers; everything else is "other" with a name.
-    licence = f"license: other\nlicense_name: {json.dumps(origin.licence or 'unknown')}"
+    # Hubs know a list of identifiers; everything else is "other" with a name.
+    known = origin.licence in _HUB_LICENCES
+    licence = (
+        f"license: {origin.licence}"
+        if known
+        else f"license: other\nlicense_name: {json.dumps(origin.licence or 'unknown')}"
+    )
     return f"---\nlibrary_name: {library}\npipeline_tag: {tag}\ntags: [siglip, vision]\n{licence}\n---"
 
 
@@ -106,7 +120,7 @@ def _architecture(config: ModelConfig) -> str:
     return "\n".join(lines)
 
 
-def _contract(config: ModelConfig, *, format: Format) -> str:
+def _contract(config: ModelConfig, *, format: Format, has_tokenizer: bool) -> str:
     image, text, (height, width), (down, across) = config.image, config.text, config.image.image_size, config.image.grid
     lines = [
         f"- pictures: upright RGB, transparent parts over white, resized to {height} x {width} px (bilinear with antialias, as "
@@ -121,7 +135,7 @@ def _contract(config: ModelConfig, *, format: Format) -> str:
         )
     if format == "hf":
         lines.append(_HF_PICTURES)
-        lines += [_HF_TEXTS] if text else []
+        lines += [_HF_TEXTS if has_tokenizer else _NO_TOKENIZER] if text else []
         lines += [f"- note: {warning}"] if (warning := hugging_face.pipeline_length_warning(config)) else []
     if format == "savedmodel":
         lines.append(_SAVED_MODEL)
@@ -136,6 +150,7 @@ _HF_TEXTS = (
     "- the tokenizer here gives the ids of training with `padding='max_length', truncation=True`; a `</s>` typed in a text is "
     "text"
 )
+_NO_TOKENIZER = "- no tokenizer is here, because the source had none: use that of training"
 _SAVED_MODEL = (
     "- all of it happens inside the graph: it takes encoded files (JPEG, PNG, WebP, GIF's first frame, 24-bit BMP; EXIF turned "
     "but in WebP, transparency over white but in GIF) and raw UTF-8 texts; a damaged file is an InvalidArgumentError"
@@ -147,7 +162,7 @@ def _recipe(origin: Provenance) -> str:
     if not config:
         return "Unknown: the source is not a training run."
     optim, data = config["optim"], config["data"]
-    steps = origin.step or config["total_steps"]
+    steps = config["total_steps"] if origin.step is None else origin.step
     sources = [
         f"- `{Path(source['shards']).name}`, weight {source['weight']}, captions "
         + ", ".join(f"`{field}` {probability:g}" for field, probability in source["captions"])
@@ -165,12 +180,25 @@ def _recipe(origin: Provenance) -> str:
 
 
 def _evaluation(origin: Provenance) -> str:
-    if not origin.metrics:
-        return "None on record."
-    rows = [
-        f"| {name.removeprefix('eval/')} | {format_value(value)} |" for name, value in sorted(origin.metrics.items())
+    """A table per task, with a row per data set and a column per metric."""
+    tasks: dict[str, dict[str, dict[str, float]]] = {}
+    for path, value in sorted(origin.metrics.items()):
+        _, task, dataset, metric = path.split("/", 3)
+        tasks.setdefault(task, {}).setdefault(dataset, {})[metric] = value
+    tables = [_table(task, rows) for task, rows in tasks.items()]
+    return "\n\n".join(tables) or "None on record."
+
+
+def _table(task: str, rows: Mapping[str, Mapping[str, float]]) -> str:
+    metrics = list(dict.fromkeys(metric for found in rows.values() for metric in found))
+    lines = [
+        f"| {task} | " + " | ".join(metric.replace("_", " ") for metric in metrics) + " |",
+        "|---" * (1 + len(metrics)) + "|",
     ]
-    return "\n".join(["| metric | value |", "|---|---|", *rows])
+    for dataset, found in rows.items():
+        values = [format_value(found.get(metric), rank=metric.endswith("_rank")) for metric in metrics]
+        lines.append(f"| {dataset} | {' | '.join(values)} |")
+    return "\n".join(lines)
 
 
 def _differences(differences: Mapping[str, Mapping[str, float]]) -> str:
@@ -188,9 +216,9 @@ def _differences(differences: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(["Read back and fed the same inputs as its source:", "", *head, *rows])
 
 
-def _example(config: ModelConfig, *, format: Format) -> str:
+def _example(config: ModelConfig, *, format: Format, has_tokenizer: bool) -> str:
     name = format
-    if format == "hf" and config.text is not None:
+    if format == "hf" and config.text is not None and has_tokenizer:
         name = "hf_both" if hugging_face.pipeline_length_warning(config) else "hf_pipeline"
     elif format in ("stablehlo", "savedmodel") and config.text is not None:
         name = f"{format}_both"

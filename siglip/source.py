@@ -16,7 +16,9 @@ from siglip.trees import build_dataclass
 from siglip.workdir import CONFIG_FILE, TOKENIZER_FILE
 
 EXPORTED_NPZ = "model.npz"
-SOURCES = "a run's workdir, a checkpoint inside it, FILE.npz, FILE.npz:img, or a Hugging Face folder"
+SOURCES = (
+    "a run's workdir, a checkpoint inside it, FILE.npz, FILE.npz:img, a Hugging Face folder, or an exported folder"
+)
 
 
 def read_model(
@@ -31,7 +33,11 @@ def read_model(
 
 
 def _height_width(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    return (size, size) if isinstance(size, int) else size
+    if size is None or isinstance(size, int):
+        return size if size is None else (size, size)
+    if len(size) not in (1, 2):
+        raise ValueError(f"size {tuple(size)}: give one side in pixels, or (height, width)")
+    return size[0], size[-1]
 
 
 def _read(src: str | Path, image_size: tuple[int, int] | None) -> tuple[dict[str, Any], ModelConfig, Path | None]:

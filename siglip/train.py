@@ -180,7 +180,9 @@ def _build(config: TrainConfig, mesh: jax.sharding.Mesh) -> _Program:
 
 def _read_initial(config: TrainConfig, tokenizer: bytes | None, peers: Alone) -> dict[str, np.ndarray]:
     """The parameters of `init.src`, in this process's memory; none where there is a checkpoint to go on from."""
-    if config.init.src is None or peers.gather("has a checkpoint", has_checkpoint(Path(config.workdir)))[0]:
+    # Asked in every process, whatever its settings are: whether these agree is found out later.
+    goes_on = peers.gather("has a checkpoint", has_checkpoint(Path(config.workdir)))[0]
+    if config.init.src is None or goes_on:
         return {}
     return initial.read_initial(config.init, config.model, tokenizer=tokenizer)
 

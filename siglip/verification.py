@@ -1,7 +1,8 @@
 """Does an export give its source's numbers? The same inputs through both, and the largest difference of every output.
 
-An output must agree to 1e-5 of its largest value, or of 1 where that is more: two implementations of the same float32
-arithmetic differ by rounding in the order of sums, typically by 2e-6. Pixels and token ids must be equal.
+Embeddings and probabilities must agree to 1e-5; image tokens and logits, which have no bound, to 1e-5 of their largest value, or
+of 1 where that is more. Two implementations of the same float32 arithmetic differ by rounding in the order of sums, typically by
+2e-6. Pixels and token ids must be equal.
 
 The trap: a checkpoint that loads is not a checkpoint that is right. A loader that misses a key fills it with random numbers and
 warns; so missing and unexpected keys fail an export as well.
@@ -26,6 +27,8 @@ Outputs = dict[str, np.ndarray]
 
 TOLERANCE = 1e-5
 _EXACT = ("pixels", "tokens")
+_DERIVED = (*_EXACT, "probabilities")  # what not every reader gives
+_UNBOUNDED = ("image_tokens", "logits")  # float32 has seven digits, wherever the point is
 # x / 127.5 - 1 and (x / 255 - 0.5) / 0.5 round differently in float32; ids are whole numbers.
 _PIXEL_ROUNDING = 3e-7
 ROWS = 6  # pictures, and texts; the same for noise and for samples, so that one program serves both
@@ -44,7 +47,7 @@ class Inputs:
         images: float32 [b, h, w, 3] in [-1, 1], as our pipeline prepares them.
         tokens: int32 [k, l], likewise, or None for an image tower alone.
         files: the pictures as encoded files, for what decodes them itself.
-        texts: the texts, for what tokenizes them itself.
+        texts: the texts, for what tokenizes them itself; (), though there are tokens, where there is no tokenizer.
     """
 
     name: str
@@ -112,7 +115,7 @@ def _torch_outputs(model: Any, inputs: Inputs, *, pooled: bool) -> Outputs:
     pixels = torch.from_numpy(np.ascontiguousarray(inputs.images.transpose(0, 3, 1, 2)))
     with torch.no_grad():
         if inputs.tokens is None:
-            vision = model(pixel_values=pixels)
+            vision = getattr(model, "vision_model", model)(pixel_values=pixels)
         else:
             both = model(pixel_values=pixels, input_ids=torch.from_numpy(inputs.tokens).long())
             vision = both.vision_model_output
@@ -132,6 +135,7 @@ def _preprocessed(folder: Path, inputs: Inputs) -> Outputs:
     if inputs.files:
         from PIL import Image
 
+        # The preprocessor of transformers neither turns pictures upright nor puts them over white: that is its caller's part.
         pictures = [Image.open(io.BytesIO(file)) for file in inputs.files]
         pixels = AutoImageProcessor.from_pretrained(folder)(pictures, return_tensors="np")["pixel_values"]
         outputs["pixels"] = np.asarray(pixels, np.float32).transpose(0, 2, 3, 1)
@@ -146,18 +150,26 @@ def compare(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray])
     """Largest absolute difference of every output that was found.
 
     Raises:
-        ExportMismatch: an output that the source lacks, or of another shape, or further from it than allowed.
+        ExportMismatch: an output of the towers that is missing, one that the source lacks, or of another shape, or further
+            from it than allowed.
     """
+    if lost := [name for name in expected if name not in found and name not in _DERIVED]:
+        raise ExportMismatch(f"the export lacks {', '.join(lost)}; it has {', '.join(found) or 'nothing'}")
     differences = {}
     for name, array in found.items():
         if name not in expected or expected[name].shape != array.shape:
             there = expected[name].shape if name in expected else "absent"
             raise ExportMismatch(f"the export's {name} has shape {array.shape}, its source's is {there}")
         differences[name] = float(np.max(np.abs(expected[name].astype(np.float64) - array.astype(np.float64))))
-        largest = max(1.0, float(np.max(np.abs(expected[name]))))
-        allowed = _PIXEL_ROUNDING if name in _EXACT else TOLERANCE * largest
-        if not differences[name] <= allowed:  # so that NaN fails
+        if not differences[name] <= _allowed(name, expected[name]):  # so that NaN fails
             raise ExportMismatch(
-                f"the export's {name} differs from its source by {differences[name]:.1e}, allowed is {allowed:.1e}"
+                f"the export's {name} differs from its source by {differences[name]:.1e}, allowed is "
+                f"{_allowed(name, expected[name]):.1e}"
             )
     return differences
+
+
+def _allowed(name: str, expected: np.ndarray) -> float:
+    if name in _EXACT:
+        return _PIXEL_ROUNDING
+    return TOLERANCE * (max(1.0, float(np.max(np.abs(expected)))) if name in _UNBOUNDED else 1.0)

@@ -6,7 +6,7 @@
 AdamW, each part with its own schedule and its own gradient clipping: linear from 0, then a cosine to 0.
 
 The trap: a decoder that has not learnt to read pictures sends gradients into the encoder that have nothing to do with what
-is wrong with the encoder. Warmed up at the decoder's pace, the encoder is spoilt before these make sense.
+is wrong with the encoder. Warmed up at the decoder's pace, the encoder moves before these make sense.
 """
 
 import dataclasses

@@ -1,7 +1,9 @@
 """`siglip export`: any source to a format that others load, verified before it is called done."""
 
 import dataclasses
-from collections.abc import Iterable
+import io
+import signal
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -10,17 +12,18 @@ import tyro
 from PIL import Image
 
 from data_pipelines import sample
-from data_pipelines.image_ops import decode_image
-from data_pipelines.records import Pair
+from data_pipelines.image_ops import DecodeError, decode_image
+from data_pipelines.records import Source
 from data_pipelines.sources.opening import open_source
 from data_pipelines.text_ops import iter_captions
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.cli.arguments import parse
 from siglip.export import export
 from siglip.models.two_tower import ModelConfig
-from siglip.verification import ROWS, Inputs
+from siglip.verification import ROWS, Inputs, random_inputs
 
 _MAX_PIXELS = 1 << 26
+_ORIENTATION_TAG = 0x0112
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +38,10 @@ class ExportArgs:
         tower: the image tower alone, or both with the tokenizer.
         image_size: side in pixels, or height and width; positions are resampled to it.
         patch_size: likewise; the patch kernel is resampled.
-        head: no-head leaves the pooling head away, as vision-language models take the tower.
+        head: False leaves the pooling head away, as vision-language models take the tower.
         layout: of bigvision: blocks one by one (loop), or stacked (scan).
         licence: of the weights, for the model card.
-        samples: tar shards whose first pictures and texts are compared too; the shipped sample by default.
+        samples: shards whose first pictures and texts are compared too; the shipped sample by default.
     """
 
     src: tyro.conf.Positional[str]
@@ -56,13 +59,15 @@ class ExportArgs:
 def export_command(args: list[str]) -> None:
     """Prints the largest difference of every output, on noise and on real pictures."""
     options = parse(ExportArgs, args, prog="siglip export")
+    # Ended from outside, it leaves nothing behind either.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     report = export(
         options.src,
         format=options.format,
         out=options.out,
         tower=options.tower,
-        image_size=_height_width(options.image_size, "--image-size"),
-        patch_size=_height_width(options.patch_size, "--patch-size"),
+        image_size=options.image_size or None,
+        patch_size=options.patch_size or None,
         head=options.head,
         layout=options.layout,
         licence=options.licence,
@@ -76,29 +81,48 @@ def export_command(args: list[str]) -> None:
     print(report.message)
 
 
-def sample_inputs(pairs: Iterable[Pair], config: ModelConfig, tokenizer: Path | None) -> Inputs:
-    """The first pictures and texts of a source, raw and as training prepares them.
+def sample_inputs(pairs: Source, config: ModelConfig, tokenizer: Path | None) -> Inputs:
+    """The first pictures and texts of a source that are what the format's own preprocessing takes as ours does, raw and prepared.
 
     Raises:
-        ValueError: none of the pairs has a picture.
+        ValueError: no pair has such a picture, or such a text.
     """
-    chosen = [pair for pair, _ in zip(pairs, range(ROWS), strict=False) if pair.image]
-    if not chosen:
-        raise ValueError("--samples: none of the first pairs has a picture; name other shards")
-    files = [pair.image for pair in chosen]
     # By Pillow itself: training may take a faster resize that is 1/255 off here and there, consumers do not.
     (height, width), bilinear = config.image.image_size, Image.Resampling.BILINEAR
-    pictures = [decode_image(file, max_pixels=_MAX_PIXELS).resize((width, height), bilinear) for file in files]
-    images = np.stack([np.asarray(picture) for picture in pictures]).astype(np.float32) / np.float32(127.5) - 1
-    if config.text is None or tokenizer is None:
+    files, pictures, texts = [], [], []
+    for index in range(len(pairs)):
+        pair = pairs[index]
+        if len(files) == ROWS:
+            break
+        if pair.image is None or not _is_plain(pair.image):
+            continue
+        try:
+            picture = decode_image(pair.image, max_pixels=_MAX_PIXELS)
+        except DecodeError:
+            continue
+        files.append(pair.image)
+        pictures.append(np.asarray(picture.resize((width, height), bilinear)))
+        texts += iter_captions([pair])
+    if not files:
+        raise ValueError("--samples: no pair has an upright, opaque picture that can be decoded; name other shards")
+    images = np.stack(pictures).astype(np.float32) / np.float32(127.5) - 1
+    if config.text is None:
         return Inputs("sample", images, None, files)
-    texts = list(dict.fromkeys(iter_captions(chosen)))[:ROWS]
+    if tokenizer is None:
+        return Inputs("sample", images, random_inputs(config).tokens, files)
+    texts = list(dict.fromkeys(texts))[:ROWS]
+    if not texts:
+        raise ValueError("--samples: the pairs have pictures but no captions; name other shards, or use --tower image")
     encode = SentencePieceTokenizer(str(tokenizer)).encode
     tokens = np.stack([encode(text, config.text.length) for text in texts])
     return Inputs("sample", images, tokens.astype(np.int32), files, texts)
 
 
-def _height_width(sides: tuple[int, ...], flag: str) -> tuple[int, int] | None:
-    if len(sides) > 2 or any(side < 1 for side in sides):
-        raise ValueError(f"{flag} {' '.join(map(str, sides))}: give one side in pixels, or height and width")
-    return (sides[0], sides[-1]) if sides else None
+def _is_plain(file: bytes) -> bool:
+    """An upright, opaque 8-bit picture: of others our consumers' preprocessors say that they are their callers' affair."""
+    try:
+        picture = Image.open(io.BytesIO(file), formats=("JPEG", "PNG"))
+        upright = picture.getexif().get(_ORIENTATION_TAG, 1) == 1
+    except Exception:  # decoders raise anything on damaged files
+        return False
+    return upright and picture.mode in ("RGB", "L") and not picture.has_transparency_data

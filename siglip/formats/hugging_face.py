@@ -122,12 +122,12 @@ def check_expressible(config: ModelConfig) -> None:
 
 
 def pipeline_length_warning(config: ModelConfig) -> str:
-    """A warning where the zero-shot pipeline of transformers, which pads texts to 64 tokens, cannot run; else empty."""
-    if config.text is None or config.text.length >= _PIPELINE_LENGTH:
+    """A warning where transformers' zero-shot pipeline, which makes every text 64 tokens long, cannot be used; else empty."""
+    if config.text is None or config.text.length == _PIPELINE_LENGTH:
         return ""
     return (
-        f"texts have {config.text.length} tokens, but pipeline('zero-shot-image-classification') pads to "
-        f"{_PIPELINE_LENGTH}; call the processor and the model directly"
+        f"texts have {config.text.length} tokens, but pipeline('zero-shot-image-classification') pads or cuts them to "
+        f"{_PIPELINE_LENGTH}; call the tokenizer and the model directly"
     )
 
 

@@ -1,11 +1,14 @@
 """Exports appear whole and verified, or not at all."""
 
 import importlib.util
+import io
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_pipelines.sources.webdataset import TarSource
 from siglip import export as export_module
@@ -13,6 +16,7 @@ from siglip.cli.exporting import sample_inputs
 from siglip.encoder import load
 from siglip.export import export
 from siglip.formats import big_vision, hugging_face
+from siglip.formats.big_vision import image_only
 from siglip.models.two_tower import ModelConfig
 from siglip.train import train
 from siglip.verification import ExportMismatch, compare
@@ -38,6 +42,13 @@ def written(path, config: ModelConfig):
     return path
 
 
+def few_pieces(folder):
+    """A model whose text tower has no room for the tokenizer beside it."""
+    folder.mkdir()
+    (folder / "spiece.model").write_bytes((SAMPLE / "spiece.model").read_bytes())
+    return written(folder / "m.npz", square_model())
+
+
 def without_transformers(monkeypatch):
     monkeypatch.setattr(export_module, "find_spec", lambda name: None)
 
@@ -58,7 +69,8 @@ def test_npz_alone(tmp_path, source):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "source"]
     with np.load(tmp_path / "a.npz") as stored:
         assert all(key.startswith("params/img/") for key in stored)
-    odd = written(tmp_path / "source" / "odd.npz", square_model(image={"image_size": (16, 24)}))
+    odd = square_model(image={"image_size": (16, 24)}, text={"vocab_size": 4000})
+    odd = written(tmp_path / "source" / "odd.npz", odd)
     export(odd, format="bigvision", out=tmp_path / "b.npz", tower="both")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.config.json", "b.npz", "source"]
     assert load(tmp_path / "b.npz").config.image.image_size == (16, 24)
@@ -114,6 +126,41 @@ def test_hugging_face_is_proved_by_transformers(tmp_path, real_source, tower):
     assert max(found.values()) < 1e-5 and found["pixels"] < 2e-7 and found.get("tokens", 0) == 0
 
 
+@pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs torch and transformers: pip install '.[interop]'")
+def test_both_towers_without_a_tokenizer(tmp_path, monkeypatch, capsys):
+    source = written(tmp_path / "m.npz", square_model())
+    report = export(source, format="hf", out=tmp_path / "hf", tower="both", samples=samples)
+    assert "text_embedding" in report.differences["sample"] and "no tokenizer" in report.message
+    assert "use that of training" in (tmp_path / "hf" / "README.md").read_text()
+    assert "[1, 16, 36]" in run_example(tmp_path / "hf", monkeypatch, capsys)
+
+
+def test_pictures_that_consumers_prepare_otherwise_are_no_samples(tmp_path):
+    def member(mode, format, **options):
+        file = io.BytesIO()
+        Image.new(mode, (9, 7), 200 if mode == "L" else (1, 2, 3, 4)[: len(mode)]).save(file, format, **options)
+        return file.getvalue()
+
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    pictures = [
+        b"none",
+        member("RGB", "JPEG", exif=turned),
+        member("RGBA", "PNG"),
+        member("RGB", "JPEG"),
+        member("L", "PNG"),
+    ]
+    with tarfile.open(tmp_path / "few.tar", "w") as tar:
+        for number, content in enumerate(pictures):
+            info = tarfile.TarInfo(f"{number}.jpg")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    pairs = TarSource(str(tmp_path / "few.tar"))
+    assert list(sample_inputs(pairs, image_only(square_model()), None).files) == pictures[3:]
+    with pytest.raises(ValueError, match="have pictures but no captions"):
+        sample_inputs(pairs, square_model(), SAMPLE / "spiece.model")
+
+
 def test_a_saved_model_is_compared_on_files_and_strings(tmp_path, real_source):
     report = export(real_source, format="savedmodel", out=tmp_path / "out", tower="both", samples=samples)
     assert list(report.differences) == ["sample"] and max(report.differences["sample"].values()) < 1e-5
@@ -129,7 +176,7 @@ def test_without_transformers_it_says_so(tmp_path, source, monkeypatch):
     without_transformers(monkeypatch)
     report = export(source, format="hf", out=tmp_path / "hf", tower="both")
     assert not report.verified and "pip install" in report.message and "\n" not in report.message
-    assert "pads to 64" in report.message
+    assert "pads or cuts them to 64" in report.message
 
 
 def test_a_source_without_tokenizer_is_mentioned(tmp_path, source, monkeypatch):
@@ -147,12 +194,20 @@ def test_nothing_stays_behind(tmp_path, source, monkeypatch):
         (written(tmp_path / "source" / "head.npz", head), "hf", "both", "no linear image head"),
         (alone, "bigvision", "both", "only the image tower"),
         (tmp_path / "absent.npz", "hf", "image", "no file"),
+        (few_pieces(tmp_path / "source" / "few"), "hf", "both", "has 4000 pieces, the text tower room for 61"),
     ]
     for src, format, tower, words in cases:
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             export(src, format=format, out=tmp_path / "x" / "y", tower=tower)
     with pytest.raises(FileExistsError, match="export to a new name"):
         export(source, format="hf", out=tmp_path / "source")
+    with pytest.raises(ValueError, match="only --format bigvision writes a lone npz"):
+        export(source, format="hf", out=tmp_path / "x.npz")
+    # A config file that is left from another npz would be believed.
+    (tmp_path / "x.config.json").touch()
+    with pytest.raises(FileExistsError, match="x.config.json"):
+        export(source, format="bigvision", out=tmp_path / "x.npz")
+    (tmp_path / "x.config.json").unlink()
 
     real = hugging_face.names.to_hugging_face
     monkeypatch.setattr(hugging_face.names, "to_hugging_face", lambda a, kind: real(a * np.float32(1.001), kind))
@@ -167,6 +222,11 @@ def test_not_a_number_does_not_pass():
 
 
 def test_what_the_source_lacks_or_has_in_another_shape_does_not_pass():
+    with pytest.raises(ExportMismatch, match="the export lacks image_embedding; it has nothing"):
+        compare({"image_embedding": np.ones(2), "probabilities": np.ones(1)}, {})
+    with pytest.raises(ExportMismatch, match="allowed is 1.0e-05"):
+        compare({"image_embedding": np.full(2, 50.0)}, {"image_embedding": np.full(2, 50.0001)})
+    compare({"image_tokens": np.full(2, 50.0)}, {"image_tokens": np.full(2, 50.0001)})
     with pytest.raises(ExportMismatch, match=r"z has shape \(2,\), its source's is absent"):
         compare({}, {"z": np.ones(2)})
     with pytest.raises(ExportMismatch, match=r"z has shape \(2,\), its source's is \(1,\)"):
@@ -189,7 +249,7 @@ def test_the_model_card_says_what_to_feed_and_how_far_it_was_checked(tmp_path, s
     card = (tmp_path / "bv" / "README.md").read_text()
     parts = (
         "width 36, depth 2", "32 x 32 px", "16 tokens (4 x 4", "exactly 7", "[-1, 1]", "| image_tokens | 0.0e+00 |",
-        "Licence: apache-2.0", 'license_name: "apache-2.0"', "the source is not a training run", "None on record",
+        "Licence: apache-2.0", "license: apache-2.0", "the source is not a training run", "None on record",
     )  # fmt: skip
     for part in parts:
         assert part in card, part
@@ -203,7 +263,7 @@ def test_examples_of_model_cards_run(tmp_path, real_source, monkeypatch, capsys,
     assert (printed or ("(1, 16, 36)" if tower == "image" else "[[0.")) in out
 
 
-@pytest.mark.parametrize("tower, length", [("image", 64), ("both", 64), ("both", 12)])
+@pytest.mark.parametrize("tower, length", [("image", 64), ("both", 64), ("both", 12), ("both", 77)])
 @pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs torch and transformers: pip install '.[interop]'")
 def test_examples_for_transformers_run(tmp_path, real_source, monkeypatch, capsys, tower, length):
     written(real_source, square_model(text={"vocab_size": 4000, "length": length}))

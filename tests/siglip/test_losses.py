@@ -124,7 +124,20 @@ def test_any_block_and_chunk(block, chunk, t, b, impl):
     zimg, ztxt = embeddings(2 * block, 4, seed=block)
     loss = functools.partial(chunked_sigmoid_loss, mesh=mesh_of(2), impl=impl, chunk_size=chunk)
     t, b = jnp.float32(t), jnp.float32(b)
-    assert_same(jax.jit(value_and_grad(loss))(zimg, ztxt, t, b), double_loop(zimg, ztxt, t, b), rtol=5e-6)
+    value, (*matrices, of_t, of_b) = jax.jit(value_and_grad(loss))(zimg, ztxt, t, b)
+    expected, (*expected_matrices, expected_t, expected_b) = double_loop(zimg, ztxt, t, b)
+    assert_same((value, matrices), (expected, expected_matrices), rtol=5e-6)
+    # The scalars' gradients are sums of terms of both signs: where these cancel, what rounding is measured by are the terms.
+    similarity = np.exp(np.float64(t)) * np.float64(zimg) @ np.float64(ztxt).T
+    signs = 2 * np.eye(len(zimg)) - 1
+    terms = np.abs(signs / (1 + np.exp(signs * (similarity + np.float64(b)))) / len(zimg))
+    for found, wanted, scale in ((of_t, expected_t, terms * np.abs(similarity)), (of_b, expected_b, terms)):
+        np.testing.assert_allclose(float(found), wanted, rtol=0, atol=5e-6 * scale.sum())
+
+
+def test_gradients_that_cancel():
+    """A case in which the terms of the temperature's gradient, 1.6 in all, cancel to 8e-4."""
+    test_any_block_and_chunk.hypothesis.inner_test(2, 1, 0.0, 0.875, "all_gather")
 
 
 @pytest.mark.parametrize("impl", ["all_gather", "ring"])

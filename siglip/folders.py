@@ -1,0 +1,41 @@
+"""Folders that appear whole or not at all.
+
+The trap: a process that is killed cannot clean up. What it leaves has a name that starts with a dot, beside the place it was
+to get.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, *, publish: Callable[[Path, Path], None] = os.rename) -> Iterator[Path]:
+    """A temporary folder beside `out` that gets its name when the block succeeds; else nothing is left, parents included.
+
+    Args:
+        publish: (temporary folder, out) -> None: gives it its name.
+
+    Raises:
+        FileExistsError: `out` exists.
+    """
+    if out.exists():
+        raise FileExistsError(f"{str(out)!r} exists; name a new one, or remove it first")
+    made = [folder for folder in out.absolute().parents if not folder.exists()]
+    partial = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        partial.chmod(0o755)
+        yield partial
+        publish(partial, out)
+        made = []
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                folder.rmdir()
