@@ -181,7 +181,7 @@ def read_run_params(path: Path, *, step: int | None = None) -> tuple[dict[str, A
         raise FileNotFoundError(
             f"{workdir} has no checkpoint{'' if step is None else f' {step}'}; it has {steps or 'none'}"
         )
-    config = read_config(workdir)
+    config = read_config(workdir, fields=("model",))
     with _reading(folder / str(step), fix="try another step"):
         with ocp.PyTreeCheckpointer() as reader:
             tree = reader.metadata(folder / str(step) / "state").item_metadata.tree

@@ -53,7 +53,7 @@ def provenance(src: str | Path, *, licence: str | None = None) -> Provenance:
     if found is None:
         return Provenance(path.resolve().name, licence)
     workdir, step = found
-    config = read_config(workdir)
+    config = read_config(workdir, fields=("data", "optim", "loss", "total_steps", "batch_size", "seed"))
     lines = [line for line in read_metrics(workdir) if line["step"] <= step]
     metrics = {}
     for line in lines:

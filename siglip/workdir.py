@@ -40,7 +40,6 @@ OWN_FIELDS = (
     "data/(workers|threads|prefetch|cache_bytes|tokenizer|image_embeddings)",
     r"data/sources/\d+/shards",
 )
-_RUN_FIELDS = ("model", "data", "optim", "loss", "total_steps", "batch_size", "seed")
 _SHARED_FILE_S = 5.0  # a network folder may be slow to show what another host wrote
 
 
@@ -58,9 +57,10 @@ def check_same_run(
     """
     own = re.compile("|".join(f"(?:{pattern})" for pattern in OWN_FIELDS))
     data = {**data_state, "tokenizer": None if tokenizer is None else hashlib.sha256(tokenizer).hexdigest()[:16]}
-    flat = {path: value for path, value in _flatten_json(_plain(config)).items() if not own.fullmatch(path)}
+    everything = _flatten_json(_plain(config))
+    flat = {path: value for path, value in everything.items() if not own.fullmatch(path)}
     # Where the embeddings are kept is a host's affair, whether they are used is not.
-    data["image_embeddings_used"] = config["data"].get("image_embeddings") is not None
+    data["image_embeddings_used"] = everything.get("data/image_embeddings") is not None
     settings = flat | {f"data/{name}": value for name, value in _plain(data).items()} | {"init/parameters": initial}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if len(set(peers.gather("settings", digest))) == 1:
@@ -165,12 +165,12 @@ def _flatten_json(value: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, item in items for k, v in _flatten_json(item, f"{prefix}{name}/").items()}
 
 
-def read_config(workdir: Path) -> dict[str, Any]:
-    """config.json of a workdir.
+def read_config(workdir: Path, *, fields: Sequence[str] = ()) -> dict[str, Any]:
+    """config.json of a workdir, which has to have these fields.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is no JSON, or not that of a run.
+        ValueError: if it is no JSON object, or lacks a field.
     """
     path = workdir / CONFIG_FILE
     try:
@@ -179,11 +179,9 @@ def read_config(workdir: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is not valid JSON ({error}); restore it from a checkpoint's config/ or remove it"
         ) from None
-    lacks = [name for name in _RUN_FIELDS if not isinstance(tree, dict) or name not in tree]
-    if lacks:
-        raise ValueError(
-            f"{path} is no run's config, it lacks {', '.join(lacks)}; restore it from a checkpoint's config/"
-        )
+    if not isinstance(tree, dict) or (lacks := [name for name in fields if name not in tree]):
+        what = f"lacks {', '.join(lacks)}" if isinstance(tree, dict) else "is no object"
+        raise ValueError(f"{path} is no run's config, it {what}; restore it from a checkpoint's config/")
     return tree
 
 

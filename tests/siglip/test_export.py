@@ -285,7 +285,7 @@ def test_the_card_of_a_run_tells_its_recipe_and_evaluation(tmp_path):
         "8 of 8 steps",
         "pairs seen",
         "adamw, lr",
-        "| retrieval/toy/image_retrieval_recall@1 | 0.125 |",
+        "| retrieval | image retrieval recall@1 |\n|---|---|\n| toy | 0.125 |",
     )
     for part in parts:
         assert part in card, part
