@@ -245,7 +245,7 @@ def test_saved_and_loaded(stage_1, tmp_path):
     np.testing.assert_allclose(*scores, rtol=0, atol=1e-5)
     # The tower is a SRC again.
     assert siglip.load_encoder(tmp_path / "out" / saved.ENCODER).spec == captioner.encoder.spec
-    with pytest.raises(FileExistsError, match="exists; name a new folder"):
+    with pytest.raises(FileExistsError, match="exists; name a new one"):
         saved.save_captioner(tmp_path / "out", captioner, prompt=PROMPT, metrics={})
     with pytest.raises(FileNotFoundError, match="has no captioner.json; make one"):
         saved.load_captioner(tmp_path)

@@ -79,7 +79,7 @@ def test_lost_weights_are_an_error(built, tmp_path):
 
 def test_bad_input_leaves_nothing(source, built, tmp_path, capsys):
     assert hf_paligemma.main([str(source), "--out", str(built)]) == 2
-    assert "exists; name a new folder" in capsys.readouterr().err
+    assert "exists; name a new one" in capsys.readouterr().err
     config = square_model(image={"pool": "tok"})
     big_vision.write(tmp_path / "tok.npz", random_params(config), config)
     assert hf_paligemma.main([str(tmp_path / "tok.npz"), "--out", str(tmp_path / "deep/out")]) == 2
