@@ -11,12 +11,9 @@ The trap: embeddings of another tower look like any others. FOLDER is therefore 
 (`make_key`), and two towers, picture sizes or data sets never meet in one.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipelines.atomic import new_file
 from data_pipelines.records import Source
 
 _META_FILE = "meta.json"
@@ -139,13 +137,5 @@ def _read(path: Path) -> dict:
 
 
 def _publish(path: Path, write: Callable) -> None:
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
-        raise
+    with new_file(path) as partial, partial.open("wb") as file:
+        write(file)

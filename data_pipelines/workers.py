@@ -77,7 +77,7 @@ class WorkerPool:
         ahead = self._next + len(worker.orders) * len(self._workers)
         try:
             batch, slot = worker.receive()
-        except BaseException:
+        except BaseException:  # an interrupt too: no process stays behind
             self.close()
             raise
         self._next += 1
@@ -261,7 +261,7 @@ def _load(batches: bytes) -> Callable[[int], dict]:
     """What makes batch n; when the source cannot be opened here (a shard is gone), what says so."""
     try:
         return pickle.loads(batches).__getitem__
-    except Exception as error:
+    except Exception as error:  # it is told with the first batch, in the process that asks
         reason = error
 
     def fail(index: int) -> dict:
@@ -277,14 +277,14 @@ def _answer(future: Future, slot: _Slot) -> tuple[bytes, list[int], Exception | 
         raw = [part.raw() for part in parts]
         slot.write(raw)
         return header, [part.nbytes for part in raw], None
-    except Exception as error:
+    except Exception as error:  # raised again in the process that asks
         return b"", [], _picklable(error)
 
 
 def _picklable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:
+    except Exception:  # exceptions with arguments of their own often cannot be pickled
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 

@@ -22,13 +22,13 @@ import numpy as np
 import tyro
 
 from examples.captioner.data import SAMPLE, read_heldout
+from siglip.atomic import new_folder
 from siglip.cli import EXPECTED, describe
 from siglip.cli.arguments import parse
 from siglip.encoder import ImageEncoder, load_encoder
 from siglip.export import export
-from siglip.folders import new_folder
 from siglip.step import normalize_pixels
-from siglip.verification import compare
+from siglip.verification import check_all_loaded, compare
 
 NEW_TOKENS = 8
 
@@ -66,7 +66,7 @@ def build(tower: str | Path, *, seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     weights, loading = transformers.SiglipVisionModel.from_pretrained(tower, output_loading_info=True)
-    _check_all_loaded(loading)
+    check_all_loaded(loading)
     config = transformers.PaliGemmaConfig(
         vision_config=weights.config.to_dict(),
         text_config={
@@ -88,7 +88,7 @@ def build(tower: str | Path, *, seed: int = 0) -> Any:
     )
     model = transformers.PaliGemmaForConditionalGeneration(config)
     found = model.model.vision_tower.load_state_dict(weights.state_dict(), strict=False)
-    _check_all_loaded({"missing_keys": found.missing_keys, "unexpected_keys": found.unexpected_keys})
+    check_all_loaded({"missing_keys": found.missing_keys, "unexpected_keys": found.unexpected_keys})
     return model.eval()
 
 
@@ -154,7 +154,7 @@ def load(folder: str | Path) -> Any:
     import transformers
 
     model, loading = transformers.PaliGemmaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
-    _check_all_loaded(loading)
+    check_all_loaded(loading)
     return model.eval()
 
 
@@ -172,12 +172,6 @@ def _version_4_name(key: str) -> str:
     if not found or key.startswith(before + _TOWER_V4):
         return key
     return f"{before}{_TOWER_V4}{after}"
-
-
-def _check_all_loaded(loading: dict[str, Any]) -> None:
-    bad = {kind: sorted(keys) for kind, keys in loading.items() if kind.endswith("_keys") and keys}
-    if bad:
-        raise RuntimeError(f"transformers did not load the weights as they are: {bad}")
 
 
 def _pixels(images: np.ndarray) -> Any:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from siglip import verification
+from siglip.atomic import new_folder
 from siglip.encoder import Encoder
-from siglip.folders import new_folder
 from siglip.formats import big_vision, hugging_face, saved_model, stablehlo
 from siglip.formats.hf_tokenizer import read_model as read_sentencepiece
 from siglip.model_card import Format, model_card, provenance

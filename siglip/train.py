@@ -74,14 +74,7 @@ def train(
     mesh = sharding.make_mesh(config.mesh)
     program = _build(config, mesh)
     given = _read_initial(config, tokenizer, peers)
-    check_same_run(
-        peers,
-        config=to_json(config),
-        data_state=batches.state(),
-        tokenizer=tokenizer,
-        initial=initial.digest(given) if given and peers.count > 1 else None,
-    )
-    open_workdir(workdir, to_json(config), tokenizer=tokenizer, peers=peers)
+    _agree(config, batches, tokenizer, given, peers)
     agreed: Interrupted | NonFiniteLoss | None = None
     with jax.set_mesh(mesh), SignalFlag() as signals:
         checkpointer = Checkpointer(workdir, config.checkpoint)
@@ -104,6 +97,20 @@ def train(
     if agreed is not None:
         raise agreed
     return state
+
+
+def _agree(
+    config: TrainConfig, batches: Batches, tokenizer: bytes | None, given: Mapping[str, np.ndarray], peers: Alone
+) -> None:
+    """All processes start the same run, and the workdir is that run's; raises ValueError or OSError where not."""
+    check_same_run(
+        peers,
+        config=to_json(config),
+        data_state=batches.state(),
+        tokenizer=tokenizer,
+        initial=initial.digest(given) if given and peers.count > 1 else None,
+    )
+    open_workdir(Path(config.workdir), to_json(config), tokenizer=tokenizer, peers=peers)
 
 
 def _steps(

@@ -102,11 +102,16 @@ def transformers_outputs(folder: Path, cases: Sequence[Inputs], *, pooled: bool)
     from transformers import AutoModel
 
     model, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
-    bad = {kind: sorted(keys) for kind, keys in loading.items() if kind.endswith("_keys") and keys}
-    if bad:
-        raise ExportMismatch(f"transformers does not load what was written: {bad}")
+    check_all_loaded(loading)
     model = model.float().eval()
     return [_preprocessed(folder, case) | _torch_outputs(model, case, pooled=pooled) for case in cases]
+
+
+def check_all_loaded(loading: Mapping[str, Any]) -> None:
+    """Raises ExportMismatch if transformers' loading info has a key that is missing, unexpected or of another shape."""
+    bad = {kind: sorted(keys) for kind, keys in loading.items() if kind.endswith("_keys") and keys}
+    if bad:
+        raise ExportMismatch(f"transformers did not load the weights as they are: {bad}")
 
 
 def _torch_outputs(model: Any, inputs: Inputs, *, pooled: bool) -> Outputs:

@@ -43,26 +43,32 @@ _CANDIDATE_KEYS = ("first_shard", "first_index", "second_shard", "second_index",
 
 
 def exact_exchange(work: Work) -> Exchange:
+    """Rows by content, two a pair: its bytes and its pixels."""
     return work.by_key("exact", rows=2 * work.pairs)
 
 
 def exact_verdicts(work: Work) -> Exchange:
+    """Exact copies, by group."""
     return work.to_groups("exact-verdicts", sources=exact_exchange(work).buckets)
 
 
 def windows_exchange(work: Work) -> Exchange:
+    """Rows by window of a hash: `BANDS` for every crop of a pair."""
     return work.by_key("windows", rows=work.pairs * BANDS * len(pictures.crop_boxes(pictures.CROPS)))
 
 
 def candidates_exchange(work: Work) -> Exchange:
+    """Pairs of look-alikes, by the group of the first."""
     return work.to_groups("candidates", sources=windows_exchange(work).buckets)
 
 
 def attached_exchange(work: Work) -> Exchange:
+    """The same with the first one's thumbnail, by the group of the second."""
     return work.to_groups("attached", sources=work.groups)
 
 
 def near_verdicts(work: Work) -> Exchange:
+    """Near copies, by group."""
     return work.to_groups("near-verdicts", sources=work.groups)
 
 

@@ -106,7 +106,7 @@ def _outcome(compute: Callable[[], Any]) -> Any:
         return compute()
     except BrokenProcessPool:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a task raises is its outcome; the caller tells which task
         return error
 
 

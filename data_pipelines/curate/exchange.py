@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines.curate.tables import whole_file
+from data_pipelines.atomic import new_file
 
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 
@@ -32,7 +32,7 @@ class Exchange:
         batch = _one_batch(table.take(pa.array(order)))
         ends = np.searchsorted(buckets[order], np.arange(self.buckets), side="right")
         with (
-            whole_file(self._file(source)) as partial,
+            new_file(self._file(source)) as partial,
             pa.ipc.new_file(partial, batch.schema, options=_OPTIONS) as file,
         ):
             start = 0

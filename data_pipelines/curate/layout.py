@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_pipelines.atomic import new_file
 from data_pipelines.curate.config import MENDING, CurateConfig
 from data_pipelines.curate.exchange import Exchange
-from data_pipelines.curate.tables import whole_file
 
 MOST_PAIRS_PER_GROUP, LEAST_GROUPS = 25_000, 64
 ROWS_PER_BUCKET = 2_000_000
@@ -86,11 +86,12 @@ class Work:
 
 
 def write_layout(work: Work, shards: list[str], tables: list[Path], pairs: list[int]) -> None:
+    """Writes which shards there are, where their tables lie, how many pairs each has, and which group each belongs to."""
     before = np.concatenate([[0], np.cumsum(pairs)[:-1]])
     per_group = min(MOST_PAIRS_PER_GROUP, max(1, sum(pairs) // LEAST_GROUPS))
     _, groups = np.unique(before // per_group, return_inverse=True)
     content = {"shards": shards, "tables": [str(path) for path in tables], "groups": groups.tolist(), "pairs": pairs}
-    with whole_file(work.folder / _LAYOUT_FILE) as partial:
+    with new_file(work.folder / _LAYOUT_FILE) as partial:
         partial.write_text(json.dumps(content))
     _read_layout.cache_clear()
 

@@ -15,19 +15,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipelines.atomic import new_file
 from data_pipelines.curate import confirm, pictures
 from data_pipelines.curate.duplicates import BANDS, window_bits, windows
 from data_pipelines.curate.exchange import Exchange
 from data_pipelines.curate.layout import LEAST_HASHED_PX, Work, read_pictures, starts_of_runs, verdicts
 from data_pipelines.curate.scan import hashes_of
 from data_pipelines.curate.scores import scores_path
-from data_pipelines.curate.tables import whole_file
 
 _QUERIES_AT_ONCE = 256
 _CONFIRMED_AT_ONCE = 2048
 
 
 def hash_leaks(work: Work) -> Exchange:
+    """Pairs that look like a picture of an evaluation set, by group."""
     return work.to_groups("leaks", sources=work.groups)
 
 
@@ -149,5 +150,5 @@ def _thumbnails(folder: Path) -> pa.ChunkedArray:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    with whole_file(path) as partial, partial.open("wb") as file:
+    with new_file(path) as partial, partial.open("wb") as file:
         np.save(file, array)

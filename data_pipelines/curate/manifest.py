@@ -19,11 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipelines.atomic import new_file
 from data_pipelines.curate import scores
 from data_pipelines.curate.config import COPIES, LEAKS, MENDING, RULES
 from data_pipelines.curate.exchange import Exchange
 from data_pipelines.curate.layout import VERDICT, Work
-from data_pipelines.curate.tables import whole_file, write_table
+from data_pipelines.curate.tables import write_table
 
 EXAMPLES = 10
 _ORDER = {rule: place for place, rule in enumerate(RULES)}
@@ -148,7 +149,7 @@ def survey_concepts(task: tuple[Judging, int, str]) -> Path:
             if _reason(faults) is None:
                 counts[scores.match_concepts(caption, concepts, longest)] += 1
     out = judging.work.folder / "concepts" / f"{group:06d}.npy"
-    with whole_file(out) as partial, partial.open("wb") as file:
+    with new_file(out) as partial, partial.open("wb") as file:
         np.save(file, counts)
     return out
 
@@ -169,7 +170,7 @@ def finish(task: tuple[Judging, int, Limits]) -> Path:
         _count(stats, shard, table)
         write_table(judging.finished(shard), table.select(MANIFEST_SCHEMA.names))
     out = judging.work.folder / "stats" / f"{group:06d}.json"
-    with whole_file(out) as partial:
+    with new_file(out) as partial:
         partial.write_text(json.dumps(stats))
     return out
 
@@ -198,6 +199,7 @@ def in_order(rules: Iterable[str]) -> list[str]:
 
 
 def side_label(side_px: int) -> str:
+    """The lower edge, in pixels, of the class of sizes that a side falls into."""
     edge = next(edge for edge in reversed(_SIZE_EDGES) if side_px >= edge)
     return str(edge)
 

@@ -82,6 +82,7 @@ def read_thumbnail(data: bytes) -> np.ndarray:
 
 
 def content_hash(data: bytes) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 

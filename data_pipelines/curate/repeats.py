@@ -15,10 +15,12 @@ from data_pipelines.curate.layout import Work, read_pictures, starts_of_runs, ve
 
 
 def captions_exchange(work: Work) -> Exchange:
+    """Rows by caption, one a pair."""
     return work.by_key("captions", rows=work.pairs)
 
 
 def repeat_verdicts(work: Work) -> Exchange:
+    """Pairs whose caption repeats too often, by group."""
     return work.to_groups("repeats", sources=captions_exchange(work).buckets)
 
 

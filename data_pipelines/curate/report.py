@@ -11,8 +11,8 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from data_pipelines.atomic import new_file
 from data_pipelines.curate.config import MENDING
-from data_pipelines.curate.tables import whole_file
 
 _LANGUAGES = 20
 _STYLE = """
@@ -36,7 +36,7 @@ def write_report(path: Path, funnel: Mapping, examples: Mapping[str, Sequence], 
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>Curation</title>"
         f"<style>{_STYLE}</style><body>{''.join(sections)}</body></html>\n"
     )
-    with whole_file(path) as partial:
+    with new_file(path) as partial:
         partial.write_text(page, encoding="utf-8")
 
 

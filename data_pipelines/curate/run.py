@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipelines.atomic import new_file
 from data_pipelines.curate import duplicates, leaks, manifest, pictures, repeats, scores
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.engine import Engine
@@ -28,7 +29,6 @@ from data_pipelines.curate.layout import Work, write_layout
 from data_pipelines.curate.manifest import MANIFEST_SCHEMA, Judging, Limits
 from data_pipelines.curate.report import write_report
 from data_pipelines.curate.scan import ScanResult, ScanTask, scan_shard
-from data_pipelines.curate.tables import whole_file
 from data_pipelines.sources.files import expand_shards
 
 Progress = Callable[[str, int, int], None]  # stage, done, of
@@ -87,7 +87,7 @@ def curate(
             raise ValueError(f"no pair has a caption in {', '.join(config.captions)}; name its field with --captions")
         funnel = _funnel(stats, results, against_results, config)
         write_report(out / "report.html", funnel, stats["examples"], names)
-        with whole_file(out / FUNNEL_FILE) as partial:
+        with new_file(out / FUNNEL_FILE) as partial:
             partial.write_text(json.dumps(funnel, indent=1, ensure_ascii=False) + "\n")
         _write_manifest(judging, out / "manifest.parquet")  # last: where it is new, so is the rest
     finally:
@@ -246,7 +246,7 @@ def _table(out: Path, kind: str, shard: str) -> Path:
 
 
 def _write_manifest(judging: Judging, path: Path) -> None:
-    with whole_file(path) as partial, pq.ParquetWriter(partial, MANIFEST_SCHEMA, compression="zstd") as writer:
+    with new_file(path) as partial, pq.ParquetWriter(partial, MANIFEST_SCHEMA, compression="zstd") as writer:
         for shard in range(len(judging.work.layout.shards)):
             table = pq.read_table(judging.finished(shard))
             if len(table):

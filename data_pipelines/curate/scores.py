@@ -100,6 +100,7 @@ def _images(scorer: Scorer, table: Path, shard: str, max_pixels: int) -> Iterato
 
 
 def scores_path(work: Work, shard: int) -> Path:
+    """Where the scores of a shard lie."""
     return work.folder.parent / "scores" / work.layout.tables[shard].name
 
 

@@ -1,15 +1,11 @@
-"""The tables that stages hand to each other, and how files come to be: whole, under a temporary name first.
+"""The tables that stages hand to each other."""
 
-The trap: a name that a killed run left half-written would be taken for a result. Only `os.replace` gives a file its name.
-"""
-
-import contextlib
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from data_pipelines.atomic import new_file
 
 _PLACE = [("offset", pa.int64()), ("bytes", pa.int64())]
 SLOTS = ("image", "txt", "json")
@@ -34,21 +30,9 @@ SCAN_SCHEMA = pa.schema(
 )
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; it takes the name when the block ends, and vanishes when it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def write_table(path: Path, table: pa.Table) -> None:
-    with whole_file(path) as partial:
+    """Writes a table, whole or not at all."""
+    with new_file(path) as partial:
         pq.write_table(table, partial, compression="zstd")
 
 

@@ -28,6 +28,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::|://)")
 
 
 def is_remote(path: str) -> bool:
+    """Whether a shard is named by a URL."""
     return _URL.match(path) is not None
 
 

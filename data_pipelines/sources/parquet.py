@@ -141,7 +141,7 @@ class _GroupCache:
             return future.result()
         try:
             future.set_result(read())
-        except BaseException as error:
+        except BaseException as error:  # those who wait for this table must not wait for ever
             with self._lock:
                 self._tables.pop(place, None)
             future.set_exception(error)

@@ -221,7 +221,7 @@ def _retried(attempt: Callable, doing: str):
     for number in range(TRIES):
         try:
             return attempt()
-        except Exception as error:
+        except Exception as error:  # file systems raise kinds of their own; what is not worth a retry goes on below
             _raise_if_permanent(error, doing)
             last = error
         if number < TRIES - 1:

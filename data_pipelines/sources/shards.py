@@ -6,6 +6,7 @@ The trap: a source goes to worker processes by pickle. What it opened (descripto
 found out (sizes, indexes) goes along, so that a worker neither asks a server about each shard again nor reads an index.
 """
 
+import abc
 import bisect
 import contextlib
 import functools
@@ -32,7 +33,7 @@ _OPENING_THREADS = 16
 _SHARDS_PER_PROCESS = 16
 
 
-class ShardedSource:
+class ShardedSource(abc.ABC):
     """Base of the sources. A format adds `_pair(shard, row)`, and `_prepare` for what it opens.
 
     Attributes:
@@ -71,11 +72,12 @@ class ShardedSource:
         self._tables = functools.lru_cache(_OPEN_TABLES)(self._load_tables)
         self._prepare()
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> None:  # noqa: B027  most formats have nothing to open
         """Called once the shards are known, here and again in every process that the source goes to."""
 
+    @abc.abstractmethod
     def _pair(self, shard: int, row: int) -> Pair:
-        raise NotImplementedError
+        """A pair of a shard. Raises ShardLost, OSError."""
 
     def _load_tables(self, shard: int) -> Mapping[str, np.ndarray]:
         """The tables of a shard's index, made again if someone deleted it. Raises ShardLost, OSError."""
@@ -208,7 +210,7 @@ def index_from_stdin() -> None:
     """In a process of `open_indexes`: builds what it is told to."""
     paths, kind, build = pickle.load(sys.stdin.buffer)  # from our own parent
     for path in paths:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # the parent builds what is missing itself, and tells why it cannot
             index_file.open_index(path, kind, build)
 
 

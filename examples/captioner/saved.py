@@ -19,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 from examples.captioner.decoder import DecoderConfig
 from examples.captioner.model import Captioner
+from siglip.atomic import new_folder
 from siglip.encoder import load_encoder
-from siglip.folders import new_folder
 from siglip.formats import big_vision
 from siglip.models.two_tower import ModelConfig
 from siglip.trees import flatten, unflatten

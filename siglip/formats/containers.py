@@ -28,6 +28,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from siglip.atomic import new_file
+
 Shape = tuple[int, ...]
 
 # What zipfile, its decompressors and numpy's header parser raise on damaged bytes; RuntimeError is a flag that says "encrypted",
@@ -229,20 +231,10 @@ def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
 
 def write_npz(file: Path, arrays: Mapping[str, LazyArray]) -> None:
     """Writes an npz as `np.savez` would, holding one array at a time; a file that fails half-way is removed."""
-    with _whole_or_gone(file) as partial, zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
+    with new_file(file) as partial, zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
         for key, array in arrays.items():
             with archive.open(f"{key}.npy", "w", force_zip64=True) as stream:
                 np.lib.format.write_array(stream, array.read(), allow_pickle=False)
-
-
-@contextlib.contextmanager
-def _whole_or_gone(file: Path) -> Iterator[Path]:
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        yield partial
-        partial.rename(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_safetensors(file: Path, arrays: Mapping[str, LazyArray]) -> None:
@@ -255,7 +247,7 @@ def write_safetensors(file: Path, arrays: Mapping[str, LazyArray]) -> None:
         header[key] = {"dtype": "F32", "shape": array.shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with _whole_or_gone(file) as partial, partial.open("wb") as stream:
+    with new_file(file) as partial, partial.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for key, array in arrays.items():
             values = np.asarray(array.read(), "<f4", order="C")

@@ -48,3 +48,8 @@ def write_pairs(path: Path, count: int, *, first: int = 0, broken: dict[int, byt
         members[f"{number:06d}.txt"] = f"caption {number}".encode()
         members[f"{number:06d}.json"] = json.dumps({"captions": {"en": f"en {number}"}}).encode()
     return write_tar(path, members)
+
+
+def keys(source) -> list[str]:
+    """Of all its pairs, in order."""
+    return [pair.key for pair in source]

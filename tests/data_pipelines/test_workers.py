@@ -1,5 +1,6 @@
 """Batches from worker processes: in order, none lost and none twice, even when workers die or hang."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -98,7 +99,8 @@ def test_workers_killed_from_outside_lose_nothing(tmp_path):
             taken.append(batch)
             if len(taken) in (3, 20, 21):
                 for pid in pool.pids:
-                    os.kill(pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):  # killed a batch ago, not yet missed
+                        os.kill(pid, signal.SIGKILL)
     assert_numbered(taken, 40)
 
 

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all.
+"""Files and folders that appear whole or not at all.
 
 The trap: a process that is killed cannot clean up. What it leaves has a name that starts with a dot, beside the place it was
 to get.
@@ -8,8 +8,20 @@ import contextlib
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, which takes its name, in place of what had it, when the block succeeds; else it is gone."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")  # hosts may share the folder
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

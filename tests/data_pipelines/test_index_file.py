@@ -1,0 +1,116 @@
+"""The index of shards and its life: reused, rebuilt, damaged, raced for, without a place to lie."""
+
+import multiprocessing
+import os
+import resource
+from pathlib import Path
+
+import pytest
+from shards import keys, write_pairs
+
+from data_pipelines.sources import tar_index
+from data_pipelines.sources.webdataset import TarSource
+
+
+def index_of(shard: Path) -> Path:
+    return Path(f"{shard}.idx")
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Counts how often an index is built."""
+    count = []
+    build = tar_index.build
+    monkeypatch.setattr(tar_index, "build", lambda *args: count.append(1) or build(*args))
+    return count
+
+
+def test_index_is_reused_and_rebuilt_when_the_shard_changes(tmp_path, builds):
+    shard = write_pairs(tmp_path / "a.tar", 3)
+    first = TarSource(shard)
+    assert index_of(shard).exists()
+    again = TarSource(shard)
+    assert len(builds) == 1 and keys(again) == keys(first) and again.fingerprint == first.fingerprint
+    write_pairs(shard, 4)
+    changed = TarSource(shard)
+    assert len(builds) == 2 and len(changed) == 4 and changed.fingerprint != first.fingerprint
+
+
+def test_same_size_new_time_rebuilds(tmp_path, builds):
+    shard = write_pairs(tmp_path / "a.tar", 3)
+    TarSource(shard)
+    os.utime(shard, ns=(1, 1))
+    TarSource(shard)
+    assert len(builds) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: b"\0" * len(data),
+        lambda data: data[:-1],
+        lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+        lambda data: data[: data.index(b"\n") + 1],
+        lambda data: b'{"version": 1}\n' + data,
+        lambda data: b"[]\n",
+    ],
+)
+def test_a_damaged_index_is_rebuilt(tmp_path, builds, damage):
+    shard = write_pairs(tmp_path / "a.tar", 3)
+    expected = keys(TarSource(shard))
+    index_of(shard).write_bytes(damage(index_of(shard).read_bytes()))
+    assert keys(TarSource(shard)) == expected and len(builds) == 2
+    assert keys(TarSource(shard)) == expected and len(builds) == 2
+
+
+def test_index_goes_to_the_cache_folder_when_the_shard_folder_is_read_only(tmp_path, builds, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shard = write_pairs(tmp_path / "a.tar", 3)
+    index_of(shard).mkdir()  # Nothing can be written there, not even by root.
+    assert len(TarSource(shard)) == len(TarSource(shard)) == 3
+    assert len(builds) == 1
+    assert [path.suffix for path in (tmp_path / "cache" / "siglip" / "index").iterdir()] == [".idx"]
+
+
+def test_index_stays_in_memory_when_nothing_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file, so no folder can be made here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shard = write_pairs(tmp_path / "a.tar", 3)
+    index_of(shard).mkdir()
+    assert len(TarSource(shard)) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "a.tar.idx", "cache"]
+
+
+def open_and_count(shard) -> int:
+    return len(keys(TarSource(shard)))
+
+
+def test_processes_may_race_for_the_index(tmp_path):
+    shard = write_pairs(tmp_path / "a.tar", 200)
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        assert pool.map(open_and_count, [shard] * 12) == [200] * 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "a.tar.idx"]
+
+
+def test_an_index_deleted_under_a_source_is_made_again(tmp_path, builds):
+    shard = write_pairs(tmp_path / "a.tar", 3)
+    source = TarSource(shard)
+    index_of(shard).unlink()
+    assert keys(source) == ["000000", "000001", "000002"] and len(builds) == 2
+
+
+def test_many_shards_are_indexed_by_several_processes_within_the_limit_of_open_files(tmp_path):
+    shards = [write_pairs(tmp_path / f"{number:03d}.tar", 2, first=2 * number) for number in range(200)]
+    shards.append(tmp_path / "broken.tar")
+    shards[-1].write_bytes(b"no tar" * 1000)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with pytest.raises(ValueError, match="broken.tar' is not an uncompressed tar"):
+        TarSource(shards)
+    assert len(list(tmp_path.glob("*.idx"))) == 200
+    resource.setrlimit(resource.RLIMIT_NOFILE, (400, limits[1]))
+    try:
+        source = TarSource(shards[:-1])
+        assert keys(source) == [f"{number:06d}" for number in range(400)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
