@@ -1,11 +1,15 @@
 """Pairs per second and memory of every stage of a curation, and, where the truth is known, what it found of each fault.
 
     python benchmarks/curate.py 'noisy-*.tar' --against 'eval-*.tar' --truth truth.jsonl --out curate.json
+    python benchmarks/curate.py … --model runs/alignment --trained-on 'clean/*.tar' 'data_pipelines/sample/emoji-train-*.tar'
 
-A row of the truth: {"key", "faults": [...], "image_decodable": bool or null, "dup_group", "detail": {"of", "heldout_key"}}.
+A row of the truth: {"key", "faults": [...], "image_decodable": bool or null, "caption_matches_image": bool, "src_set", "src_key",
+"dup_group", "detail": {"of", "heldout_key"}}.
 `named`: the rule that is meant for the fault is among the pair's reasons. `dropped`: the pair is not kept.
 Copies: found if the pair or its original is called the other's copy; precision: of all pairs called copies, those of which
 the named original is of the same group.
+Alignment, with a model: the AUC of its score, the chance that a pair with its own readable caption scores above one with
+another picture's. `unseen`: only pairs whose source is not in the shards that the model was trained on.
 The trap: memory is resident, so what the processes share is counted in each; the pool's start and the import of its
 libraries are part of the first stage.
 """
@@ -21,11 +25,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from data_pipelines.curate.config import COPIES, MENDING, CurateConfig
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.curate.run import curate
+from data_pipelines.sources.opening import open_source
+from siglip.cli.curating import ModelScorer
 
 # Which rules are meant for a fault.
 RULES_OF = {
@@ -48,6 +55,9 @@ RULES_OF = {
     "image_1x1": {"too_small"},
     "extreme_aspect": {"extreme_aspect"},
 }
+UNREADABLE = {"invalid_utf8", "mojibake"}  # faults after which a caption is not the picture's own any more
+RESAMPLINGS = 1000
+SIMILARITIES = (0.8, 0.85, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995)
 COPY_FAULTS = ("exact_duplicate", "near_duplicate_rejpeg", "near_duplicate_rescaled", "near_duplicate_cropped")
 
 
@@ -134,27 +144,120 @@ def faultless(rows: list[dict], truth: dict[str, dict]) -> dict:
     }
 
 
+def alignment(rows: list[dict], truth: dict[str, dict], trained_on: set[str]) -> dict[str, dict]:
+    """{group of pairs: {matched, mismatched, auc, error, score_at_95, below_it}} of the scored pairs.
+
+    trained_on: keys of the training pairs, as in `src_key`; without any there are no groups of unseen ones.
+    """
+    sides: dict[str, tuple[list, list]] = collections.defaultdict(lambda: ([], []))
+    for row in rows:
+        pair = truth.get(row["key"])
+        if pair is None or row["score"] is None or np.isnan(row["score"]):
+            continue
+        is_mismatched = "mismatched_caption" in pair["faults"]
+        is_own = pair["caption_matches_image"] and not UNREADABLE.intersection(pair["faults"])
+        if is_mismatched or (is_own and pair["image_decodable"]):
+            for name in _groups(pair, trained_on):
+                sides[name][is_mismatched].append(row["score"])
+    found = {}
+    for name in sorted(sides, key=lambda name: (name.startswith("unseen"), -len(sides[name][0]))):
+        matched, mismatched = map(np.array, sides[name])
+        found[name] = {"matched": len(matched), "mismatched": len(mismatched)}
+        if len(matched) and len(mismatched):
+            found[name] |= _separation(matched, mismatched)
+    return found
+
+
+def _groups(pair: dict, trained_on: set[str]) -> list[str]:
+    names = ["all", pair["src_set"]]
+    if set(pair["faults"]) <= {"mismatched_caption"}:
+        names.append("no other fault")
+    is_unseen = trained_on and pair["src_key"] not in trained_on
+    return names + [f"unseen: {name}" for name in names] if is_unseen else names
+
+
+def _separation(matched: np.ndarray, mismatched: np.ndarray) -> dict[str, float]:
+    """The area under the curve, ties half, with its standard error over resamplings of both sides; the score that 95 % of
+    the matched reach, and the share of the mismatched below it.
+    """
+    rng = np.random.default_rng(0)
+    resampled = [
+        _area(rng.choice(matched, len(matched)), rng.choice(mismatched, len(mismatched))) for _ in range(RESAMPLINGS)
+    ]
+    least = float(np.quantile(matched, 0.05))
+    return {
+        "auc": _area(matched, mismatched),
+        "error": float(np.std(resampled)),
+        "score_at_95": least,
+        "below_it": float((mismatched < least).mean()),
+    }
+
+
+def _area(matched: np.ndarray, mismatched: np.ndarray) -> float:
+    below = np.sort(mismatched)
+    wins = np.searchsorted(below, matched, "left") + np.searchsorted(below, matched, "right")
+    return float(wins.mean() / (2 * len(below)))
+
+
+def embedding_leaks(rows: list[dict], truth: dict[str, dict], protected: set[str]) -> dict[str, dict[str, int]]:
+    """{similarity: {leaks, found, called}}: how many of the true leaks are above it, and of all pairs."""
+    scored = [row for row in rows if row["leak_similarity"] is not None and not np.isnan(row["leak_similarity"])]
+    similarity = np.array([row["leak_similarity"] for row in scored])
+    leaks = np.array([_leaks_from(truth.get(row["key"]), protected) for row in scored], bool)
+    found = {}
+    for least in SIMILARITIES:
+        above = similarity > least
+        found[f"{least}"] = {
+            "leaks": int(leaks.sum()),
+            "found": int((above & leaks).sum()),
+            "called": int(above.sum()),
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+")
     parser.add_argument("--against", nargs="*", default=[])
     parser.add_argument("--truth", type=Path)
+    parser.add_argument("--model", help="scores pairs: a run, FILE.npz or a Hugging Face folder")
+    parser.add_argument("--trained-on", nargs="*", default=[], help="shards that the model was trained on")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args()
+    scorer = None if args.model is None else ModelScorer(args.model, None, 256)
+    trained_on = {pair.key for shards in args.trained_on for pair in open_source(shards)}
+    result, rows, protected = _measured(args, scorer)
+    if args.truth is not None:
+        truth = {row["key"]: row for row in map(json.loads, args.truth.read_text().splitlines())}
+        result |= _compared(rows, truth, protected)
+        if scorer is not None:
+            result["alignment"] = alignment(rows, truth, trained_on)
+            _print_alignment(result["alignment"])
+        if scorer is not None and protected:
+            result["embedding_leaks"] = embedding_leaks(rows, truth, protected)
+            _print_leaks(result["embedding_leaks"])
+    if args.out is not None:
+        args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def _measured(args: argparse.Namespace, scorer: ModelScorer | None) -> tuple[dict, list[dict], set[str]]:
+    """Curates; what it cost, the rows of the manifest, the keys of the evaluation sets."""
     clock, memory, began = Clock(), Memory(), time.perf_counter()
     memory.start()
-    with tempfile.TemporaryDirectory(prefix="curate-") as folder, LocalEngine(args.workers) as engine:
+    with tempfile.TemporaryDirectory(prefix="curate-") as name, LocalEngine(args.workers) as engine:
+        folder = Path(name)
         funnel = curate(
             args.shards,
-            Path(folder),
+            folder,
             config=CurateConfig(),
             engine=engine,
             against=args.against,
+            scorer=scorer,
             progress=clock,
         )
-        rows = pq.read_table(Path(folder) / "manifest.parquet").to_pylist()
-        keys = [pq.read_table(path, columns=["key"])["key"].to_pylist() for path in Path(folder).glob("against/*")]
+        rows = pq.read_table(folder / "manifest.parquet").to_pylist()
+        keys = [pq.read_table(path, columns=["key"])["key"].to_pylist() for path in folder.glob("against/*")]
     seconds = time.perf_counter() - began
     memory.stop()
     result = {"pairs": funnel["pairs"], "kept": funnel["kept"], "seconds": seconds, "workers": engine.workers}
@@ -165,21 +268,41 @@ def main() -> None:
     for stage, taken in clock.seconds.items():
         print(f"  {stage:20}{taken:8.2f} s{funnel['pairs'] / max(taken, 1e-3):12.0f} pairs/s")
     print(f"memory: {memory.largest:.0f} MiB in the largest process, {memory.together:.0f} MiB in all")
-    if args.truth is not None:
-        truth = {row["key"]: row for row in map(json.loads, args.truth.read_text().splitlines())}
-        result["faults"] = detection(rows, truth, {key for some in keys for key in some})
-        print(f"{'fault':32}{'pairs':>7}{'named':>9}{'dropped':>9}")
-        for fault, found in sorted(result["faults"].items()):
-            named = f"{found['named'] / found['pairs']:9.1%}" if found["named"] else f"{'-':>9}"
-            print(f"{fault:32}{found['pairs']:7}{named}{found['dropped'] / found['pairs']:9.1%}")
-        result["undecodable"] = _undecodable(rows, truth)
-        result["copies"], result["faultless"] = copies(rows, truth), faultless(rows, truth)
-        print("undecodable or bomb: {dropped} of {pairs} dropped".format(**result["undecodable"]))
-        print("copies: " + ", ".join(f"{name} {value:.4g}" for name, value in result["copies"].items()))
-        print("faultless: {pairs}, dropped {dropped}, of them no copies {wrongly}".format(**result["faultless"]))
-        print("".join(f"  {line}\n" for line in result["faultless"]["wrong"]), end="")
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return result, rows, {key for some in keys for key in some}
+
+
+def _compared(rows: list[dict], truth: dict[str, dict], protected: set[str]) -> dict:
+    """What was found of each fault."""
+    result = {"faults": detection(rows, truth, protected), "undecodable": _undecodable(rows, truth)}
+    result |= {"copies": copies(rows, truth), "faultless": faultless(rows, truth)}
+    print(f"{'fault':32}{'pairs':>7}{'named':>9}{'dropped':>9}")
+    for fault, found in sorted(result["faults"].items()):
+        named = f"{found['named'] / found['pairs']:9.1%}" if found["named"] else f"{'-':>9}"
+        print(f"{fault:32}{found['pairs']:7}{named}{found['dropped'] / found['pairs']:9.1%}")
+    print("undecodable or bomb: {dropped} of {pairs} dropped".format(**result["undecodable"]))
+    print("copies: " + ", ".join(f"{name} {value:.4g}" for name, value in result["copies"].items()))
+    print("faultless: {pairs}, dropped {dropped}, of them no copies {wrongly}".format(**result["faultless"]))
+    print("".join(f"  {line}\n" for line in result["faultless"]["wrong"]), end="")
+    return result
+
+
+def _print_alignment(found: dict[str, dict]) -> None:
+    print(f"{'alignment':32}{'matched':>9}{'mismatched':>12}{'AUC':>8}{'':10}{'95 % reach':>12}{'below it':>10}")
+    for name, group in found.items():
+        line = f"{name:32}{group['matched']:9}{group['mismatched']:12}"
+        if "auc" in group:
+            line += "{auc:8.3f} +- {error:.3f}{score_at_95:14.3f}{below_it:10.1%}".format(**group)
+        print(line)
+
+
+def _print_leaks(found: dict[str, dict[str, int]]) -> None:
+    print(f"{'leaks by embedding, above':32}{'found':>9}{'called':>9}")
+    for least, counts in found.items():
+        print(f"{least:32}{counts['found'] / max(1, counts['leaks']):9.1%}{counts['called']:9}")
+
+
+def _leaks_from(told: dict | None, protected: set[str]) -> bool:
+    return told is not None and "eval_leak" in told["faults"] and told["detail"]["heldout_key"] in protected
 
 
 def _undecodable(rows: list[dict], truth: dict[str, dict]) -> dict[str, int]:

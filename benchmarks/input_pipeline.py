@@ -9,6 +9,7 @@ whole pictures and reduce them with antialias, bilinear: that is the work, and a
 
 decode ceiling   the fastest decoder alone, one thread, into memory that is there already (simplejpeg)
 stages           what our loader does to a batch, each alone, in CPU microseconds per picture
+remote           streams from a server with latency, alone with --only remote: see remote_reads.py
 loaders          --turns rounds through all of them, in a new order each time; medians. Every loader runs in a process of its own;
                  CPU seconds are those of all its processes, once it is warm; start s is from its first import to its first batch
 
@@ -33,6 +34,7 @@ import tempfile
 import time
 
 import numpy as np
+import remote_reads
 
 HEIGHT, WIDTH, QUALITY = 480, 640, 87
 TEXT_LENGTH = 64
@@ -312,9 +314,15 @@ def main() -> None:
     parser.add_argument("--pairs-timed", type=int, default=1536, help="per loader and turn")
     parser.add_argument("--warm-up", type=int, default=4, help="batches before the clock starts")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--only", help="loaders whose name contains this")
+    parser.add_argument("--only", help="loaders whose name contains this; or remote")
+    parser.add_argument("--latency-ms", type=float, default=20, help="of each answer of the server, for --only remote")
+    parser.add_argument("--remote-pairs", type=int, default=8192, help="in the shards, for --only remote")
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args()
+    if args.only == "remote":
+        results = remote_reads.measure(args, make_shards)
+        remote_reads.print_table(results)
+        return write(args.out, results)
     names = [name for name in LOADERS if not args.only or args.only in name]
     for name in list(names):
         if missing(name):
@@ -324,9 +332,13 @@ def main() -> None:
         shards = make_shards(pathlib.Path(folder), args.pairs)
         results = measure(names, shards, args)
     print_table(results)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    write(args.out, results)
+
+
+def write(out: pathlib.Path | None, results: dict) -> None:
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def measure(names: list[str], shards: list[str], args) -> dict:

@@ -7,15 +7,16 @@
 That is 1/8 + 8/4096 bytes a row, 0.127: 10^7 rows are 1.3 MB, 10^9 rows 127 MB in each process that reads; a list of 64-bit
 row numbers would be 8 bytes a row. The manifest is read once, some rows at a time, and forgotten.
 
-The trap: a manifest names rows of shards. Of a shard that was written again, these are other pairs: the counts of all shards
-and the keys of a few rows are compared, and a difference stops.
+The trap: a manifest names rows of shards. Of a shard that was written again, these are other pairs, and in another set the
+names and the keys are the same (00000.tar, 000000000). The counts of all shards are compared, of some shards where pictures
+lie, and of a few rows what the pictures are; a difference stops.
 """
 
 import bisect
 import collections
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +25,24 @@ import pyarrow
 import pyarrow.parquet
 
 from data_pipelines.records import Pair
+from data_pipelines.sources.blocks import Block, BlockCache
 from data_pipelines.sources.shards import ShardedSource
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+
 
 _BLOCK_PAIRS = 4096
 _ROWS_AT_ONCE = 1 << 17
-_COMPARED_KEYS = 16
-_COLUMNS = ["shard", "index", "key", "keep"]
+_COMPARED_SHARDS, _COMPARED_PAIRS = 64, 16
+_COLUMNS = {
+    "shard": (_is_text, "strings"),
+    "index": (pyarrow.types.is_integer, "integers"),
+    "key": (_is_text, "strings"),
+    "keep": (pyarrow.types.is_boolean, "booleans"),
+}
+_COMPARED_COLUMNS = ["key", "image_offset", "image_bytes", "sha256"]
 
 
 class KeptPairs:
@@ -47,19 +60,31 @@ class KeptPairs:
 
     def __init__(self, source: ShardedSource, manifest: str | os.PathLike):
         self.source, self.paths = source, source.paths
+        self.pair_bytes, self.is_remote = source.pair_bytes, source.is_remote
         every = range(len(source))
         starts = [bisect.bisect_left(every, s, key=lambda i: source.locate(i)[0]) for s in range(len(source.paths))]
         self._kept, some = read_manifest(manifest, source.paths, [*starts, len(source)])
-        for record, key in some:
-            found = source[record].key
-            if found != key:
-                shard = source.paths[source.locate(record)[0]]
-                raise ValueError(
-                    f"manifest {os.fspath(manifest)!r} has {key!r} where shard {shard!r} has {found!r}; curate it again"
-                )
+        self._compare(os.fspath(manifest), some)
         digest = hashlib.sha256(source.fingerprint.encode())
         digest.update(self._kept.bits)
         self.fingerprint = digest.hexdigest()
+
+    def _compare(self, manifest: str, some: Sequence[tuple[int, Mapping]]) -> None:
+        """Raises ValueError if rows are not what the manifest says of them."""
+        stride = -(-len(some) // _COMPARED_PAIRS)
+        for number, (row, told) in enumerate(some):
+            shard = self.paths[self.source.locate(row)[0]]
+            place = (told.get("image_offset"), told.get("image_bytes"))
+            image = self.source.places(row).get("image")
+            if image is not None and None not in place and image != place:
+                raise _other_shards(manifest, shard, f"picture {told['key']!r} in another place")
+            if number % stride:
+                continue
+            pair = self.source[row]
+            if pair.key != told["key"]:
+                raise _other_shards(manifest, shard, f"{told['key']!r} in place of {pair.key!r}")
+            if told.get("sha256") and told["sha256"] != hashlib.sha256(pair.image or b"").hexdigest():
+                raise _other_shards(manifest, shard, f"another picture {told['key']!r}")
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -69,6 +94,19 @@ class KeptPairs:
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         return self.source[self._kept.select(index)]
+
+    def block(self, first: int, end: int, *, until: int) -> Block:
+        """The kept pairs first … end - 1 as a block of the source."""
+        rows = self._kept.rows(first, end)
+        return Block(int(rows[0]), int(rows[-1]) + 1, until, rows)
+
+    def in_block(self, index: int, block: Block, kept: BlockCache) -> Pair:
+        """The same as `self[index]`; see `ShardedSource.in_block`."""
+        return self.source.in_block(self._kept.select(index), block, kept)
+
+    def fetch_ahead(self, block: Block, kept: BlockCache) -> None:
+        """See `ShardedSource.fetch_ahead`."""
+        self.source.fetch_ahead(block, kept)
 
 
 @dataclass(frozen=True)
@@ -99,11 +137,19 @@ class Kept:
         within = np.flatnonzero(np.unpackbits(self.bits[start : start + _BLOCK_PAIRS // 8]))
         return block * _BLOCK_PAIRS + int(within[n - self.counts[block]])
 
+    def rows(self, first: int, end: int) -> np.ndarray:
+        """The rows of the first-th to the one before the end-th that are kept. -> int64 [end - first]"""
+        start = self.select(first) // 8
+        stop = self.select(end - 1) // 8 + 1
+        rows = np.flatnonzero(np.unpackbits(self.bits[start:stop])) + start * 8
+        skipped = int(np.searchsorted(rows, self.select(first)))
+        return rows[skipped : skipped + end - first]
+
 
 def read_manifest(
     manifest: str | os.PathLike, shards: Sequence[str], starts: Sequence[int]
-) -> tuple[Kept, list[tuple[int, str]]]:
-    """Which rows are kept, and (row, key) of a few of them.
+) -> tuple[Kept, list[tuple[int, dict]]]:
+    """Which rows are kept, and (row, what is told of it) of a few of them.
 
     Args:
       manifest: see `KeptPairs`.
@@ -115,8 +161,8 @@ def read_manifest(
     """
     name, file = os.fspath(manifest), _open(manifest)
     bits = np.zeros(-(-starts[-1] // 8), np.uint8)
-    counted, some, numbers = np.zeros(len(shards), np.int64), [], _ShardNumbers(shards)
-    for batch in file.iter_batches(_ROWS_AT_ONCE, columns=_COLUMNS):
+    counted, some, numbers = np.zeros(len(shards), np.int64), {}, _ShardNumbers(shards)
+    for batch in _batches(file, name):
         shard = batch["shard"].dictionary_encode()
         number = numbers.of(shard.dictionary.to_pylist())[shard.indices.to_numpy()]
         index, keep = batch["index"].to_numpy(), batch["keep"].to_numpy(zero_copy_only=False)
@@ -128,15 +174,39 @@ def read_manifest(
         kept = rows[keep[mine]]
         np.bitwise_or.at(bits, kept >> 3, (0x80 >> (kept & 7)).astype(np.uint8))
         counted += np.bincount(number[mine], minlength=len(shards))
-        if len(some) < _COMPARED_KEYS and len(mine):
-            some += [(int(rows[at]), batch["key"][int(mine[at])].as_py()) for at in {0, len(mine) // 2}]
+        compared = mine[number[mine] % -(-len(shards) // _COMPARED_SHARDS) == 0]
+        some |= _first_and_middle(batch, number, compared, starts)
     for number, pairs in enumerate(np.diff(starts)):
         if counted[number] != pairs:
             what = f"{counted[number]} pairs where the shard has {pairs}" if counted[number] else "nothing"
             raise _other_shards(name, shards[number], what)
     if not bits.any():
         raise ValueError(f"manifest {name!r} keeps none of the {starts[-1]} pairs; loosen its rules")
-    return Kept.from_bits(bits), some
+    return Kept.from_bits(bits), sorted(some.items())
+
+
+def _batches(file: pyarrow.parquet.ParquetFile, name: str) -> Iterator[pyarrow.RecordBatch]:
+    """Raises ValueError where the file is damaged, or lacks a value."""
+    columns = [*_COLUMNS, *(column for column in _COMPARED_COLUMNS if column in file.schema_arrow.names)]
+    try:
+        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=list(dict.fromkeys(columns))):
+            for column in _COLUMNS:
+                if batch[column].null_count:
+                    raise ValueError(f"manifest {name!r} has rows without {column!r}; curate again")
+            yield batch
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"manifest {name!r} is damaged ({' '.join(str(error).split())}); curate again") from error
+
+
+def _first_and_middle(
+    batch: pyarrow.RecordBatch, number: np.ndarray, among: np.ndarray, starts: Sequence[int]
+) -> dict[int, dict]:
+    """Of each shard among some rows of a batch two rows, and what is told of them."""
+    _, first, count = np.unique(number[among], return_index=True, return_counts=True)
+    chosen = np.unique(among[np.concatenate([first, np.minimum(first + count // 2, len(among) - 1)])])
+    names = [name for name in batch.schema.names if name in ("index", *_COMPARED_COLUMNS)]
+    told = batch.select(names).take(pyarrow.array(chosen)).to_pylist()
+    return {int(starts[number[at]]) + row["index"]: row for at, row in zip(chosen, told, strict=True)}
 
 
 class _ShardNumbers:
@@ -169,15 +239,18 @@ def _open(manifest: str | os.PathLike) -> pyarrow.parquet.ParquetFile:
         raise FileNotFoundError(f"no manifest at {name!r}; make one: siglip data curate SHARDS --out DIR")
     try:
         file = pyarrow.parquet.ParquetFile(name)
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(
             f"manifest {name!r} is no Parquet file; give the manifest.parquet of siglip data curate"
         ) from error
-    lacking = [column for column in _COLUMNS if column not in file.schema_arrow.names]
-    if lacking:
-        raise ValueError(
-            f"manifest {name!r} has no column {lacking[0]!r}; give the manifest.parquet of siglip data curate"
-        )
+    for column, (fits, what) in _COLUMNS.items():
+        if column not in file.schema_arrow.names:
+            problem = f"no column {column!r}"
+        elif not fits(file.schema_arrow.field(column).type):
+            problem = f"a column {column!r} of {file.schema_arrow.field(column).type}, not of {what}"
+        else:
+            continue
+        raise ValueError(f"manifest {name!r} has {problem}; give the manifest.parquet of siglip data curate")
     return file
 
 

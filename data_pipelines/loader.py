@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,8 @@ class DataConfig:
       image_embeddings: folder in which a frozen image tower's embeddings of all pictures are kept, computed when they are
         missing; training then reads them instead of pictures. All hosts share it. None decodes pictures.
       shuffle_blocks: shuffles block by block, for storage that likes long reads; None moves every pair anywhere.
+      block_bytes: memory for what was read of blocks, encoded, in the main process or in each worker. It should hold what a
+        process reads of two stretches of `shuffle_blocks`: this one and, ahead of need, the next.
       noise: corrupts pairs on purpose, for studies of robustness; None for none.
     """
 
@@ -57,12 +60,13 @@ class DataConfig:
     cache_bytes: int = 1 << 28
     image_embeddings: str | None = None
     shuffle_blocks: BlockShuffle | None = None
+    block_bytes: int = 1 << 29
     noise: NoiseConfig | None = None
 
     def __post_init__(self):
         if not self.sources:
             raise ValueError("data.sources is empty; name at least one set of shards")
-        least = {"workers": 0, "threads": 1, "prefetch": 1, "max_image_pixels": 1, "cache_bytes": 0}
+        least = {"workers": 0, "threads": 1, "prefetch": 1, "max_image_pixels": 1, "cache_bytes": 0, "block_bytes": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least {bound}")
@@ -98,11 +102,19 @@ class Loader:
 
     def __next__(self) -> dict:
         if self._iterator is None:
-            self._iterator = _iterate(dataclasses.replace(self._batches, start=self._position), self._config)
+            self._iterator = self._begin()
         batch = next(self._iterator)
         self._position += 1
         self.counts.update(batch.pop("replaced"))
         return batch
+
+    def _begin(self):
+        batches = dataclasses.replace(self._batches, start=self._position)
+        parts = self._config.workers if self._config.shuffle_blocks is not None else 1
+        if parts < 2:
+            return _iterate(batches, self._config)
+        # Every worker makes its part of every batch: of blocks of its own, which no other has to read as well.
+        return _joined(_iterate(dataclasses.replace(batches, parts=parts), self._config), parts)
 
     def use_image_embeddings(self, embeddings: Sequence[ImageEmbeddings]) -> None:
         """From the next batch on, batches hold these in place of pictures. embeddings: whole, one per source."""
@@ -171,6 +183,8 @@ class Loader:
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
+        for cache in self._batches.open_blocks:
+            cache.clear()
 
 
 def make_loader(
@@ -220,7 +234,16 @@ def make_loader(
     )
     cache = PictureCache(config.cache_bytes)
     batches = BatchSource(
-        sources, order, spec, cache, tokenizer, batch_size, process_index, process_count, start=position
+        sources,
+        order,
+        spec,
+        cache,
+        tokenizer,
+        batch_size,
+        process_index,
+        process_count,
+        start=position,
+        open_blocks=_block_caches(config, sources, readers=process_count * max(1, config.workers)),
     )
     identity = {"fingerprint": _fingerprint(sources, config), "seed": seed, "batch_size": batch_size}
     return Loader(batches, config, identity)
@@ -319,6 +342,19 @@ def _iterate(batches, config: DataConfig):
     return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
 
 
+def _joined(parts, count: int) -> Iterator[dict]:
+    """Batches of `count` parts each. parts: as `_iterate` gives them."""
+    try:
+        for some in zip(*[parts] * count, strict=True):
+            order = np.argsort(np.concatenate([part.pop("rows") for part in some]))
+            replaced = sum((collections.Counter(part.pop("replaced")) for part in some), collections.Counter())
+            keys = sum((part.pop("key") for part in some), [])
+            arrays = {name: np.concatenate([part[name] for part in some])[order] for name in some[0]}
+            yield arrays | {"key": [keys[row] for row in order.tolist()], "replaced": replaced}
+    finally:
+        parts.close()
+
+
 def _open(config: SourceConfig) -> Source:
     """Raises FileNotFoundError, PermissionError, ValueError, OSError: see `open_source` and `KeptPairs`."""
     from data_pipelines.sources.opening import open_source
@@ -330,6 +366,27 @@ def _open(config: SourceConfig) -> Source:
     from data_pipelines.kept_pairs import KeptPairs
 
     return KeptPairs(source, config.manifest)
+
+
+def _block_caches(config: DataConfig, sources: tuple[Source, ...], *, readers: int) -> tuple:
+    """One for each source, by its weight; () without blocks. readers: processes that share a stretch."""
+    from data_pipelines.sources.blocks import BlockCache
+
+    blocks, total = config.shuffle_blocks, sum(source.weight for source in config.sources)
+    if blocks is None:
+        return ()
+    limits = [int(config.block_bytes * source.weight / total) for source in config.sources]
+    for source, limit, named in zip(sources, limits, config.sources, strict=True):
+        stretch = min(blocks.block_pairs * blocks.open_blocks, len(source))
+        needed = int(stretch * source.pair_bytes) // readers
+        if source.is_remote and needed > limit:
+            warnings.warn(
+                f"{stretch} pairs of {named.shards!r} are mixed at a time, about {needed} bytes in each process, and its share "
+                f"of data.block_bytes={config.block_bytes} is {limit}: of what exceeds it each pair is a request of its own; "
+                f"raise data.block_bytes or lower data.shuffle_blocks.open_blocks={blocks.open_blocks}",
+                stacklevel=3,
+            )
+    return tuple(map(BlockCache, limits))
 
 
 def _fingerprint(sources: tuple[Source, ...], config: DataConfig) -> str:

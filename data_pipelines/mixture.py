@@ -1,6 +1,6 @@
 """Which pair comes at which place of the endless training stream, by arithmetic alone.
 
-    position -> source        shares of the weights, exact to a pair over any window
+    position -> source        shares of the weights, over any window to at most as many pairs as there are sources
     j-th pair of a source     epoch = j // n, record = order[seed, source, epoch](j % n), see `order.py`
 
 Weights may change on the way: the stream then goes on from the counts that each source has reached, so no pair of an epoch is
@@ -10,8 +10,10 @@ The trap: the shares are rounded to 2**-20, so a source with less than a million
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,6 +47,20 @@ class SourceConfig:
         text_ops.check_spec(self.captions)
 
 
+class BlockPlace(NamedTuple):
+    """A pair of the stream: its source, its record in there, the block of that, first … end - 1, the count of the source at
+    which the block is over, who reads it, and the count at which this pair comes.
+    """
+
+    source: int
+    record: int
+    first: int
+    end: int
+    until: int
+    reader: int
+    count: int
+
+
 @dataclass(frozen=True)
 class Mixture:
     """The order of the stream.
@@ -73,17 +89,44 @@ class Mixture:
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source and the record in it at each position, from `since` on. positions: int64 [n] -> int64 [n], int64 [n]."""
-        sources, nth = _interleave(positions - self.since, self._shares())
+        sources, nth = self._counts(positions)
         records = np.empty_like(nth)
+        for source, size in enumerate(self.sizes):
+            here = sources == source
+            if here.any():
+                places, keys = self._places(source, nth[here])
+                records[here] = order.shuffle(places, size, keys, blocks=self.blocks)
+        return sources, records
+
+    def locate_blocks(self, positions: np.ndarray, *, readers: int = 1) -> list["BlockPlace"]:
+        """The same, with the blocks that the records are read in. Only for a shuffle by blocks.
+
+        readers: among how many the blocks are dealt out, equal shares each; where these are not many enough, they are cut.
+        """
+        sources, nth = self._counts(positions)
+        columns = np.empty((len(positions), 5), np.int64)
+        cuts = readers // math.gcd(readers, self.blocks.open_blocks)
+        stretch = self.blocks.block_pairs * self.blocks.open_blocks
         for source, size in enumerate(self.sizes):
             here = sources == source
             if not here.any():
                 continue
-            before = self.counts[source] if self.counts else 0
-            epochs, places = np.divmod(nth[here] + before, size)
-            keys = mix_array(np.uint64(hash_ints(self.seed, _SHUFFLE_STREAM, source)) + epochs.astype(np.uint64))
-            records[here] = order.shuffle(places, size, keys, blocks=self.blocks)
-        return sources, records
+            places, keys = self._places(source, nth[here])
+            records = order.shuffle(places, size, keys, blocks=self.blocks)
+            first, end, number = order.block_bounds(places, size, keys, blocks=self.blocks, cuts=cuts)
+            over = np.minimum((places // stretch + 1) * stretch, size) - places + nth[here]
+            columns[here] = np.stack([records, first, end, over, number % readers], axis=1)
+        return [BlockPlace(*row) for row in zip(sources.tolist(), *columns.T.tolist(), nth.tolist(), strict=True)]
+
+    def _counts(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source at each position, and how many of its pairs came before."""
+        sources, nth = _interleave(positions - self.since, self._shares())
+        return sources, nth + np.asarray(self.counts, np.int64)[sources] if self.counts else nth
+
+    def _places(self, source: int, nth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The place in its epoch of each pair of a source, and the key of the epoch."""
+        epochs, places = np.divmod(nth, self.sizes[source])
+        return places, mix_array(np.uint64(hash_ints(self.seed, _SHUFFLE_STREAM, source)) + epochs.astype(np.uint64))
 
     def counts_before(self, position: int) -> tuple[int, ...]:
         """Pairs of each source in the stream before a position, from `since` on."""

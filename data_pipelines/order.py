@@ -33,11 +33,12 @@ class BlockShuffle:
 
     Attributes:
       block_pairs: neighbours in storage that are read within the same stretch of the stream.
-      open_blocks: blocks that are mixed with each other; the stretch is block_pairs * open_blocks pairs long.
+      open_blocks: blocks that are mixed with each other; the stretch is block_pairs * open_blocks pairs long. What a
+        process reads of two stretches should fit into `data.block_bytes`.
     """
 
-    block_pairs: int = 1024
-    open_blocks: int = 64
+    block_pairs: int = 256
+    open_blocks: int = 16
 
     def __post_init__(self):
         for name in ("block_pairs", "open_blocks"):
@@ -50,8 +51,37 @@ def shuffle(places: np.ndarray, size: int, keys: np.ndarray, *, blocks: BlockShu
     return permute(places, size, keys) if blocks is None else _by_blocks(places, size, keys, blocks)
 
 
+def block_bounds(
+    places: np.ndarray, size: int, keys: np.ndarray, *, blocks: BlockShuffle, cuts: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The block that the record at each place is read with; one that goes round the end of the source is cut there.
+
+    cuts: in how many stretches of neighbours a block is divided, each taken for a block -> int64 [n] each: first record and
+    end, and its number among the open_blocks * cuts that are open.
+    """
+    groups, slots, offsets = _mix(places, size, keys, blocks)
+    is_rest = groups * blocks.open_blocks + slots == size // blocks.block_pairs
+    pairs = np.where(is_rest, size % blocks.block_pairs, blocks.block_pairs)
+    cut = offsets * cuts // blocks.block_pairs
+    begin, stop = (-(-number * blocks.block_pairs // cuts) for number in (cut, cut + 1))
+    start = _by_blocks(places, size, keys, blocks) - offsets
+    return np.maximum(start + begin, 0), np.minimum(start + np.minimum(stop, pairs), size), slots * cuts + cut
+
+
 def _by_blocks(places: np.ndarray, size: int, keys: np.ndarray, blocks: BlockShuffle) -> np.ndarray:
-    block, stretch = blocks.block_pairs, blocks.block_pairs * blocks.open_blocks
+    groups, slots, offsets = _mix(places, size, keys, blocks)
+    slots += groups * blocks.open_blocks
+    whole_blocks = size // blocks.block_pairs
+    inside = slots < whole_blocks  # The remainder, less than a block, stays last; the shift says which pairs it has.
+    if inside.any():
+        slots[inside] = permute(slots[inside], whole_blocks, mix_array(keys[inside] ^ _BLOCK_KEY))
+    shifts = (mix_array(keys ^ _SHIFT_KEY) % np.uint64(size)).astype(np.int64)
+    return (slots * blocks.block_pairs + offsets + shifts) % size
+
+
+def _mix(places: np.ndarray, size: int, keys: np.ndarray, blocks: BlockShuffle) -> tuple[np.ndarray, ...]:
+    """For each place: its group of open blocks, which of them, and the pair in that. -> int64 [n] each"""
+    stretch = blocks.block_pairs * blocks.open_blocks
     groups, within = np.divmod(places, stretch)
     group_keys = mix_array((keys ^ _GROUP_KEY) + groups.astype(np.uint64))
     mixed = np.empty_like(within)
@@ -59,14 +89,7 @@ def _by_blocks(places: np.ndarray, size: int, keys: np.ndarray, blocks: BlockShu
     for mine, pairs in ((~is_last, stretch), (is_last, (size - 1) % stretch + 1)):
         if mine.any():
             mixed[mine] = permute(within[mine], pairs, group_keys[mine])
-    slots, offsets = np.divmod(mixed, block)
-    slots += groups * blocks.open_blocks
-    whole_blocks = size // block
-    inside = slots < whole_blocks  # The remainder, less than a block, stays last; the shift says which pairs it has.
-    if inside.any():
-        slots[inside] = permute(slots[inside], whole_blocks, mix_array(keys[inside] ^ _BLOCK_KEY))
-    shifts = (mix_array(keys ^ _SHIFT_KEY) % np.uint64(size)).astype(np.int64)
-    return (slots * block + offsets + shifts) % size
+    return groups, *np.divmod(mixed, blocks.block_pairs)
 
 
 def permute(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:

@@ -16,9 +16,11 @@ that stops.
 """
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +29,7 @@ from data_pipelines.draws import Draws, Rng
 from data_pipelines.image_embeddings import ImageEmbeddings
 from data_pipelines.mixture import Mixture
 from data_pipelines.records import Pair, Source
+from data_pipelines.sources.blocks import Block, BlockCache
 from data_pipelines.tokenizers import SentencePieceTokenizer
 
 MAX_TRIES = 100
@@ -55,12 +58,25 @@ class SampleSpec:
     noise: noise.NoiseConfig | None
 
 
+class Place(NamedTuple):
+    """A record of a source and, where these are shuffled by blocks, its block and the count of the source there."""
+
+    source: int
+    record: int
+    block: Block | None = None
+    count: int = 0
+
+
 @dataclass(frozen=True)
 class BatchSource:
     """The local batches of one process from batch `start` on, as Grain's random-access source.
 
     batch_pairs is global; this process takes every `process_count`-th position from `process_index` on, or of a shuffle by
-    blocks those that lie together in storage. embeddings: one per source, or none at all.
+    blocks those that lie together in storage. embeddings: one per source, or none at all. open_blocks: one per source where
+    these are shuffled by blocks.
+
+    parts: in how many the batches of such a process come, each of blocks of its own: index k is part k % parts of batch
+    k // parts, and has the "rows" of it. So every worker, who makes every such part, reads what no other does.
     """
 
     sources: tuple[Source, ...]
@@ -73,19 +89,32 @@ class BatchSource:
     process_count: int
     start: int
     embeddings: tuple[ImageEmbeddings, ...] = ()
+    open_blocks: tuple[BlockCache, ...] = ()
+    parts: int = 1
 
     def __len__(self) -> int:
         return ENDLESS_BATCHES
 
     def __getitem__(self, index: int) -> dict:
         """image: uint8 [bl, h, w, 3] or zimg: float32 [bl, e], text: int32 [bl, l], key: list[str], replaced: {reason: n}."""
-        first = (self.start + index) * self.batch_pairs
-        every = range(first, first + self.batch_pairs)
+        number, part = divmod(index, self.parts)
+        every = self._positions(number)
         positions = self._own(every)
-        batch = self._embedded(positions) if self.embeddings else self._pictured(positions)
+        if self.order.blocks is None:
+            places = self._places(positions)
+        else:
+            rows, places = self._block_places(positions, part)
+            positions = positions[rows]
+            self._open_blocks(number, part, places)
+        batch = self._embedded(positions, places) if self.embeddings else self._pictured(positions, places)
         if self.spec.noise is not None:
             self._corrupt(batch, positions, every, self.spec.noise)
-        return batch
+        return batch if self.parts == 1 else batch | {"rows": rows}
+
+    def _positions(self, batch: int) -> range:
+        """Of a global batch."""
+        first = (self.start + batch) * self.batch_pairs
+        return range(first, first + self.batch_pairs)
 
     def _own(self, every: range) -> np.ndarray:
         """The positions of a global batch that are this process's."""
@@ -96,28 +125,55 @@ class BatchSource:
         by_place = positions[np.lexsort((records, sources))]
         return by_place[self.process_index * share : (self.process_index + 1) * share]
 
-    def _embedded(self, positions: np.ndarray) -> dict:
+    def _places(self, positions: np.ndarray) -> list["Place"]:
+        return list(map(Place, *map(np.ndarray.tolist, self.order.locate(positions))))
+
+    def _block_places(self, positions: np.ndarray, part: int) -> tuple[np.ndarray, list["Place"]]:
+        """Which of these positions are of a part, int64 [n], and their places."""
+        made: dict[tuple[int, int, int, int], Block] = {}
+        rows, places = [], []
+        located = self.order.locate_blocks(positions, readers=self.parts)
+        for row, (source, record, first, end, until, reader, count) in enumerate(located):
+            if reader != part:
+                continue
+            block = made.get((source, first, end, until))
+            if block is None:
+                block = made[source, first, end, until] = self.sources[source].block(first, end, until=until)
+            rows.append(row)
+            places.append(Place(source, record, block, count))
+        return np.array(rows, np.int64), places
+
+    def _open_blocks(self, batch: int, part: int, places: Sequence["Place"]) -> None:
+        """Lets go of blocks that are over; has those of this batch read side by side, and then those of a stretch later."""
+        for source, cache in enumerate(self.open_blocks):
+            cache.advance(min((place.count for place in places if place.source == source), default=0))
+        if not any(source.is_remote for source in self.sources):
+            return
+        stretch = self.order.blocks.block_pairs * self.order.blocks.open_blocks
+        later = self._own(self._positions(batch + -(-stretch // self.batch_pairs)))
+        _, ahead = self._block_places(later, part)
+        for source, block in dict.fromkeys((place.source, place.block) for place in (*places, *ahead)):
+            with contextlib.suppress(OSError):  # told when its pairs are read
+                self.sources[source].fetch_ahead(block, self.open_blocks[source])
+
+    def _embedded(self, positions: np.ndarray, places: Sequence["Place"]) -> dict:
         zimg = np.empty((len(positions), self.embeddings[0].width), np.float32)
         texts = np.empty((len(positions), self.spec.text_length), np.int32)
         keys, replaced = [], collections.Counter()
-        for row, (position, source, record) in enumerate(
-            zip(positions.tolist(), *self._locate(positions), strict=True)
-        ):
-            (zimg[row], texts[row], key), reason = self._sample_or_substitute(position, source, record)
+        for row, (position, place) in enumerate(zip(positions.tolist(), places, strict=True)):
+            (zimg[row], texts[row], key), reason = self._sample_or_substitute(position, place)
             keys.append(key)
             if reason:
                 replaced[reason] += 1
         return {"zimg": zimg, "text": texts, "key": keys, "replaced": dict(replaced)}
 
-    def _pictured(self, positions: np.ndarray) -> dict:
+    def _pictured(self, positions: np.ndarray, places: Sequence["Place"]) -> dict:
         images = np.empty((len(positions), *self.spec.image_size_px, 3), np.uint8)
         texts = np.empty((len(positions), self.spec.text_length), np.int32)
         gains, flips = np.empty((len(positions), 3), np.float32), np.empty(len(positions), bool)
         keys, replaced = [], collections.Counter()
-        for row, (position, source, record) in enumerate(
-            zip(positions.tolist(), *self._locate(positions), strict=True)
-        ):
-            sample, reason = self._sample_or_substitute(position, source, record)
+        for row, (position, place) in enumerate(zip(positions.tolist(), places, strict=True)):
+            sample, reason = self._sample_or_substitute(position, place)
             images[row], texts[row], gains[row], flips[row], key = sample
             keys.append(key)
             if reason:
@@ -130,8 +186,8 @@ class BatchSource:
         seed, length = self.spec.seed, self.spec.text_length
         shown = noise.text_positions(config, every, seed=seed)[positions - every.start]
         moved = np.flatnonzero(shown != positions)
-        for row, position, *place in zip(moved, shown[moved].tolist(), *self._locate(shown[moved]), strict=True):
-            batch["text"][row], _ = self._sample_or_substitute(position, *place, sample=self._caption)
+        for row, position, place in zip(moved, shown[moved].tolist(), self._places(shown[moved]), strict=True):
+            batch["text"][row], _ = self._sample_or_substitute(position, place, sample=self._caption)
         vocab_size, eos_id = self.tokenizer.vocab_size, self.tokenizer.eos_id
         for row in np.flatnonzero(noise.noisy_texts(config, positions, seed=seed)):
             tokens = noise.random_tokens(int(positions[row]), length, vocab_size=vocab_size, eos_id=eos_id, seed=seed)
@@ -139,31 +195,27 @@ class BatchSource:
         for row in np.flatnonzero(noise.noisy_images(config, positions, seed=seed)):
             batch["image"][row] = noise.random_picture(int(positions[row]), self.spec.image_size_px, seed=seed)
 
-    def _locate(self, positions: np.ndarray) -> tuple[list[int], list[int]]:
-        sources, records = self.order.locate(positions)
-        return sources.tolist(), records.tolist()
-
     def _sample_or_substitute(
-        self, position: int, source: int, record: int, *, sample: Callable | None = None
+        self, position: int, place: "Place", *, sample: Callable | None = None
     ) -> tuple[tuple, str | None]:
         """The sample for a position, and why it is a substitute (None: it is not)."""
         substitutes = Draws(self.spec.seed, _SUBSTITUTE_STREAM, position)
         sample, first_reason = sample or (self._embedded_sample if self.embeddings else self._sample), None
         for _ in range(MAX_TRIES):
             try:
-                return sample(position, source, record), first_reason
+                return sample(position, place), first_reason
             except BrokenPair as error:
                 first_reason = first_reason or error.reason
-            record = int(substitutes.random() * len(self.sources[source]))
+            place = Place(place.source, int(substitutes.random() * len(self.sources[place.source])))
         raise ValueError(
-            f"{MAX_TRIES} pairs drawn from source {source} cannot be used, the first for {first_reason!r}; "
-            f"check its shards, and that they have one of captions={tuple(self.spec.captions[source])}"
+            f"{MAX_TRIES} pairs drawn from source {place.source} cannot be used, the first for {first_reason!r}; "
+            f"check its shards, and that they have one of captions={tuple(self.spec.captions[place.source])}"
         )
 
-    def _sample(self, position: int, source: int, record: int) -> tuple[np.ndarray, np.ndarray, tuple, bool, str]:
+    def _sample(self, position: int, place: "Place") -> tuple[np.ndarray, np.ndarray, tuple, bool, str]:
         rng = Draws(self.spec.seed, _SAMPLE_STREAM, position)
-        pair, picture = self.cache.get(source, record) or self._decoded(source, record)
-        caption = choose_caption(pair, self.spec.captions[source], rng)
+        pair, picture = self.cache.get(place.source, place.record) or self._decoded(place)
+        caption = choose_caption(pair, self.spec.captions[place.source], rng)
         tokens = self.tokenizer.encode(caption, self.spec.text_length)
         config = self.spec.augment
         if config is None:
@@ -172,30 +224,37 @@ class BatchSource:
         image = image_ops.resize(picture, self.spec.image_size_px, box=box)
         return image, tokens, augment.draw_gain(config, rng), augment.draw_flip(config, rng), pair.key
 
-    def _embedded_sample(self, position: int, source: int, record: int) -> tuple[np.ndarray, np.ndarray, str]:
-        zimg = self.embeddings[source].get(record)
+    def _embedded_sample(self, position: int, place: "Place") -> tuple[np.ndarray, np.ndarray, str]:
+        zimg = self.embeddings[place.source].get(place.record)
         if isinstance(zimg, str):
             raise BrokenPair(zimg)
-        pair, _ = self.cache.get(source, record) or self._undecoded(source, record)
-        caption = choose_caption(pair, self.spec.captions[source], Draws(self.spec.seed, _SAMPLE_STREAM, position))
+        pair, _ = self.cache.get(place.source, place.record) or self._undecoded(place)
+        rng = Draws(self.spec.seed, _SAMPLE_STREAM, position)
+        caption = choose_caption(pair, self.spec.captions[place.source], rng)
         return zimg, self.tokenizer.encode(caption, self.spec.text_length), pair.key
 
-    def _caption(self, position: int, source: int, record: int) -> np.ndarray:
+    def _caption(self, position: int, place: "Place") -> np.ndarray:
         """What `_sample` shows as text at this position, whatever the picture is worth."""
-        pair, _ = self.cache.get(source, record) or (read_pair(self.sources[source], record), None)
-        caption = choose_caption(pair, self.spec.captions[source], Draws(self.spec.seed, _SAMPLE_STREAM, position))
-        return self.tokenizer.encode(caption, self.spec.text_length)
+        pair, _ = self.cache.get(place.source, place.record) or (self._read(place), None)
+        rng = Draws(self.spec.seed, _SAMPLE_STREAM, position)
+        return self.tokenizer.encode(choose_caption(pair, self.spec.captions[place.source], rng), self.spec.text_length)
 
-    def _undecoded(self, source: int, record: int) -> tuple[Pair, None]:
-        pair = read_pair(self.sources[source], record)
-        self.cache.add(source, record, pair, None)
+    def _undecoded(self, place: "Place") -> tuple[Pair, None]:
+        pair = self._read(place)
+        self.cache.add(place.source, place.record, pair, None)
         return pair, None
 
-    def _decoded(self, source: int, record: int) -> tuple[Pair, np.ndarray]:
-        pair = read_pair(self.sources[source], record)
+    def _decoded(self, place: "Place") -> tuple[Pair, np.ndarray]:
+        pair = self._read(place)
         picture = decode_picture(pair, max_pixels=self.spec.max_image_pixels)
-        self.cache.add(source, record, pair, picture)
+        self.cache.add(place.source, place.record, pair, picture)
         return pair, picture
+
+    def _read(self, place: "Place") -> Pair:
+        source = self.sources[place.source]
+        if place.block is None:
+            return read_pair(source, place.record)
+        return read_pair(source, place.record, block=place.block, kept=self.open_blocks[place.source])
 
 
 @dataclass(frozen=True)
@@ -259,10 +318,10 @@ class PictureCache:
             self._kept[source, record] = dataclasses.replace(pair, image=None), picture
 
 
-def read_pair(source: Source, record: int) -> Pair:
-    """Raises BrokenPair("unreadable") when the storage fails for this pair."""
+def read_pair(source: Source, record: int, *, block: Block | None = None, kept: BlockCache | None = None) -> Pair:
+    """A pair, read with its block where that is given. Raises BrokenPair("unreadable") when the storage fails for this pair."""
     try:
-        return source[record]
+        return source[record] if block is None else source.in_block(record, block, kept)
     except OSError as error:
         raise BrokenPair("unreadable") from error
 

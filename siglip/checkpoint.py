@@ -16,6 +16,7 @@ The trap: a folder under checkpoints/ may be half a checkpoint. Whole is what ha
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ class Checkpointer:
         folder = self._folder / str(step)
         try:
             with ocp.PyTreeCheckpointer() as reader:
-                tree = reader.metadata(folder / "state").item_metadata.tree
+                tree = _stored_tree(reader, folder / "state")
             there = {path: tuple(leaf.shape) for path, leaf in trees.flatten(tree["params"]).items()}
         except Exception:  # `restore` says what is wrong with the files
             return
@@ -184,7 +185,7 @@ def read_run_params(path: Path, *, step: int | None = None) -> tuple[dict[str, A
     config = read_config(workdir, fields=("model",))
     with _reading(folder / str(step), fix="try another step"):
         with ocp.PyTreeCheckpointer() as reader:
-            tree = reader.metadata(folder / str(step) / "state").item_metadata.tree
+            tree = _stored_tree(reader, folder / str(step) / "state")
             name = "ema" if tree.get("ema") else "params"
             stored = tree[name]
             like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
@@ -199,6 +200,19 @@ def read_run_params(path: Path, *, step: int | None = None) -> tuple[dict[str, A
     params = restored[name]
     assert trees.flatten(params), "a checkpoint without parameters"
     return params, config, step
+
+
+def _stored_tree(reader: ocp.PyTreeCheckpointer, folder: Path) -> dict[str, Any]:
+    """Shapes and dtypes of what a folder of arrays holds."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(
+        logging.ERROR
+    )  # a warning that the metadata of the whole checkpoint is not in the folder of its arrays
+    try:
+        return reader.metadata(folder).item_metadata.tree
+    finally:
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager

@@ -2,77 +2,38 @@
 
 Canonical: mis-decoded UTF-8 put right (ftfy), HTML entities resolved, control and invisible characters taken out, white
 space single, Unicode NFC. The language comes from CLD2, whose model ships in its wheel and takes 10 us a caption.
+`boilerplate` and `markup` hold those two rules.
 
 The trap: some invisible characters are spelling. Zero-width joiners shape Persian, Indic scripts and emoji, so they
 stay between letters of these; the bidirectional overrides, byte order marks and overlays that make text unreadable go.
+Others pass for letters: fillers of Hangul and the Braille blank are in no way white space to Unicode.
 """
 
 import html
+import html.entities
 import re
 import unicodedata
 
 import ftfy
 import pycld2
 
+from data_pipelines.curate.boilerplate import is_boilerplate
 from data_pipelines.curate.config import CurateConfig
+from data_pipelines.curate.markup import has_markup
 
-_ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
-_TAG = re.compile(
-    r"</?[a-zA-Z][^<>]*>|<!--|<!\[CDATA|<(?:a|img|div|span|p|br|script|font|iframe)\s|"
-    r"\[/?(?:url|img|b|i|u|quote|center|color|size)(?:=[^\]]*)?\]|\b(?:href|src|onclick)\s*=\s*[\"']",
-    re.IGNORECASE,
-)
-_SUFFIX = r"(?:jpe?g|jpe|jfif|png|gif|webp|bmp|tiff?|svg|heic|avif|ico|pdf|mp4|mov|psd|eps)"
-_PLACES = r"(?:facebook|twitter|x|instagram|pinterest|linkedin|whatsapp|youtube|tumblr|reddit|e-?mail)"
-_PICTURE_WORDS = r"images?|photos?|photographs?|pictures?|pics?|img|graphic|illustrations?|thumbnails?|thumb"
-_PICTURES = rf"(?:{_PICTURE_WORDS})"
-_MAX_BOILERPLATE_CHARS = 240
-# Each is matched against the whole caption, lower-cased and without the punctuation around it.
-_BOILERPLATE = re.compile(
-    "|".join(
-        (
-            rf"[^\n]{{0,120}}\.{_SUFFIX}",  # file names
-            r"(?:img|dsc[a-z]?|dcim|pict?|pxl|mvi|sam|cimg|gopr|fb img|wp|screen ?shot|whatsapp image|scan|snapshot|"
-            r"untitled|banner|slide|header|hero|icon|logo|bg|background|layer|frame|asset|artboard|image|photo|picture|"
-            r"pic|page|figure|fig|item|gallery|thumb|thumbnail|product|attachment|file|screenshot)"
-            r"[\s_#.:()/-]*\d[\d\s_x.:()/-]*(?:of[\s_]*\d+)?[a-z]?",
-            r"[\d\s_x×.,:;/#%()+-]{3,}",  # numbers, dimensions, dates
-            r"[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}|(?=[a-z]*\d)[0-9a-f]{16,}",  # identifiers
-            r"(?:https?://|www\.)\S+|\S+@\S+\.[a-z]{2,}",
-            rf"(?:no |my |the |this |main |featured? |featured |default |cover |header |hero |blog |post |product |"
-            rf"profile |user |stock |free |sample |related |article |feature |background |large |small |full |"
-            rf"placeholder |loading |alt(?:ernate)? )*{_PICTURES}(?: (?:alt(?: text)?|placeholder|here|preview|"
-            rf"gallery|description|title|name|caption|logo|not (?:available|found|loaded)|unavailable|missing|"
-            rf"coming soon|for|of))?",
-            r"(?:alt|alt text|alt tag|alternative text|logo|site logo|company logo|icon|avatar|banner|placeholder|spacer|"
-            r"pixel|blank|untitled(?: design| document)?|undefined|null|none|nan|n/?a|unknown|no title|no name|"
-            r"no description|unnamed|default|loading|please wait|lorem ipsum.{0,200}|advertisement|sponsored|ad|ads|"
-            r"thumbnails?|featured|cover|preview|profile|attachment|file|description|title|caption|gallery|slideshow|"
-            r"coming soon|screen ?shot|home ?page|read more|learn more|see more|show more|more info|more details|"
-            r"view (?:all|more|details|profile|gallery|product)|back to top|skip to content|open menu|toggle navigation|"
-            r"play video|watch (?:now|video)|download(?: now| here)?|free download|print this|rss(?: feed)?|"
-            r"pin (?:it|this)|tweet(?: this)?|powered by .{1,40}|created with .{1,40}|made with .{1,40})",
-            r"click (?:here|to|on|for|image|photo|picture|the|below)\b.{0,60}",
-            rf"(?:view|see|show|open|enlarge|zoom)(?: in)?(?: a| the)? ?(?:larger|full|bigger|large|original|hi-?res)?"
-            rf"(?: ?-?size)?(?: version)?(?: of)?(?: the| this)? ?{_PICTURES}",
-            r"(?:view|see) (?:larger|full ?-?size|bigger)",
-            r"(?:add(?:ed)?|move) to (?:cart|basket|bag|wish ?list|favou?rites)|(?:buy|shop|order|book|call|subscribe|"
-            r"sign ?up|log ?in|register|join|donate|apply|contact us|get started)(?: it)? ?(?:now|today|online|here)",
-            r"free (?:shipping|delivery|returns?)\b.{0,60}|(?:on )?sale(?: now)?[ !]*(?:\d+% off)?|\d+ ?% off.{0,30}",
-            rf"(?:share|follow|find|like|join|connect|save)(?: this| us| me| it)?(?: (?:on|via|by|to|with))? {_PLACES}"
-            r"(?: .{0,30})?",
-            rf"{_PLACES}(?: (?:logo|icon|page|profile|share|button))?",
-            r"(?:(?:©|\(c\)|copyright)\s*)+(?:(?:\d{4}|all rights|by\b|reserved).{0,100})?|.{0,60}\ball rights reserved",
-            rf"(?:{_PICTURES}|posted|uploaded|submitted|added|written|source|credits?|courtesy|via)"
-            rf"(?: (?:by|credits?|courtesy(?: of)?|source|from|via)\b|:).{{0,60}}",
-            rf"(?:royalty[ -]?free|stock|vector|getty|shutterstock|istock|alamy|dreamstime|123rf|depositphotos)"
-            rf"(?: (?:royalty[ -]?free|stock|vector|clip ?art|footage|{_PICTURE_WORDS}))*"
-            r"(?:[ :#-]*(?:id|image|no|number)?[ :.#-]*\d{3,}.{0,20})?",
-        )
-    )
+# With a semicolon any entity that there is; without, those that cannot be part of a word or of an address: "R&eacutesum&eacute",
+# "tom &amp jerry", "it&#39s", but not "cut&copy", "rock&region", "?a=1&lt=2".
+_ENTITY = re.compile(
+    r"&(?:(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});|"
+    r"(#\d{2,5}(?!\d)|nbsp|(?:amp|quot|lt|gt)(?![\w=;])|(?<!\w&)(?:copy|reg)(?![a-zA-Z=;])|"
+    r"[aeiouyAEIOUY](?:acute|grave|circ|uml)|[anoANO]tilde|[cC]cedil|[aA]ring|[oO]slash|szlig|a[eE]lig|AElig))"
 )
 _KEPT_JOINERS = "\u200c\u200d"
 _OVERLAYS = {chr(code) for code in range(0x334, 0x339)}
+_BLANKS = "\xa0\u2800\u3164\uffa0"  # no-break space, Braille blank, fillers of Hangul
+_FILLERS = "\u115f\u1160"  # parts of old Hangul, where a letter stands beside them
+_OBJECT = "\ufffc"  # stands for a picture
+_MOST_CONTROLS = 0.25  # of a text; UTF-16 of other scripts has more, and is valid UTF-8 all the same
 UNKNOWN = "un"
 
 
@@ -85,19 +46,20 @@ def canonical(text: str) -> tuple[str, tuple[str, ...]]:
             text, found = fixed, ["mojibake"]
         if "\ufffd" in text:
             found.append("invalid_utf8")
+    if "invalid_utf8" not in found and _is_binary(text):
+        found.append("invalid_utf8")
     visible = _visible(text)
     if visible != text:
         text = visible
         found.append("control_chars")
-    if "&" in text and _ENTITY.search(text):
-        text = html.unescape(text)
+    if "&" in text and (resolved := _ENTITY.sub(_character, text)) != text:
         found.append("html_entities")
-        if _ENTITY.search(text):  # escaped twice: the source of a page, not its text
-            text = html.unescape(text)
+        text = _ENTITY.sub(_character, resolved)
+        if text != resolved:  # escaped twice: the source of a page, not its text
             found.append("markup")
         text = _visible(text)
     text = unicodedata.normalize("NFC", " ".join(text.split()))
-    if ("<" in text or "[" in text or "=" in text) and _TAG.search(text) and "markup" not in found:
+    if "markup" not in found and has_markup(text):
         found.append("markup")
     return text, tuple(found)
 
@@ -119,12 +81,6 @@ def text_faults(text: str, language: str, config: CurateConfig) -> list[str]:
     return faults
 
 
-def is_boilerplate(text: str) -> bool:
-    """Whether a caption is a file name, a number, an address or what pages say about any picture."""
-    core = text.lower().replace("_", " ").strip(" \t.!?…:;,|-–—*»«>›<\"'“”‘’()[]{}")
-    return 0 < len(core) <= _MAX_BOILERPLATE_CHARS and _BOILERPLATE.fullmatch(core) is not None
-
-
 def identify_language(text: str) -> str:
     """A language code such as "en", "zh" or "zh-Hant"; "un" when the text does not say."""
     try:
@@ -134,8 +90,22 @@ def identify_language(text: str) -> str:
     return guesses[0][1]
 
 
+def _character(entity: re.Match) -> str:
+    """What an entity stands for; itself where there is none of its name."""
+    name = entity[1] or entity[2]
+    return html.unescape(f"&{name};") if name[0] == "#" or f"{name};" in html.entities.html5 else entity[0]
+
+
+def _is_binary(text: str) -> bool:
+    """Whether control characters, but for NUL and line ends, are too many for a text."""
+    if text.isprintable():
+        return False
+    controls = sum(character < " " and character not in "\0\n\r" for character in text)
+    return controls > 3 and controls > _MOST_CONTROLS * len(text)
+
+
 def _visible(text: str) -> str:
-    """The text without control, format and overlay characters; tabs and no-break spaces become spaces."""
+    """The text without control, format and overlay characters; tabs, blanks and Unicode's line ends become spaces."""
     if text.isascii() and text.isprintable():
         return text
     out = []
@@ -143,11 +113,13 @@ def _visible(text: str) -> str:
         category = unicodedata.category(character)
         if character in "\n\r":
             out.append(character)
-        elif character == "\xa0" or (category == "Cc" and character.isspace()):
+        elif character in _BLANKS or category in ("Zl", "Zp") or (category == "Cc" and character.isspace()):
             out.append(" ")
-        elif category in ("Cc", "Cs") or character in _OVERLAYS:
+        elif category in ("Cc", "Cs") or character in _OVERLAYS or character == _OBJECT:
             continue
         elif category == "Cf" and not _is_spelling(text, place):
+            continue
+        elif category == "Mn" and "\ufe00" <= character <= "\ufe0f" and not _is_varied(text[place - 1 : place]):
             continue
         else:
             out.append(character)
@@ -162,5 +134,10 @@ def _is_spelling(text: str, place: int) -> bool:
     return text[place] in _KEPT_JOINERS and len(around) == 2 and not any(c.isascii() or c.isspace() for c in around)
 
 
+def _is_varied(before: str) -> bool:
+    """Whether a variation selector has a character to select of: an emoji, a digit of a keycap, a letter of some script."""
+    return before != "" and not before.isspace() and (not before.isascii() or before in "#*0123456789")
+
+
 def _says_something(character: str) -> bool:
-    return character.isalnum() or unicodedata.category(character) in ("So", "Lo", "Mc")
+    return (character.isalnum() and character not in _FILLERS) or unicodedata.category(character) in ("So", "Mc")

@@ -13,6 +13,7 @@ their numbers can be compared; what cannot be trained on at all (integrity) alwa
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +44,15 @@ NO_IMAGE = frozenset(
     ("unreadable", "missing_image", "empty_image", "not_an_image", "bomb", "truncated", "corrupt_image")
 )
 
+_RANGES = {  # least, most, what to write
+    "duplicate_error": (0.0, 1.0, "0.15 finds copies that were compressed again, 0 none"),
+    "duplicate_spot": (0.0, 255.0, "40 allows for compression, less for fewer copies"),
+    "leak_error": (0.0, 1.0, "0.25 finds copies with a mark or another contrast, 0 none"),
+    "leak_spot": (0.0, 255.0, "60 allows for a mark, less for fewer leaks"),
+    "leak_similarity": (-1.0, 2.0, "it is a cosine: 0.95 and the like, 2 to switch the rule off"),
+    "min_score": (-1.0, 1.0, "it is a cosine: 0.1 and the like, or leave it out"),
+}
+
 
 @dataclass(frozen=True)
 class CurateConfig:
@@ -52,19 +62,25 @@ class CurateConfig:
       captions: fields to take the caption from, the first that a pair has.
       max_image_pixels: larger pictures are bombs, refused by their header.
       animated: drop pictures with more than one frame.
-      min_side_px, max_aspect: of the upright picture.
-      min_chars, max_chars, min_words: of the canonical caption; a wide character (漢) counts as two. A text tower of
-        64 tokens sees about 256 characters.
-      markup, boilerplate: drop captions with tags in them; file names, page furniture ("click here"), addresses.
+      min_side_px: least shorter side of a picture.
+      max_aspect: largest ratio of the longer side to the shorter.
+      min_chars: least length of the canonical caption; a wide character (漢) counts as two.
+      max_chars: largest length; a text tower of 64 tokens sees about 256 characters.
+      min_words: least number of words; in scripts without spaces a sentence is one.
+      markup: drop captions that hold tags, templates, style sheets or scripts.
+      boilerplate: drop captions that are a file name, a price, an address or what pages say of any picture ("click here").
       max_caption_pictures: a caption on more different pictures than this says nothing about them.
-      languages: the ones to keep, as codes ("en", "zh"); () keeps all.
+      languages: the ones to keep, as codes ("en", "zh"); without any all stay.
       duplicates: compare pictures, or pictures with their captions: copies with other captions stay.
       duplicate_bits: perceptual hashes closer than this are compared on pixels.
       duplicate_error: largest root mean square difference of aligned thumbnails, as a share of their contrast.
-      duplicate_spot: largest difference (of 255) at the tenth worst of 1024 places.
-      leak_similarity: cosine of embeddings above which a pair shows an evaluation picture.
-      min_score: least image-text score.
-      top_share: keep this share by score, of each language.
+      duplicate_spot: largest difference (of 255) at any place but the worst 1 % of a thumbnail.
+      leak_error: as duplicate_error, against evaluation pictures, without colour if one of the two has none.
+      leak_spot: as duplicate_spot, against evaluation pictures, but for the worst 3 %.
+      leak_similarity: cosine of embeddings above which a pair is compared with an evaluation picture on pixels.
+      min_score: least image-text score, a cosine.
+      top_share: keep this share of the pairs, the best by score.
+      share_per: the best of each language, or of the whole corpus: then languages that the model knows less well lose more.
       concept_cap: keep about this many pairs of each concept (MetaCLIP's t).
     """
 
@@ -81,12 +97,15 @@ class CurateConfig:
     max_caption_pictures: int = 100
     languages: tuple[str, ...] = ()
     duplicates: Literal["picture", "pair", "off"] = "picture"
-    duplicate_bits: int = 10
+    duplicate_bits: int = 12
     duplicate_error: float = 0.15
     duplicate_spot: float = 40.0
-    leak_similarity: float = 0.95
+    leak_error: float = 0.25
+    leak_spot: float = 60.0
+    leak_similarity: float = 0.9
     min_score: float | None = None
     top_share: float | None = None
+    share_per: Literal["language", "corpus"] = "language"
     concept_cap: int | None = None
 
     def __post_init__(self):
@@ -104,8 +123,16 @@ class CurateConfig:
             )
         if self.max_image_pixels > 89_478_485:
             raise ValueError(f"max_image_pixels={self.max_image_pixels} exceeds Pillow's limit, 89478485")
-        if self.max_aspect and self.max_aspect < 1:
+        if self.max_aspect and not 1 <= self.max_aspect < math.inf:
             raise ValueError(f"max_aspect={self.max_aspect} is long side / short side, at least 1; 0 switches it off")
+        for name, (lowest, highest, fix) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not lowest <= value <= highest:  # NaN lies nowhere
+                raise ValueError(f"{name}={value} must lie in [{lowest:g}, {highest:g}]; {fix}")
+        if self.max_chars and self.min_chars > self.max_chars:
+            raise ValueError(
+                f"min_chars={self.min_chars} exceeds max_chars={self.max_chars}: no caption fits; 0 is no limit"
+            )
         if self.duplicate_bits > 32:
             raise ValueError(f"duplicate_bits={self.duplicate_bits} of 64 finds everything alike; use 0 to 16")
         if self.top_share is not None and not 0 < self.top_share <= 1:
@@ -141,8 +168,8 @@ def datacomp_basic() -> CurateConfig:
 
 
 def clip_top_30() -> CurateConfig:
-    """The best 30 % by image-text score, over all languages alike."""
-    return dataclasses.replace(_PUBLISHED, top_share=0.3)
+    """The best 30 % of the corpus by image-text score, whatever the language: DataComp's CLIP-score filter."""
+    return dataclasses.replace(_PUBLISHED, top_share=0.3, share_per="corpus")
 
 
 def metaclip_balance() -> CurateConfig:
@@ -151,8 +178,11 @@ def metaclip_balance() -> CurateConfig:
 
 
 def pali_top_10() -> CurateConfig:
-    """The best tenth by image-text score of each language, without copies."""
-    return dataclasses.replace(_PUBLISHED, duplicates="picture", top_share=0.1)
+    """The best tenth by image-text score, without copies: of each language, so that the rare ones are not lost.
+
+    The paper does not say of what its tenth is.
+    """
+    return dataclasses.replace(_PUBLISHED, duplicates="picture", top_share=0.1, share_per="language")
 
 
 PRESETS = {

@@ -3,29 +3,35 @@
 One picture is laid over the other by an axis-aligned affine map, x -> x0 (1 - u) + x1 u and y -> y0 (1 - v) + y1 v, that
 Gauss-Newton finds on the grey thumbnails (Lucas and Kanade 1981): at a quarter of the size, at half, in full; what looks
 hopeless on the way is given up.
-What is left after that is
+Light may differ, clip(g x + o) with one g and a small o for all colours, found where neither is saturated: a brighter
+copy is a copy, another colour is another picture, and so is a faint drawing in a lighter grey. What is left after that is
 
     error = rms(difference) / rms contrast         the whole picture, in units of what it shows
     spot  = largest |difference| but for 1 %       a place: another face, another number on the same card
 
-both on slightly blurred colours, so that fine lines sampled differently do not count.
+both on slightly blurred colours, so that fine lines sampled differently do not count, and without the rim, into which a
+frame bleeds.
 
 The trap: a small drawing on a large white page is like any other such drawing, as far as a thumbnail can tell. The less
 of a thumbnail stands out from its surroundings, the more exactly it has to agree.
 """
 
 import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-_BATCH = 128
+_BATCH = 64
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 _MAX_CUT, _MAX_OUTSIDE = 0.18, 0.12  # shares of a side that may be missing on one side, or stick out
 _STEP = 0.05
-_HOPELESS, _HOPELESS_HALF = 0.6, 0.4  # errors at a quarter and at half of the size that the next does not mend
-_SPOT_SHARE = 0.01
+_HOPELESS, _HOPELESS_HALF = 0.9, 0.6  # errors at a quarter and at half of the size that the next does not mend
 _STANDS_OUT, _FULL_SHARE = 24.0, 0.1
+_RIM_PX = 3  # of 64
+_GAIN, _OFFSET = (0.85, 1.18), 5.0
+_SATURATED = 6.0
+_COLOURLESS = 2.5  # mean distance of a channel from the mean of the three
 
 
 class _Operators(NamedTuple):
@@ -36,15 +42,24 @@ class _Operators(NamedTuple):
     gradient: np.ndarray
 
 
-def same_picture(
-    part: np.ndarray, whole: np.ndarray, cut: np.ndarray, *, max_error: float, max_spot: float
-) -> np.ndarray:
+@dataclass(frozen=True)
+class Tolerance:
+    """error, spot: the largest, see above. spot_share: of the places that are let off. grey: a picture without colour
+    and one with are compared without.
+    """
+
+    error: float
+    spot: float
+    spot_share: float = 0.01
+    grey: bool = False
+
+
+def same_picture(part: np.ndarray, whole: np.ndarray, cut: np.ndarray, tolerance: Tolerance) -> np.ndarray:
     """Which pairs of thumbnails show the same picture.
 
     Args:
       part, whole: uint8 [n, 64, 64, 3]; `part` may be a cut-out of `whole`, or slightly the other way round.
       cut: float32 [n, 4], guess of the shares of `whole` that are missing at (top, bottom, left, right) of `part`.
-      max_error, max_spot: see above.
 
     Returns:
       bool [n].
@@ -52,26 +67,33 @@ def same_picture(
     same = np.zeros(len(part), bool)
     for start in range(0, len(part), _BATCH):
         rows = slice(start, start + _BATCH)
-        same[rows] = _same_batch(_planes(part[rows]), _planes(whole[rows]), cut[rows], max_error, max_spot)
+        a, b = _planes(part[rows]), _planes(whole[rows])
+        if tolerance.grey:
+            _take_colour(a, b)
+        same[rows] = _same_batch(a, b, cut[rows], tolerance)
     return same
 
 
-def _same_batch(a: np.ndarray, b: np.ndarray, cut: np.ndarray, max_error: float, max_spot: float) -> np.ndarray:
-    """Both ways round: either may be the one that was cut. a, b: [n, 3, 64, 64]."""
+def _same_batch(a: np.ndarray, b: np.ndarray, cut: np.ndarray, tolerance: Tolerance) -> np.ndarray:
+    """As they lie, then aligned, both ways round: either may be the one that was cut. a, b: [n, 3, 64, 64]."""
+    full = tuple(np.einsum("ncyx,c->nyx", images, _GREY) for images in (a, b))
+    half = tuple(_halve(images) for images in full)
+    quarter = tuple(_halve(images) for images in half)
     found = np.zeros(len(a), bool)
-    small, tiny = (_halve(a), _halve(b)), (_halve(_halve(a)), _halve(_halve(b)))
-    for fixed, first in ((0, cut), (1, np.zeros_like(cut))):
+    nothing = np.zeros_like(cut)
+    likely = np.flatnonzero(_error(*half, _box(nothing), blur=1) < _HOPELESS_HALF)
+    if len(likely):
+        found[likely] = _agree(a[likely], b[likely], _box(nothing[likely]), tolerance)
+    for fixed, guess in ((0, cut), (1, nothing)):
         left = np.flatnonzero(~found)
-        box = first[left]
-        for sizes, start, hopeless in ((tiny, _best_start, _HOPELESS), (small, _next_start, _HOPELESS_HALF)):
+        box = guess[left]
+        for sizes, start, hopeless in ((quarter, _best_start, _HOPELESS), (half, _next_start, _HOPELESS_HALF)):
             if len(left):
                 box, error = start(sizes[fixed][left], sizes[1 - fixed][left], box)
                 left, box = left[error < hopeless], box[error < hopeless]
         if len(left):
-            full = (a, b)[fixed][left], (a, b)[1 - fixed][left]
-            box = _align(*full, box, blurs=(2,), steps=4)
-            error, spot, share = _compare(*full, box, blur=2)
-            found[left] = (error <= max_error * np.minimum(1, 0.25 + share / _FULL_SHARE)) & (spot <= max_spot)
+            box = _align(full[fixed][left], full[1 - fixed][left], box, blurs=(2,), steps=4)
+            found[left] = _agree((a, b)[fixed][left], (a, b)[1 - fixed][left], box, tolerance)
     return found
 
 
@@ -79,10 +101,9 @@ def _best_start(fixed: np.ndarray, moved: np.ndarray, cut: np.ndarray) -> tuple[
     """Aligned from the guess and from no cut at all: the better box of each pair and its error."""
     boxes, errors = [], []
     for guess in (cut, np.zeros_like(cut)):
-        box = np.stack([guess[:, 0], 1 - guess[:, 1], guess[:, 2], 1 - guess[:, 3]], axis=1).astype(np.float32)
-        box = _align(fixed, moved, box, blurs=(2, 0), steps=5)
+        box = _align(fixed, moved, _box(guess), blurs=(2, 0), steps=5)
         boxes.append(box)
-        errors.append(_compare(fixed, moved, box, blur=0)[0])
+        errors.append(_error(fixed, moved, box, blur=0))
     first = (errors[0] <= errors[1])[:, None]
     return np.where(first, *boxes), np.minimum(*errors)
 
@@ -90,48 +111,100 @@ def _best_start(fixed: np.ndarray, moved: np.ndarray, cut: np.ndarray) -> tuple[
 def _next_start(fixed: np.ndarray, moved: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The box refined, and its error."""
     box = _align(fixed, moved, box, blurs=(1,), steps=4)
-    return box, _compare(fixed, moved, box, blur=1)[0]
+    return box, _error(fixed, moved, box, blur=1)
 
 
-def _compare(
-    fixed: np.ndarray, moved: np.ndarray, box: np.ndarray, *, blur: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Error, spot, and the share of `fixed` that stands out from its surroundings. Each [n]."""
-    smooth = np.linalg.matrix_power(_operators(fixed.shape[-1]).blur, blur)
-    shown = smooth @ fixed @ smooth.T
-    difference = smooth @ _warp(moved, box[:, None]) @ smooth.T - shown
-    contrast = np.sqrt(shown.var((2, 3)).mean(1))
-    error = np.sqrt((difference**2).mean((1, 2, 3))) / (contrast + 2.0)
-    places = fixed.shape[-1] ** 2
-    worst = np.abs(difference).max(1).reshape(len(fixed), places)
-    rank = max(1, int(_SPOT_SHARE * places))
+def _error(fixed: np.ndarray, moved: np.ndarray, box: np.ndarray, *, blur: int) -> np.ndarray:
+    """Of grey pictures. [n, t, t] x 2, [n, 4] -> [n]."""
+    shown, difference = _difference(fixed[:, None], moved[:, None], box, blur=blur, faint=0.0)
+    return _relative(shown, difference)
+
+
+def _agree(fixed: np.ndarray, moved: np.ndarray, box: np.ndarray, tolerance: Tolerance) -> np.ndarray:
+    """Whether pictures are the same but for what is tolerated. [n, 3, 64, 64] x 2, [n, 4] -> bool [n]."""
+    shown, difference = _difference(fixed, moved, box, blur=2, faint=_STANDS_OUT)
+    inner = difference[..., _RIM_PX:-_RIM_PX, _RIM_PX:-_RIM_PX]
+    worst = np.abs(inner).max(1).reshape(len(fixed), -1)
+    rank = max(1, int(tolerance.spot_share * worst.shape[1]))
     spot = np.partition(worst, -rank, axis=1)[:, -rank]
     ground = np.median(shown, axis=(2, 3), keepdims=True)
-    return error, spot, (np.abs(shown - ground).max(1) > _STANDS_OUT).mean((1, 2))
+    share = (np.abs(shown - ground).max(1) > _STANDS_OUT).mean((1, 2))
+    limit = tolerance.error * np.minimum(1, 0.25 + share / _FULL_SHARE)
+    return (_relative(shown, inner) <= limit) & (spot <= tolerance.spot)
+
+
+def _difference(
+    fixed: np.ndarray, moved: np.ndarray, box: np.ndarray, *, blur: int, faint: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """`fixed`, blurred, and what differs from it when `moved` is laid over: lit as `fixed` is, where that helps and `fixed`
+    has more contrast than what is faint. Each [n, c, t, t].
+    """
+    smooth = np.linalg.matrix_power(_operators(fixed.shape[-1]).blur, blur)
+    shown, laid = smooth @ fixed @ smooth.T, smooth @ _warp(moved, box[:, None]) @ smooth.T
+    gain, offset = _light(laid, shown)
+    relit = np.clip(gain * laid + offset, 0, 255) - shown
+    laid -= shown
+    helps = ((relit**2).sum((1, 2, 3)) < (laid**2).sum((1, 2, 3))) & (_contrast(shown) > faint)
+    laid[helps] = relit[helps]
+    return shown, laid
+
+
+def _light(laid: np.ndarray, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(g, o), so that clip(g laid + o) is near `shown`: g alone by least squares, then o, both within limits."""
+    low, high = _SATURATED, 255 - _SATURATED
+    counts = ((laid > low) & (laid < high) & (shown > low) & (shown < high)).astype(np.float32)
+    axes = (1, 2, 3)
+    number = counts.sum(axes, keepdims=True) + 1e-3
+    laid, shown = laid * counts, shown * counts
+    gain = np.clip((laid * shown).sum(axes, keepdims=True) / ((laid**2).sum(axes, keepdims=True) + 1e-3), *_GAIN)
+    return gain, np.clip((shown - gain * laid).sum(axes, keepdims=True) / number, -_OFFSET, _OFFSET)
+
+
+def _relative(shown: np.ndarray, difference: np.ndarray) -> np.ndarray:
+    """Root mean square difference, as a share of the contrast. [n, c, t, t], [n, c, r, r] -> [n]"""
+    return np.sqrt((difference**2).mean((1, 2, 3))) / (_contrast(shown) + 2.0)
+
+
+def _contrast(images: np.ndarray) -> np.ndarray:
+    return np.sqrt(images.var((2, 3)).mean(1))
 
 
 def _align(fixed: np.ndarray, moved: np.ndarray, box: np.ndarray, *, blurs: tuple[int, ...], steps: int) -> np.ndarray:
-    """The box (y0, y1, x0, x1) of `moved` that looks like `fixed`. [n, 3, t, t] x 2, [n, 4] -> float32 [n, 4]."""
+    """The box (y0, y1, x0, x1) of `moved` that looks like `fixed`. [n, t, t] x 2, [n, 4] -> float32 [n, 4]."""
     count, samples = len(fixed), fixed.shape[-1]
     operators = _operators(samples)
-    fixed, moved = (np.einsum("ncyx,c->nyx", images, _GREY) for images in (fixed, moved))
     low = np.array([-_MAX_OUTSIDE, 1 - _MAX_CUT] * 2, np.float32)
     high = np.array([_MAX_CUT, 1 + _MAX_OUTSIDE] * 2, np.float32)
-    v, u = operators.cells[:, None], operators.cells
+    rim = -(-_RIM_PX * samples // 64)
+    inner = slice(rim, samples - rim)
+    v, u = operators.cells[inner, None], operators.cells[inner]
     for blur in blurs:
         smooth = np.linalg.matrix_power(operators.blur, blur)
         target, source = smooth @ fixed @ smooth.T, smooth @ moved @ smooth.T
-        down, across = operators.gradient @ source, source @ operators.gradient.T
+        planes = np.stack([source, operators.gradient @ source, source @ operators.gradient.T], axis=1)
         for _ in range(steps):
-            off = (_warp(source, box) - target).reshape(count, samples**2, 1)
-            dy, dx = _warp(down, box), _warp(across, box)
-            slopes = np.stack([dy * (1 - v), dy * v, dx * (1 - u), dx * u], axis=1).reshape(count, 4, samples**2)
+            laid, dy, dx = np.moveaxis(_warp(planes, box[:, None])[..., inner, inner], 1, 0)
+            off = (laid - target[:, inner, inner]).reshape(count, -1, 1)
+            slopes = np.stack([dy * (1 - v), dy * v, dx * (1 - u), dx * u], axis=1).reshape(count, 4, -1)
             normal = slopes @ slopes.transpose(0, 2, 1)
             damping = 1e-3 * np.trace(normal, axis1=1, axis2=2) + 1.0
             normal += np.eye(4, dtype=np.float32) * damping[:, None, None]
             step = np.linalg.solve(normal, slopes @ off)[..., 0]
             box = np.clip(box - np.clip(step, -_STEP, _STEP), low, high)
     return box
+
+
+def _box(cut: np.ndarray) -> np.ndarray:
+    """Where cuts begin and end: (y0, y1, x0, x1). float32 [n, 4] -> [n, 4]"""
+    return np.stack([cut[:, 0], 1 - cut[:, 1], cut[:, 2], 1 - cut[:, 3]], axis=1).astype(np.float32)
+
+
+def _take_colour(a: np.ndarray, b: np.ndarray) -> None:
+    """Makes both grey where one is. [n, 3, t, t] x 2, changed in place."""
+    grey = [np.abs(images - images.mean(1, keepdims=True)).mean((1, 2, 3)) < _COLOURLESS for images in (a, b)]
+    some = grey[0] | grey[1]
+    for images in (a, b):
+        images[some] = np.einsum("ncyx,c->nyx", images[some], _GREY)[:, None]
 
 
 def _warp(images: np.ndarray, box: np.ndarray) -> np.ndarray:

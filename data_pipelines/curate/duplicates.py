@@ -4,23 +4,27 @@ Every pair has a rank (`layout.ranks`, ties go to the earlier place), and it is 
 higher. No chains are followed: of A ~ B ~ C with A and C unlike, both stay if B ranks last.
 
 Near copies are found with several hash tables (multi-index hashing, Norouzi et al. 2012, but approximate): `BANDS`
-windows of a 63-bit hash are looked up exactly, rows that share a window are compared in full, and those within
-`duplicate_bits` on their thumbnails. The whole picture of one pair is compared with 16 crops of the other, so a copy that
+windows of a 63-bit hash are looked up exactly, the whole hashes of rows that share a window are compared, and those
+within `duplicate_bits` on their thumbnails. The whole picture of one pair is compared with crops of the other, so a copy that
 was cut is found. Windows widen with log2 of the corpus, so that a bucket stays as full as it was.
+
+A picture is compared with the better ones of a window only, and of those with a few: the `_NEAREST` and the `_BEST`. So
+whatever looks like a hundred thousand others costs as much as any other picture, and the best of them stays: it alone
+meets no better one. Pixels are compared with the best first, and no more once one is confirmed.
 
 Stages, each a map over files (`exchange`):
 
     exact     rows by content  ->  the best of each content
-    windows   what is left, by window  ->  candidates
-    attach    candidates by the group of one pair, its thumbnail joined  ->  by the group of the other
+    windows   what is left, by window  ->  candidates by the group of the lesser copy
+    request   candidates  ->  which thumbnails are needed, each once, by the group where they lie
+    attach    thumbnails  ->  by the group that asked
     confirm   thumbnails compared  ->  verdicts by the group of the lesser copy
 
-The trap: of exact copies only the best takes part in the search for near ones. A picture that is everywhere (a blank,
-"image not available") would otherwise meet itself n^2 times.
+The trap: of exact copies only the best takes part in the search for near ones, and of rows with one hash the best
+`_OF_ONE_HASH` are looked at: a picture that is everywhere would otherwise be all that a window holds.
 """
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -36,10 +40,14 @@ from data_pipelines.draws import mix_array
 
 BANDS, HASH_BITS = 8, 63
 _CONTENT_RULES = ("duplicate_bytes", "duplicate_pixels")
-_MEETINGS = 4096  # rows of one window that are compared with each other, the best first
-_COMPARED_AT_ONCE = 1 << 22
+_MEETINGS = 4096  # rows of one window that any other is compared with, the best
+_HEAD = 256  # of them first; where `_BEST` of those are very close that is enough
+_VERY_CLOSE, _FAR = 3, 255  # bits
+_OF_ONE_HASH = 32
+_BEST, _NEAREST = 8, 24  # candidates of a picture: the best of those that are close, and the closest
+_COMPARED_AT_ONCE = 1 << 20
+_FOUND_AT_ONCE = 1 << 20
 _CONFIRMED_AT_ONCE = 2048
-_CANDIDATE_KEYS = ("first_shard", "first_index", "second_shard", "second_index", "bits", "first_is_part", "crop")
 
 
 def exact_exchange(work: Work) -> Exchange:
@@ -54,17 +62,22 @@ def exact_verdicts(work: Work) -> Exchange:
 
 def windows_exchange(work: Work) -> Exchange:
     """Rows by window of a hash: `BANDS` for every crop of a pair."""
-    return work.by_key("windows", rows=work.pairs * BANDS * len(pictures.crop_boxes(pictures.CROPS)))
+    return work.by_key("windows", rows=work.pairs * BANDS * len(pictures.CROPS))
 
 
 def candidates_exchange(work: Work) -> Exchange:
-    """Pairs of look-alikes, by the group of the first."""
+    """Pairs of look-alikes, by the group of the lesser."""
     return work.to_groups("candidates", sources=windows_exchange(work).buckets)
 
 
-def attached_exchange(work: Work) -> Exchange:
-    """The same with the first one's thumbnail, by the group of the second."""
-    return work.to_groups("attached", sources=work.groups)
+def requests_exchange(work: Work) -> Exchange:
+    """The better ones of them, by their own group."""
+    return work.to_groups("requests", sources=work.groups)
+
+
+def thumbnails_exchange(work: Work) -> Exchange:
+    """Their thumbnails, by the group that asked."""
+    return work.to_groups("thumbnails", sources=work.groups)
 
 
 def near_verdicts(work: Work) -> Exchange:
@@ -111,7 +124,7 @@ def scatter_windows(task: tuple[Work, int]) -> None:
     """Stage "windows", map: every hash of every picture that is the best of its content."""
     work, group = task
     copies = _columns(exact_verdicts(work).gather(group).select(["shard", "index"]))
-    bits = window_bits(work.pairs * len(pictures.crop_boxes(pictures.CROPS)))
+    bits = window_bits(work.pairs * len(pictures.CROPS))
     columns = []
     for shard in work.layout.members(group):
         table = read_pictures(
@@ -119,7 +132,7 @@ def scatter_windows(task: tuple[Work, int]) -> None:
         )
         kept = ~np.isin(table["index"].to_numpy(), copies["index"][copies["shard"] == shard])
         table = table.filter(pa.array(kept))
-        hashes = hashes_of(table["hashes"], len(pictures.crop_boxes(pictures.CROPS)))
+        hashes = hashes_of(table["hashes"], len(pictures.CROPS))
         salt = _caption_hashes(table)[:, None] if work.config.duplicates == "pair" else np.uint64(0)
         pair = _identity(table, shard, ranks(table, read_scores(work, shard, table["index"])))
         pair = {name: np.repeat(values, hashes.shape[1]) for name, values in pair.items()}
@@ -133,62 +146,66 @@ def scatter_windows(task: tuple[Work, int]) -> None:
 
 
 def meet_in_windows(task: tuple[Work, int]) -> None:
-    """Stage "windows", reduce: pairs of pictures, one whole, whose hashes are close."""
+    """Stage "windows", reduce: of every picture the better ones whose hashes are close, one of the two whole."""
     work, bucket = task
     rows = _columns(windows_exchange(work).gather(bucket))
     order = np.lexsort((rows["crop"], rows["index"], rows["shard"], ~rows["rank"], rows["window"]))
     rows = {name: values[order] for name, values in rows.items()}
     starts = np.flatnonzero(starts_of_runs(rows["window"])).tolist()
-    identity = rows["shard"].astype(np.int64) << 32 | rows["index"]
-    parts, wholes, distances = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.uint8)]
+    rows["identity"] = rows["shard"].astype(np.int64) << 32 | rows["index"]
+    found, tables = [np.zeros((3, 0), np.int64)], []
     for start, end in itertools.pairwise([*starts, len(order)]):
-        if identity[start] == identity[end - 1]:  # sorted by pair: only one of them here
+        if rows["identity"][start] == rows["identity"][end - 1]:  # sorted by pair: only one of them here
             continue
-        for part, whole, distance in _close(
-            rows["hash"], rows["crop"], identity, start, end, work.config.duplicate_bits
-        ):
-            parts.append(part)
-            wholes.append(whole)
-            distances.append(distance)
-    part, whole, distance = np.concatenate(parts), np.concatenate(wholes), np.concatenate(distances)
-    table = _candidates(rows, identity, part, whole, distance)
-    candidates_exchange(work).scatter(bucket, table, work.group_of(table["first_shard"].to_numpy()))
+        here = np.arange(start, end)
+        is_whole = rows["crop"][here] == 0
+        found += _better(rows, here[is_whole], here, work.config.duplicate_bits)
+        found += _better(rows, here[~is_whole], here[is_whole], work.config.duplicate_bits)
+        if sum(part.shape[1] for part in found) > _FOUND_AT_ONCE:
+            tables.append(_candidates(rows, *np.concatenate(found, axis=1)))
+            found = found[:1]
+    table = _chosen(pa.concat_tables([*tables, _candidates(rows, *np.concatenate(found, axis=1))]))
+    candidates_exchange(work).scatter(bucket, table, work.group_of(table["shard"].to_numpy()))
+
+
+def request_thumbnails(task: tuple[Work, int]) -> None:
+    """Stage "request": the better pictures that those of a group are to be compared with, each once."""
+    work, group = task
+    rows = _columns(_chosen(candidates_exchange(work).gather(group)))
+    order = np.lexsort((rows["of_index"], rows["of_shard"]))
+    order = order[starts_of_runs(rows["of_shard"][order], rows["of_index"][order])]
+    wanted = {"shard": rows["of_shard"][order], "index": rows["of_index"][order]}
+    wanted["by"] = np.full(len(order), group, np.int64)
+    requests_exchange(work).scatter(group, pa.table(wanted), work.group_of(wanted["shard"]))
 
 
 def attach_thumbnails(task: tuple[Work, int]) -> None:
-    """Stage "attach": of every candidate the closest match only, with the first picture's thumbnail."""
+    """Stage "attach": the thumbnails that other groups asked for."""
     work, group = task
-    table = _closest(candidates_exchange(work).gather(group))
-    shards, indexes = table["first_shard"].to_numpy(), table["first_index"].to_numpy()
-    thumbnails = [None] * len(table)
-    for shard in np.unique(shards).tolist():
-        rows = np.flatnonzero(shards == shard)
-        for row, data in zip(rows.tolist(), _thumbnails(work, shard, indexes[rows]), strict=True):
-            thumbnails[row] = data
-    table = table.append_column("thumbnail", pa.array(thumbnails, pa.binary()))
-    attached_exchange(work).scatter(group, table, work.group_of(table["second_shard"].to_numpy()))
+    table = requests_exchange(work).gather(group)
+    shown = _shown(work, table["shard"].to_numpy(), table["index"].to_numpy())
+    thumbnails_exchange(work).scatter(group, shown, table["by"].to_numpy())
 
 
 def confirm_candidates(task: tuple[Work, int]) -> None:
-    """Stage "confirm": pixels decide, and the lesser copy gets the verdict."""
+    """Stage "confirm": pixels decide. A picture is compared with its candidates, the best first, until one is the same."""
     work, group = task
-    table = attached_exchange(work).gather(group)
-    shards, indexes = table["second_shard"].to_numpy(), table["second_index"].to_numpy()
-    same = np.zeros(len(table), bool)
-    for shard in np.unique(shards).tolist():
-        rows = np.flatnonzero(shards == shard)
-        seconds = _thumbnails(work, shard, indexes[rows])
-        for start in range(0, len(rows), _CONFIRMED_AT_ONCE):
-            some = slice(start, start + _CONFIRMED_AT_ONCE)
-            same[rows[some]] = _confirm(work, table.take(pa.array(rows[some])), seconds[some])
-    found = _columns(table.drop_columns(["thumbnail"]).filter(pa.array(same)))
-    first_wins = found["first_rank"] >= found["second_rank"]  # "first" is the earlier place
-    columns = {}
-    for name in ("shard", "index", "rank"):
-        first, second = found[f"first_{name}"], found[f"second_{name}"]
-        columns[name] = np.where(first_wins, second, first)
-        columns[f"of_{name}"] = np.where(first_wins, first, second)
-    near_verdicts(work).scatter(group, verdicts(columns, "near_duplicate"), work.group_of(columns["shard"]))
+    rows = _columns(_chosen(candidates_exchange(work).gather(group)))
+    first = starts_of_runs(rows["shard"], rows["index"])
+    picture = np.cumsum(first) - 1
+    ours = _shown(work, rows["shard"][first], rows["index"][first])
+    theirs = thumbnails_exchange(work).gather(group)
+    place = _places(theirs, rows["of_shard"], rows["of_index"])
+    turn = _number_in_run(first)
+    of = np.full(len(ours), -1)
+    for this in range(_BEST + _NEAREST):
+        now = np.flatnonzero((turn == this) & (of[picture] < 0))
+        for start in range(0, len(now), _CONFIRMED_AT_ONCE):
+            some = now[start : start + _CONFIRMED_AT_ONCE]
+            same = _confirm(work, rows, some, ours.take(pa.array(picture[some])), theirs.take(pa.array(place[some])))
+            of[picture[some[same]]] = some[same]
+    found = {name: rows[name][of[of >= 0]] for name in ("shard", "index", "of_shard", "of_index", "of_rank")}
+    near_verdicts(work).scatter(group, verdicts(found, "near_duplicate"), work.group_of(found["shard"]))
 
 
 def window_bits(hashes: int) -> int:
@@ -203,55 +220,115 @@ def windows(hashes: np.ndarray, band: int, bits: int) -> np.ndarray:
     return turned & np.uint64((1 << bits) - 1)
 
 
-def _close(
-    hashes: np.ndarray, crops: np.ndarray, identity: np.ndarray, start: int, end: int, bits: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Rows (of a whole picture, of any) within `bits` of each other, of one window's rows."""
-    rows = np.arange(start, min(end, start + _MEETINGS))
-    wholes = rows[crops[rows] == 0]
-    step = max(1, _COMPARED_AT_ONCE // len(rows))
-    for some in range(0, len(wholes), step):
-        queries = wholes[some : some + step]
-        distance = np.bitwise_count(hashes[queries, None] ^ hashes[None, rows])
-        part, other = np.nonzero((distance <= bits) & (identity[queries, None] != identity[None, rows]))
-        yield queries[part], rows[other], distance[part, other]
+def _better(rows: dict[str, np.ndarray], seekers: np.ndarray, among: np.ndarray, bits: int) -> list[np.ndarray]:
+    """Of places in one window, the best first, the better ones within `bits`: int64 [3, n], seeker, better, distance.
+
+    A seeker that is very close to `_BEST` of the first `_HEAD` is not compared with the rest.
+    """
+    hashes, identity = rows["hash"], rows["identity"]
+    among = _few_of_each(hashes, among)
+    found = []
+    for head in (_HEAD, _MEETINGS):
+        better, left = among[:head], [seekers[:0]]
+        step = max(1, _COMPARED_AT_ONCE // max(1, len(better)))
+        for start in range(0, len(seekers), step):
+            some = seekers[start : start + step]
+            distance = np.bitwise_count(hashes[some, None] ^ hashes[better])
+            distance[(better >= some[:, None]) | (identity[better] == identity[some, None])] = _FAR
+            is_done = np.count_nonzero(distance <= _VERY_CLOSE, axis=1) >= _BEST
+            is_done |= head >= len(among)
+            left.append(some[~is_done])
+            distance[(distance > bits) | ~is_done[:, None]] = _FAR
+            row, column = _best_and_nearest(distance)
+            found.append(np.stack([some[row], better[column], distance[row, column].astype(np.int64)]))
+        seekers = np.concatenate(left)
+    return found
 
 
-def _candidates(rows: dict, identity: np.ndarray, part: np.ndarray, whole: np.ndarray, bits: np.ndarray) -> pa.Table:
-    """Candidates with the earlier place first, so that both ways round are one."""
-    is_part = identity[part] < identity[whole]
-    columns = {"bits": bits, "first_is_part": is_part, "crop": rows["crop"][whole]}
-    for name in ("shard", "index", "rank"):
-        one, other = rows[name][part], rows[name][whole]
-        columns[f"first_{name}"] = np.where(is_part, one, other)
-        columns[f"second_{name}"] = np.where(is_part, other, one)
-    return _closest(pa.table(columns))
+def _best_and_nearest(distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row of a matrix, its columns the best first, `_BEST` and `_NEAREST` of those that are not far. -> places."""
+    close = distance < _FAR
+    crowded = np.flatnonzero(np.count_nonzero(close, axis=1) > _BEST + _NEAREST)
+    if len(crowded):
+        columns = distance.shape[1]
+        key = distance[crowded].astype(np.int32) * columns + np.arange(columns, dtype=np.int32)
+        key[close[crowded] & (np.cumsum(close[crowded], axis=1) <= _BEST)] = -1
+        least = np.partition(key, _BEST + _NEAREST - 1, axis=1)[:, [_BEST + _NEAREST - 1]]
+        close[crowded] = key <= least
+    return np.nonzero(close)
 
 
-def _closest(table: pa.Table) -> pa.Table:
-    """One row for two pictures: the smallest distance."""
-    keys = [table[name].to_numpy() for name in _CANDIDATE_KEYS]
-    order = np.lexsort(keys[::-1])
-    keys = [key[order] for key in keys]
-    return table.take(pa.array(order[starts_of_runs(*keys[:4])]))
+def _few_of_each(hashes: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The first `_MEETINGS`, without those after the first `_OF_ONE_HASH` of the same hash."""
+    order = np.argsort(hashes[places], kind="stable")
+    order = order[_number_in_run(starts_of_runs(hashes[places[order]])) < _OF_ONE_HASH]
+    return places[np.sort(order)[:_MEETINGS]]
 
 
-def _confirm(work: Work, table: pa.Table, seconds: list[bytes]) -> np.ndarray:
-    first = np.stack([pictures.read_thumbnail(data) for data in table["thumbnail"].to_pylist()])
-    second = np.stack([pictures.read_thumbnail(data) for data in seconds])
-    first_is_part = table["first_is_part"].to_numpy()[:, None, None, None]
+def _candidates(rows: dict[str, np.ndarray], lesser: np.ndarray, better: np.ndarray, bits: np.ndarray) -> pa.Table:
+    """A table of pairs from their places: the lesser picture, the better (`of_`), how far apart, which of them is cut how."""
+    is_part = rows["crop"][lesser] == 0  # all of the lesser looks like a crop of the better one
+    columns = {"bits": bits.astype(np.uint8), "is_part": is_part}
+    columns["crop"] = rows["crop"][np.where(is_part, better, lesser)]
+    for name in ("shard", "index"):
+        columns |= {name: rows[name][lesser], f"of_{name}": rows[name][better]}
+    return _chosen(pa.table(columns | {"of_rank": rows["rank"][better]}))
+
+
+def _chosen(table: pa.Table) -> pa.Table:
+    """Of every picture its `_BEST` and its `_NEAREST` candidates, the best first; of every pair the closest match."""
+    rows = _columns(table)
+    pair = [rows[name] for name in ("shard", "index", "of_shard", "of_index")]
+    order = np.lexsort((rows["crop"], ~rows["is_part"], rows["bits"], *pair[:1:-1], ~rows["of_rank"], *pair[1::-1]))
+    order = order[starts_of_runs(*(key[order] for key in pair))]
+    wanted = np.zeros(len(rows["bits"]), bool)
+    for few, keys in ((_BEST, ()), (_NEAREST, (rows["bits"][order],))):
+        some = order[np.lexsort((*keys, rows["index"][order], rows["shard"][order]))]  # stable: then the best first
+        wanted[some[_number_in_run(starts_of_runs(rows["shard"][some], rows["index"][some])) < few]] = True
+    return table.take(pa.array(order[wanted[order]]))
+
+
+def _confirm(
+    work: Work, rows: dict[str, np.ndarray], some: np.ndarray, lesser: pa.Table, better: pa.Table
+) -> np.ndarray:
+    lesser_px, better_px = decoded(lesser["thumbnail"]), decoded(better["thumbnail"])
+    is_part = rows["is_part"][some, None, None, None]
     return confirm.same_picture(
-        np.where(first_is_part, first, second),
-        np.where(first_is_part, second, first),
-        pictures.crop_boxes(pictures.CROPS)[table["crop"].to_numpy()],
-        max_error=work.config.duplicate_error,
-        max_spot=work.config.duplicate_spot,
+        np.where(is_part, lesser_px, better_px),
+        np.where(is_part, better_px, lesser_px),
+        np.array(pictures.CROPS, np.float32)[rows["crop"][some]],
+        confirm.Tolerance(work.config.duplicate_error, work.config.duplicate_spot),
     )
 
 
-def _thumbnails(work: Work, shard: int, indexes: np.ndarray) -> list[bytes]:
-    column = pq.read_table(work.layout.tables[shard], columns=["thumbnail"])["thumbnail"]
-    return column.take(pa.array(indexes)).to_pylist()
+def _shown(work: Work, shards: np.ndarray, indexes: np.ndarray) -> pa.Table:
+    """Thumbnails of pictures, in their order: shard, index, thumbnail."""
+    thumbnails: list[bytes | None] = [None] * len(shards)
+    for shard in np.unique(shards).tolist():
+        here = np.flatnonzero(shards == shard)
+        column = pq.read_table(work.layout.tables[shard], columns=["thumbnail"])["thumbnail"]
+        for row, data in zip(here.tolist(), column.take(pa.array(indexes[here])).to_pylist(), strict=True):
+            thumbnails[row] = data
+    return pa.table({"shard": shards, "index": indexes, "thumbnail": pa.array(thumbnails, pa.binary())})
+
+
+def _places(shown: pa.Table, shards: np.ndarray, indexes: np.ndarray) -> np.ndarray:
+    """Where in a table each picture is."""
+    there = shown["shard"].to_numpy().astype(np.int64) << 32 | shown["index"].to_numpy()
+    order = np.argsort(there)
+    return order[np.searchsorted(there[order], shards.astype(np.int64) << 32 | indexes)]
+
+
+def decoded(thumbnails: pa.ChunkedArray) -> np.ndarray:
+    """uint8 [n, 64, 64, 3]; each file is decoded once."""
+    files = thumbnails.combine_chunks().dictionary_encode()
+    pixels = [pictures.read_thumbnail(data) for data in files.dictionary.to_pylist()]
+    return np.stack(pixels)[files.indices.to_numpy()]
+
+
+def _number_in_run(first: np.ndarray) -> np.ndarray:
+    """How many rows of its run come before each, from where runs start. bool [n] -> int64 [n]."""
+    return np.arange(len(first)) - np.flatnonzero(first)[np.cumsum(first) - 1]
 
 
 def _identity(table: pa.Table, shard: int, rank: np.ndarray) -> dict[str, np.ndarray]:

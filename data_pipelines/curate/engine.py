@@ -28,9 +28,13 @@ class WorkerDied(RuntimeError):
 
 
 class Engine(Protocol):
-    """Such as `LocalEngine`."""
+    """Such as `LocalEngine`, or `ray_engine.RayEngine` for many machines."""
 
     def map(self, function: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[tuple[Item, Any]]: ...
+
+    def map_with_model(self, function: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
+        """The same for items that bring a model, which wants an accelerator or all cores of a machine to itself."""
+        ...
 
 
 class LocalEngine:
@@ -64,9 +68,14 @@ class LocalEngine:
             for item in suspects:
                 yield item, _run_alone(function, item)
 
+    def map_with_model(self, function: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
+        """In this process, where the model is loaded once and uses what the machine has."""
+        for item in items:
+            yield item, _outcome(lambda item=item: function(item))
+
     def _run_pool(self, function, waiting: deque, suspects: list) -> Iterator[tuple[Item, Any]]:
         """Until all is done, or the pool breaks: then `suspects` were running and `waiting` keeps the rest."""
-        self._pool = self._pool or ProcessPoolExecutor(self.workers, mp_context=_context(), initializer=_quiet)
+        self._pool = self._pool or ProcessPoolExecutor(self.workers, mp_context=_context(), initializer=use_one_thread)
         running: dict[Future, Item] = {}
         try:
             while waiting or running:
@@ -93,7 +102,7 @@ class LocalEngine:
 
 
 def _run_alone(function: Callable, item: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=_context(), initializer=_quiet) as pool:
+    with ProcessPoolExecutor(1, mp_context=_context(), initializer=use_one_thread) as pool:
         try:
             return _outcome(pool.submit(function, item).result)
         except BrokenProcessPool:
@@ -127,7 +136,8 @@ def _context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _quiet() -> None:
+def use_one_thread() -> None:
+    """In a worker: its engine is what uses the cores."""
     import pyarrow as pa
 
     pa.set_cpu_count(1)

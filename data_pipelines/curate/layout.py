@@ -1,7 +1,8 @@
 """What the global stages share: which scans there are, how they are grouped, the thresholds, and the rows they exchange.
 
 Consecutive shards form groups of at most about `MOST_PAIRS_PER_GROUP` pairs: the unit of a map or join task. Groups and
-buckets are functions of the corpus alone, so the result does not depend on the number of workers.
+buckets are functions of the corpus alone, so the result does not depend on the number of workers. Every bucket is read
+out of every group's file, so beyond `MOST_PAIRS` both grow with the square root of the corpus, in number and in size.
 
 The trap: a task is pickled for every worker, and a corpus has a hundred thousand shards. A task names the folder; the
 list is read there, once per process.
@@ -23,6 +24,7 @@ from data_pipelines.curate.exchange import Exchange
 
 MOST_PAIRS_PER_GROUP, LEAST_GROUPS = 25_000, 64
 ROWS_PER_BUCKET = 2_000_000
+MOST_PAIRS = 25_000_000  # with groups and buckets of those sizes
 LEAST_HASHED_PX = 8  # a perceptual hash of fewer pixels says nothing
 _LEAST_BUCKETS = 16
 _LAYOUT_FILE = "layout.json"
@@ -75,7 +77,8 @@ class Work:
 
     def by_key(self, name: str, *, rows: int) -> Exchange:
         """From groups to buckets of some key. rows: in all, about."""
-        return Exchange(self.folder / name, self.groups, max(_LEAST_BUCKETS, -(-rows // ROWS_PER_BUCKET)))
+        per_bucket = round(ROWS_PER_BUCKET * _growth(self.pairs))
+        return Exchange(self.folder / name, self.groups, max(_LEAST_BUCKETS, -(-rows // per_bucket)))
 
     def to_groups(self, name: str, *, sources: int) -> Exchange:
         """Back to groups."""
@@ -88,12 +91,16 @@ class Work:
 def write_layout(work: Work, shards: list[str], tables: list[Path], pairs: list[int]) -> None:
     """Writes which shards there are, where their tables lie, how many pairs each has, and which group each belongs to."""
     before = np.concatenate([[0], np.cumsum(pairs)[:-1]])
-    per_group = min(MOST_PAIRS_PER_GROUP, max(1, sum(pairs) // LEAST_GROUPS))
+    per_group = min(round(MOST_PAIRS_PER_GROUP * _growth(sum(pairs))), max(1, sum(pairs) // LEAST_GROUPS))
     _, groups = np.unique(before // per_group, return_inverse=True)
     content = {"shards": shards, "tables": [str(path) for path in tables], "groups": groups.tolist(), "pairs": pairs}
     with new_file(work.folder / _LAYOUT_FILE) as partial:
         partial.write_text(json.dumps(content))
     _read_layout.cache_clear()
+
+
+def _growth(pairs: int) -> float:
+    return max(1.0, (pairs / MOST_PAIRS) ** 0.5)
 
 
 @functools.lru_cache(1)

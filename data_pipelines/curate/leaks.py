@@ -1,14 +1,17 @@
 """Pictures of evaluation sets within the corpus: rescaled, re-encoded or cropped, by hash and by embedding.
 
-An evaluation set is small, so it is hashed under more crops (81 a picture), its windows are kept sorted on disk, mapped
+An evaluation set is small, so it is hashed under more crops (`EVAL_CROPS`), its windows are kept sorted on disk, mapped
 into the memory of every worker, and each corpus picture looks itself up. Matches are confirmed on thumbnails as near
-copies are. The reverse, an evaluation picture that is a cut-out of the corpus picture, is looked up with the corpus
-picture's own crops.
+copies are, but with more tolerance: a leak that is missed spoils a number, a pair too many costs a pair. The reverse,
+an evaluation picture that is a cut-out of the corpus picture, is looked up with the corpus picture's own crops. A model
+that is given proposes the closest evaluation picture of each pair: what it takes for alike is left to the thumbnails too.
 
-The trap: the index grows with the evaluation sets, not with the corpus; a hundred thousand pictures take 0.8 GB.
+The trap: a cosine of 0.95 means the same picture to one model and the same kind of picture to another. And the
+index grows with the evaluation sets, not with the corpus; a hundred thousand pictures take 0.8 GB.
 """
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,8 @@ import pyarrow.parquet as pq
 
 from data_pipelines.atomic import new_file
 from data_pipelines.curate import confirm, pictures
-from data_pipelines.curate.duplicates import BANDS, window_bits, windows
+from data_pipelines.curate.config import CurateConfig
+from data_pipelines.curate.duplicates import BANDS, decoded, window_bits, windows
 from data_pipelines.curate.exchange import Exchange
 from data_pipelines.curate.layout import LEAST_HASHED_PX, Work, read_pictures, starts_of_runs, verdicts
 from data_pipelines.curate.scan import hashes_of
@@ -25,6 +29,7 @@ from data_pipelines.curate.scores import scores_path
 
 _QUERIES_AT_ONCE = 256
 _CONFIRMED_AT_ONCE = 2048
+_SPOT_SHARE = 0.03  # a watermark
 
 
 def hash_leaks(work: Work) -> Exchange:
@@ -34,7 +39,7 @@ def hash_leaks(work: Work) -> Exchange:
 
 def build_index(scans: list[Path], folder: Path) -> int:
     """Writes the index of evaluation sets and returns how many pictures it holds. scans: with `EVAL_CROPS`."""
-    crops = len(pictures.crop_boxes(pictures.EVAL_CROPS))
+    crops = len(pictures.EVAL_CROPS)
     hashes, places, thumbnails = [np.zeros((0, crops), np.uint64)], [np.zeros((0, 2), np.int32)], []
     for number, path in enumerate(scans):
         table = read_pictures(path, ["hashes", "thumbnail"], least_side_px=LEAST_HASHED_PX)
@@ -71,27 +76,49 @@ def find_leaks(task: tuple[Work, Path, int]) -> None:
     hash_leaks(work).scatter(group, table, np.full(len(table), group))
 
 
-def embedding_leaks(work: Work, shard: int, places: np.ndarray) -> pa.Table:
-    """The verdicts of one shard by embedding. places: [m, 2], shard and index of each embedded evaluation picture."""
+def embedding_leaks(work: Work, shard: int, places: np.ndarray, scans: Sequence[Path]) -> pa.Table:
+    """The verdicts of one shard by embedding: the closest evaluation picture, if it is close and looks the same.
+
+    places: [m, 2], shard and index of each embedded evaluation picture; scans: of each evaluation shard its table.
+    """
     table = pq.read_table(scores_path(work, shard), columns=["similarity", "closest"])
     rows = np.flatnonzero(np.nan_to_num(table["similarity"].to_numpy(), nan=-1.0) > work.config.leak_similarity)
     closest = places[table["closest"].to_numpy()[rows]]
+    thumbnails = _thumbnail_column(work.layout.tables[shard])
+    same = np.zeros(len(rows), bool)
+    for start in range(0, len(rows), _CONFIRMED_AT_ONCE):
+        some = slice(start, start + _CONFIRMED_AT_ONCE)
+        theirs = [_thumbnail_column(scans[number]).slice(index, 1).combine_chunks() for number, index in closest[some]]
+        ours, theirs = thumbnails.take(pa.array(rows[some])), pa.chunked_array(theirs)
+        cut = np.zeros((len(ours), 4), np.float32)
+        same[some] = confirm.same_picture(decoded(ours), decoded(theirs), cut, _tolerance(work.config))
+    rows, closest = rows[same], closest[same]
     found = {"shard": np.full(len(rows), shard, np.int32), "index": rows.astype(np.int32)}
     return verdicts(found | {"of_shard": closest[:, 0], "of_index": closest[:, 1]}, "eval_leak_embedding")
+
+
+@functools.lru_cache(4)
+def _thumbnail_column(scan: Path) -> pa.ChunkedArray:
+    return pq.read_table(scan, columns=["thumbnail"])["thumbnail"]
+
+
+def _tolerance(config: CurateConfig) -> confirm.Tolerance:
+    return confirm.Tolerance(config.leak_error, config.leak_spot, spot_share=_SPOT_SHARE, grey=True)
 
 
 def _confirmed(work: Work, folder: Path, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Rows of a table and the evaluation picture that each shows: one of them, the first in order."""
     bits = work.config.duplicate_bits
-    hashes = hashes_of(table["hashes"], len(pictures.crop_boxes(pictures.CROPS)))
-    eval_crops = len(pictures.crop_boxes(pictures.EVAL_CROPS))
+    tolerance = _tolerance(work.config)
+    boxes, eval_boxes = (np.array(crops, np.float32) for crops in (pictures.CROPS, pictures.EVAL_CROPS))
+    hashes = hashes_of(table["hashes"], len(boxes))
     query, hit = _lookup(hashes[:, 0], folder, "crops", bits)
-    rows, protected, cut = query, hit // eval_crops, pictures.crop_boxes(pictures.EVAL_CROPS)[hit % eval_crops]
+    rows, protected, cut = query, hit // len(eval_boxes), eval_boxes[hit % len(eval_boxes)]
     is_part = np.ones(len(rows), bool)
     query, hit = _lookup(hashes[:, 1:].ravel(), folder, "wholes", bits)
     crop = query % (hashes.shape[1] - 1) + 1
     rows, protected = np.concatenate([rows, query // (hashes.shape[1] - 1)]), np.concatenate([protected, hit])
-    cut = np.concatenate([cut, pictures.crop_boxes(pictures.CROPS)[crop]])
+    cut = np.concatenate([cut, boxes[crop]])
     is_part = np.concatenate([is_part, np.zeros(len(query), bool)])
     order = np.lexsort((~is_part, protected, rows))
     order = order[starts_of_runs(rows[order], protected[order], is_part[order])]
@@ -99,15 +126,14 @@ def _confirmed(work: Work, folder: Path, table: pa.Table) -> tuple[np.ndarray, n
     same = np.zeros(len(rows), bool)
     for start in range(0, len(rows), _CONFIRMED_AT_ONCE):
         some = slice(start, start + _CONFIRMED_AT_ONCE)
-        ours = _decoded(table["thumbnail"], rows[some])
-        theirs = _decoded(_thumbnails(folder), protected[some])
+        ours = decoded(table["thumbnail"].take(pa.array(rows[some])))
+        theirs = decoded(_thumbnails(folder).take(pa.array(protected[some])))
         ours_is_part = is_part[some, None, None, None]
         same[some] = confirm.same_picture(
             np.where(ours_is_part, ours, theirs),
             np.where(ours_is_part, theirs, ours),
             cut[some],
-            max_error=work.config.duplicate_error,
-            max_spot=work.config.duplicate_spot,
+            tolerance,
         )
     rows, protected = rows[same], protected[same]
     first = starts_of_runs(rows)
@@ -138,10 +164,6 @@ def _lookup(queries: np.ndarray, folder: Path, name: str, bits: int) -> tuple[np
     query, hit = query[order], hit[order]
     new = starts_of_runs(query, hit)
     return query[new], hit[new]
-
-
-def _decoded(column: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
-    return np.stack([pictures.read_thumbnail(data) for data in column.take(pa.array(rows)).to_pylist()])
 
 
 @functools.lru_cache(1)

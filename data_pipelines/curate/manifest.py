@@ -21,13 +21,14 @@ import pyarrow.parquet as pq
 
 from data_pipelines.atomic import new_file
 from data_pipelines.curate import scores
-from data_pipelines.curate.config import COPIES, LEAKS, MENDING, RULES
+from data_pipelines.curate.config import COPIES, LEAKS, MENDING, RULES, CurateConfig
 from data_pipelines.curate.exchange import Exchange
 from data_pipelines.curate.layout import VERDICT, Work
 from data_pipelines.curate.tables import write_table
 
 EXAMPLES = 10
 _ORDER = {rule: place for place, rule in enumerate(RULES)}
+_BEFORE_AND_AFTER = ("languages", "sides", "scores")
 _SIZE_EDGES = (0, 16, 32, 64, 128, 224, 256, 384, 512, 768, 1024, 2048, 1 << 30)
 
 # `duplicate_of`, `leak_of`: SHARD#INDEX of the pair that it is a copy of, in the corpus and in an evaluation set.
@@ -76,9 +77,9 @@ class Judging:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of the alignment rules. by_language: the score that the top share reaches; counts: file of the concepts' counts."""
+    """Of the alignment rules. scores: what the top share of each `share_group` reaches; counts: file of the concepts' counts."""
 
-    by_language: dict[str, float]
+    scores: dict[str, float]
     concepts: str | None
     counts: Path | None
 
@@ -122,16 +123,18 @@ def _joined(reasons: list[list[str]], verdicts: list[dict], judging: Judging) ->
 
 
 def survey_scores(task: tuple[Judging, int, dict[str, int] | None]) -> dict[str, list[tuple[int, int]]]:
-    """Histograms of the scores of one group's pairs that are left, by language: upper, or lower within the given bins."""
+    """Histograms of the scores of one group's pairs that are left, by `share_group`: upper, or lower within the given bins."""
     judging, group, bins = task
+    config = judging.work.config
     histograms: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for shard in judging.work.layout.members(group):
         table = pq.read_table(judging.judged(shard), columns=["score", "language", "reasons"])
         left = np.array([_reason(faults) is None for faults in table["reasons"].to_pylist()], bool)
         score = table["score"].to_numpy()
-        language = np.array(table["language"].to_pylist(), object)
-        for name in sorted(set(language[left])):
-            some = score[left & (language == name) & ~np.isnan(score)]
+        share_of = np.array([share_group(language, config) for language in table["language"].to_pylist()], object)
+        left &= ~np.isnan(score)
+        for name in sorted(set(share_of[left])):
+            some = score[left & (share_of == name)]
             histogram = scores.upper_histogram(some) if bins is None else scores.lower_histogram(some, bins[name])
             for place in np.flatnonzero(histogram).tolist():
                 histograms[name][place] += int(histogram[place])
@@ -175,18 +178,25 @@ def finish(task: tuple[Judging, int, Limits]) -> Path:
     return out
 
 
+def share_group(language: str, config: CurateConfig) -> str:
+    """The pairs among which a pair is one of the best, or not: those of its language, or all."""
+    return language if config.share_per == "language" else "all"
+
+
 def new_stats() -> dict:
     """Counts by name, and per rule the examples: [order, shard, index, caption, thumbnail in hex]."""
-    return {"pairs": 0, "kept": 0, "taken": {}, "applied": {}, "languages": [{}, {}], "sides": [{}, {}], "examples": {}}
+    stats = {"pairs": 0, "kept": 0, "taken": {}, "applied": {}, "examples": {}}
+    return stats | {name: [{}, {}] for name in _BEFORE_AND_AFTER}
 
 
 def add_stats(total: dict, part: dict) -> None:
     """Adds the second to the first; the result does not depend on the order of additions."""
     for name in ("pairs", "kept"):
         total[name] += part[name]
-    for counts, more in ((total["taken"], part["taken"]), (total["applied"], part["applied"]),
-                         *zip(total["languages"], part["languages"], strict=True),
-                         *zip(total["sides"], part["sides"], strict=True)):  # fmt: skip
+    counted = [(total["taken"], part["taken"]), (total["applied"], part["applied"])]
+    for name in _BEFORE_AND_AFTER:
+        counted += zip(total[name], part[name], strict=True)
+    for counts, more in counted:
         for name, count in more.items():
             counts[name] = counts.get(name, 0) + count
     for rule, examples in part["examples"].items():
@@ -213,9 +223,8 @@ def _with_alignment(row: dict, work: Work, limits: Limits) -> list[str]:
     found, config = list(row["reasons"]), work.config
     score = row["score"]
     if config.needs_scores and score is not None and not np.isnan(score):
-        least = max(
-            limits.by_language.get(row["language"], -1.0), -1.0 if config.min_score is None else config.min_score
-        )
+        least = limits.scores.get(share_group(row["language"], config), -1.0)
+        least = least if config.min_score is None else max(least, config.min_score)
         if score < least:
             found.append("low_score")
     if limits.counts is not None and _reason(row["reasons"]) is None:
@@ -228,9 +237,9 @@ def _with_alignment(row: dict, work: Work, limits: Limits) -> list[str]:
 
 
 def _count(stats: dict, shard: int, table: pa.Table) -> None:
-    rows = table.select(["index", "caption", "language", "width", "height", "keep", "reason", "reasons", "thumbnail"])
+    names = ("index", "caption", "language", "width", "height", "score", "keep", "reason", "reasons", "thumbnail")
     drawn: dict[str, list] = collections.defaultdict(list)
-    for row in rows.to_pylist():
+    for row in table.select(names).to_pylist():
         stats["pairs"] += 1
         stats["kept"] += row["keep"]
         for rule in row["reasons"]:
@@ -241,10 +250,11 @@ def _count(stats: dict, shard: int, table: pa.Table) -> None:
         if row["reason"]:
             stats["taken"][row["reason"]] = stats["taken"].get(row["reason"], 0) + 1
         side = side_label(min(row["width"], row["height"])) if row["width"] else None
-        for place in (0, 1) if row["keep"] else (0,):
-            for counts, name in ((stats["languages"][place], row["language"]), (stats["sides"][place], side)):
-                if name is not None:
-                    counts[name] = counts.get(name, 0) + 1
+        score = None if row["score"] is None or np.isnan(row["score"]) else scores.score_label(row["score"])
+        for name, value in zip(_BEFORE_AND_AFTER, (row["language"], side, score), strict=True):
+            for counts in stats[name] if row["keep"] else stats[name][:1]:
+                if value is not None:
+                    counts[value] = counts.get(value, 0) + 1
     for rule, examples in drawn.items():
         stats["examples"][rule] = sorted(stats["examples"].get(rule, []) + examples)[:EXAMPLES]
 

@@ -3,24 +3,30 @@
 A pair keeps its key, its image file byte for byte, and its fields; its `txt` is the canonical caption. Shard k holds the
 kept pairs from k * pairs_per_shard on, in the order of the manifest.
 
+OUT/written.json lists the shards that are ours: those of an earlier run that kept more are removed, other files never.
+
 The trap: keys repeat across shards. In a tar a repeated key would melt two pairs into one, so the second gets a number.
 """
 
 import dataclasses
 import itertools
+import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import pyarrow.parquet as pq
 
+from data_pipelines.atomic import new_file
 from data_pipelines.records import Pair
+from data_pipelines.sources import files
+from data_pipelines.sources.blocks import InOrder
 from data_pipelines.sources.opening import open_source
-from data_pipelines.sources.shards import ShardedSource
 from data_pipelines.sources.writing import ArrayRecordWriter, TarWriter
 
 PAIRS_PER_SHARD = 10_000
+_LISTING = "written.json"
 
 
 def materialize(
@@ -35,13 +41,17 @@ def materialize(
 
     Raises:
       FileNotFoundError: a shard of the manifest is gone.
-      ValueError: a shard of the manifest has changed since.
+      ValueError: a shard of the manifest has changed since, or OUT holds files that are not ours.
     """
     kept = int(pq.read_table(manifest, columns=["keep"])["keep"].to_numpy().sum())
+    check_place(out, pq.read_table(manifest, columns=["shard"])["shard"].unique().to_pylist())
+    names = [f"{number:05d}.{kind}" for number in range(-(-kept // pairs_per_shard))]
+    earlier = _written(out)
+    _write_listing(out, earlier | set(names))
     writer = {"tar": TarWriter, "arrayrecord": ArrayRecordWriter}[kind]
     pairs, paths = _kept_pairs(manifest), []
     for first in range(0, kept, pairs_per_shard):
-        path = out / f"{len(paths):05d}.{kind}"
+        path = out / names[len(paths)]
         seen: dict[str, int] = {}
         with writer(path) as shard:
             for pair in itertools.islice(pairs, pairs_per_shard):
@@ -49,9 +59,32 @@ def materialize(
                 shard.write(dataclasses.replace(pair, key=f"{pair.key}-{repeats}") if repeats else pair)
         paths.append(path)
         progress("materialize", min(first + pairs_per_shard, kept), kept)
-    for left_over in set(out.glob(f"[0-9]*.{kind}")) - set(paths):  # of an earlier run that kept more
-        left_over.unlink()
+    for left_over in earlier - set(names):
+        (out / left_over).unlink(missing_ok=True)
+        (out / f"{left_over}.idx").unlink(missing_ok=True)
+    _write_listing(out, set(names))
     return paths
+
+
+def check_place(out: Path, shards: Iterable[str]) -> None:
+    """Raises ValueError where new shards would take the place of files that are not ours."""
+    inside = [shard for shard in shards if not files.is_remote(shard) and Path(shard).resolve().parent == out.resolve()]
+    if inside:
+        raise ValueError(f"new shards go to {str(out)!r}, where {inside[0]!r} lies; write to another folder")
+    if out.exists() and not (out / _LISTING).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(
+            f"new shards go to {str(out)!r}, which holds other files; move them or write to another folder"
+        )
+
+
+def _written(out: Path) -> set[str]:
+    path = out / _LISTING
+    return set(json.loads(path.read_text())) if path.exists() else set()
+
+
+def _write_listing(out: Path, names: set[str]) -> None:
+    with new_file(out / _LISTING) as partial:
+        partial.write_text(json.dumps(sorted(names)) + "\n")
 
 
 def _kept_pairs(manifest: Path) -> Iterator[Pair]:
@@ -72,7 +105,7 @@ def _kept_pairs(manifest: Path) -> Iterator[Pair]:
                 yield dataclasses.replace(pair, fields={**pair.fields, "txt": row["caption"]})
 
 
-def _open(shard: str) -> ShardedSource:
+def _open(shard: str) -> InOrder:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a shard is cut, the funnel has told
-        return open_source(shard)
+        return InOrder(open_source(shard))

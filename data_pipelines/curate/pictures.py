@@ -28,8 +28,13 @@ _THUMBNAIL_QUALITY = 90
 _GREY_PX, _DCT = 64, 8
 _DEAD_ZONE = 0.05  # of the mean size of a coefficient
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
-CROPS = (0.0, 0.05)  # of each side, of every picture: 2^4 = 16 hashes
-EVAL_CROPS = (0.0, 0.05, 0.1)  # of each side, of pictures to be protected: 3^4 = 81 hashes
+
+Box = tuple[float, float, float, float]  # the shares cut off at (top, bottom, left, right)
+_ONE_SIDE = tuple(tuple(0.1 * (side == cut) for side in range(4)) for cut in range(4))
+# Of every picture 21 hashes, of those to be protected 81; the whole picture first. Of 40 copies cut by 8 to 12 % of each
+# side 16 hashes find 15 within 12 bits, 21 find 37, 81 find 39.
+CROPS: tuple[Box, ...] = (*itertools.product((0.0, 0.05), repeat=4), *_ONE_SIDE, (0.1,) * 4)
+EVAL_CROPS: tuple[Box, ...] = tuple(itertools.product((0.0, 0.05, 0.1), repeat=4))
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Picture:
 
     format, width, height: as far as the header could be read, else "" and 0; upright. reason: of the `DecodeError`, or
     None; then the rest is there. pixels: a hash of the decoded picture. thumbnail: a JPEG of 64 x 64.
-    hashes: uint64 [len(crops)^4], of the whole picture first.
+    hashes: uint64 [len(crops)].
     """
 
     format: str
@@ -51,7 +56,7 @@ class Picture:
     thumbnail: bytes | None = None
 
 
-def examine(data: bytes, *, max_pixels: int, crops: tuple[float, ...] = CROPS) -> Picture:
+def examine(data: bytes, *, max_pixels: int, crops: tuple[Box, ...] = CROPS) -> Picture:
     """Decodes a file, whatever it is, and describes what it shows."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's about bombs and odd metadata: what matters is in the result.
@@ -86,12 +91,11 @@ def content_hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def perceptual_hashes(grey: np.ndarray, crops: tuple[float, ...] = CROPS) -> np.ndarray:
-    """The hashes of a picture under all crops. grey: [64, 64] -> uint64 [len(crops)^4], see `crop_boxes`."""
-    operator = _operator(crops)
-    n = len(crops) ** 2
-    blocks = operator @ grey.astype(np.float32) @ operator.T
-    blocks = blocks.reshape(n, _DCT, n, _DCT).transpose(0, 2, 1, 3).reshape(n * n, _DCT * _DCT)
+def perceptual_hashes(grey: np.ndarray, crops: tuple[Box, ...] = CROPS) -> np.ndarray:
+    """The hashes of a picture under all crops. grey: [64, 64] -> uint64 [len(crops)]."""
+    operator, down, across = _operator(crops)
+    blocks = (operator @ grey.astype(np.float32)) @ operator.T
+    blocks = blocks.reshape(len(operator) // _DCT, _DCT, -1, _DCT)[down, :, across].reshape(len(crops), _DCT * _DCT)
     # Rounded, so that the last bit of a matrix product on another machine does not turn a bit of the hash.
     blocks = np.round(blocks[:, 1:], 2)
     threshold = np.median(blocks, axis=1, keepdims=True) + _DEAD_ZONE * np.abs(blocks).mean(1, keepdims=True)
@@ -100,25 +104,23 @@ def perceptual_hashes(grey: np.ndarray, crops: tuple[float, ...] = CROPS) -> np.
 
 
 @functools.cache
-def crop_boxes(crops: tuple[float, ...]) -> np.ndarray:
-    """The shares cut off at (top, bottom, left, right), in the order of the hashes. float32 [len(crops)^4, 4]"""
-    return np.array(list(itertools.product(crops, repeat=4)), np.float32)
-
-
-@functools.cache
-def _operator(crops: tuple[float, ...]) -> np.ndarray:
-    """Of every (start, end) cut: shrink to 32 cells, then the 8 lowest DCT rows. float32 [len(crops)^2 * 8, 64]"""
+def _operator(crops: tuple[Box, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every cut of an axis: shrink to 32 cells, then the 8 lowest DCT rows. float32 [cuts * 8, 64]; and of every crop
+    its cuts, down and across.
+    """
+    cuts = sorted({cut for box in crops for cut in (box[:2], box[2:])})
+    down, across = np.array([(cuts.index(box[:2]), cuts.index(box[2:])) for box in crops]).T
     cells = 32
     angles = np.pi * (np.arange(cells) + 0.5) * np.arange(_DCT)[:, None] / cells
     dct = np.cos(angles) * np.where(np.arange(_DCT) == 0, 0.5, 1.0)[:, None] ** 0.5 * (2 / cells) ** 0.5
     rows = []
-    for start, end in itertools.product(crops, repeat=2):
+    for start, end in cuts:
         edges = np.linspace(start * _GREY_PX, (1 - end) * _GREY_PX, cells + 1)
         pixel = np.arange(_GREY_PX)
         covered = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
         weights = np.clip(covered, 0, None)
         rows.append(dct @ (weights / weights.sum(1, keepdims=True)))
-    return np.concatenate(rows).astype(np.float32)
+    return np.concatenate(rows).astype(np.float32), down, across
 
 
 def _encode(thumbnail: Image.Image) -> bytes:

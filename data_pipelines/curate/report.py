@@ -1,4 +1,4 @@
-"""report.html: what each rule took, ten pairs of each to look at, languages and sizes before and after.
+"""report.html: what each rule took, ten pairs of each to look at; languages, sizes and scores before and after.
 
 Everything is inlined, thumbnails as they lie in the scans, plots as SVG, so the file can be mailed.
 
@@ -13,8 +13,10 @@ from pathlib import Path
 
 from data_pipelines.atomic import new_file
 from data_pipelines.curate.config import MENDING
+from data_pipelines.curate.scores import SCORE_STEP
 
 _LANGUAGES = 20
+_BEFORE, _AFTER = "#b9c4dc", "#3457d5"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1160px; margin: 2rem auto; padding: 0 1rem; color: #1d2433; }
 h1 { margin-bottom: 0 } h2 { margin-top: 2.2rem; border-bottom: 1px solid #dde2ea; padding-bottom: .3rem }
@@ -22,8 +24,10 @@ h3 { margin: 1.4rem 0 .3rem } .muted { color: #6a7385 } table { border-collapse:
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #eceff4 } th { font-weight: 600 }
 th:first-child, td:first-child, td.text { text-align: left }
 .examples { display: flex; flex-wrap: wrap; gap: .6rem } .example { width: 104px; font-size: 11px; line-height: 1.25 }
-.example .shown { width: 104px; height: 104px; object-fit: contain; background: #f2f4f8; display: block }
-.example div { overflow: hidden; max-height: 4.2em; overflow-wrap: anywhere } img.plot { max-width: 100% }
+.shown { width: 104px; height: 104px; object-fit: contain; background: #f2f4f8; display: block; margin-bottom: .2rem }
+.none { color: #9aa3b5; text-align: center; line-height: 104px } img.plot { max-width: 100% }
+.caption { overflow: hidden; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4;
+  overflow-wrap: anywhere }
 """
 
 
@@ -65,20 +69,24 @@ def _plots(funnel: Mapping) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    grid = figure.add_gridspec(2, 2)
+    scored = "scores" in funnel  # only with a model
+    figure = Figure(figsize=(11, 10.5 if scored else 7.5), layout="constrained")
+    grid = figure.add_gridspec(3 if scored else 2, 2)
     top, left, right = (figure.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
     taken = {"all": funnel["pairs"]}
     for rule, count in funnel["taken"].items():
         taken[rule] = list(taken.values())[-1] - count
-    top.bar(list(taken), list(taken.values()), color="#3457d5")
+    top.bar(list(taken), list(taken.values()), color=_AFTER)
     top.set_title("pairs left after each rule", fontsize=10)
-    top.tick_params(axis="x", labelrotation=45, labelsize=8)
+    top.set_xticks(range(len(taken)), list(taken), rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
     before, after = funnel["languages"]["before"], funnel["languages"]["after"]
     names = sorted(before, key=lambda name: (-before[name], name))[:_LANGUAGES]
-    _before_after(left, names, before, after, "captions by language")
+    left.set_yscale("symlog", linthresh=1)  # the second language of a corpus is often a hundredth of the first
+    _before_after(left, names, before, after, "captions by language, log scale")
     before, after = funnel["sides_px"]["before"], funnel["sides_px"]["after"]
     _before_after(right, sorted(before, key=int), before, after, "pictures by shorter side, px from")
+    if scored:
+        _scores(figure.add_subplot(grid[2, :]), funnel)
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "curate"}):  # the same counts, the same bytes
         figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -87,10 +95,24 @@ def _plots(funnel: Mapping) -> str:
 
 def _before_after(axes, names: Sequence[str], before: Mapping, after: Mapping, title: str) -> None:
     places = range(len(names))
-    axes.bar([place - 0.2 for place in places], [before[name] for name in names], 0.4, color="#b9c4dc", label="before")
-    axes.bar([p + 0.2 for p in places], [after.get(name, 0) for name in names], 0.4, color="#3457d5", label="after")
+    axes.bar([place - 0.2 for place in places], [before[name] for name in names], 0.4, color=_BEFORE, label="before")
+    axes.bar([p + 0.2 for p in places], [after.get(name, 0) for name in names], 0.4, color=_AFTER, label="after")
     axes.set_xticks(places, names, fontsize=8)
     axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8)
+
+
+def _scores(axes, funnel: Mapping) -> None:
+    """Of the pairs that have a score, before and after; the threshold where all pairs have the same."""
+    before, after = funnel["scores"]["before"], funnel["scores"]["after"]
+    edges = sorted(before, key=float)
+    for counts, color, label in ((before, _BEFORE, "before"), (after, _AFTER, "after")):
+        heights = [counts.get(edge, 0) for edge in edges]
+        axes.bar([float(edge) for edge in edges], heights, SCORE_STEP, align="edge", color=color, label=label)
+    least = funnel["config"]["min_score"]
+    if least is not None:
+        axes.axvline(least, color="#c0392b", linewidth=1, label=f"min_score {least:g}")
+    axes.set_title("pairs by image-text score", fontsize=10)
     axes.legend(fontsize=8)
 
 
@@ -109,11 +131,11 @@ def _examples(rule: str, examples: Sequence, shards: Sequence[str], funnel: Mapp
 
 
 def _example(shard: str, index: int, caption: str, thumbnail: str) -> str:
-    picture = "<div class='shown'></div>"
+    picture = "<div class='shown none'>no picture</div>"
     if thumbnail:
         picture = f"<img class='shown' alt='' src='{_data_url(bytes.fromhex(thumbnail), 'jpeg')}'>"
     place = html.escape(f"{shard}#{index}", quote=True)
-    return f"<div class='example' title='{place}'>{picture}<div><bdi>{html.escape(caption)}</bdi></div></div>"
+    return f"<div class='example' title='{place}'>{picture}<div class='caption'><bdi>{html.escape(caption)}</bdi></div></div>"
 
 
 def _data_url(content: bytes, kind: str) -> str:

@@ -3,7 +3,9 @@
     DIR/scan/      one table a shard, kept: what a run that was killed does not do again
     DIR/against/   the same of the evaluation sets
     DIR/scores/    scores of a model, one table a shard, kept
-    DIR/work/      the global stages, made anew by each run and deleted after it
+    DIR/.work-*/   the global stages, made anew by each run and deleted after it
+
+With an engine of many machines DIR is on storage that all of them share: what a stage reads, another machine wrote.
 
 The trap: a shard that cannot be read in the middle of a run must not cost the others' work: all that can be scanned is,
 then one error names it. Cut and empty shards are no such thing: they are findings.
@@ -11,13 +13,14 @@ then one error names it. Cut and empty shards are no such thing: they are findin
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines.atomic import new_file
@@ -29,10 +32,11 @@ from data_pipelines.curate.layout import Work, write_layout
 from data_pipelines.curate.manifest import MANIFEST_SCHEMA, Judging, Limits
 from data_pipelines.curate.report import write_report
 from data_pipelines.curate.scan import ScanResult, ScanTask, scan_shard
+from data_pipelines.curate.scoring import Scoring, embed_protected, embedding_leaks, score_group
 from data_pipelines.sources.files import expand_shards
 
 Progress = Callable[[str, int, int], None]  # stage, done, of
-_NAMED_FAILURES = 3
+_NAMED_FAILURES, _NAME_CHARS = 3, 12
 FUNNEL_FILE = "funnel.json"
 
 
@@ -51,7 +55,7 @@ def curate(
 
     Args:
       shards, against: patterns of shards to judge, and of evaluation sets that must not be among them.
-      scorer: a model, needed by `min_score` and `top_share`, used for leaks as well when given.
+      scorer: a model, needed by `min_score` and `top_share`, used for leaks as well when given. See `scoring`.
       concepts: file of concepts, needed by `concept_cap`.
 
     Raises:
@@ -64,6 +68,10 @@ def curate(
         if concepts is None:
             raise ValueError("concept_cap needs a list of concepts: give a file, one a line, with --concepts FILE")
         scores.read_concepts(concepts)
+        concepts = os.path.abspath(concepts)
+    elif concepts is not None:
+        raise ValueError(f"--concepts {concepts} is for the balance of concepts: add --concept-cap 20000 or the like")
+    out = out.absolute()  # workers may stand in another folder
     names = expand_shards(shards)
     protected = expand_shards(against) if against else []
     run = _Run(out, engine, progress)
@@ -72,8 +80,10 @@ def curate(
     for result in against_results:
         if not result.pairs:  # a set that is not there protects nothing
             raise ValueError(f"evaluation {result.problem or f'shard {result.shard!r} is empty'}")
-    work = Work(out / "work", config, scored=scorer is not None)
-    shutil.rmtree(work.folder, ignore_errors=True)
+    for left_over in out.glob(f".work-{'?' * _NAME_CHARS}"):  # of a run that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
+    # A new name each time: workers remember files by name, and tasks of a killed run may still write to theirs.
+    work = Work(out / f".work-{uuid.uuid4().hex[:_NAME_CHARS]}", config, scored=scorer is not None)
     work.folder.mkdir(parents=True)
     try:
         if not sum(result.pairs for result in results):
@@ -101,10 +111,12 @@ class _Run:
     def __init__(self, out: Path, engine: Engine, progress: Progress):
         self.out, self.engine, self.progress = out, engine, progress
 
-    def scan(self, names: list[str], kind: str, config: CurateConfig, crops: tuple[float, ...]) -> list[ScanResult]:
+    def scan(
+        self, names: list[str], kind: str, config: CurateConfig, crops: tuple[pictures.Box, ...]
+    ) -> list[ScanResult]:
         """Scans all shards that need it. Raises ValueError naming those that failed, after all others are done."""
         tasks = [ScanTask(name, _table(self.out, kind, name), config, crops) for name in names]
-        found = self._outcomes(scan_shard, tasks, kind)
+        found = dict(self._watched(self.engine.map(scan_shard, tasks), kind, len(tasks)))
         failures = [(task.shard, error) for task, error in found.items() if isinstance(error, Exception)]
         if failures:
             some = "; ".join(
@@ -125,6 +137,7 @@ class _Run:
             self._buckets("copies: same", duplicates.judge_contents, work, duplicates.exact_exchange(work))
             self._groups("copies: hashes", duplicates.scatter_windows, work)
             self._buckets("copies: alike", duplicates.meet_in_windows, work, duplicates.windows_exchange(work))
+            self._groups("copies: chosen", duplicates.request_thumbnails, work)
             self._groups("copies: thumbnails", duplicates.attach_thumbnails, work)
             self._groups("copies: confirm", duplicates.confirm_candidates, work)
             found += [duplicates.exact_verdicts(work), duplicates.near_verdicts(work)]
@@ -150,14 +163,14 @@ class _Run:
             counts = sum(np.load(path) for path in self._all("concepts", manifest.survey_concepts, tasks))
             path = work.folder / "concepts.npy"
             np.save(path, counts)
-            limits = Limits(limits.by_language, concepts, path)
+            limits = Limits(limits.scores, concepts, path)
         stats = manifest.new_stats()
         for path in self._all("manifest", manifest.finish, [(judging, group, limits) for group in groups]):
             manifest.add_stats(stats, json.loads(path.read_text()))
         return stats
 
     def _score_limits(self, judging: Judging) -> dict[str, float]:
-        """Of each language the score that `top_share` of its pairs reach."""
+        """Of each share group the score that `top_share` of its pairs reach."""
         share = judging.work.config.top_share
         if share is None:
             return {}
@@ -180,31 +193,14 @@ class _Run:
         return {name: histogram for name, histogram in total.items() if histogram.any()}
 
     def _score(self, work: Work, protected: list[str], scorer: scores.Scorer) -> Exchange:
-        """Scores every shard, here where the model is; returns the leaks that its embeddings show."""
-        limit = work.config.max_image_pixels
-        places, embedded = [], []
-        for number, name in enumerate(protected):
-            rows, zimg = scores.embed_pictures(scorer, _table(self.out, "against", name), name, limit)
-            if not len(rows):
-                continue
-            places.append(np.stack([np.full(len(rows), number, np.int32), rows.astype(np.int32)], axis=1))
-            embedded.append(zimg)
-        against = np.concatenate(embedded) if embedded else None
-        exchange = work.to_groups("embedding-leaks", sources=work.groups)
-        done = 0
-        for group in range(work.groups):
-            tables = []
-            for shard in work.layout.members(group):
-                path = scores.scores_path(work, shard)
-                table, name = work.layout.tables[shard], work.layout.shards[shard]
-                scores.score_shard(scorer, table, name, path, max_pixels=limit, against=against)
-                where = np.concatenate(places) if places else np.zeros((1, 2), np.int32)
-                tables.append(leaks.embedding_leaks(work, shard, where))
-                done += 1
-                self.progress("scores", done, len(work.layout.shards))
-            table = pa.concat_tables(tables)
-            exchange.scatter(group, table, np.full(len(table), group))
-        return exchange
+        """Scores every shard; returns the leaks that the embeddings show."""
+        scoring = Scoring(
+            work, scorer, tuple(protected), tuple(_table(self.out, "against", name) for name in protected)
+        )
+        numbers = range(len(protected))
+        self._all("against: embedded", embed_protected, [(scoring, number) for number in numbers], with_model=True)
+        self._all("scores", score_group, [(scoring, group) for group in range(work.groups)], with_model=True)
+        return embedding_leaks(work)
 
     def _groups(self, stage: str, function: Callable, work: Work) -> None:
         self._all(stage, function, [(work, group) for group in range(work.groups)])
@@ -212,21 +208,21 @@ class _Run:
     def _buckets(self, stage: str, function: Callable, work: Work, exchange: Exchange) -> None:
         self._all(stage, function, [(work, bucket) for bucket in range(exchange.buckets)])
 
-    def _all(self, stage: str, function: Callable, tasks: list) -> list:
+    def _all(self, stage: str, function: Callable, tasks: list, *, with_model: bool = False) -> list:
         """The results in the order of the tasks; the first failure is raised."""
-        indexed = self._outcomes(_Numbered(function), list(enumerate(tasks)), stage, by=lambda task: task[0])
+        compute = self.engine.map_with_model if with_model else self.engine.map
+        outcomes = compute(_Numbered(function), list(enumerate(tasks)))
+        indexed = {number: outcome for (number, _), outcome in self._watched(outcomes, stage, len(tasks))}
         results = [indexed[number] for number in range(len(tasks))]
         for result in results:
             if isinstance(result, Exception):
                 raise result
         return results
 
-    def _outcomes(self, function: Callable, tasks: list, stage: str, by: Callable = lambda task: task) -> dict:
-        found = {}
-        for task, outcome in self.engine.map(function, tasks):
-            found[by(task)] = outcome
-            self.progress(stage, len(found), len(tasks))
-        return found
+    def _watched(self, outcomes: Iterator[tuple], stage: str, of: int) -> Iterator[tuple]:
+        for done, outcome in enumerate(outcomes, 1):
+            yield outcome
+            self.progress(stage, done, of)
 
 
 class _Numbered:
@@ -254,7 +250,10 @@ def _write_manifest(judging: Judging, path: Path) -> None:
 
 
 def _funnel(stats: dict, results: list[ScanResult], protected: list[ScanResult], config: CurateConfig) -> dict:
-    """What funnel.json says."""
+    """What funnel.json says; scores only with a model."""
+    before_after = {"languages": stats["languages"], "sides_px": stats["sides"]}
+    if stats["scores"][0]:
+        before_after["scores"] = stats["scores"]
     return {
         "pairs": stats["pairs"],
         "kept": stats["kept"],
@@ -262,7 +261,6 @@ def _funnel(stats: dict, results: list[ScanResult], protected: list[ScanResult],
         "applied": {rule: stats["applied"][rule] for rule in manifest.in_order(stats["applied"])},
         "shards": [{"shard": result.shard, "pairs": result.pairs, "problem": result.problem} for result in results],
         "against": [{"shard": result.shard, "pairs": result.pairs, "problem": result.problem} for result in protected],
-        "languages": dict(zip(("before", "after"), stats["languages"], strict=True)),
-        "sides_px": dict(zip(("before", "after"), stats["sides"], strict=True)),
+        **{name: dict(zip(("before", "after"), counts, strict=True)) for name, counts in before_after.items()},
         "config": asdict(config),
     }

@@ -9,7 +9,7 @@ The trap: a shard may be cut, empty or no shard at all. That is a finding (`prob
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +22,11 @@ from data_pipelines.curate.config import NO_IMAGE, RULES, CurateConfig
 from data_pipelines.curate.tables import SCAN_SCHEMA, SLOTS, read_metadata, write_table
 from data_pipelines.records import Pair
 from data_pipelines.sources import files
+from data_pipelines.sources.blocks import InOrder
 from data_pipelines.sources.opening import open_source
 from data_pipelines.sources.shards import ShardedSource
 
-_VERSION = 1
+_VERSION = 2
 _SCAN_FIELDS = (
     "captions",
     "max_image_pixels",
@@ -50,7 +51,7 @@ class ScanTask:
     shard: str
     out: Path
     config: CurateConfig
-    crops: tuple[float, ...] = pictures.CROPS
+    crops: tuple[pictures.Box, ...] = pictures.CROPS
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,20 @@ def scan_shard(task: ScanTask) -> ScanResult:
     source, problem = _open(task.shard)
     digest = _digest(task, source)
     found = read_metadata(task.out)
-    if found.get("digest") == digest:
+    if found.get("digest") == digest and not int(found.get("unread", 0)):
         return ScanResult(task.shard, int(found["pairs"]), found.get("problem") or None, True)
     pairs = len(source) if source is not None else 0
-    metadata = {"digest": digest, "pairs": str(pairs), "problem": problem or "", "shard": task.shard}
     batches = list(_batches(source, task)) if source is not None else []
     table = pa.Table.from_batches(batches, SCAN_SCHEMA) if batches else SCAN_SCHEMA.empty_table()
+    # What storage did not yield this time is asked for again by the next run.
+    unread = sum("unreadable" in reasons for reasons in table["reasons"].to_pylist())
+    metadata = {
+        "digest": digest,
+        "pairs": str(pairs),
+        "problem": problem or "",
+        "shard": task.shard,
+        "unread": str(unread),
+    }
     write_table(task.out, table.replace_schema_metadata(metadata))
     return ScanResult(task.shard, pairs, problem, False)
 
@@ -108,9 +117,10 @@ def _digest(task: ScanTask, source: ShardedSource | None) -> str:
 
 def _batches(source: ShardedSource, task: ScanTask) -> Iterator[pa.RecordBatch]:
     with_json = any("json" in source.places(index) for index in range(min(len(source), 100)))
+    in_order = InOrder(source)
     for start in range(0, len(source), _ROWS_PER_GROUP):
         indexes = range(start, min(start + _ROWS_PER_GROUP, len(source)))
-        rows = [_scan_pair(source, index, task, with_json) for index in indexes]
+        rows = [_scan_pair(in_order, index, source.places(index), task, with_json) for index in indexes]
         columns = [
             pa.array([row[name] for row in rows], kind)
             for name, kind in zip(SCAN_SCHEMA.names, SCAN_SCHEMA.types, strict=True)
@@ -118,13 +128,12 @@ def _batches(source: ShardedSource, task: ScanTask) -> Iterator[pa.RecordBatch]:
         yield pa.record_batch(columns, schema=SCAN_SCHEMA)
 
 
-def _scan_pair(source: ShardedSource, index: int, task: ScanTask, with_json: bool) -> dict:
+def _scan_pair(pairs: InOrder, index: int, places: Mapping, task: ScanTask, with_json: bool) -> dict:
     row: dict = dict.fromkeys(SCAN_SCHEMA.names)
-    places = source.places(index)
     for slot in SLOTS:
         row[f"{slot}_offset"], row[f"{slot}_bytes"] = places.get(slot, (-1, 0))
     try:
-        pair = source[index]
+        pair = pairs[index]
     except OSError:
         return row | {"key": "", "index": index, "caption": "", "language": captions.UNKNOWN, "reasons": ["unreadable"]}
     faults = list(pair.problems)

@@ -11,8 +11,8 @@ of the bits of the score, find the k-th largest float exactly, in memory that do
 """
 
 import functools
-import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +27,10 @@ import xxhash
 from data_pipelines import image_ops
 from data_pipelines.curate.config import NO_IMAGE
 from data_pipelines.curate.layout import Work
-from data_pipelines.curate.tables import read_metadata, write_table
+from data_pipelines.sources.blocks import InOrder
 from data_pipelines.sources.opening import open_source
 
+SCORE_STEP = 0.02  # of the histogram in the report
 _BATCH = 256
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _SPACELESS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
@@ -56,38 +57,13 @@ def embed_pictures(scorer: Scorer, table: Path, shard: str, max_pixels: int) -> 
     return np.concatenate(rows), np.concatenate(embeddings) if embeddings else np.zeros((0, 0), np.float32)
 
 
-def score_shard(
-    scorer: Scorer, table: Path, shard: str, out: Path, *, max_pixels: int, against: np.ndarray | None
-) -> None:
-    """Writes score (NaN without a picture), similarity to and row of the closest evaluation picture, a row a pair.
-
-    against: float32 [m, e], embeddings of evaluation pictures, or None.
-    """
-    protected = hashlib.sha256(b"" if against is None else against.tobytes()).hexdigest()
-    digest = json.dumps([read_metadata(table)["digest"], scorer.fingerprint, protected])
-    if read_metadata(out).get("digest") == digest:
-        return
-    captions = pq.read_table(table, columns=["caption"])["caption"].to_pylist()
-    score = np.full(len(captions), np.nan, np.float32)
-    similarity, closest = np.full(len(captions), np.nan, np.float32), np.full(len(captions), -1, np.int32)
-    for rows, images in _images(scorer, table, shard, max_pixels):
-        zimg = scorer.embed_images(images)
-        score[rows] = np.einsum("be,be->b", zimg, scorer.embed_texts([captions[row] for row in rows.tolist()]))
-        if against is not None and len(against):
-            alike = zimg @ against.T
-            closest[rows] = alike.argmax(1)
-            similarity[rows] = alike.max(1)
-    columns = {"score": score, "similarity": similarity, "closest": closest}
-    write_table(out, pa.table(columns).replace_schema_metadata({"digest": digest}))
-
-
 def _images(scorer: Scorer, table: Path, shard: str, max_pixels: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of (row numbers [n], uint8 [n, h, w, 3]); every batch but the last of a shard has the same size."""
     reasons = pq.read_table(table, columns=["reasons"])["reasons"].to_pylist()
     rows = [row for row, faults in enumerate(reasons) if not NO_IMAGE.intersection(faults)]
     if not rows:
         return
-    source = open_source(shard)
+    source = InOrder(open_source(shard))
 
     def load(row: int) -> np.ndarray:
         picture = image_ops.decode_image(source[row].image, max_pixels=max_pixels)
@@ -110,6 +86,11 @@ def read_scores(work: Work, shard: int, indexes: pa.ChunkedArray | None = None) 
         return None
     scores = pq.read_table(scores_path(work, shard), columns=["score"])["score"].to_numpy()
     return scores if indexes is None else scores[indexes.to_numpy()]
+
+
+def score_label(score: float) -> str:
+    """The lower edge of the class of scores, SCORE_STEP wide, that a score falls into."""
+    return f"{math.floor(score / SCORE_STEP) * SCORE_STEP:.2f}"
 
 
 def sortable(scores: np.ndarray) -> np.ndarray:
@@ -147,14 +128,22 @@ def read_concepts(path: str) -> tuple[dict[str, int], int]:
     """Concept -> number, and the most words of one. A text file, one a line, or a JSON list as MetaCLIP's.
 
     Raises:
-      ValueError: the file holds no concept.
+      FileNotFoundError: there is no such file.
+      ValueError: it is no text, no JSON list where it begins as one, or holds no concept.
     """
-    text = Path(path).read_text(encoding="utf-8")
-    entries = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"concepts {path!r}: no such file; write one, a concept a line")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        entries = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError among them
+        raise ValueError(
+            f"concepts {path!r}: {error}; write UTF-8 text, a concept a line, or a JSON list of strings"
+        ) from None
     split = [tuple(words_of(entry)) for entry in entries if isinstance(entry, str)]
     concepts = {" ".join(words): number for number, words in enumerate(dict.fromkeys(filter(None, split)))}
     if not concepts:
-        raise ValueError(f"{path} names no concept; write one a line")
+        raise ValueError(f"concepts {path!r} names no concept; write one a line, or a JSON list of strings")
     return concepts, max(len(words) for words in split)
 
 

@@ -2,16 +2,16 @@
 
 The format has its own index and checksums. See `examples` for what becomes of a record; `writing` makes such shards.
 
-The trap: the library reads local files only and every read of a group unpacks all of it. Remote shards are fetched whole
-into the user's cache folder, on first use; shards are to be written with group_size:1, as TFDS does.
+The trap: the library reads local files only and every read of a group unpacks all of it. Remote shards are fetched whole,
+on first use, see `copies`; shards are to be written with group_size:1, as TFDS does.
 """
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from data_pipelines.records import Pair, ShardLost
-from data_pipelines.sources import examples, files, index_file, tfds
+from data_pipelines.sources import copies, examples, index_file, tfds
 from data_pipelines.sources.files import Window
 from data_pipelines.sources.index_file import Contents
 from data_pipelines.sources.remote import FileStat
@@ -44,12 +44,18 @@ class ArrayRecordSource(ColumnSource):
         self._reader = functools.lru_cache(_OPEN_READERS)(self._open_reader)
 
     def _open_reader(self, shard: int):
-        copy = self.local_copy(shard)
-        if not os.path.exists(copy):
-            raise ShardLost(f"shard {self.paths[shard]!r} vanished while it was in use; put it back and resume")
-        return _open_file(copy)
+        path, header = self.paths[shard], self._indexes[shard].header
+        try:
+            with copies.local_copy(path, header.shard_bytes, header.shard_version) as copy:
+                if not os.path.exists(copy):
+                    raise ShardLost(f"shard {path!r} vanished while it was in use; put it back and resume")
+                return _open_file(copy)
+        except (FileNotFoundError, PermissionError, ValueError) as error:
+            if isinstance(error, ShardLost):
+                raise
+            raise ShardLost(f"shard {path!r} cannot be read any more: {error}") from error
 
-    def _pair(self, shard: int, row: int) -> Pair:
+    def _pair(self, shard: int, row: int, read: Callable[[int, int], bytes]) -> Pair:
         reader = self._reader(shard)
         try:
             (record,) = reader.read([row])
@@ -63,7 +69,8 @@ class ArrayRecordSource(ColumnSource):
 
 def build(shard: str, stat: FileStat) -> Contents:
     """Raises ValueError: the shard is cut, or no ArrayRecord file of tf.train.Example."""
-    reader = _open_file(files.local_copy(shard, stat.size, stat.version))
+    with copies.local_copy(shard, stat.size, stat.version) as copy:
+        reader = _open_file(copy)
     count = reader.num_records()
     if not reader.ok() or not count:
         raise ValueError(

@@ -124,7 +124,7 @@ def to_pair(features: Mapping[str, list], *, image: str, fallback_key: str) -> P
         try:
             told = json.loads(features["json"][0])
             fields = told | fields if isinstance(told, dict) else problems.append("invalid_json") or fields
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter: nested a thousand deep
             problems.append("invalid_json")
     if not isinstance(key, str | int):
         key = next((fields[name] for name in KEY_FEATURES if isinstance(fields.get(name), str | int)), fallback_key)

@@ -10,9 +10,9 @@ one.
 import functools
 import glob
 import hashlib
+import io
 import os
 import re
-import threading
 from collections.abc import Sequence
 
 from data_pipelines.records import ShardLost
@@ -128,16 +128,16 @@ def read_whole(path: str) -> bytes:
 
 
 class Reader:
-    """Byte ranges of files that are there; picklable. sizes: in bytes, one per path."""
+    """Byte ranges of files that are there; picklable. sizes: in bytes, one per path; versions: as `stat` tells, if known."""
 
-    def __init__(self, paths: Sequence[str], sizes: Sequence[int]):
-        self._paths, self._sizes = list(paths), list(sizes)
+    def __init__(self, paths: Sequence[str], sizes: Sequence[int], versions: Sequence[str] = ()):
+        self._paths, self._sizes, self._versions = list(paths), list(sizes), list(versions)
         self._remote = [is_remote(path) for path in self._paths]
         # A file that the cache drops is closed with its last reference, so never under a thread that reads it.
-        self._file = functools.lru_cache(_OPEN_FILES)(lambda file: open(self._paths[file], "rb", buffering=0))
+        self._file = functools.lru_cache(_OPEN_FILES)(self._open)
 
     def __reduce__(self):
-        return Reader, (self._paths, self._sizes)
+        return Reader, (self._paths, self._sizes, self._versions)
 
     def read(self, file: int, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset`.
@@ -153,12 +153,24 @@ class Reader:
             opened = self._file(file)  # Held by this name while its descriptor is used.
         except FileNotFoundError as error:
             raise ShardLost(f"shard {path!r} vanished while it was in use; put it back and resume") from error
+        except ShardLost:
+            raise
         except (PermissionError, ValueError) as error:
             raise ShardLost(f"shard {path!r} cannot be read any more: {error}") from error
         data = os.pread(opened.fileno(), size, offset)
         if len(data) != size:
-            raise OSError(f"shard {path!r} ends before byte {offset + size}: it was cut after it was opened")
+            raise ShardLost(f"shard {path!r} was cut while it was in use: it ends before byte {offset + size}")
         return data
+
+    def _open(self, file: int) -> io.FileIO:
+        """A local file, the one whose size and version are known: the places in another mean nothing."""
+        opened = open(self._paths[file], "rb", buffering=0)
+        local = os.fstat(opened.fileno())
+        changed = self._versions and str(local.st_mtime_ns) != self._versions[file]
+        if local.st_size != self._sizes[file] or changed:
+            opened.close()
+            raise ShardLost(f"shard {self._paths[file]!r} was replaced while it was in use; start again")
+        return opened
 
 
 class Window:
@@ -175,33 +187,9 @@ class Window:
         return self._reader.read(0, offset, max(0, min(wanted, self.size - offset)))
 
 
-def local_copy(path: str, size: int, version: str) -> str:
-    """The path of a file on this machine: its own, or that of a copy in the user's cache folder, fetched once.
-
-    Raises:
-      FileNotFoundError, PermissionError, ValueError, OSError: it cannot be read, or not be kept.
-    """
-    if not is_remote(path):
-        return path
-    copy = cache_path(path, f".{hashlib.sha256(f'{size} {version}'.encode()).hexdigest()[:8]}.copy")
-    if os.path.exists(copy):
-        return copy
-    partial = f"{copy}.{os.getpid()}-{threading.get_ident()}.partial"
-    os.makedirs(os.path.dirname(copy), exist_ok=True)
-    try:
-        with open(partial, "wb") as file:
-            for offset in range(0, size, _REMOTE_WINDOW_BYTES):
-                file.write(remote.read_range(path, offset, min(_REMOTE_WINDOW_BYTES, size - offset), total=size))
-        os.replace(partial, copy)
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
-    return copy
-
-
-def cache_path(path: str, suffix: str) -> str:
-    """Where in the user's cache folder something about a file is kept."""
+def cache_path(path: str, suffix: str, folder: str = "index") -> str:
+    """Where in a folder of the user's cache something about a file is kept."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     name = path if is_remote(path) else os.path.abspath(path)
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
-    return os.path.join(root, "siglip", "index", f"{digest}-{os.path.basename(path)[-80:]}{suffix}")
+    return os.path.join(root, "siglip", folder, f"{digest}-{os.path.basename(path)[-80:]}{suffix}")

@@ -13,7 +13,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from data_pipelines.records import Pair
 from data_pipelines.sources import files, index_file
@@ -42,10 +42,10 @@ class ListSource(ColumnSource):
     def __init__(self, shards: str | os.PathLike | Sequence[str | os.PathLike], *, image: str | None = None):
         super().__init__(shards, "list", build, image=image)
 
-    def _pair(self, shard: int, row: int) -> Pair:
+    def _pair(self, shard: int, row: int, read: Callable[[int, int], bytes]) -> Pair:
         path, column = self.paths[shard], self._images[shard]
         offset, size = self._tables(shard)["rows"][row].item()
-        line = self._files.read(shard, offset, size)
+        line = read(offset, size)
         fields, problems = _parse_json(line) if _is_json(path) else _parse_csv(path, line, self.notes(shard)["columns"])
         named = fields.pop(column, None)
         key = fields.pop("key", None) or named or f"{os.path.basename(path)}/{row}"
@@ -147,7 +147,7 @@ def _scan_json(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[s
 def _parse_json(line: bytes) -> tuple[dict, list[str]]:
     try:
         parsed = json.loads(line.removeprefix(_BOM))
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter: nested a thousand deep
         return {}, ["invalid_json"]
     return (parsed, []) if isinstance(parsed, dict) else ({}, ["invalid_json"])
 

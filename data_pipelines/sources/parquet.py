@@ -14,13 +14,14 @@ import functools
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 
 import numpy as np
 
 from data_pipelines.records import Pair, ShardLost
 from data_pipelines.sources import files, index_file
+from data_pipelines.sources.blocks import Block, BlockCache
 from data_pipelines.sources.index_file import Contents
 from data_pipelines.sources.remote import FileStat
 from data_pipelines.sources.shards import ColumnSource
@@ -75,11 +76,40 @@ class ParquetSource(ColumnSource):
         starts = [self._tables(shard)["groups"]["first"] + self._starts[shard] for shard in range(len(self.paths))]
         return np.concatenate(starts)
 
-    def _pair(self, shard: int, row: int) -> Pair:
+    def in_block(self, index: int, block: Block, kept: BlockCache) -> Pair:
+        """The same as `self[index]`; row groups, local ones too, stay until the block is over. Raises as that does."""
+        shard, row = self.locate(index)
+        group, row_in_group = self._group_of(shard, row)
+        table = kept.get(until=block.until, **self._group_read(shard, group))
+        return self._pair(shard, row, None) if table is None else self._to_pair(shard, row, table, row_in_group)
+
+    def fetch_ahead(self, block: Block, kept: BlockCache) -> None:
+        """Begins to read the row groups of a block that are remote."""
+        for shard in self._remote_shards(block):
+            firsts = self._tables(shard)["groups"]["first"]
+            groups = np.searchsorted(firsts, self._rows_in(shard, block), "right") - 1
+            for group in np.unique(groups).tolist():
+                kept.fetch_ahead(until=block.until, **self._group_read(shard, group))
+
+    def _pair(self, shard: int, row: int, read: Callable[[int, int], bytes] | None) -> Pair:
+        group, row_in_group = self._group_of(shard, row)
+        table = self._groups.get((shard, group), lambda: self._read_group(shard, group))
+        return self._to_pair(shard, row, table, row_in_group)
+
+    def _group_of(self, shard: int, row: int) -> tuple[int, int]:
+        """The row group of a row, and the row in there."""
         firsts = self._tables(shard)["groups"]["first"]
         group = bisect.bisect_right(firsts, row) - 1
-        table = self._groups.get((shard, group), lambda: self._read_group(shard, group))
-        values = table.slice(row - int(firsts[group]), 1).to_pylist()[0]
+        return group, row - int(firsts[group])
+
+    def _group_read(self, shard: int, group: int) -> dict:
+        """A row group as a `BlockCache` wants it."""
+        nbytes = sum(chunk.total_uncompressed_size for chunk in self._chunks(shard, group))
+        fetch = functools.partial(self._read_group, shard, group)
+        return {"key": (shard, group), "fetch": fetch, "nbytes": nbytes}
+
+    def _to_pair(self, shard: int, row: int, table, row_in_group: int) -> Pair:
+        values = table.slice(row_in_group, 1).to_pylist()[0]
         image = values.pop(self._images[shard])
         if isinstance(image, dict):
             image = image.get("bytes")
@@ -103,20 +133,26 @@ class ParquetSource(ColumnSource):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        metadata = self._footer(shard)
-        wanted = {self._images[shard], *KEY_COLUMNS, *(self._fields or ())}
-        names = [name for name in self.notes(shard)["columns"] if self._fields is None or name in wanted]
-        described = metadata.row_group(group)
-        chunks = [described.column(place) for place in range(described.num_columns)]
-        spans = [_span(chunk) for chunk in chunks if chunk.path_in_schema.split(".")[0] in names]
+        spans = [_span(chunk) for chunk in self._chunks(shard, group)]
         blocks = [(start, self._files.read(shard, start, end - start)) for start, end in _joined(spans)]
         source = _Blocks(blocks, self._indexes[shard].header.shard_bytes)
         try:
-            file = pq.ParquetFile(pa.PythonFile(source, "r"), metadata=metadata)
-            return file.read_row_group(group, columns=names, use_threads=False)
+            file = pq.ParquetFile(pa.PythonFile(source, "r"), metadata=self._footer(shard))
+            return file.read_row_group(group, columns=self._names(shard), use_threads=False)
         except (pa.ArrowException, OSError) as error:
             told = " ".join(str(error).split())
             raise OSError(f"row group {group} of shard {self.paths[shard]!r} is damaged: {told}") from error
+
+    def _names(self, shard: int) -> list[str]:
+        """The needed columns."""
+        wanted = {self._images[shard], *KEY_COLUMNS, *(self._fields or ())}
+        return [name for name in self.notes(shard)["columns"] if self._fields is None or name in wanted]
+
+    def _chunks(self, shard: int, group: int) -> list:
+        """What the footer says of the needed columns of a row group."""
+        names, described = self._names(shard), self._footer(shard).row_group(group)
+        chunks = [described.column(place) for place in range(described.num_columns)]
+        return [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in names]
 
 
 class _GroupCache:

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import random
 import re
+import sys
 import time
 import warnings
 from collections.abc import Awaitable, Callable
@@ -41,6 +42,12 @@ _VERSION_FIELDS = (
     "mtime",
     "created",
 )
+_CLIENT_ERRORS = {
+    "botocore.exceptions": "BotoCoreError",
+    "google.auth.exceptions": "GoogleAuthError",
+    "gcsfs.retry": "HttpError",
+}
+_NO_CREDENTIALS = re.compile("Credential|Token|SSO")
 _jitter = random.SystemRandom()  # Worker processes forked from one parent must not wait in step.
 _warned_hosts: set[str] = set()
 
@@ -89,6 +96,7 @@ def stat(url: str) -> FileStat:
         fs, path = _open(url)
         if _is_http(fs):
             return _run(fs, over_http(fs), STALL_S)
+        fs.invalidate_cache(path)  # A listing that this process made before tells old versions.
         return over_others(_run(fs, fs._info(path), STALL_S) if _is_async(fs) else fs.info(path))
 
     return _retried(attempt, f"asking for the size of {url!r}")
@@ -124,6 +132,7 @@ def listing(pattern: str) -> list[str]:
 
     def attempt() -> list[str]:
         fs, path = _open(pattern)
+        fs.invalidate_cache()
         try:
             return sorted(fs.unstrip_protocol(name) for name in fs.glob(path))
         except FileNotFoundError:  # the folder
@@ -238,7 +247,8 @@ def _raise_if_permanent(error: Exception, doing: str) -> None:
     status = getattr(error, "status", None) or getattr(error, "code", None) or 0
     if status == 404 or status == 410 or isinstance(error, FileNotFoundError):
         raise FileNotFoundError(f"{doing}: there is no such file ({_describe(error)}); check the URL") from error
-    if status in (401, 403) or isinstance(error, PermissionError):
+    no_credentials = isinstance(error, _client_errors()) and _NO_CREDENTIALS.search(type(error).__name__)
+    if status in (401, 403) or isinstance(error, PermissionError) or no_credentials:
         raise PermissionError(f"{doing}: not permitted ({_describe(error)}); check the credentials") from error
     if isinstance(status, int) and 400 <= status < 500 and status not in _TRANSIENT_STATUS:
         raise ValueError(f"{doing}: the server refuses ({_describe(error)})") from error
@@ -247,10 +257,11 @@ def _raise_if_permanent(error: Exception, doing: str) -> None:
 
 
 def _client_errors() -> tuple[type[Exception], ...]:
-    """What HTTP clients raise beside OSError; every cloud file system of fsspec speaks through aiohttp."""
+    """What the clients beneath fsspec raise beside OSError: aiohttp, and those of the cloud file systems that are in use."""
     import aiohttp
 
-    return (aiohttp.ClientError,)
+    loaded = [(sys.modules[module], name) for module, name in _CLIENT_ERRORS.items() if module in sys.modules]
+    return (aiohttp.ClientError, *(vars(module)[name] for module, name in loaded))
 
 
 def _describe(error: Exception) -> str:

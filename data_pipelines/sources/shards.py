@@ -23,23 +23,27 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from data_pipelines.records import Pair, ShardLost
-from data_pipelines.sources import files, index_file
+from data_pipelines.sources import blocks, files, index_file
+from data_pipelines.sources.blocks import Block, BlockCache
 from data_pipelines.sources.index_file import Contents, Index
 from data_pipelines.sources.names import check_image
 from data_pipelines.sources.remote import FileStat
 
 _OPEN_TABLES = 128
+_PLANNED_BLOCKS = 1024
 _OPENING_THREADS = 16
 _SHARDS_PER_PROCESS = 16
 
 
 class ShardedSource(abc.ABC):
-    """Base of the sources. A format adds `_pair(shard, row)`, and `_prepare` for what it opens.
+    """Base of the sources. A format adds `_pair`, `_extents` if it reads by ranges, and `_prepare` for what it opens.
 
     Attributes:
       paths: of the shards, as strings; local or URLs.
       truncated_shards: those of `paths` that are cut; what is whole of them is used.
       fingerprint: see `records.Source`.
+      pair_bytes: of shards, on average.
+      is_remote: whether any shard is.
     """
 
     def __init__(
@@ -66,18 +70,22 @@ class ShardedSource(abc.ABC):
             path for path, header in zip(paths, headers, strict=True) if header.notes.get("truncated")
         ]
         self._starts = list(itertools.accumulate((header.pairs for header in headers), initial=0))
+        self.pair_bytes = sum(header.shard_bytes for header in headers) / self._starts[-1]
+        self.is_remote = any(map(files.is_remote, paths))
         names = [f"{os.path.basename(path)}\t{header.digest}\n" for path, header in zip(paths, headers, strict=True)]
         self.fingerprint = hashlib.sha256("".join(names).encode("utf-8", "surrogateescape")).hexdigest()
-        self._files = files.Reader(paths, [header.shard_bytes for header in headers])
+        versions = [header.shard_version for header in headers]
+        self._files = files.Reader(paths, [header.shard_bytes for header in headers], versions)
         self._tables = functools.lru_cache(_OPEN_TABLES)(self._load_tables)
+        self._pieces = functools.lru_cache(_PLANNED_BLOCKS)(self._find_pieces)
         self._prepare()
 
     def _prepare(self) -> None:  # noqa: B027  most formats have nothing to open
         """Called once the shards are known, here and again in every process that the source goes to."""
 
     @abc.abstractmethod
-    def _pair(self, shard: int, row: int) -> Pair:
-        """A pair of a shard. Raises ShardLost, OSError."""
+    def _pair(self, shard: int, row: int, read: Callable[[int, int], bytes]) -> Pair:
+        """A pair of a shard. read(offset, size): bytes of that. Raises ShardLost, OSError."""
 
     def _load_tables(self, shard: int) -> Mapping[str, np.ndarray]:
         """The tables of a shard's index, made again if someone deleted it. Raises ShardLost, OSError."""
@@ -101,14 +109,66 @@ class ShardedSource(abc.ABC):
         self._open(*state)
 
     def __iter__(self) -> Iterator[Pair]:
-        return map(self.__getitem__, range(len(self)))
+        return map(blocks.InOrder(self).__getitem__, range(len(self)))
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> Pair:
         """The pair at `index`. Raises IndexError outside the source, OSError when storage fails, ShardLost."""
-        return self._pair(*self.locate(index))
+        shard, row = self.locate(index)
+        return self._pair(shard, row, functools.partial(self._files.read, shard))
+
+    def block(self, first: int, end: int, *, until: int) -> Block:
+        """The pairs first … end - 1 as a block, see there."""
+        return Block(first, end, until)
+
+    def in_block(self, index: int, block: Block, kept: BlockCache) -> Pair:
+        """The same as `self[index]`, read with the block that it lies in where the shard is remote. Raises as that does."""
+        shard, row = self.locate(index)
+        read = functools.partial(self._files.read, shard)
+        if files.is_remote(self.paths[shard]):
+            read = functools.partial(self._read_in_block, shard, block, kept)
+        return self._pair(shard, row, read)
+
+    def fetch_ahead(self, block: Block, kept: BlockCache) -> None:
+        """Begins to read what a block needs of remote shards."""
+        for shard in self._remote_shards(block):
+            for start, end in self._pieces(shard, block).tolist():
+                kept.fetch_ahead(until=block.until, **self._piece_read(shard, start, end))
+
+    def _read_in_block(self, shard: int, block: Block, kept: BlockCache, offset: int, size: int) -> bytes:
+        piece = blocks.piece_of(self._pieces(shard, block), offset, size)
+        if piece is not None:
+            start, end = piece
+            data = kept.get(until=block.until, **self._piece_read(shard, start, end))
+            if data is not None:
+                return data[offset - start : offset - start + size]
+        return self._files.read(shard, offset, size)
+
+    def _piece_read(self, shard: int, start: int, end: int) -> dict:
+        """A piece as a `BlockCache` wants it."""
+        fetch = functools.partial(self._files.read, shard, start, end - start)
+        return {"key": (shard, start, end), "fetch": fetch, "nbytes": end - start}
+
+    def _remote_shards(self, block: Block) -> list[int]:
+        """Those that pairs of a block lie in."""
+        first, last = self.locate(block.first)[0], self.locate(block.end - 1)[0]
+        return [shard for shard in range(first, last + 1) if files.is_remote(self.paths[shard])]
+
+    def _rows_in(self, shard: int, block: Block) -> np.ndarray:
+        """The rows of a shard that belong to a block. -> int64 [n]"""
+        start, end = self._starts[shard], self._starts[shard + 1]
+        rows = np.arange(max(block.first, start), min(block.end, end)) if block.rows is None else block.rows
+        return rows[(start <= rows) & (rows < end)] - start
+
+    def _find_pieces(self, shard: int, block: Block) -> np.ndarray:
+        """What to read of a shard for the pairs of a block. -> int64 [k, 2], (start, end)"""
+        return blocks.pieces(self._extents(shard, self._rows_in(shard, block)))
+
+    def _extents(self, shard: int, rows: np.ndarray) -> np.ndarray:
+        """Where the bytes of rows of a shard lie, int64 [m, 2], (offset, bytes); none in formats that are not read by ranges."""
+        return np.zeros((0, 2), np.int64)
 
     def locate(self, index: int) -> tuple[int, int]:
         """The shard (an index of `paths`) and the row in it of a pair. Raises IndexError outside the source."""
@@ -121,14 +181,6 @@ class ShardedSource(abc.ABC):
         """Where the files of a pair lie in its shard, {"image": (offset, bytes), …}; {} in formats that are no archive."""
         self.locate(index)
         return {}
-
-    def local_copy(self, shard: int) -> str:
-        """The path of a whole shard on this machine, fetched if it is remote. Raises ShardLost, OSError."""
-        path, header = self.paths[shard], self._indexes[shard].header
-        try:
-            return files.local_copy(path, header.shard_bytes, header.shard_version)
-        except (FileNotFoundError, PermissionError, ValueError) as error:
-            raise ShardLost(f"shard {path!r} cannot be read any more: {error}") from error
 
     def notes(self, shard: int) -> Mapping[str, object]:
         """What the index tells of a shard beside its pairs."""

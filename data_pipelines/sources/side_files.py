@@ -26,7 +26,7 @@ def successes(shard: str) -> int | None:
         return None
     try:
         return int(json.loads(files.read_whole(path))["successes"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         warnings.warn(f"statistics {path!r} cannot be read; they are not used", stacklevel=2)
         return None
 
@@ -82,7 +82,7 @@ class SideTable:
 def _names(first_json: bytes | None) -> frozenset[str]:
     try:
         parsed = json.loads(first_json) if first_json is not None else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         parsed = {}
     return frozenset(parsed) if isinstance(parsed, dict) else frozenset()
 

@@ -18,6 +18,7 @@ from data_pipelines.sources.files import Window
 _BLOCK = 512
 _END_BLOCK = bytes(_BLOCK)
 _REGULAR, _NO_DATA = frozenset(b"0\x007"), frozenset(b"123456")
+_MOST_DIGITS = 19  # of a number that fits into 63 bits
 _ONES = np.ones(_BLOCK, np.float32)
 _OCTAL = 8.0 ** np.arange(5, -1, -1, dtype=np.float32)
 _GNU_LONG_NAME, _PAX, _SPARSE = ord("L"), frozenset(b"xX"), ord("S")
@@ -74,6 +75,8 @@ def walk_members(window: Window) -> Members:
             names.append(name)
             offsets.append(start)
             sizes.append(size)
+        elif start + size > window.size:
+            break
         elif kind == _GNU_LONG_NAME or kind in _PAX:
             text = data[start - base : start - base + size]
             if len(text) < size:
@@ -147,10 +150,10 @@ def _pax_records(text: bytes) -> dict[bytes, bytes]:
         return records
     while text:
         length, space, _ = text.partition(b" ")
-        if not space or not length.isdigit() or not int(length):
+        if not space or not length.isdigit() or len(length) > _MOST_DIGITS or not int(length):
             break
         key, _, value = text[len(length) + 1 : int(length) - 1].partition(b"=")
-        if key == b"path" or (key == b"size" and value.isdigit()):
+        if key == b"path" or (key == b"size" and value.isdigit() and len(value) <= _MOST_DIGITS):
             records[key] = value
         text = text[int(length) :]
     return records

@@ -63,6 +63,6 @@ def _json(path: str) -> dict:
         return {}
     try:
         parsed = json.loads(files.read_whole(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path!r} is no JSON ({error})") from error
     return parsed if isinstance(parsed, dict) else {}

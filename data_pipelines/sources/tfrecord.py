@@ -11,7 +11,9 @@ The trap: files packed as a whole (GZIP) look like damage; they have no random a
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from data_pipelines.records import Pair
 from data_pipelines.sources import examples, index_file, tfds
@@ -40,9 +42,9 @@ class TFRecordSource(ColumnSource):
     def __init__(self, shards: str | os.PathLike | Sequence[str | os.PathLike], *, image: str | None = None):
         super().__init__(shards, "tfrecord", build, image=image)
 
-    def _pair(self, shard: int, row: int) -> Pair:
+    def _pair(self, shard: int, row: int, read: Callable[[int, int], bytes]) -> Pair:
         offset, size = self._tables(shard)["rows"][row].item()
-        framed = self._files.read(shard, offset, size + _FOOTER_BYTES)
+        framed = read(offset, size + _FOOTER_BYTES)
         record = framed[:size]
         if _masked_crc(record) != framed[size:]:
             raise OSError(f"record {row} of shard {self.paths[shard]!r} does not have its checksum: it is damaged")
@@ -52,6 +54,10 @@ class TFRecordSource(ColumnSource):
             raise OSError(f"record {row} of shard {self.paths[shard]!r}: {error}") from error
         name = f"{os.path.basename(self.paths[shard])}/{row}"
         return examples.to_pair(features, image=self._images[shard], fallback_key=name)
+
+    def _extents(self, shard: int, rows: np.ndarray) -> np.ndarray:
+        chosen = self._tables(shard)["rows"][rows]
+        return np.stack([chosen["offset"], chosen["bytes"] + _FOOTER_BYTES], axis=1)
 
 
 def build(shard: str, stat: FileStat) -> Contents:

@@ -9,7 +9,7 @@ used, a warning says how much, and `truncated_shards` lists them.
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -42,13 +42,13 @@ class TarSource(ShardedSource):
             lambda shard: SideTable(paths[shard], notes(shard)["side_columns"])
         )
 
-    def _pair(self, shard: int, row: int) -> Pair:
+    def _pair(self, shard: int, row: int, read: Callable[[int, int], bytes]) -> Pair:
         tables = self._tables(shard)
         key, *flat = tables["rows"][row].item()
         places = list(zip(flat[::2], flat[1::2], strict=True))
         if len(tables["captions"]):
             places += _further_captions(tables["captions"], row)
-        image, txt, meta, cls, *more = self._read(shard, places)
+        image, txt, meta, cls, *more = _read_members(places, read)
         fields, problems = _parse_fields([text for text in (txt, *more) if text is not None], meta, cls)
         name = key.decode("utf-8", "replace")
         if "side" in tables and (side_row := int(tables["side"]["row"][row])) >= 0:
@@ -62,15 +62,34 @@ class TarSource(ShardedSource):
         found = zip(tar_index.SLOTS, flat[::2], flat[1::2], strict=True)
         return {slot: (offset, size) for slot, offset, size in found if offset >= 0}
 
-    def _read(self, shard: int, places: list[tuple[int, int]]) -> list[bytes | None]:
-        """The members at these (offset, bytes), in one read if they are neighbours; None for offset -1."""
-        present = [place for place in places if place[0] >= 0]
-        start, end = min(present)[0], max(offset + size for offset, size in present)
-        if end - start - sum(size for _, size in present) > _READ_GAP_BYTES:
-            read = self._files.read
-            return [read(shard, offset, size) if offset >= 0 else None for offset, size in places]
-        block = self._files.read(shard, start, end - start)
-        return [block[at - start : at - start + size] if at >= 0 else None for at, size in places]
+    def _extents(self, shard: int, rows: np.ndarray) -> np.ndarray:
+        """From the first to the last member of each pair where they are neighbours, else member by member."""
+        tables = self._tables(shard)
+        chosen, captions = tables["rows"][rows], tables["captions"]
+        offsets = np.stack([chosen[slot] for slot in tar_index.SLOTS], axis=1)
+        sizes = np.stack([chosen[f"{slot}_bytes"] for slot in tar_index.SLOTS], axis=1)
+        there = offsets >= 0  # nowhere in a pair of nothing but numbered captions
+        start = np.where(there, offsets, np.iinfo(np.int64).max).min(1)
+        whole = np.where(there, offsets + sizes, 0).max(1) - start
+        close = there.any(1) & (whole - np.where(there, sizes, 0).sum(1) <= _READ_GAP_BYTES)
+        apart = there & ~close[:, None]
+        more = captions[np.isin(captions["pair"], rows)]
+        found = [
+            np.stack([start[close], whole[close]], axis=1),
+            np.stack([offsets[apart], sizes[apart]], axis=1),
+            np.stack([more["offset"], more["bytes"]], axis=1),
+        ]
+        return np.concatenate(found)
+
+
+def _read_members(places: list[tuple[int, int]], read: Callable[[int, int], bytes]) -> list[bytes | None]:
+    """The members at these (offset, bytes), in one read if they are neighbours; None for offset -1."""
+    present = [place for place in places if place[0] >= 0]
+    start, end = min(present)[0], max(offset + size for offset, size in present)
+    if end - start - sum(size for _, size in present) > _READ_GAP_BYTES:
+        return [read(offset, size) if offset >= 0 else None for offset, size in places]
+    block = read(start, end - start)
+    return [block[at - start : at - start + size] if at >= 0 else None for at, size in places]
 
 
 def _further_captions(captions: np.ndarray, row: int) -> list[tuple[int, int]]:
@@ -85,7 +104,7 @@ def _parse_fields(texts: list[bytes], meta: bytes | None, cls: bytes | None) -> 
         try:
             parsed = json.loads(meta)
             fields = parsed if isinstance(parsed, dict) else problems.append("invalid_json") or {}
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter: nested a thousand deep
             problems.append("invalid_json")
     if texts:
         try:

@@ -1,6 +1,7 @@
 """`siglip data curate` and `siglip data stats`: the rules of `data_pipelines.curate`, with a model where one is named."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -14,9 +15,11 @@ import tyro
 
 from data_pipelines.curate.config import MENDING, PRESETS, CurateConfig
 from data_pipelines.curate.engine import LocalEngine
-from data_pipelines.curate.materialize import materialize
+from data_pipelines.curate.materialize import check_place, materialize
+from data_pipelines.curate.ray_engine import RayEngine
 from data_pipelines.curate.run import FUNNEL_FILE, curate
 from data_pipelines.curate.stats import describe
+from data_pipelines.sources.files import expand_shards
 from siglip.cli.arguments import parse
 from siglip.trees import did_you_mean
 
@@ -39,6 +42,9 @@ class CurateArgs:
         concepts: file of concepts for --concept-cap, one a line or a JSON list.
         batch_size: pairs per forward pass of the model.
         workers: processes; 0 is one per core.
+        engine: local computes on this machine, ray on a cluster; --out is then on storage that all its machines share.
+        address: of the cluster's head, HOST:PORT, auto on one of its machines, or ray://HOST:PORT; without it, ray starts here.
+        gpus_per_task: of a cluster, for each task that uses the model; with 0 a task gets a machine.
         materialize: also write the kept pairs as shards into DIR/shards.
     """
 
@@ -52,6 +58,9 @@ class CurateArgs:
     concepts: str | None = None
     batch_size: int = 256
     workers: int = 0
+    engine: Literal["local", "ray"] = "local"
+    address: str | None = None
+    gpus_per_task: float = 0
     materialize: Literal["tar", "arrayrecord"] | None = None
 
 
@@ -74,9 +83,17 @@ def curate_command(args: list[str]) -> None:
         raise ValueError("no shards given; name them, for instance 'data/train-*.tar'")
     if not options.out:
         raise ValueError("no folder given for the manifest; name one with --out DIR")
-    scorer = None if options.model is None else ModelScorer(options.model, options.tokenizer, options.batch_size)
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size {options.batch_size} must be at least 1; 256 fits most accelerators")
+    if options.tokenizer is not None and options.model is None:
+        raise ValueError(f"--tokenizer {options.tokenizer} is of a model: add --model SRC")
     out, paths = Path(options.out), []
-    with Watch() as watch, LocalEngine(options.workers) as engine:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {options.out} is a file; name a folder")
+    if options.materialize is not None:
+        check_place(out / "shards", expand_shards([*options.shards, *options.against]))
+    with Watch() as watch, _engine(options) as engine:
+        scorer = None if options.model is None else ModelScorer(options.model, options.tokenizer, options.batch_size)
         funnel = curate(
             options.shards,
             out,
@@ -108,17 +125,38 @@ def stats_command(args: list[str]) -> None:
     print(format_stats(stats))
 
 
+def _engine(options: CurateArgs) -> LocalEngine | RayEngine:
+    if options.engine == "ray":
+        if options.address is not None and options.workers:
+            raise ValueError(
+                f"--workers {options.workers} is of this machine; those of --address have their own number"
+            )
+        gpus = options.gpus_per_task
+        return RayEngine(Path(options.out), address=options.address, workers=options.workers, gpus_per_task=gpus)
+    for flag, value in (("--address", options.address), ("--gpus-per-task", options.gpus_per_task)):
+        if value:
+            raise ValueError(f"{flag} {value} is for a cluster; add --engine ray")
+    return LocalEngine(options.workers)
+
+
 class ModelScorer:
-    """A model as the scorer that `curate` takes. Loaded here, so that only a run that asks for it pays for jax."""
+    """A model as the scorer that `curate` takes. Loaded here, so that only a run that asks for it pays for jax.
+
+    Pickled it is what it was made from: a process that unpickles it loads the model, once, and keeps it.
+    """
 
     def __init__(self, src: str, tokenizer: str | None, batch_size: int):
         from siglip.cli.evaluation import embed_in_batches, tower_of
         from siglip.encoder import load
 
+        self._made_from = (src, tokenizer, batch_size)
         self._tower = tower_of(load(src), tokenizer=tokenizer, batch_size=batch_size)
         self._embed = embed_in_batches
         self.image_size = self._tower.image_size
         self.fingerprint = hashlib.sha256(self._probe().tobytes()).hexdigest()
+
+    def __reduce__(self):
+        return _unpickled_scorer, (*self._made_from, self.fingerprint)
 
     def embed_images(self, images: np.ndarray) -> np.ndarray:
         return self._embed(self._tower.images, images, self._tower.batch_size)
@@ -130,6 +168,13 @@ class ModelScorer:
         """What the model makes of a fixed picture and text: other weights, another answer."""
         ramp = np.arange(int(np.prod(self.image_size)) * 3, dtype=np.uint32).astype(np.uint8)
         return np.concatenate([self.embed_images(ramp.reshape(1, *self.image_size, 3)), self.embed_texts(["a probe"])])
+
+
+@functools.lru_cache(1)
+def _unpickled_scorer(src: str, tokenizer: str | None, batch_size: int, fingerprint: str) -> ModelScorer:
+    scorer = ModelScorer(src, tokenizer, batch_size)
+    scorer.fingerprint = fingerprint  # of the process that pickled it: another accelerator's last digits differ
+    return scorer
 
 
 class Watch:

@@ -1,5 +1,6 @@
 """A real HTTP server on localhost that serves a folder by byte ranges and misbehaves as told, for the tests of this folder."""
 
+import collections
 import contextlib
 import http.server
 import threading
@@ -11,7 +12,9 @@ Fault = Callable[["Handler", bytes, int], bool]
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """faults: one for each request to come (None: no fault), after these `always`; requests: what was asked for."""
+    """faults: one for each request to come (None: no fault), after these `always`; requests: what was asked for, each answered
+    after latency_s.
+    """
 
     daemon_threads = True
     request_queue_size = 64
@@ -21,6 +24,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.folder = folder
         self.faults: list[Fault | None] = []
         self.always: Fault | None = None
+        self.latency_s = 0.0
         self._contents: dict[tuple[Path, str], bytes] = {}
         self.requests: list[tuple[str, str | None]] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -42,6 +46,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
+        if self.server.latency_s:
+            time.sleep(self.server.latency_s)
         asked = self.headers.get("Range")
         self.server.requests.append((self.path, asked))
         fault = self.server.faults.pop(0) if self.server.faults else self.server.always
@@ -131,6 +137,18 @@ def send_another_range(handler: Handler, data: bytes, first: int) -> bool:
 def ignore_range(handler: Handler, data: bytes, first: int) -> bool:
     handler.answer(200, data)
     return True
+
+
+class OfEachFile:
+    """Of the requests for each file this fault is answered from number `first` on (from 0), `times` times."""
+
+    def __init__(self, fault: Fault, *, first: int = 0, times: int = 1, only: str = ""):
+        self._fault, self._numbers, self._only = fault, range(first, first + times), only
+        self.asked: collections.Counter[str] = collections.Counter()
+
+    def __call__(self, handler: Handler, data: bytes, first: int) -> bool:
+        number, self.asked[handler.path] = self.asked[handler.path], self.asked[handler.path] + 1
+        return number in self._numbers and self._only in handler.path and self._fault(handler, data, first)
 
 
 @contextlib.contextmanager

@@ -25,9 +25,11 @@ from data_pipelines.curate.config import MENDING, PRESETS, RULES, CurateConfig
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.curate.materialize import materialize
 from data_pipelines.curate.run import curate
+from data_pipelines.curate.scan import ScanTask, scan_shard
 from data_pipelines.curate.stats import describe
 from data_pipelines.image_ops import decode_image
 from data_pipelines.sources.opening import open_source
+from data_pipelines.sources.webdataset import TarSource
 
 ROOT = Path(__file__).parents[2]
 NAMED = set(RULES) - {"duplicate_bytes"}  # of two equal ones, either may be the copy
@@ -336,6 +338,41 @@ def test_materialized_shards_hold_the_kept_pairs(curated, tmp_path, kind):
     assert [(pair.key, pair.fields["txt"], len(pair.image)) for pair in pairs] == [
         (row["key"], row["caption"], row["image_bytes"]) for row in kept
     ]
+
+
+def test_new_shards_take_no_other_files_place(curated, tmp_path):
+    out, _, _ = curated
+    manifest = out / "manifest.parquet"
+    (tmp_path / "00000.tar").write_bytes(b"somebody's")
+    with pytest.raises(ValueError, match="holds other files; move them or write to another folder"):
+        materialize(manifest, tmp_path, "tar")
+    assert [path.name for path in tmp_path.iterdir()] == ["00000.tar"]
+
+    first = materialize(manifest, tmp_path / "new", "tar", pairs_per_shard=20)
+    (tmp_path / "new" / "99999.tar").write_bytes(b"somebody's")
+    assert materialize(manifest, tmp_path / "new", "tar", pairs_per_shard=50) == first[:2]
+    assert {path.name for path in (tmp_path / "new").glob("*.tar")} == {"00000.tar", "00001.tar", "99999.tar"}
+
+    curate(str(first[0]), tmp_path / "again", config=CurateConfig(duplicates="off"), engine=LocalEngine(1))
+    before = first[0].read_bytes()
+    with pytest.raises(ValueError, match="new shards go to .*new', where .*00000.tar' lies"):
+        materialize(tmp_path / "again" / "manifest.parquet", tmp_path / "new", "tar")
+    assert first[0].read_bytes() == before
+
+
+def test_what_storage_did_not_yield_is_asked_for_again(tmp_path, monkeypatch):
+    shard = str(write_pairs(tmp_path / "a.tar", 5))
+    TarSource(shard)  # leaves an index, so that a scan reads nothing but pairs
+    task = ScanTask(shard, tmp_path / "scan.parquet", CurateConfig(min_side_px=1))
+
+    def reasons():
+        return pq.read_table(task.out, columns=["reasons"])["reasons"].to_pylist()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pread", lambda *_: os.close(-1))  # raises OSError, as a worn disk does
+        assert not scan_shard(task).reused and reasons() == [["unreadable"]] * 5
+    assert not scan_shard(task).reused and reasons() == [[]] * 5
+    assert scan_shard(task).reused
 
 
 def test_stats_of_the_sample():

@@ -33,6 +33,13 @@ def test_sortable_keeps_the_order():
     assert [scores.unsortable(int(key)) for key in keys] == values.tolist()
 
 
+@pytest.mark.parametrize(
+    ("score", "edge"), [(-0.001, "-0.02"), (0.0, "0.00"), (0.0199, "0.00"), (0.51, "0.50"), (1, "1.00")]
+)
+def test_classes_of_scores(score, edge):
+    assert scores.score_label(score) == edge
+
+
 def test_concepts(tmp_path):
     path = tmp_path / "concepts.txt"
     path.write_text("Dog\nhot dog\n猫\n\ndog\nSan José\n", encoding="utf-8")
@@ -43,9 +50,23 @@ def test_concepts(tmp_path):
     assert match("dogma") == [] and match("可愛い猫です") == [2] and match("in San José.") == [3]
     (tmp_path / "list.json").write_text('["a", "b c"]')
     assert scores.read_concepts(str(tmp_path / "list.json")) == ({"a": 0, "b c": 1}, 2)
-    (tmp_path / "none.txt").write_text("\n")
-    with pytest.raises(ValueError, match="names no concept"):
-        scores.read_concepts(str(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "names no concept"), (b"\n \n", "names no concept"), (b"[1, 2]", "names no concept"), (b"[]", "names no concept"),
+        (b"\x89PNG\xff\x00", "can't decode byte"), (b'["a", "b"', "delimiter"), (b"[" * 100_000, "recursion"),
+        (None, "no such file"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_of_concepts_is_named_in_one_line(tmp_path, content, message):
+    path = tmp_path / "concepts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        scores.read_concepts(str(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_balance():

@@ -10,8 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shards import write_pairs
+from shards import encode, write_pairs, write_tar
 
+from data_pipelines.curate.config import CurateConfig
+from data_pipelines.curate.engine import LocalEngine
+from data_pipelines.curate.run import curate
 from data_pipelines.kept_pairs import Kept, KeptPairs, read_manifest
 from data_pipelines.sources.webdataset import TarSource
 
@@ -93,7 +96,7 @@ def test_the_fingerprint_is_of_pairs_and_choice(corpus):
         (lambda rows: rows[:-1], "b.tar' it has 28 pairs where the shard has 29; curate again"),
         (lambda rows: rows[13:], "a.tar' it has nothing"),
         (lambda rows: rows[:12] + [rows[12] | {"index": 13}] + rows[13:], "a.tar' it has more pairs than the shard"),
-        (lambda rows: [rows[0] | {"key": "999999"}] + rows[1:], "has '999999' where shard .*a.tar' has '000000'"),
+        (lambda rows: [rows[0] | {"key": "999999"}] + rows[1:], "for '.*a.tar' it has '999999' in place of '000000'"),
         (lambda rows: [row | {"keep": False} for row in rows], "keeps none of the 42 pairs"),
     ],
 )
@@ -113,6 +116,53 @@ def test_what_is_no_manifest(corpus):
     pq.write_table(pa.table({"shard": ["a"]}), folder / "other.parquet")
     with pytest.raises(ValueError, match="has no column 'index'"):
         KeptPairs(source, folder / "other.parquet")
+
+
+@pytest.mark.parametrize(
+    "column, values, message",
+    [
+        ("keep", pa.array([0, 1], pa.int8()), "a column 'keep' of int8, not of booleans"),
+        ("shard", pa.array([0, 1]), "a column 'shard' of int64, not of strings"),
+        ("keep", pa.array([True, None]), "rows without 'keep'"),
+        ("index", pa.array([None, 1], pa.int32()), "rows without 'index'"),
+    ],
+)
+def test_columns_of_another_kind(corpus, column, values, message):
+    folder, rows = corpus
+    table = pa.Table.from_pylist(rows[:2])
+    table = table.set_column(table.column_names.index(column), column, values)
+    pq.write_table(table, folder / "manifest.parquet")
+    with pytest.raises(ValueError, match=message):
+        KeptPairs(TarSource(folder / "a.tar"), folder / "manifest.parquet")
+
+
+def test_a_damaged_page_is_told_with_the_name(corpus):
+    folder, rows = corpus
+    manifest = write_manifest(folder, rows)
+    content = bytearray(manifest.read_bytes())
+    content[4:60] = bytes(56)
+    manifest.write_bytes(content)
+    with pytest.raises(ValueError, match=r"manifest '.*manifest.parquet' is damaged \([^\n]*\); curate again"):
+        KeptPairs(TarSource(folder / "*.tar"), manifest)
+
+
+def test_other_pictures_under_the_same_names_and_keys(tmp_path):
+    """img2dataset calls the first shard of every set 00000.tar and its first pair 000000000."""
+    for name, start in (("ours", 100), ("theirs", 200), ("longer", 200)):
+        (tmp_path / name).mkdir()
+        members = {}
+        for number in range(5):
+            picture = encode(np.full((4, 4, 3), start + number, np.uint8))
+            members[f"{number:09d}.png"] = picture + bytes(9999 if name == "longer" else 0)
+            members[f"{number:09d}.txt"] = b"a caption"
+        write_tar(tmp_path / name / "00000.tar", members)
+    made_of = tmp_path / "made_of"
+    with LocalEngine(1) as engine:
+        curate(str(tmp_path / "ours" / "00000.tar"), made_of, config=CurateConfig(min_side_px=0), engine=engine)
+    assert len(KeptPairs(TarSource(tmp_path / "ours" / "00000.tar"), made_of / "manifest.parquet")) == 5
+    for name, told in (("theirs", "another picture '000000000'"), ("longer", "picture '000000000' in another place")):
+        with pytest.raises(ValueError, match=told):
+            KeptPairs(TarSource(tmp_path / name / "00000.tar"), made_of / "manifest.parquet")
 
 
 @pytest.mark.slow

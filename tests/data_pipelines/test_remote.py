@@ -2,7 +2,9 @@
 
 import multiprocessing
 import pickle
+import sys
 import time
+import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -237,3 +239,29 @@ def test_other_file_systems(tmp_path, monkeypatch):
         source[7]
     with pytest.raises(ValueError, match="is a folder"):
         files.stat("memory://bucket")
+
+
+@pytest.mark.parametrize(
+    "name, kind, told",
+    [
+        ("NoCredentialsError", PermissionError, "check the credentials"),
+        ("EndpointConnectionError", remote.RemoteError, "failed 6 times"),
+    ],
+)
+def test_errors_of_cloud_clients_are_one_line(monkeypatch, name, kind, told):
+    base = type("BotoCoreError", (Exception,), {})  # as in botocore, which need not be installed: no OSError
+    module = types.ModuleType("botocore.exceptions")
+    module.BotoCoreError = base
+    monkeypatch.setitem(sys.modules, "botocore.exceptions", module)
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
+    error = type(name, (base,), {})("Unable to\nconnect")
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "info", fail)
+    with pytest.raises(
+        kind, match=f"memory://bucket/a.tar.*{name}: Unable to connect.*{told}|{told}.*{name}"
+    ) as caught:
+        files.stat("memory://bucket/a.tar")
+    assert "\n" not in str(caught.value)

@@ -79,10 +79,12 @@ def test_broken_texts_are_stated_not_raised(tmp_path):
         "2.txt": b"no image",
         "3.json": b"[1]",
         "4.jpg": b"",
+        "5.json": b"[" * 100_000,  # deeper than Python recurses
     }
     pairs = list(TarSource(write_tar(tmp_path / "a.tar", members)))
-    assert [pair.problems for pair in pairs] == [("invalid_json", "invalid_utf8"), (), ("invalid_json",), ()]
-    assert [pair.image for pair in pairs] == [b"i", None, None, b""]
+    json_problem = ("invalid_json",)
+    assert [pair.problems for pair in pairs] == [("invalid_json", "invalid_utf8"), (), json_problem, (), json_problem]
+    assert [pair.image for pair in pairs] == [b"i", None, None, b"", None]
     assert pairs[0].fields == {}
 
 
@@ -228,8 +230,21 @@ def test_a_shard_that_vanishes_or_is_replaced_stops_the_run(tmp_path):
         replaced[0]
     keys(cut)
     os.truncate(shards[2], 600)
-    with pytest.raises(OSError, match=r"c\.tar' ends before byte \d+: it was cut after it was opened"):
+    with pytest.raises(ShardLost, match=r"c\.tar' was cut while it was in use: it ends before byte \d+"):
         cut[2]
+
+
+def test_another_shard_of_the_same_size_is_noticed(tmp_path):
+    """Its places may be the same, its pairs are not."""
+    write_pairs(tmp_path / "a.tar", 3)
+    source = TarSource(tmp_path / "a.tar")
+    write_pairs(tmp_path / "b.tar", 3, first=500)
+    assert (tmp_path / "b.tar").stat().st_size == (tmp_path / "a.tar").stat().st_size
+    os.replace(tmp_path / "b.tar", tmp_path / "a.tar")
+    with pytest.raises(ShardLost, match=r"a\.tar' was replaced while it was in use"):
+        source[0]
+    with pytest.raises(ShardLost, match=r"a\.tar' was replaced while it was in use"):
+        pickle.loads(pickle.dumps(source))[0]
 
 
 def write_side(path: Path, rows: list[dict]) -> None:
@@ -287,12 +302,12 @@ def test_packed_tars_are_named(tmp_path):
         TarSource(shard)
 
 
-def test_storage_that_fails_costs_a_pair_and_a_lost_shard_the_run(tmp_path):
-    cut, gone = (TarSource(write_pairs(tmp_path / f"{name}.tar", 3)) for name in "ab")
-    os.truncate(tmp_path / "a.tar", 600)
+def test_storage_that_fails_costs_a_pair_and_a_lost_shard_the_run(tmp_path, monkeypatch):
+    worn, gone = (TarSource(write_pairs(tmp_path / f"{name}.tar", 3)) for name in "ab")
     (tmp_path / "b.tar").unlink()
-    with pytest.raises(BrokenPair) as error:
-        read_pair(cut, 2)
-    assert error.value.reason == "unreadable"
+    with monkeypatch.context() as patched, pytest.raises(BrokenPair) as error:
+        patched.setattr(os, "pread", lambda *_: os.close(-1))  # raises OSError, as a worn disk does
+        read_pair(worn, 2)
+    assert error.value.reason == "unreadable" and read_pair(worn, 2)
     with pytest.raises(ShardLost, match="b.tar"):
         read_pair(gone, 2)

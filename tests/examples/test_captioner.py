@@ -252,6 +252,7 @@ def test_saved_and_loaded(stage_1, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.slow
 def test_command_line(source, tmp_path, capsys):
     heldout = tmp_path / "few.tar"
     with tarfile.open(SHARDS) as whole, tarfile.open(heldout, "w") as few:

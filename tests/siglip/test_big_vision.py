@@ -108,7 +108,7 @@ POOLS = [
 ]
 
 
-@pytest.mark.parametrize("layout", ["loop", "scan"])
+@pytest.mark.parametrize("layout", ["loop", pytest.param("scan", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("image, text, out_dim", POOLS, ids=lambda part: isinstance(part, dict) and part["pool"] or "")
 def test_what_is_read_back_computes_the_same_as_float64_numpy(tmp_path, image, text, out_dim, layout):
     """Grids of 3 x 4, heads of 4 to 36, every pooling there is."""

@@ -1,4 +1,4 @@
-"""Every recipe that starts from a trained model trains: from a run of the quick start, on the shipped sample, for two steps."""
+"""Every recipe trains: from scratch, or from a run of the quick start, on the shipped sample, for two steps."""
 
 import dataclasses
 import json
@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import data_pipelines
+from data_pipelines.sources.opening import open_source
+from data_pipelines.sources.writing import TarWriter
 from siglip import trees
 from siglip.checkpoint import read_run_params
 from siglip.cli.training import _train
@@ -80,3 +83,19 @@ def test_higher_resolution_takes_everything_to_a_finer_grid(quickstart, tmp_path
     assert lr == pytest.approx(2e-5)
     rest = {path: leaf for path, leaf in before.items() if path not in ("img/pos_embedding", "t", "b")}
     assert 0 < largest_change(rest, after, "") <= 1.02 * lr
+
+
+@pytest.mark.slow
+def test_alignment_mixes_the_sample_with_pairs_of_ones_own_that_have_one_caption(tmp_path):
+    sample = open_source(str(Path(data_pipelines.__file__).parent / "sample" / "emoji-train-00000.tar"))
+    with TarWriter(tmp_path / "own.tar") as shard:
+        for index in range(100):
+            shard.write(dataclasses.replace(sample[index], fields={"txt": sample[index].fields["txt"]}))
+    config = smoke("alignment", tmp_path / "run")
+    emoji, own = config.data.sources
+    sources = (emoji, dataclasses.replace(own, shards=str(tmp_path / "own.tar")))
+    _train(dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources)), Alone())
+    first, last = read_metrics(tmp_path / "run")
+    assert 0 < last["data/source_1/pairs"] < 2 * config.batch_size and np.isfinite(last["train/loss"])
+    assert last["data/source_0/pairs"] + last["data/source_1/pairs"] == 2 * config.batch_size
+    assert not any(name.startswith("train/substituted") for name in first)

@@ -1,6 +1,7 @@
 """Dropout and patch dropout act in training only, and draw from (seed, step) alone."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +23,24 @@ def model(*, scan: bool = False, remat: str = "none", **image) -> ModelConfig:
     )
 
 
+@functools.cache
+def start(config):
+    return jax.jit(lambda: init_params(config, jax.random.key(1)))()
+
+
+@functools.cache
+def program(config, train):
+    def apply(params, images, texts, key):
+        return make_model(config).apply({"params": params}, images, texts, train=train, rngs={"dropout": key})
+
+    return jax.jit(apply)
+
+
 def outputs(config, *, train, seed=0):
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.uniform(-1, 1, (3, 16, 16, 3)), jnp.float32)
     texts = jnp.asarray(rng.integers(20, size=(3, 5)), jnp.int32)
-    params = jax.jit(lambda: init_params(config, jax.random.key(1)))()
-    apply = jax.jit(
-        lambda key: make_model(config).apply({"params": params}, images, texts, train=train, rngs={"dropout": key})
-    )
-    return apply(jax.random.key(seed))
+    return program(config, train)(start(config), images, texts, jax.random.key(seed))
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -58,7 +68,7 @@ def test_patch_dropout_keeps_some_patches_with_their_positions():
 
 def test_a_patch_is_kept_as_often_as_any_other():
     config = model(patch_dropout=0.75)
-    params = jax.jit(lambda: init_params(config, jax.random.key(1)))()
+    params = start(config)
     images = jnp.zeros((256, 16, 16, 3))
 
     def kept(key):
@@ -79,7 +89,7 @@ def test_kept_patches_are_embedded_as_without_dropping():
     config = model(patch_dropout=0.75)
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.uniform(-1, 1, (3, 16, 16, 3)), jnp.float32)
-    params = jax.jit(lambda: init_params(config, jax.random.key(1)))()
+    params = start(config)
     apply = make_model(config).apply
     every = np.asarray(apply({"params": params}, images, None)[2]["img/with_posemb"])
     some = apply({"params": params}, images, None, train=True, rngs={"dropout": jax.random.key(0)})[2][

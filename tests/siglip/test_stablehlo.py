@@ -22,7 +22,7 @@ ODD = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("config", [square_model(), ODD], ids=["square", "odd"])
+@pytest.mark.parametrize("config", [pytest.param(square_model(), marks=pytest.mark.slow), ODD], ids=["square", "odd"])
 def test_programs_give_the_equations_numbers(tmp_path, config):
     params = random_params(config)
     stablehlo.write(tmp_path, params, config)

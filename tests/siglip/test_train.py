@@ -283,8 +283,18 @@ def test_a_batch_that_does_not_divide_is_named(tmp_path, monkeypatch):
     assert not (tmp_path / "config.json").exists()
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=4, fsdp_min_size_bytes=1024)])
-@pytest.mark.parametrize("impl", ["all_gather", "ring"])
+FSDP = MeshConfig(fsdp=4, fsdp_min_size_bytes=1024)
+
+
+@pytest.mark.parametrize(
+    "mesh, impl",
+    [
+        (MeshConfig(), "all_gather"),
+        (FSDP, "ring"),
+        pytest.param(MeshConfig(), "ring", marks=pytest.mark.slow),
+        pytest.param(FSDP, "all_gather", marks=pytest.mark.slow),
+    ],
+)
 def test_any_mesh_and_loss_gives_the_same_run(tmp_path, mesh, impl, monkeypatch):
     use_devices(monkeypatch, 1)
     expected = train(tiny_config(tmp_path / "one", total_steps=5), TinyBatches())

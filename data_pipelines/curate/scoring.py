@@ -1,0 +1,132 @@
+"""The stage that needs a model: a score for every pair, and the pairs that are close to an evaluation picture.
+
+    embed_protected   the pictures of one evaluation shard -> their embeddings, a file
+    score_group       the shards of one group -> their scores, files that are kept, and what leaks
+
+Tasks bring the scorer. Where they go to other processes it is pickled, and has to unpickle from what describes it.
+
+    score            zimg . ztxt, NaN without a picture
+    similarity       max over evaluation pictures of zimg . zeval
+
+The trap: the last digits of a matrix product depend on how many threads share it. A batch never holds pairs of two shards, and
+the product only finds which evaluation pictures may be closest; how close they are is summed in one order everywhere.
+"""
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipelines.atomic import new_file
+from data_pipelines.curate import leaks, scores
+from data_pipelines.curate.exchange import Exchange
+from data_pipelines.curate.layout import Work
+from data_pipelines.curate.tables import read_metadata, write_table
+
+_COMPARED_AT_ONCE = 256
+_ROUNDING = 1e-4  # more than two sums of thousands of float32 products that add up to a cosine may differ by
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """protected: evaluation shards; tables: of each its scan."""
+
+    work: Work
+    scorer: scores.Scorer
+    protected: tuple[str, ...]
+    tables: tuple[Path, ...]
+
+    @property
+    def folder(self) -> Path:
+        return self.work.folder / "embedded"
+
+
+def embedding_leaks(work: Work) -> Exchange:
+    """Pairs whose embedding is close to an evaluation picture's, by group."""
+    return work.to_groups("embedding-leaks", sources=work.groups)
+
+
+def embed_protected(task: tuple[Scoring, int]) -> None:
+    """Embeds one evaluation shard."""
+    scoring, number = task
+    limit = scoring.work.config.max_image_pixels
+    rows, zimg = scores.embed_pictures(scoring.scorer, scoring.tables[number], scoring.protected[number], limit)
+    with new_file(scoring.folder / f"{number:06d}.npz") as partial, partial.open("wb") as file:
+        np.savez(file, rows=rows, zimg=zimg)
+
+
+def score_group(task: tuple[Scoring, int]) -> None:
+    """Scores the shards of one group, unless their scores are there and fit; finds the leaks."""
+    scoring, group = task
+    work = scoring.work
+    protected = _read_protected(scoring.folder, len(scoring.protected))
+    tables = []
+    for shard in work.layout.members(group):
+        _score_shard(scoring, shard, protected)
+        tables.append(leaks.embedding_leaks(work, shard, protected.places, scoring.tables))
+    table = pa.concat_tables(tables)
+    embedding_leaks(work).scatter(group, table, np.full(len(table), group))
+
+
+def closest(zimg: np.ndarray, against: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row the closest of the others, the first of equal ones, and the cosine: the same bits for any number of threads.
+
+    zimg: float32 [n, e]; against: float32 [m, e], m > 0 -> int32 [n], float32 [n]
+    """
+    place, similarity = np.zeros(len(zimg), np.int32), np.zeros(len(zimg), np.float32)
+    for start in range(0, len(zimg), _COMPARED_AT_ONCE):
+        some = zimg[start : start + _COMPARED_AT_ONCE]
+        roughly = some @ against.T
+        near = roughly >= roughly.max(1, keepdims=True) - _ROUNDING
+        for row, picture in enumerate(some):
+            candidates = np.flatnonzero(near[row])
+            exactly = np.einsum("me,e->m", against[candidates], picture)
+            best = exactly.argmax()
+            place[start + row], similarity[start + row] = candidates[best], exactly[best]
+    return place, similarity
+
+
+@dataclass(frozen=True)
+class _Protected:
+    """Evaluation pictures: place int32 [m, 2] (shard, index), embedding float32 [m, e], and what identifies them."""
+
+    places: np.ndarray
+    embeddings: np.ndarray
+    digest: str
+
+
+def _score_shard(scoring: Scoring, shard: int, protected: _Protected) -> None:
+    """Writes score, similarity to and number of the closest evaluation picture, a row a pair."""
+    work, scorer = scoring.work, scoring.scorer
+    table, out = work.layout.tables[shard], scores.scores_path(work, shard)
+    digest = json.dumps([read_metadata(table)["digest"], scorer.fingerprint, protected.digest])
+    if read_metadata(out).get("digest") == digest:
+        return
+    captions = pq.read_table(table, columns=["caption"])["caption"].to_pylist()
+    score, similarity = np.full((2, len(captions)), np.nan, np.float32)
+    number = np.full(len(captions), -1, np.int32)
+    rows, zimg = scores.embed_pictures(scorer, table, work.layout.shards[shard], work.config.max_image_pixels)
+    if len(rows):
+        score[rows] = np.einsum("be,be->b", zimg, scorer.embed_texts([captions[row] for row in rows.tolist()]))
+    if len(rows) and len(protected.places):
+        number[rows], similarity[rows] = closest(zimg, protected.embeddings)
+    columns = {"score": score, "similarity": similarity, "closest": number}
+    write_table(out, pa.table(columns).replace_schema_metadata({"digest": digest}))
+
+
+@functools.lru_cache(1)
+def _read_protected(folder: Path, count: int) -> _Protected:
+    places, embedded = [np.zeros((0, 2), np.int32)], []
+    for number in range(count):
+        with np.load(folder / f"{number:06d}.npz") as arrays:
+            rows, zimg = arrays["rows"], arrays["zimg"]
+        if len(rows):
+            places.append(np.stack([np.full(len(rows), number, np.int32), rows.astype(np.int32)], axis=1))
+            embedded.append(zimg)
+    embeddings = np.concatenate(embedded) if embedded else np.zeros((0, 0), np.float32)
+    return _Protected(np.concatenate(places), embeddings, hashlib.sha256(embeddings.tobytes()).hexdigest())
