@@ -80,7 +80,10 @@ class KeptPairs:
                 raise _other_shards(manifest, shard, f"picture {told['key']!r} in another place")
             if number % stride:
                 continue
-            pair = self.source[row]
+            try:
+                pair = self.source[row]
+            except OSError:  # storage fails here and now; the stream will say so
+                continue
             if pair.key != told["key"]:
                 raise _other_shards(manifest, shard, f"{told['key']!r} in place of {pair.key!r}")
             if told.get("sha256") and told["sha256"] != hashlib.sha256(pair.image or b"").hexdigest():
@@ -174,7 +177,7 @@ def read_manifest(
         kept = rows[keep[mine]]
         np.bitwise_or.at(bits, kept >> 3, (0x80 >> (kept & 7)).astype(np.uint8))
         counted += np.bincount(number[mine], minlength=len(shards))
-        compared = mine[number[mine] % -(-len(shards) // _COMPARED_SHARDS) == 0]
+        compared = mine[keep[mine] & (number[mine] % -(-len(shards) // _COMPARED_SHARDS) == 0)]
         some |= _first_and_middle(batch, number, compared, starts)
     for number, pairs in enumerate(np.diff(starts)):
         if counted[number] != pairs:
@@ -201,7 +204,7 @@ def _batches(file: pyarrow.parquet.ParquetFile, name: str) -> Iterator[pyarrow.R
 def _first_and_middle(
     batch: pyarrow.RecordBatch, number: np.ndarray, among: np.ndarray, starts: Sequence[int]
 ) -> dict[int, dict]:
-    """Of each shard among some rows of a batch two rows, and what is told of them."""
+    """Of each shard among some rows of a batch two of these rows, and what is told of them."""
     _, first, count = np.unique(number[among], return_index=True, return_counts=True)
     chosen = np.unique(among[np.concatenate([first, np.minimum(first + count // 2, len(among) - 1)])])
     names = [name for name in batch.schema.names if name in ("index", *_COMPARED_COLUMNS)]

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 MAX_DEATHS = 3
-SILENCE_S = 600.0  # Longer than a pair takes whose storage stalls in every retry.
+SILENCE_S = 1200.0  # Longer than a pair takes whose storage stalls in every retry, of a long read and then of its own.
 _ALIGNMENT_BYTES = 64
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 

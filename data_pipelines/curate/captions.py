@@ -33,6 +33,7 @@ _OVERLAYS = {chr(code) for code in range(0x334, 0x339)}
 _BLANKS = "\xa0\u2800\u3164\uffa0"  # no-break space, Braille blank, fillers of Hangul
 _FILLERS = "\u115f\u1160"  # parts of old Hangul, where a letter stands beside them
 _OBJECT = "\ufffc"  # stands for a picture
+_MOST_MARKS = 30  # on one letter, as in Unicode's stream-safe text (UAX #15): NFC takes the square of their number
 _MOST_CONTROLS = 0.25  # of a text; UTF-16 of other scripts has more, and is valid UTF-8 all the same
 UNKNOWN = "un"
 
@@ -105,10 +106,12 @@ def _is_binary(text: str) -> bool:
 
 
 def _visible(text: str) -> str:
-    """The text without control, format and overlay characters; tabs, blanks and Unicode's line ends become spaces."""
+    """The text without control, format and overlay characters, and marks heaped on a letter; tabs, blanks and Unicode's line
+    ends become spaces.
+    """
     if text.isascii() and text.isprintable():
         return text
-    out = []
+    out, marks = [], 0
     for place, character in enumerate(text):
         category = unicodedata.category(character)
         if character in "\n\r":
@@ -121,8 +124,14 @@ def _visible(text: str) -> str:
             continue
         elif category == "Mn" and "\ufe00" <= character <= "\ufe0f" and not _is_varied(text[place - 1 : place]):
             continue
+        elif category[0] == "M":
+            marks += 1
+            if marks <= _MOST_MARKS:
+                out.append(character)
+            continue
         else:
             out.append(character)
+        marks = 0
     return "".join(out)
 
 

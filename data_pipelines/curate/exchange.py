@@ -8,6 +8,7 @@ The trap: the order of rows in a bucket must not depend on who finished first: f
 And an Arrow file would not do: whoever opens one reads its list of batches, 24 bytes a bucket, for the few rows of one.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pyarrow as pa
 from data_pipelines.atomic import new_file
 
 _PLACE_BYTES = 8
+_SORTED_BYTES = 1 << 29
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
@@ -32,17 +34,15 @@ class Exchange:
         """Writes the rows of one map task. buckets: int [n], the bucket of each row."""
         assert len(buckets) == len(table) and (len(buckets) == 0 or int(buckets.max()) < self.buckets)
         order = np.argsort(buckets, kind="stable")
-        batch = _one_batch(table.take(pa.array(order)))
         ends = np.searchsorted(buckets[order], np.arange(self.buckets), side="right")
         with new_file(self._file(source)) as partial, pa.OSFile(str(partial), "wb") as file:
-            with pa.ipc.new_stream(file, batch.schema, options=_OPTIONS) as stream:
-                stream.write_batch(batch.slice(0, 0))  # the schema is written with the first batch
-                places, start = [file.tell()], 0
-                for end in ends.tolist():
-                    if end > start:
-                        stream.write_batch(batch.slice(start, end - start))
+            with pa.ipc.new_stream(file, table.schema, options=_OPTIONS) as stream:
+                stream.write_batch(_one_batch(table.slice(0, 0)))  # the schema is written with the first batch
+                places = [file.tell()]
+                for rows in _by_bucket(table, order, ends):
+                    if len(rows):
+                        stream.write_batch(rows)
                     places.append(file.tell())
-                    start = end
             file.write(np.array(places, "<u8").tobytes())
 
     def gather(self, bucket: int) -> pa.Table:
@@ -63,6 +63,27 @@ class Exchange:
         return self.folder / f"{source:06d}.arrow"
 
 
+def _by_bucket(table: pa.Table, order: np.ndarray, ends: np.ndarray) -> Iterator[pa.RecordBatch]:
+    """The rows of each bucket, sorted for some buckets at a time: an Arrow array of bytes ends at 2 GiB."""
+    at_once, wide = len(table), table
+    if table.nbytes > _SORTED_BYTES:
+        at_once, wide = _SORTED_BYTES * len(table) // table.nbytes, table.cast(_wide(table.schema)).combine_chunks()
+    rows, first, start = _one_batch(table.slice(0, 0)), 0, 0
+    for end in ends.tolist():
+        if end > first + len(rows):
+            first = start
+            rows = _one_batch(wide.take(pa.array(order[first : max(end, first + at_once)])).cast(table.schema))
+        yield rows.slice(start - first, end - start)
+        start = end
+
+
+def _wide(schema: pa.Schema) -> pa.Schema:
+    """With 64-bit offsets where columns may hold more than 2 GiB."""
+    wide = {pa.binary(): pa.large_binary(), pa.string(): pa.large_string()}
+    return pa.schema([field.with_type(wide.get(field.type, field.type)) for field in schema])
+
+
 def _one_batch(table: pa.Table) -> pa.RecordBatch:
     batches = table.combine_chunks().to_batches()
+    assert len(batches) < 2, f"{table.nbytes} bytes are too many for one bucket"
     return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)

@@ -11,7 +11,6 @@ index grows with the evaluation sets, not with the corpus; a hundred thousand pi
 """
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,30 +75,24 @@ def find_leaks(task: tuple[Work, Path, int]) -> None:
     hash_leaks(work).scatter(group, table, np.full(len(table), group))
 
 
-def embedding_leaks(work: Work, shard: int, places: np.ndarray, scans: Sequence[Path]) -> pa.Table:
+def embedding_leaks(work: Work, shard: int, places: np.ndarray, thumbnails: pa.ChunkedArray) -> pa.Table:
     """The verdicts of one shard by embedding: the closest evaluation picture, if it is close and looks the same.
 
-    places: [m, 2], shard and index of each embedded evaluation picture; scans: of each evaluation shard its table.
+    places: [m, 2], shard and index of each embedded evaluation picture; thumbnails: of each.
     """
     table = pq.read_table(scores_path(work, shard), columns=["similarity", "closest"])
     rows = np.flatnonzero(np.nan_to_num(table["similarity"].to_numpy(), nan=-1.0) > work.config.leak_similarity)
-    closest = places[table["closest"].to_numpy()[rows]]
-    thumbnails = _thumbnail_column(work.layout.tables[shard])
+    closest = table["closest"].to_numpy()[rows]
     same = np.zeros(len(rows), bool)
+    every = pq.read_table(work.layout.tables[shard], columns=["thumbnail"])["thumbnail"] if len(rows) else None
     for start in range(0, len(rows), _CONFIRMED_AT_ONCE):
         some = slice(start, start + _CONFIRMED_AT_ONCE)
-        theirs = [_thumbnail_column(scans[number]).slice(index, 1).combine_chunks() for number, index in closest[some]]
-        ours, theirs = thumbnails.take(pa.array(rows[some])), pa.chunked_array(theirs)
+        ours, theirs = every.take(pa.array(rows[some])), thumbnails.take(pa.array(closest[some]))
         cut = np.zeros((len(ours), 4), np.float32)
         same[some] = confirm.same_picture(decoded(ours), decoded(theirs), cut, _tolerance(work.config))
-    rows, closest = rows[same], closest[same]
+    rows, shown = rows[same], places[closest[same]]
     found = {"shard": np.full(len(rows), shard, np.int32), "index": rows.astype(np.int32)}
-    return verdicts(found | {"of_shard": closest[:, 0], "of_index": closest[:, 1]}, "eval_leak_embedding")
-
-
-@functools.lru_cache(4)
-def _thumbnail_column(scan: Path) -> pa.ChunkedArray:
-    return pq.read_table(scan, columns=["thumbnail"])["thumbnail"]
+    return verdicts(found | {"of_shard": shown[:, 0], "of_index": shown[:, 1]}, "eval_leak_embedding")
 
 
 def _tolerance(config: CurateConfig) -> confirm.Tolerance:

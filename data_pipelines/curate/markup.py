@@ -1,7 +1,8 @@
 """Captions that are the source of a page, not its text: tags, templates, wiki and BBCode, style sheets, scripts, escapes.
 
 One sign anywhere is enough: what holds half a tag was cut out of a page by a machine, and the rest of it with it.
-Every pattern needs some character; it is searched for only in captions that have it, which few captions do.
+Every pattern needs some character; it is searched for only in captions that have it, which few captions do. None begins at
+many places and reads on to the end from each: a caption may be a megabyte.
 
 The trap: angle and square brackets also hold titles ("<Parasite>", "Portrait [1885]", "cat falls [video]"). So a tag counts only
 with an element's name, an attribute or an end tag, and a shortcode that is a word only with an attribute or an end tag.
@@ -46,13 +47,13 @@ _SIGNS = (
         r"\[[^\[\]]*\]\(\s*(?:https?:|www\.|mailto:|[/#.]|[\w/-]+\.\w)",  # Markdown links
     )),
     ("{", (
-        r"\{\{.+|\{%.+|\{#.+#\}|[$#@%]\{\s*\w",  # Jinja, Handlebars, Angular, shells
-        r"^\s*\[?\s*\{\s*[\"'“]?[\w$-]+[\"'”]?\s*:",  # JSON
+        r"\{\{.+|\{%.+|^(?:(?!\{#).)*+\{#.+#\}|[$#@%]\{\s*\w",  # Jinja, Handlebars, Angular, shells
+        r"^\s*+(?:\[\s*+)?\{\s*[\"'“]?[\w$-]+[\"'”]?\s*:",  # JSON
         r"[\w\])*]\s*\{\s*[\w-]+\s*:[^{}]*\}?",  # rules of a style sheet
         r"\)\s*\{|=>\s*\{|@(?:media|font-face|keyframes|import)\b",
     )),
     ("(", (
-        r"\bfunction\(|\bfunction\s+\w*\([^()]*\)\s*\{|\b(?:document|window|console|jquery|math|json)\.\w+(?:\.\w+)*\s*\(|(?<!\w)\$\(|\bjquery\s*\(",
+        r"\bfunction\(|\bfunction\s+\w*\([^()]*\)\s*\{|\b(?:document|window|console|jquery|math|json)\.\w++(?:\.\w++){0,7}+\s*\(|(?<!\w)\$\(|\bjquery\s*\(",
         r"\.(?:getElement\w+|querySelector\w*|addEventListener|addClass|innerHTML|toString|forEach|ready|css|html)\s*\(|%\(\w+\)[sd]",
         r"javascript:|\brgba?\(\s*\d|\burl\(\s*[\"'/]|\bvoid\(0\)",
     )),

@@ -43,10 +43,13 @@ def materialize(
       FileNotFoundError: a shard of the manifest is gone.
       ValueError: a shard of the manifest has changed since, or OUT holds files that are not ours.
     """
-    kept = int(pq.read_table(manifest, columns=["keep"])["keep"].to_numpy().sum())
-    check_place(out, pq.read_table(manifest, columns=["shard"])["shard"].unique().to_pylist())
+    kept, shards = _survey(manifest)
+    check_place(out, shards)
     names = [f"{number:05d}.{kind}" for number in range(-(-kept // pairs_per_shard))]
     earlier = _written(out)
+    for name in set(names) - earlier:
+        if (out / name).exists():
+            raise ValueError(f"{str(out / name)!r} is no shard of an earlier run; move it or write to another folder")
     _write_listing(out, earlier | set(names))
     writer = {"tar": TarWriter, "arrayrecord": ArrayRecordWriter}[kind]
     pairs, paths = _kept_pairs(manifest), []
@@ -75,6 +78,16 @@ def check_place(out: Path, shards: Iterable[str]) -> None:
         raise ValueError(
             f"new shards go to {str(out)!r}, which holds other files; move them or write to another folder"
         )
+
+
+def _survey(manifest: Path) -> tuple[int, set[str]]:
+    """How many pairs a manifest keeps, and its shards."""
+    kept, shards = 0, set()
+    with pq.ParquetFile(manifest, read_dictionary=["shard"]) as file:
+        for batch in file.iter_batches(columns=["shard", "keep"]):
+            kept += batch["keep"].true_count
+            shards.update(batch["shard"].dictionary.to_pylist())
+    return kept, shards
 
 
 def _written(out: Path) -> set[str]:

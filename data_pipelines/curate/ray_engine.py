@@ -13,6 +13,7 @@ deaths are counted, so that one picture that kills whoever decodes it cannot hol
 """
 
 import contextlib
+import fcntl
 import functools
 import os
 import pickle
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 import uuid
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -34,6 +36,8 @@ _ANSWER_S, _NODE_S, _RECOUNT_S = 30, 60, 5
 _TASKS_PER_CPU = 2  # one runs, one is on its way
 _MOST_LOSSES = 3  # of a task with its machine, after which the task is suspected
 _MARKER = ".cluster-"
+_TEMPORARY = "siglip-ray-"
+_SECRET = uuid.uuid4().hex  # one for all clusters that this process starts: Ray reads it once
 _OBJECT_STORE_BYTES = 80 << 20  # nothing large goes through it; Ray wants at least 75 MiB
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -51,7 +55,7 @@ class RayEngine:
     address: HOST:PORT of the cluster's head, `auto` on one of its machines, ray://HOST:PORT from elsewhere; None starts a
       cluster on this machine, and stops it in the end.
     workers: processes of a cluster that is started here; 0 is one per core.
-    gpus_per_task: of a task that uses a model; with 0 each gets a machine.
+    gpus_per_task: of a task that uses a model; with 0 as many run as there are machines, spread over them.
     """
 
     def __init__(self, folder: Path, *, address: str | None = None, workers: int = 0, gpus_per_task: float = 0):
@@ -90,7 +94,7 @@ class RayEngine:
         return self._map(function, items, {"num_cpus": 1}, _slots)
 
     def map_with_model(self, function: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
-        """The same where items bring a model: spread over the GPUs, or one task a machine."""
+        """The same where items bring a model: spread over the GPUs, or over the machines, about one task on each."""
         # Ray ends a process that used a GPU after its task, and with it the model, unless told otherwise.
         resources = {"num_cpus": 1, "num_gpus": self._gpus_per_task, "max_calls": 0, "scheduling_strategy": "SPREAD"}
         return self._map(function, items, resources, self._slots_with_model)
@@ -123,10 +127,15 @@ class RayEngine:
         remote = ray.remote(max_retries=0, **resources)(_compute)
         running: dict[ray.ObjectRef, tuple[Item, int]] = {}
         lost: deque[tuple[Item, int]] = deque()  # with their machines, and how often
-        most, counted = 0, -float("inf")
+        most, counted, seen = 0, -float("inf"), time.monotonic()
         while waiting or lost or running:
-            if time.monotonic() - counted > _RECOUNT_S:  # machines come and go
-                most, counted = max(1, slots()), time.monotonic()
+            if (now := time.monotonic()) - counted > _RECOUNT_S:  # machines come and go
+                found, counted = slots(), now
+                most, seen = max(1, found), now if found else seen
+                if now - seen > _NODE_S:
+                    told = f"{_NODE_S} s without a machine that can take a task; start one (`ray start --address …`)"
+                    warnings.warn(told, stacklevel=2)
+                    seen = float("inf")  # told once, until one comes
             while (waiting or lost) and len(running) < most:
                 item, losses = lost.popleft() if lost else (waiting.popleft(), 0)
                 payload = pickle.dumps((function, item))
@@ -211,16 +220,45 @@ def _start(workers: int, cleanup: contextlib.ExitStack) -> None:
     """A cluster of this machine alone, with its files in a folder of its own."""
     import ray
 
-    # A secret of this process; without one, Ray would write one into the home folder.
-    os.environ.setdefault("RAY_AUTH_TOKEN", uuid.uuid4().hex)
-    # Paths of sockets have at most 107 characters: TMPDIR may be too deep.
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+    if "RAY_AUTH_TOKEN" not in os.environ:  # Ray would write one into the home folder.
+        os.environ["RAY_AUTH_TOKEN"] = _SECRET
+        cleanup.callback(os.environ.pop, "RAY_AUTH_TOKEN", None)
+    folder = _make_folder(cleanup)
     cleanup.callback(ray.shutdown)
     ray.init(
         address="local", num_cpus=workers, object_store_memory=_OBJECT_STORE_BYTES, include_dashboard=False,
         log_to_driver=False, logging_level="ERROR", _temp_dir=folder,
     )  # fmt: skip
+
+
+def _make_folder(cleanup: contextlib.ExitStack) -> str:
+    """One for the files of a cluster, locked for as long as it is in use; those that killed processes left are removed."""
+    # Paths of sockets have at most 107 characters: TMPDIR may be too deep.
+    for left in Path("/tmp").glob(f"{_TEMPORARY}*"):
+        if (lock := _lock(left)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+    while True:
+        folder = tempfile.mkdtemp(prefix=_TEMPORARY, dir="/tmp")
+        if (lock := _lock(folder)) is not None:  # else another took it for one that was left
+            break
+    cleanup.callback(os.close, lock)
+    cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _lock(folder: str | os.PathLike) -> int | None:
+    """A descriptor that locks a folder of this user until it is closed, or its process killed; None if it is in use or gone."""
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_uid == os.getuid() and os.path.samestat(os.fstat(lock), os.stat(folder)):
+            return lock
+    os.close(lock)
+    return None
 
 
 def _join(address: str, cleanup: contextlib.ExitStack) -> None:

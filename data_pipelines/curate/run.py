@@ -62,16 +62,8 @@ def curate(
       FileNotFoundError: a pattern matches nothing.
       ValueError: what the thresholds need is missing; no pair is readable; or shards failed, the others are scanned.
     """
-    if config.needs_scores and scorer is None:
-        raise ValueError("min_score and top_share need a model that scores pairs: give one with --model SRC")
-    if config.concept_cap is not None:
-        if concepts is None:
-            raise ValueError("concept_cap needs a list of concepts: give a file, one a line, with --concepts FILE")
-        scores.read_concepts(concepts)
-        concepts = os.path.abspath(concepts)
-    elif concepts is not None:
-        raise ValueError(f"--concepts {concepts} is for the balance of concepts: add --concept-cap 20000 or the like")
-    out = out.absolute()  # workers may stand in another folder
+    _check_needs(config, scorer, concepts)
+    out, concepts = out.absolute(), concepts and os.path.abspath(concepts)  # workers may stand in another folder
     names = expand_shards(shards)
     protected = expand_shards(against) if against else []
     run = _Run(out, engine, progress)
@@ -103,6 +95,18 @@ def curate(
     finally:
         shutil.rmtree(work.folder, ignore_errors=True)
     return funnel
+
+
+def _check_needs(config: CurateConfig, scorer: scores.Scorer | None, concepts: str | None) -> None:
+    """Raises ValueError where a threshold lacks what it needs, or what is given has no use."""
+    if config.needs_scores and scorer is None:
+        raise ValueError("min_score and top_share need a model that scores pairs: give one with --model SRC")
+    if config.concept_cap is not None:
+        if concepts is None:
+            raise ValueError("concept_cap needs a list of concepts: give a file, one a line, with --concepts FILE")
+        scores.read_concepts(concepts)
+    elif concepts is not None:
+        raise ValueError(f"--concepts {concepts} is for the balance of concepts: add --concept-cap 20000 or the like")
 
 
 class _Run:

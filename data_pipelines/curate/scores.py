@@ -57,10 +57,15 @@ def embed_pictures(scorer: Scorer, table: Path, shard: str, max_pixels: int) -> 
     return np.concatenate(rows), np.concatenate(embeddings) if embeddings else np.zeros((0, 0), np.float32)
 
 
+def decodable(table: Path) -> np.ndarray:
+    """The rows of a scan that have a picture. -> int64 [n]"""
+    reasons = pq.read_table(table, columns=["reasons"])["reasons"].to_pylist()
+    return np.array([row for row, faults in enumerate(reasons) if not NO_IMAGE.intersection(faults)], np.int64)
+
+
 def _images(scorer: Scorer, table: Path, shard: str, max_pixels: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of (row numbers [n], uint8 [n, h, w, 3]); every batch but the last of a shard has the same size."""
-    reasons = pq.read_table(table, columns=["reasons"])["reasons"].to_pylist()
-    rows = [row for row, faults in enumerate(reasons) if not NO_IMAGE.intersection(faults)]
+    rows = decodable(table).tolist()
     if not rows:
         return
     source = InOrder(open_source(shard))
@@ -123,7 +128,6 @@ def bin_of(histogram: np.ndarray, largest: int) -> tuple[int, int]:
     return len(histogram) - 1 - place, largest - int(above[place - 1] if place else 0)
 
 
-@functools.lru_cache(1)
 def read_concepts(path: str) -> tuple[dict[str, int], int]:
     """Concept -> number, and the most words of one. A text file, one a line, or a JSON list as MetaCLIP's.
 
@@ -133,6 +137,11 @@ def read_concepts(path: str) -> tuple[dict[str, int], int]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"concepts {path!r}: no such file; write one, a concept a line")
+    return _parse_concepts(path, Path(path).stat().st_mtime_ns)
+
+
+@functools.lru_cache(1)
+def _parse_concepts(path: str, modified_ns: int) -> tuple[dict[str, int], int]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         entries = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()

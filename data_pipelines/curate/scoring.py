@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from data_pipelines.atomic import new_file
 from data_pipelines.curate import leaks, scores
@@ -64,11 +65,11 @@ def score_group(task: tuple[Scoring, int]) -> None:
     """Scores the shards of one group, unless their scores are there and fit; finds the leaks."""
     scoring, group = task
     work = scoring.work
-    protected = _read_protected(scoring.folder, len(scoring.protected))
+    protected = _read_protected(scoring.folder, scoring.tables)
     tables = []
     for shard in work.layout.members(group):
         _score_shard(scoring, shard, protected)
-        tables.append(leaks.embedding_leaks(work, shard, protected.places, scoring.tables))
+        tables.append(leaks.embedding_leaks(work, shard, protected.places, protected.thumbnails))
     table = pa.concat_tables(tables)
     embedding_leaks(work).scatter(group, table, np.full(len(table), group))
 
@@ -93,9 +94,10 @@ def closest(zimg: np.ndarray, against: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 @dataclass(frozen=True)
 class _Protected:
-    """Evaluation pictures: place int32 [m, 2] (shard, index), embedding float32 [m, e], and what identifies them."""
+    """Evaluation pictures: place int32 [m, 2] (shard, index), thumbnail, embedding float32 [m, e], and what identifies them."""
 
     places: np.ndarray
+    thumbnails: pa.ChunkedArray
     embeddings: np.ndarray
     digest: str
 
@@ -104,7 +106,10 @@ def _score_shard(scoring: Scoring, shard: int, protected: _Protected) -> None:
     """Writes score, similarity to and number of the closest evaluation picture, a row a pair."""
     work, scorer = scoring.work, scoring.scorer
     table, out = work.layout.tables[shard], scores.scores_path(work, shard)
-    digest = json.dumps([read_metadata(table)["digest"], scorer.fingerprint, protected.digest])
+    rows = scores.decodable(table)  # not the same in every scan of a shard: storage may fail once
+    digest = json.dumps(
+        [read_metadata(table)["digest"], scorer.fingerprint, protected.digest, xxhash.xxh3_64_hexdigest(rows)]
+    )
     if read_metadata(out).get("digest") == digest:
         return
     captions = pq.read_table(table, columns=["caption"])["caption"].to_pylist()
@@ -119,14 +124,16 @@ def _score_shard(scoring: Scoring, shard: int, protected: _Protected) -> None:
     write_table(out, pa.table(columns).replace_schema_metadata({"digest": digest}))
 
 
-@functools.lru_cache(1)
-def _read_protected(folder: Path, count: int) -> _Protected:
-    places, embedded = [np.zeros((0, 2), np.int32)], []
-    for number in range(count):
+@functools.lru_cache(1)  # the folder is another one in every run
+def _read_protected(folder: Path, tables: tuple[Path, ...]) -> _Protected:
+    places, embedded, thumbnails = [np.zeros((0, 2), np.int32)], [], []
+    for number, table in enumerate(tables):
         with np.load(folder / f"{number:06d}.npz") as arrays:
             rows, zimg = arrays["rows"], arrays["zimg"]
         if len(rows):
             places.append(np.stack([np.full(len(rows), number, np.int32), rows.astype(np.int32)], axis=1))
             embedded.append(zimg)
+            thumbnails += pq.read_table(table, columns=["thumbnail"])["thumbnail"].take(pa.array(rows)).chunks
     embeddings = np.concatenate(embedded) if embedded else np.zeros((0, 0), np.float32)
-    return _Protected(np.concatenate(places), embeddings, hashlib.sha256(embeddings.tobytes()).hexdigest())
+    digest = hashlib.sha256(embeddings.tobytes()).hexdigest()
+    return _Protected(np.concatenate(places), pa.chunked_array(thumbnails, pa.binary()), embeddings, digest)

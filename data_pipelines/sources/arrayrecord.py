@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from data_pipelines.records import Pair, ShardLost
-from data_pipelines.sources import copies, examples, index_file, tfds
+from data_pipelines.sources import copies, examples, files, index_file, tfds
 from data_pipelines.sources.files import Window
 from data_pipelines.sources.index_file import Contents
 from data_pipelines.sources.remote import FileStat
@@ -49,7 +49,11 @@ class ArrayRecordSource(ColumnSource):
             with copies.local_copy(path, header.shard_bytes, header.shard_version) as copy:
                 if not os.path.exists(copy):
                     raise ShardLost(f"shard {path!r} vanished while it was in use; put it back and resume")
-                return _open_file(copy)
+                reader = _open_file(copy)
+                # The name of a copy has size and version in it. A local file is looked at once it is open: no other comes then.
+                if copy == path and files.stat(path) != FileStat(header.shard_bytes, header.shard_version):
+                    raise ShardLost(f"shard {path!r} was replaced while it was in use; start again")
+                return reader
         except (FileNotFoundError, PermissionError, ValueError) as error:
             if isinstance(error, ShardLost):
                 raise

@@ -98,9 +98,12 @@ class BlockCache:
             if self._fetchers == _FETCHERS:
                 return
             self._fetchers += 1
-        threading.Thread(
-            target=self._fetch_pieces, daemon=True
-        ).start()  # none that the interpreter waits for at its end
+        try:  # daemon: none that the interpreter waits for at its end
+            threading.Thread(target=self._fetch_pieces, daemon=True).start()
+        except RuntimeError:  # The process may have no more threads: who wants a piece fetches it.
+            with self._lock:
+                self._fetchers -= 1
+                self._ahead.clear()
 
     def clear(self) -> None:
         """Forgets all; what is on its way comes to nothing."""

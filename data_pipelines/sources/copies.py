@@ -35,7 +35,7 @@ def local_copy(path: str, size: int, version: str) -> Iterator[str]:
         return
     copy = files.cache_path(path, f".{hashlib.sha256(f'{size} {version}'.encode()).hexdigest()[:8]}.copy", "copies")
     os.makedirs(os.path.dirname(copy), exist_ok=True)
-    while (held := _hold(copy, os.O_RDONLY, fcntl.LOCK_SH)) is None:
+    while (held := _hold_whole(copy, size)) is None:
         _fetch(path, size, copy)
     with held:
         now = time.time_ns()
@@ -74,18 +74,32 @@ def _hold(name: str, flags: int, lock: int):
         file.close()
 
 
+def _hold_whole(copy: str, size: int):
+    """A copy, opened and locked; None when there is none, or one that a crash of the machine has cut."""
+    held = _hold(copy, os.O_RDONLY, fcntl.LOCK_SH)
+    if held is None or os.fstat(held.fileno()).st_size == size:
+        return held
+    held.close()
+    return None
+
+
 def _fetch(path: str, size: int, copy: str) -> None:
     """Leaves the copy in its place, or finds it there once the lock is ours."""
     partial = f"{copy.removesuffix('.copy')}.partial"
     with _hold(partial, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX) as file:
         try:
-            if os.path.exists(copy):  # another has brought it while we waited
+            if held := _hold_whole(copy, size):  # another has brought it while we waited
+                held.close()
                 os.unlink(partial)
                 return
             _make_room(os.path.dirname(copy), size)
             file.truncate()  # What is there is of one who was killed.
             for offset in range(0, size, _FETCHED_BYTES):
                 file.write(remote.read_range(path, offset, min(_FETCHED_BYTES, size - offset), total=size))
+            if (written := file.tell()) != size:  # A disk that is full takes a part, without an error.
+                raise OSError(
+                    f"only {written} of {size} bytes of {path!r} fit into {os.path.dirname(copy)!r}; make room there"
+                )
             os.replace(partial, copy)
             _make_room(os.path.dirname(copy), 0)  # Others may have fetched at the same time.
         except BaseException:

@@ -30,6 +30,7 @@ CACHE_BYTES = 1 << 28
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "picture", "bytes", "content")
 KEY_COLUMNS = ("key", "__key__")
 _OPEN_FOOTERS = 64
+_PLANNED_GROUPS = 1024
 _JOIN_GAP_BYTES = 1 << 20
 _FOOTER_GUESS_BYTES = 1 << 16
 
@@ -61,6 +62,7 @@ class ParquetSource(ColumnSource):
     def _prepare(self) -> None:
         super()._prepare()
         self._footer = functools.lru_cache(_OPEN_FOOTERS)(self._read_footer)
+        self._group_read = functools.lru_cache(_PLANNED_GROUPS)(self._plan_group)
         self._groups = _GroupCache(CACHE_BYTES)
 
     def __getstate__(self) -> tuple:
@@ -102,7 +104,7 @@ class ParquetSource(ColumnSource):
         group = bisect.bisect_right(firsts, row) - 1
         return group, row - int(firsts[group])
 
-    def _group_read(self, shard: int, group: int) -> dict:
+    def _plan_group(self, shard: int, group: int) -> dict:
         """A row group as a `BlockCache` wants it."""
         nbytes = sum(chunk.total_uncompressed_size for chunk in self._chunks(shard, group))
         fetch = functools.partial(self._read_group, shard, group)

@@ -44,7 +44,7 @@ class CurateArgs:
         workers: processes; 0 is one per core.
         engine: local computes on this machine, ray on a cluster; --out is then on storage that all its machines share.
         address: of the cluster's head, HOST:PORT, auto on one of its machines, or ray://HOST:PORT; without it, ray starts here.
-        gpus_per_task: of a cluster, for each task that uses the model; with 0 a task gets a machine.
+        gpus_per_task: of a cluster, for each task that uses the model; with 0 about one task a machine.
         materialize: also write the kept pairs as shards into DIR/shards.
     """
 
@@ -88,8 +88,8 @@ def curate_command(args: list[str]) -> None:
     if options.tokenizer is not None and options.model is None:
         raise ValueError(f"--tokenizer {options.tokenizer} is of a model: add --model SRC")
     out, paths = Path(options.out), []
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {options.out} is a file; name a folder")
+    if "://" in options.out or (out.exists() and not out.is_dir()):
+        raise ValueError(f"--out {options.out} is no folder of a file system; name one, mounted if it is elsewhere")
     if options.materialize is not None:
         check_place(out / "shards", expand_shards([*options.shards, *options.against]))
     with Watch() as watch, _engine(options) as engine:

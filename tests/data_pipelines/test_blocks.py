@@ -36,7 +36,6 @@ BATCHES = 30  # one epoch of 8 pairs each
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(remote, "STALL_S", 0.4)
     monkeypatch.setattr(blocks, "GAP_BYTES", 1 << 12)
     served = tmp_path / "served"
     served.mkdir()
@@ -101,7 +100,8 @@ def test_what_finds_no_room_is_read_pair_by_pair(server):
 
 
 @pytest.mark.parametrize("fault", [http_server.refuse(503), http_server.drop, http_server.stall(1)])
-def test_faults_in_long_reads_cost_no_pair(server, fault):
+def test_faults_in_long_reads_cost_no_pair(server, monkeypatch, fault):
+    monkeypatch.setattr(remote, "STALL_S", 0.4)
     expected = local(server)
     open_source(f"{server.url}/*.tar")
     server.faults = [fault] + [None, fault] * 3
@@ -206,19 +206,35 @@ def test_memory_stays_within_the_limit_and_what_is_over_goes_first():
 
 
 def test_pieces_are_fetched_ahead_side_by_side():
-    cache, running, most = BlockCache(1000), [], []
+    cache, running, most, barrier = BlockCache(1000), [], [], threading.Barrier(8)
 
     def fetch():
         running.append(1)
         most.append(len(running))
-        time.sleep(0.05)
+        barrier.wait(60)  # nobody passes before eight are here
         running.pop()
         return b"data"
 
-    for key in range(20):
+    for key in range(16):
         cache.fetch_ahead(key, fetch, nbytes=10, until=1)
-    assert all(cache.get(key, fetch, nbytes=10, until=1) == b"data" for key in range(20))
-    assert len(most) == 20 and 4 < max(most) <= 9
+    assert all(cache.get(key, fetch, nbytes=10, until=1) == b"data" for key in range(16))
+    assert len(most) == 16 and max(most) <= 9
+
+
+def test_without_threads_nothing_is_fetched_ahead(monkeypatch):
+    cache, fetched = BlockCache(1000), []
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for key in range(20):
+            cache.fetch_ahead(key, lambda: fetched.append(1), nbytes=10, until=1)
+    assert not fetched and cache.get(0, lambda: b"data", nbytes=10, until=1) == b"data"
+    begun = threading.Event()
+    cache.fetch_ahead("more", begun.set, nbytes=10, until=1)
+    assert begun.wait(60)
 
 
 def test_a_read_that_fails_is_no_room_and_a_lost_shard_stops():

@@ -3,6 +3,7 @@
 import fcntl
 import multiprocessing
 import os
+import resource
 import time
 
 import http_server
@@ -94,6 +95,25 @@ def test_a_fetch_that_fails_leaves_nothing(server, monkeypatch):
     assert fetch(f"{server.url}/a") == b"a" * SIZE
     with open(os.path.join(where, os.listdir(where)[0])) as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # No lock is left either.
+
+
+def test_a_disk_that_is_full_leaves_no_cut_copy(server):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, hard))  # the kernel takes what fits, without an error
+    try:
+        with pytest.raises(OSError, match=f"only {SIZE // 2} of {SIZE} bytes of .* fit into .*; make room there"):
+            fetch(f"{server.url}/a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(os.path.join(os.environ["XDG_CACHE_HOME"], "siglip", "copies")) == []
+
+
+def test_a_copy_that_was_cut_is_fetched_again(server):
+    with copies.local_copy(f"{server.url}/a", SIZE, "1") as copy:
+        pass
+    os.truncate(copy, SIZE // 2)
+    assert fetch(f"{server.url}/a") == fetch(f"{server.url}/a") == b"a" * SIZE
+    assert len(server.requests) == 2 and os.path.exists(copy)
 
 
 def test_the_limit_is_a_number(monkeypatch):

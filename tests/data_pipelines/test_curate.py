@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from noisy import make_corpus
-from shards import SAMPLE, encode, write_pairs, write_tar
+from shards import SAMPLE, encode, write_pairs
 
 from data_pipelines.curate import layout
 from data_pipelines.curate.config import MENDING, PRESETS, RULES, CurateConfig
@@ -265,44 +265,6 @@ def test_a_caption_on_many_different_pictures(tmp_path):
     assert [row["reason"] for row in rows] == ["repeated_caption"] * 4 + [None] * 2
 
 
-class ColourScorer:
-    """Embeds a picture by its colour, a caption by the number in it: a model whose scores can be worked out by hand."""
-
-    image_size = (4, 4)
-    fingerprint = "colour"
-
-    def embed_images(self, images):
-        angle = images[:, 0, 0, 0].astype(np.float32) / 64
-        return np.stack([np.cos(angle), np.sin(angle)], axis=1)
-
-    def embed_texts(self, texts):
-        angle = np.array([int(text.split()[-1]) for text in texts], np.float32) / 64
-        return np.stack([np.cos(angle), np.sin(angle)], axis=1)
-
-
-def test_scores_shares_and_leaks_by_embedding(tmp_path):
-    members = {}
-    for number in range(40):  # every fourth caption belongs to another picture
-        members[f"{number:06d}.png"] = encode(np.full((4, 4, 3), number, np.uint8))
-        members[f"{number:06d}.txt"] = f"caption {number if number % 4 else number + 50}".encode()
-    shards = str(write_tar(tmp_path / "a.tar", members))
-    held = write_tar(tmp_path / "held.tar", {name: data for name, data in members.items() if name >= "000038"})
-    config = CurateConfig(min_side_px=1, top_share=0.5, duplicates="off", leak_similarity=0.99999)
-    curate(shards, tmp_path / "out", config=config, engine=LocalEngine(1), scorer=ColourScorer(), against=str(held))
-    rows = pq.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
-    scored = ColourScorer()
-    for number, row in enumerate(rows):
-        image = np.full((1, 4, 4, 3), number, np.uint8)
-        expected = scored.embed_images(image) @ scored.embed_texts([row["caption"]]).T
-        assert row["score"] == pytest.approx(expected.item(), abs=1e-6)
-    assert ["eval_leak_embedding" in row["reasons"] for row in rows[-3:]] == [False, True, True]
-    for language in {row["language"] for row in rows}:
-        left = [row for row in rows if row["language"] == language and "eval_leak_embedding" not in row["reasons"]]
-        ranked = sorted((row["score"] for row in left), reverse=True)
-        least = ranked[max(1, round(len(left) / 2)) - 1] if left else 0
-        assert all(("low_score" in row["reasons"]) == (row["score"] < least) for row in left)
-
-
 def test_balance_keeps_about_the_cap(tmp_path):
     shard = write_pairs(tmp_path / "a.tar", 400)
     concepts = tmp_path / "concepts.txt"
@@ -352,6 +314,10 @@ def test_new_shards_take_no_other_files_place(curated, tmp_path):
     (tmp_path / "new" / "99999.tar").write_bytes(b"somebody's")
     assert materialize(manifest, tmp_path / "new", "tar", pairs_per_shard=50) == first[:2]
     assert {path.name for path in (tmp_path / "new").glob("*.tar")} == {"00000.tar", "00001.tar", "99999.tar"}
+
+    (tmp_path / "new" / "99999.tar").rename(tmp_path / "new" / "00002.tar")
+    with pytest.raises(ValueError, match="00002.tar' is no shard of an earlier run"):
+        materialize(manifest, tmp_path / "new", "tar", pairs_per_shard=20)
 
     curate(str(first[0]), tmp_path / "again", config=CurateConfig(duplicates="off"), engine=LocalEngine(1))
     before = first[0].read_bytes()

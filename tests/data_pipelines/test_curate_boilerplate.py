@@ -137,6 +137,6 @@ def test_names_of_the_sample_are_none():
     ],
 )  # fmt: skip
 def test_no_caption_takes_long(text):
-    began = time.process_time()
+    began = time.thread_time()
     is_boilerplate(text)
-    assert time.process_time() - began < 0.05
+    assert time.thread_time() - began < 0.05

@@ -1,5 +1,7 @@
 """Captions: canonical form, what is noted on the way, thresholds, language."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,6 +32,7 @@ from data_pipelines.curate.config import CurateConfig
         ("\u202ereversed", "reversed", ("control_chars",)),
         ("c\u0336a\u0336t\u0336", "cat", ("control_chars",)),
         ("a\xa0dog", "a dog", ("control_chars",)),
+        ("x" + "\u0316" * 40 + " y", "x" + "\u0316" * 30 + " y", ("control_chars",)),
         ("\tfish cake\n\n", "fish cake", ("control_chars",)),
         ("می\u200cخواهم", "می\u200cخواهم", ()),  # a joiner that Persian needs
         ("👩\u200d🚀 in space", "👩\u200d🚀 in space", ()),
@@ -64,6 +67,15 @@ def test_canonical_is_final(text):
     once, _ = canonical(text)
     assert canonical(once)[0] in (once, canonical(canonical(once)[0])[0])
     assert "\n" not in once and once == once.strip()
+
+
+@pytest.mark.parametrize(
+    "text", ["\u0316\u0301" * 20000, "&#790;&#769;" * 5000, "\u0301\u200b" * 20000, "&amp;" * 20000]
+)
+def test_no_caption_takes_long(text):
+    began = time.thread_time()
+    canonical(text)
+    assert time.thread_time() - began < 0.5
 
 
 @pytest.mark.parametrize("text", ["Красивая собака", "القط الجميل", "สวัสดีครับ"])

@@ -54,9 +54,13 @@ def test_every_pattern_has_its_example(sign, patterns):
 
 @pytest.mark.parametrize(
     "text",
-    ["<a " * 20000, "[[" * 20000, "{# " * 4000, "%s " * 4000, "(" * 20000, "a=" * 20000, "\\u" * 9999, "** a" * 9999],
-)
+    [
+        "<a " * 20000, "[[" * 20000, "{#" * 20000, "%s " * 20000, "(" * 20000, "a=" * 20000, "\\u" * 9999, "** a" * 9999,
+        "(" + "document." * 20000, " " * 20000 + "{", "[" + " " * 20000 + "{", "{{" * 20000, "function (" * 20000,
+        "[a](" * 20000, "<a a=" * 20000, "data-" * 20000 + "=", "&a=" * 20000, "border-" * 20000 + ":", "%22" * 20000,
+    ],
+)  # fmt: skip
 def test_no_caption_takes_long(text):
-    began = time.process_time()
+    began = time.thread_time()
     has_markup(text)
-    assert time.process_time() - began < 0.5
+    assert time.thread_time() - began < 0.5

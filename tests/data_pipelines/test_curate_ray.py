@@ -1,11 +1,14 @@
 """Curation through Ray: the same bytes as on one machine, and what happens when processes and machines die."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections import deque
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 from noisy import make_corpus
 
+from data_pipelines.curate import ray_engine
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.engine import LocalEngine, WorkerDied
 from data_pipelines.curate.ray_engine import RayEngine
@@ -67,6 +71,7 @@ def curate_noisy(corpus, out, engine):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_cluster_writes_the_same_bytes(corpus, engine, tmp_path):
     funnel = curate_noisy(corpus, tmp_path / "local", LocalEngine(1))
     curate_noisy(corpus, tmp_path / "ray", engine)
@@ -104,6 +109,7 @@ def answer(task: tuple[int, str]) -> int:
     return value * value
 
 
+@pytest.mark.slow
 def test_a_task_that_raises_or_kills_its_process_costs_nobody_else(engine, tmp_path, capfd):
     found = {task[0]: result for task, result in engine.map(answer, [(n, str(tmp_path)) for n in range(12)])}
     raised, died = found.pop(3), found.pop(2)
@@ -112,6 +118,29 @@ def test_a_task_that_raises_or_kills_its_process_costs_nobody_else(engine, tmp_p
     assert isinstance(died, WorkerDied) and "killed twice" in str(died)
     assert found == {n: n * n for n in range(12) if n not in (2, 3)}
     assert capfd.readouterr() == ("", "")
+
+
+def sleep(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+@pytest.mark.slow
+def test_a_cluster_without_machines_is_told_of_once(engine, monkeypatch):
+    monkeypatch.setattr(ray_engine, "_RECOUNT_S", 0.01)
+    monkeypatch.setattr(ray_engine, "_NODE_S", 0.05)
+    with pytest.warns(UserWarning, match="0.05 s without a machine that can take a task; start one") as told:
+        assert list(engine._run(sleep, deque([0.2, 0.1]), {"num_cpus": 1}, lambda: 0)) == [(0.2, 0.2), (0.1, 0.1)]
+    assert len(told) == 1
+
+
+def test_folders_that_killed_drivers_left_are_removed():
+    with contextlib.ExitStack() as cleanup:
+        used = ray_engine._make_folder(cleanup)
+        left = tempfile.mkdtemp(prefix=ray_engine._TEMPORARY, dir="/tmp")
+        other = ray_engine._make_folder(cleanup)
+        assert os.path.exists(used) and os.path.exists(other) and not os.path.exists(left)
+    assert not os.path.exists(used) and not os.path.exists(other)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +173,7 @@ def test_what_was_scanned_before_a_kill_is_not_scanned_again(corpus, engine, tmp
     command = [sys.executable, "-m", "siglip.cli", "data", "curate", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
     _wait_for(lambda: list(tmp_path.glob("scan/noisy-*.parquet")), process)
+    (session,) = Path("/tmp").glob(f"{ray_engine._TEMPORARY}*/session_*_{process.pid}")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "manifest.parquet").exists()
@@ -152,6 +182,9 @@ def test_what_was_scanned_before_a_kill_is_not_scanned_again(corpus, engine, tmp
     curate(corpus.shards, tmp_path, config=CurateConfig(), engine=engine)
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in finished.items())
     assert (tmp_path / "manifest.parquet").exists() and not list(tmp_path.glob(".work-*"))
+    with contextlib.ExitStack() as cleanup:
+        ray_engine._make_folder(cleanup)  # as the next driver that starts a cluster does
+    assert not session.parent.exists()
 
 
 @pytest.mark.slow

@@ -101,6 +101,21 @@ def test_records_by_tensorflow(tmp_path):
     }
 
 
+def test_an_array_record_file_replaced_under_a_source_stops_the_run(tmp_path):
+    paths = [write_array(tmp_path / f"{name}.array_record", 3) for name in "ab"]
+    first, second = map(ArrayRecordSource, paths)
+    assert second[0].key == "k0"
+    with ArrayRecordWriter(paths[0]) as shard:  # as large as before
+        for number in range(3, 6):
+            shard.write(Pair(f"k{number}", PICTURE, {"txt": f"caption {number}"}))
+    write_array(paths[1], 4)
+    with pytest.raises(ShardLost, match="a.array_record' was replaced while it was in use; start again"):
+        first[0]
+    assert second[1].key == "k1"  # of the file that is open
+    with pytest.raises(ShardLost, match="b.array_record' was replaced"):
+        pickle.loads(pickle.dumps(second))[1]
+
+
 def test_tfrecords_at_random(tmp_path):
     shards = [write_records(tmp_path / f"a.tfrecord-{n:05d}-of-00003", 40, first=40 * n) for n in range(3)]
     source = pickle.loads(pickle.dumps(open_source(f"{tmp_path}/a.tfrecord-*-of-*")))

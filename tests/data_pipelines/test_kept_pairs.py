@@ -96,7 +96,7 @@ def test_the_fingerprint_is_of_pairs_and_choice(corpus):
         (lambda rows: rows[:-1], "b.tar' it has 28 pairs where the shard has 29; curate again"),
         (lambda rows: rows[13:], "a.tar' it has nothing"),
         (lambda rows: rows[:12] + [rows[12] | {"index": 13}] + rows[13:], "a.tar' it has more pairs than the shard"),
-        (lambda rows: [rows[0] | {"key": "999999"}] + rows[1:], "for '.*a.tar' it has '999999' in place of '000000'"),
+        (lambda rows: [rows[0], rows[1] | {"key": "999999"}, *rows[2:]], "a.tar' it has '999999' in place of '000001'"),
         (lambda rows: [row | {"keep": False} for row in rows], "keeps none of the 42 pairs"),
     ],
 )

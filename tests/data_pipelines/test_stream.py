@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from shards import SPIECE
 from streams import SAMPLE_CONFIG, SHAPES, assert_same, config_of, take
 
+from data_pipelines import workers
 from data_pipelines.loader import DataConfig, make_loader
 from data_pipelines.mixture import SourceConfig
 from data_pipelines.noise import NoiseConfig
@@ -94,7 +95,7 @@ histories = st.lists(
     st.tuples(
         st.integers(0, 5),  # batches until the next stop
         st.sampled_from([1, 2, 4]),  # processes
-        st.integers(1, 3),  # threads
+        st.sampled_from([(0, 1), (0, 2), (0, 3), (2, 1), (3, 1)]),  # workers, threads
         st.tuples(st.sampled_from([0.5, 1.0, 4.0]), st.just(1.0)),  # weights
     ),
     min_size=1,
@@ -104,11 +105,12 @@ histories = st.lists(
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(histories, st.sampled_from([None, BlockShuffle(5, 2)]))
-def test_any_history_of_stops_hosts_and_threads_gives_one_stream(shards, history, blocks):
+def test_any_history_of_stops_hosts_workers_and_threads_gives_one_stream(shards, monkeypatch, history, blocks):
+    monkeypatch.setattr(workers, "WorkerPool", made_here)
     config = config_of(shards / "a.tar", shards / "b.tar", shuffle_blocks=blocks, noise=NoiseConfig(0.3, 0.3, 0.5))
     done, state, one_state = [], None, None
-    for count, process_count, threads, weights in history:
-        changed = reweighted(replace(config, threads=threads), *weights)
+    for count, process_count, (workers_count, threads), weights in history:
+        changed = reweighted(replace(config, workers=workers_count, threads=threads), *weights)
         parts = []
         for index in range(process_count):
             loader = make_loader(changed, **SHAPES, process_index=index, process_count=process_count)
@@ -116,7 +118,7 @@ def test_any_history_of_stops_hosts_and_threads_gives_one_stream(shards, history
                 loader.restore(state)
             parts.append(list(itertools.islice(loader, count)))
             loader.close()
-        alone = make_loader(replace(changed, threads=1), **SHAPES)
+        alone = make_loader(replace(changed, workers=0, threads=1), **SHAPES)
         if one_state is not None:
             alone.restore(one_state)
         for step, batch in enumerate(itertools.islice(alone, count)):
@@ -129,6 +131,11 @@ def test_any_history_of_stops_hosts_and_threads_gives_one_stream(shards, history
         seen = collections.Counter(done)
         times = [seen[f"{first + number:06d}"] for number in range(size)]
         assert max(times) - min(times) <= 1
+
+
+def made_here(batches, **options):
+    """What the workers of a pool make, in parts where pairs are shuffled by blocks, without their processes."""
+    yield from map(batches.__getitem__, itertools.count())
 
 
 def contents(batches):

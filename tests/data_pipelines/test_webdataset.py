@@ -240,6 +240,7 @@ def test_another_shard_of_the_same_size_is_noticed(tmp_path):
     source = TarSource(tmp_path / "a.tar")
     write_pairs(tmp_path / "b.tar", 3, first=500)
     assert (tmp_path / "b.tar").stat().st_size == (tmp_path / "a.tar").stat().st_size
+    os.utime(tmp_path / "b.tar", ns=(0, (tmp_path / "a.tar").stat().st_mtime_ns + 10**9))
     os.replace(tmp_path / "b.tar", tmp_path / "a.tar")
     with pytest.raises(ShardLost, match=r"a\.tar' was replaced while it was in use"):
         source[0]
