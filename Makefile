@@ -8,7 +8,7 @@ SAMPLE := data_pipelines/sample
 RUN ?= runs/quickstart
 STEPS ?=
 # Whole files go to a process each: what a file makes once is made once.
-PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile
+PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile --durations 10
 
 .PHONY: quickstart test slow interop interop5 lint clean
 
