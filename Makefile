@@ -39,9 +39,7 @@ slow: $(VENV)/.installed
 
 # What needs torch and transformers, exports read back by their users; and libtpu, programs compiled for a pod.
 interop: $(VENV)/.interop
-	$(BIN)/python -m pytest tests/siglip/test_hugging_face.py tests/siglip/test_pali_gemma.py tests/siglip/test_export.py \
-	    tests/siglip/test_hf_tokenizer.py tests/siglip/test_ahead_of_time.py tests/examples/test_hf_paligemma.py \
-	    tests/examples/test_captioner.py::test_the_decoder_is_gemma -rs $(PARALLEL)
+	$(BIN)/python -m pytest -m interop -rs $(PARALLEL)
 
 # The same exports in transformers 5, beside the version 4 of .venv.
 interop5: $(VENV)/.interop

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -205,10 +206,15 @@ def test_a_machine_is_lost_in_the_middle(corpus, tmp_path):
         told, warned = process.communicate(timeout=200)
     finally:
         cluster.shutdown()
-    assert process.returncode == 0 and warned == ""
+    assert process.returncode == 0 and not _but_progress(warned)
     assert "pairs kept" in told.splitlines()[-3] and "raylet" not in told
     for name in WRITTEN:
         assert (out / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+
+
+def _but_progress(stderr):
+    """The lines of stderr that do not say how far a stage is: how many of those there are depends on the machine's speed."""
+    return [line for line in stderr.splitlines() if not re.fullmatch(r"[a-z -]+ \d+/\d+  \d+ s left", line)]
 
 
 def _wait_for(condition, process, seconds=90):

@@ -172,11 +172,11 @@ def test_an_unreliable_server_costs_no_pair(server):
 def test_a_slow_read_holds_no_other_up(server):
     write_pairs(server.folder / "a.tar", 4)
     source = open_source(f"{server.url}/a.tar")
-    server.faults = [http_server.be_silent(0.3)] * 4 + [None] * 4
+    server.faults = [http_server.be_silent(1.0)] * 4 + [None] * 4
     started_s = time.monotonic()
     with ThreadPoolExecutor(4) as pool:
         assert len(list(pool.map(source.__getitem__, range(4)))) == 4
-    assert time.monotonic() - started_s < 0.9  # one after the other: 1.2 s
+    assert time.monotonic() - started_s < 3  # one after the other: 4 s
 
 
 def count_keys(source) -> int:

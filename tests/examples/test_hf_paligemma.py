@@ -14,6 +14,8 @@ from siglip.formats import big_vision
 from siglip.verification import compare
 from tests.siglip.tiny import random_params, square_model
 
+pytestmark = pytest.mark.interop
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):

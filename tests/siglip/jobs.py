@@ -84,8 +84,6 @@ class Jobs:
             env = {
                 **os.environ,
                 "JAX_NUM_CPU_DEVICES": str(devices),
-                "JAX_COMPILATION_CACHE_DIR": str(self.folder / "xla"),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
                 "SIGLIP_TEST_RECORD": str(job.record(index)),
                 "SIGLIP_TEST_AT": (at or {}).get(index, ""),
             }

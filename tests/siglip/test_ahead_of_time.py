@@ -16,6 +16,7 @@ from siglip import compiled
 from siglip.losses import chunked_sigmoid_loss
 
 pytest.importorskip("libtpu")
+pytestmark = pytest.mark.interop
 
 WIDTH = 768
 

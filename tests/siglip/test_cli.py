@@ -23,6 +23,7 @@ from siglip.config import load_config_file
 from siglip.initial import SourceModel
 from siglip.metrics import read_metrics
 from siglip.models.two_tower import param_shapes
+from tests.siglip.tiny_run import use_devices
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "data_pipelines" / "sample"
@@ -90,7 +91,11 @@ def trained(tmp_path_factory, shard) -> Path:
     path = folder / "recipe.py"
     tokenizer = str(SAMPLE / "spiece.model")
     path.write_text(textwrap.dedent(RECIPE).format(shard=str(shard), tokenizer=tokenizer, workdir=str(folder / "run")))
-    assert run(["train", str(path), "--total-steps", "5", "--log.every-steps", "1", "--optim.warmup-steps", "1"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        use_devices(patch, 2)
+        assert (
+            run(["train", str(path), "--total-steps", "5", "--log.every-steps", "1", "--optim.warmup-steps", "1"]) == 0
+        )
     return folder / "run"
 
 

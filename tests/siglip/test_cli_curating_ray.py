@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from siglip.cli import run
+from siglip.cli import curating, run
 from siglip.cli.curating import ModelScorer
 from siglip.formats import big_vision
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, init_params
@@ -45,7 +45,8 @@ def test_a_scorer_travels_as_what_it_was_made_from(weights):
 
 @needs_ray
 @pytest.mark.slow
-def test_workers_score_as_the_driver_does(weights, tmp_path, capsys):
+def test_workers_score_as_the_driver_does(weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(curating, "_SECONDS_BETWEEN_LINES", float("inf"))  # on a slow machine there would be lines
     flags = ["--preset", "pali-top-10", "--top-share", "0.5", "--against", HELD, "--batch-size", "16"]
     flags += ["--model", weights, "--tokenizer", SPIECE, "--workers", "1", "--leak-similarity", "0.9999"]
     shard = str(SAMPLE / "emoji-train-00000.tar")

@@ -22,7 +22,7 @@ from siglip.train import train
 from siglip.verification import ExportMismatch, compare
 
 from .tiny import random_inputs, random_params, square_model
-from .tiny_run import TinyBatches, tiny_config
+from .tiny_run import TinyBatches, tiny_config, use_devices
 
 SAMPLE = Path(__file__).parents[2] / "data_pipelines" / "sample"
 HAS_TRANSFORMERS = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
@@ -113,6 +113,7 @@ def test_real_pictures_and_texts_are_compared_too(tmp_path, real_source, format)
         assert max(found.values()) < 1e-5
 
 
+@pytest.mark.interop
 @pytest.mark.parametrize("tower", ["image", "both"])
 @pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs torch and transformers: pip install '.[interop]'")
 def test_hugging_face_is_proved_by_transformers(tmp_path, real_source, tower):
@@ -126,6 +127,7 @@ def test_hugging_face_is_proved_by_transformers(tmp_path, real_source, tower):
     assert max(found.values()) < 1e-5 and found["pixels"] < 2e-7 and found.get("tokens", 0) == 0
 
 
+@pytest.mark.interop
 @pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs torch and transformers: pip install '.[interop]'")
 def test_both_towers_without_a_tokenizer(tmp_path, monkeypatch, capsys):
     source = written(tmp_path / "m.npz", square_model())
@@ -263,6 +265,7 @@ def test_examples_of_model_cards_run(tmp_path, real_source, monkeypatch, capsys,
     assert (printed or ("(1, 16, 36)" if tower == "image" else "[[0.")) in out
 
 
+@pytest.mark.interop
 @pytest.mark.parametrize("tower, length", [("image", 64), ("both", 64), ("both", 12), ("both", 77)])
 @pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs torch and transformers: pip install '.[interop]'")
 def test_examples_for_transformers_run(tmp_path, real_source, monkeypatch, capsys, tower, length):
@@ -272,7 +275,8 @@ def test_examples_for_transformers_run(tmp_path, real_source, monkeypatch, capsy
     assert {"image": "[1, 16, 36]", "both": "score" if length == 64 else "tensor([["}[tower] in out
 
 
-def test_the_card_of_a_run_tells_its_recipe_and_evaluation(tmp_path):
+def test_the_card_of_a_run_tells_its_recipe_and_evaluation(tmp_path, monkeypatch):
+    use_devices(monkeypatch, 2)
     workdir = tmp_path / "run"
     train(tiny_config(workdir), TinyBatches())
     with (workdir / "metrics.jsonl").open("a") as file:

@@ -27,6 +27,7 @@ from siglip.peers import Alone
 from siglip.sharding import MeshConfig, make_mesh, param_shardings
 from tests.siglip.jobs import LOSS_RTOL, Jobs, losses, params
 from tests.siglip.tiny import random_params
+from tests.siglip.tiny_run import use_devices
 
 SAMPLE = Path(__file__).parents[2] / "data_pipelines" / "sample"
 MODEL = ModelConfig(
@@ -99,13 +100,12 @@ def loader_of(config: TrainConfig):
 
 @pytest.mark.slow
 def test_the_run_is_that_of_pictures(folder, tmp_path, monkeypatch):
-    use = lambda n: monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:n])  # noqa: E731
-    use(1)
+    use_devices(monkeypatch, 1)
     recipe, store = str(folder / "recipe.py"), ["--data.image-embeddings", str(tmp_path / "store")]
     assert run(["train", recipe, "--workdir", str(tmp_path / "pictures")]) == 0
     assert run(["train", recipe, "--workdir", str(tmp_path / "kept"), *store]) == 0
     # Found again, on other devices, sharded, and in micro-batches: no picture of the training set is looked at.
-    use(4)
+    use_devices(monkeypatch, 4)
     layout = ["--mesh.fsdp", "2", "--mesh.fsdp-min-size-bytes", "4096", "--loss.micro-batch-size", "8"]
     with monkeypatch.context() as patch:
         patch.setattr(frozen_images._Computation, "_compute", lambda *_: pytest.fail("computed again"))

@@ -77,10 +77,12 @@ def check_equal(pair, texts: list[str]) -> None:
     assert not wrong, wrong[:3]
 
 
+@pytest.mark.interop
 def test_ids_of_hand_picked_texts_and_captions(pair):
     check_equal(pair, HAND_PICKED + captions() + [text.upper() for text in captions(every=200)])
 
 
+@pytest.mark.interop
 def test_ids_of_every_character(pair):
     characters = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co")]
     # A few hundred alone, all of them between letters, forty at a time: no text may be longer than what is kept.
@@ -89,18 +91,21 @@ def test_ids_of_every_character(pair):
     )
 
 
+@pytest.mark.interop
 @settings(deadline=None, max_examples=150)
 @given(text=STRINGS)
 def test_ids_of_any_text(pair, text):
     check_equal(pair, [text])
 
 
+@pytest.mark.interop
 def test_keys_of_the_table_are_composed_alike(pair):
     model = hf_tokenizer.read_model(pair[0]._model, source="")
     keys = list(read_charsmap(model.normalizer_spec.precompiled_charsmap))[::97]
     check_equal(pair, [f"a{key}b{key}" for key in keys] or ["a"])
 
 
+@pytest.mark.interop
 def test_it_reads_back_as_text(pair):
     ours, theirs = pair
     text = "a dog and a red hat"
@@ -130,6 +135,7 @@ def our_pixels(file: bytes, size: int) -> np.ndarray:
     return np.asarray(picture).astype(np.float32) / 127.5 - 1
 
 
+@pytest.mark.interop
 def test_the_preprocessor_gives_our_pixels(folder, files):
     transformers = pytest.importorskip("transformers")
     processor = transformers.AutoProcessor.from_pretrained(folder[0])
@@ -140,6 +146,7 @@ def test_the_preprocessor_gives_our_pixels(folder, files):
         np.testing.assert_allclose(bytes_found, (our_pixels(file, 32) + 1) * 127.5, rtol=0, atol=1e-4)
 
 
+@pytest.mark.interop
 def test_the_processor_tokenizes(folder):
     transformers = pytest.importorskip("transformers")
     processor = transformers.AutoProcessor.from_pretrained(folder[0])
@@ -148,6 +155,7 @@ def test_the_processor_tokenizes(folder):
     np.testing.assert_array_equal(ids, np.stack([ours.encode(text, LENGTH) for text in HAND_PICKED]))
 
 
+@pytest.mark.interop
 def test_the_pipeline_gives_our_scores(folder, files):
     transformers = pytest.importorskip("transformers")
     path, model = folder

@@ -226,6 +226,7 @@ def test_bad_folders_are_one_line(tmp_path):
     fails(FileNotFoundError, "pickled ones never")
 
 
+@pytest.mark.interop
 @pytest.mark.parametrize("grid", [(4, 4), (3, 3)])
 def test_transformers_computes_the_same(tmp_path, grid):
     torch = pytest.importorskip("torch")
@@ -248,6 +249,7 @@ def test_transformers_computes_the_same(tmp_path, grid):
         np.testing.assert_allclose(found.numpy(), np.asarray(expected), rtol=0, atol=1e-5)
 
 
+@pytest.mark.interop
 @pytest.mark.parametrize("kind", ["both", "vision", "vision without head", "bfloat16 shards"])
 def test_what_transformers_saves_is_read(tmp_path, kind):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

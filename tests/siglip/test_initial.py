@@ -23,17 +23,15 @@ from siglip.step import init_state
 from siglip.train import train
 from siglip.workdir import CONFIG_FILE
 from tests.siglip.tiny import random_inputs, random_params, square_model
-from tests.siglip.tiny_run import MODEL, TinyBatches, tiny_config
+from tests.siglip.tiny_run import MODEL, TinyBatches, tiny_config, use_devices
 
-# The first update of a warm-up is exactly zero: what is saved is what training started with.
-NO_STEP = {"total_steps": 1, "optim": OptimConfig(warmup_steps=1)}
 TOKENIZER = b"the pieces"
 NEW_TEXT = TextConfig(variant="mu", vocab_size=50, length=6, depth=2)
 
 
 @pytest.fixture(autouse=True)
 def two_devices(monkeypatch):
-    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:2])
+    use_devices(monkeypatch, 2)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +39,8 @@ def trained(tmp_path_factory):
     """Workdir of a short run of tiny_run.MODEL."""
     workdir = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: jax.local_devices()[:2])
-        train(tiny_config(workdir, total_steps=3), TinyBatches(), tokenizer=TOKENIZER)
+        use_devices(patch, 2)
+        train(tiny_config(workdir), TinyBatches(), tokenizer=TOKENIZER)
     return workdir
 
 
@@ -77,16 +75,18 @@ def params_of(src):
 
 def test_a_run_starts_with_all_of_its_source_and_steps_anew(trained, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "siglip"):
-        state = train(tiny_config(tmp_path, init=InitConfig(str(trained)), **NO_STEP), TinyBatches())
-    assert_equal(flat_params(state.params), params_of(trained))
-    assert int(state.step) == 1 and f"M parameters from {trained}; fresh: none" in caplog.text
+        train_until(tiny_config(tmp_path, init=InitConfig(str(trained))), 1)
+    params, _, step = read_run_params(tmp_path)
+    # The first update of a warm-up is exactly zero: what is saved is what training started with.
+    assert_equal(flat_params(params), params_of(trained))
+    assert step == 1 and f"M parameters from {trained}; fresh: none" in caplog.text
     stored = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert stored["init"] == {"src": str(trained), "only": [".*"], "skip": []}
 
 
 def test_the_running_average_starts_where_the_parameters_do(trained):
     optim = OptimConfig(ema=0.9)
-    state = start(tiny_config("new", init=InitConfig(str(trained / "checkpoints/3")), optim=optim))
+    state = start(tiny_config("new", init=InitConfig(str(trained / "checkpoints/8")), optim=optim))
     assert_equal(flat_params(state.params), params_of(trained))
     assert_equal(flat_params(state.ema), params_of(trained))
 
@@ -171,7 +171,7 @@ def test_what_the_source_lacks_starts_fresh(trained, tmp_path, caplog):
 
 
 def test_parameters_arrive_sharded(trained, monkeypatch):
-    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices())
+    use_devices(monkeypatch, 8)
     put, shares = initial.put, []
 
     def spy(params, like):

@@ -122,6 +122,7 @@ def test_bad_files_are_one_line(tmp_path):
         hugging_face.read(tmp_path)
 
 
+@pytest.mark.interop
 def test_the_tower_of_transformers_own_pali_gemma(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}

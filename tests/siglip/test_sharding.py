@@ -16,7 +16,7 @@ from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, param_
 from siglip.sharding import MeshConfig, like_params, make_mesh, param_shardings, put_batch
 from siglip.step import LossConfig, init_state, make_train_step, state_like
 from siglip.train import _build, train
-from tests.siglip.tiny_run import TinyBatches, tiny_config
+from tests.siglip.tiny_run import TinyBatches, tiny_config, use_devices
 
 # Different sizes everywhere, so that a shape in the compiled program names its parameter.
 MODEL = ModelConfig(
@@ -259,7 +259,7 @@ def test_the_loop_reads_from_the_device_only_to_log(tmp_path, monkeypatch):
     monkeypatch.setattr(
         array, "__array__", lambda self, *args, **kwargs: reads.append(self.shape) or value(self, *args, **kwargs)
     )
-    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:2])
+    use_devices(monkeypatch, 2)
     at_batch = []
 
     class Watched(TinyBatches):
@@ -267,7 +267,7 @@ def test_the_loop_reads_from_the_device_only_to_log(tmp_path, monkeypatch):
             at_batch.append(len(reads))
             return super().__next__()
 
-    config = tiny_config(tmp_path, total_steps=8)  # logs after 2, 4, 6 and 8
+    config = tiny_config(tmp_path)  # logs after 2, 4, 6 and 8
     mesh = make_mesh(config.mesh)
     program = _build(config, mesh)
     with jax.set_mesh(mesh), jax.transfer_guard_device_to_host("disallow_explicit"):

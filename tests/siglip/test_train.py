@@ -1,6 +1,5 @@
 """The loop: learning, resuming bit for bit, signals, bad numbers, bad workdirs."""
 
-import dataclasses
 import json
 import os
 import re
@@ -21,17 +20,15 @@ from siglip.optim import OptimConfig
 from siglip.sharding import MeshConfig, make_mesh, put_batch
 from siglip.step import LossConfig, init_state
 from siglip.train import Interrupted, NonFiniteLoss, train
-from tests.siglip.tiny_run import TinyBatches, tiny_config
+from tests.siglip.tiny_run import TinyBatches, tiny_config, use_devices
+
+FSDP = MeshConfig(fsdp=4, fsdp_min_size_bytes=1024)
 
 
 @pytest.fixture(autouse=True)
 def two_devices(monkeypatch):
     """Two devices show all that eight would, in a fraction of the time."""
     use_devices(monkeypatch, 2)
-
-
-def use_devices(monkeypatch, count):
-    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:count])
 
 
 def leaves(state):
@@ -162,15 +159,15 @@ def test_parameters_ruined_by_a_gradient_are_not_saved(tmp_path, monkeypatch):
 
 
 def test_another_tokenizer_in_the_same_workdir_is_refused(tmp_path):
-    train(tiny_config(tmp_path, total_steps=2), TinyBatches(), tokenizer=b"one")
+    train(tiny_config(tmp_path), TinyBatches(), tokenizer=b"one")
     with pytest.raises(ValueError, match="trained with another tokenizer"):
-        train(tiny_config(tmp_path, total_steps=2), TinyBatches(), tokenizer=b"two")
+        train(tiny_config(tmp_path), TinyBatches(), tokenizer=b"two")
     assert (tmp_path / "tokenizer.model").read_bytes() == b"one"
 
 
 def test_under_fsdp_moments_are_sharded_and_the_step_compiles_once(monkeypatch):
     use_devices(monkeypatch, 8)
-    config = tiny_config("unused", mesh=MeshConfig(fsdp=4, fsdp_min_size_bytes=1024))
+    config = tiny_config("unused", mesh=FSDP, loss=LossConfig(impl="ring", chunk_size=1))
     mesh = make_mesh(config.mesh)
     program = siglip.train._build(config, mesh)
     sharded = {leaf.shape for leaf in jax.tree.leaves(program.like.params) if not leaf.sharding.is_fully_replicated}
@@ -239,17 +236,16 @@ def test_the_last_k_and_the_best_checkpoint_are_kept(tmp_path):
 
 
 def test_a_workdir_of_another_config_is_refused_and_untouched(tmp_path):
-    train(tiny_config(tmp_path, total_steps=2), TinyBatches())
+    train(tiny_config(tmp_path), TinyBatches())
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with pytest.raises(ValueError, match=r"belongs to another run: optim.lr is 0.003 there and 0.01 here"):
-        train(tiny_config(tmp_path, total_steps=2, optim=OptimConfig(lr=0.01, warmup_steps=2)), TinyBatches())
+        train(tiny_config(tmp_path, optim=OptimConfig(lr=0.01, warmup_steps=2)), TinyBatches())
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_what_only_reports_may_change_between_starts(tmp_path):
-    train(tiny_config(tmp_path, total_steps=2), TinyBatches())
-    config = tiny_config(tmp_path, total_steps=2, log=LogConfig(every_steps=1, progress=False))
-    train(config, TinyBatches())
+    train(tiny_config(tmp_path), TinyBatches())
+    train(tiny_config(tmp_path, log=LogConfig(every_steps=1, progress=False)), TinyBatches())
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_left(tmp_path):
@@ -264,15 +260,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_left(tmp_path):
 
 
 def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
-    config = tiny_config(tmp_path, total_steps=4)
+    config = tiny_config(tmp_path)
     expected = train(config, TinyBatches())
     # What a kill in the middle of saving leaves behind: a folder that was never renamed, or one without its last file.
-    (tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp-0" / "state").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "5").mkdir()
-    assert read_run_params(tmp_path)[2] == 4
-    with pytest.raises(ValueError, match=r"checkpoints/5 cannot be read .* move that folder away"):
+    (tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp-0" / "state").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "9").mkdir()
+    assert read_run_params(tmp_path)[2] == 8
+    with pytest.raises(ValueError, match=r"checkpoints/9 cannot be read .* move that folder away"):
         train(config, TinyBatches())
-    (tmp_path / "checkpoints" / "5").rmdir()
+    (tmp_path / "checkpoints" / "9").rmdir()
     assert_bit_equal(train(config, TinyBatches()), expected)
 
 
@@ -283,13 +279,10 @@ def test_a_batch_that_does_not_divide_is_named(tmp_path, monkeypatch):
     assert not (tmp_path / "config.json").exists()
 
 
-FSDP = MeshConfig(fsdp=4, fsdp_min_size_bytes=1024)
-
-
 @pytest.mark.parametrize(
     "mesh, impl",
     [
-        (MeshConfig(), "all_gather"),
+        pytest.param(MeshConfig(), "all_gather", marks=pytest.mark.slow),
         (FSDP, "ring"),
         pytest.param(MeshConfig(), "ring", marks=pytest.mark.slow),
         pytest.param(FSDP, "all_gather", marks=pytest.mark.slow),
@@ -297,9 +290,9 @@ FSDP = MeshConfig(fsdp=4, fsdp_min_size_bytes=1024)
 )
 def test_any_mesh_and_loss_gives_the_same_run(tmp_path, mesh, impl, monkeypatch):
     use_devices(monkeypatch, 1)
-    expected = train(tiny_config(tmp_path / "one", total_steps=5), TinyBatches())
+    expected = train(tiny_config(tmp_path / "one"), TinyBatches())
     use_devices(monkeypatch, 8)
-    config = tiny_config(tmp_path / "many", total_steps=5, mesh=mesh, loss=LossConfig(impl=impl, chunk_size=1))
+    config = tiny_config(tmp_path / "many", mesh=mesh, loss=LossConfig(impl=impl, chunk_size=1))
     actual = train(config, TinyBatches())
     # Sums over devices are added in another order; Adam divides by the root of small second moments. The bias of a key
     # shifts all logits of a query alike: its gradient is zero but for rounding, which Adam makes as large as any other.
@@ -320,24 +313,21 @@ def test_the_softmax_baseline_trains(tmp_path):
 
 
 def test_frozen_parameters_do_not_move(tmp_path):
-    optim = OptimConfig(lr=1e-2, lr_mults=(("img/.*", 0.0),))
-    train(
-        tiny_config(tmp_path / "zero", total_steps=1, optim=dataclasses.replace(optim, warmup_steps=1)), TinyBatches()
-    )
-    start, _, _ = read_run_params(tmp_path / "zero")  # the warm-up's first update is zero: still the initial parameters
-    state = train(tiny_config(tmp_path / "run", total_steps=4, optim=optim), TinyBatches())
+    config = tiny_config(tmp_path, optim=OptimConfig(lr=1e-2, warmup_steps=2, lr_mults=(("img/.*", 0.0),)))
+    with pytest.raises(Interrupted):
+        train(config, StopsAt(1, signal.SIGTERM))
+    start, _, step = read_run_params(tmp_path)  # the warm-up's first update is zero: still the initial parameters
+    assert step == 1
+    state = train(config, TinyBatches())
     for path, leaf in trees.flatten(state.params).items():
         moved = np.any(np.asarray(leaf) != trees.flatten(start)[path])
         assert moved != path.startswith("img/"), path
 
 
 def test_the_running_average_is_evaluated_saved_and_resumed(tmp_path):
-    optim = OptimConfig(lr=1e-2, warmup_steps=2, ema=0.5)
     seen = []
     config = tiny_config(
-        tmp_path / "run",
-        optim=optim,
-        eval=EvalConfig(tasks=(EvalTask("retrieval", "toy", "unused.tar"),), every_steps=1),
+        tmp_path / "run", optim=OptimConfig(lr=3e-3, warmup_steps=2, ema=0.5), **with_task(every_steps=1)
     )
     state = train(config, TinyBatches(), evaluate=lambda params: seen.append(np.asarray(params["t"])[0]) or {})
     exported, _, _ = read_run_params(tmp_path / "run")
@@ -345,7 +335,7 @@ def test_the_running_average_is_evaluated_saved_and_resumed(tmp_path):
     assert np.any(exported["t"] != np.asarray(state.params["t"])) and seen[-1] == exported["t"][0]
     # decay min(0.5, (1 + step) / (10 + step)), by hand from the parameters of a run without an average
     plain = []
-    config = tiny_config(tmp_path / "plain", optim=OptimConfig(lr=1e-2, warmup_steps=2), eval=config.eval)
+    config = tiny_config(tmp_path / "plain", eval=config.eval)
     train(config, TinyBatches(), evaluate=lambda params: plain.append(np.float64(params["t"])[0]) or {})
     average = np.log(10.0)
     for step, t in enumerate(plain):
@@ -366,7 +356,7 @@ def test_wandb_runs_offline_without_a_login(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     pytest.importorskip("wandb")
-    config = tiny_config(tmp_path, total_steps=2, log=LogConfig(every_steps=1, progress=False, wandb="online"))
+    config = tiny_config(tmp_path, log=LogConfig(every_steps=4, progress=False, wandb="online"))
     with pytest.warns(UserWarning, match="logging offline"):
         train(config, TinyBatches())
     assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
@@ -379,7 +369,7 @@ def test_a_broken_wandb_does_not_stop_the_run(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(wandb, "init", explode)
-    config = tiny_config(tmp_path, total_steps=2, log=LogConfig(every_steps=1, progress=False, wandb="offline"))
+    config = tiny_config(tmp_path, log=LogConfig(every_steps=4, progress=False, wandb="offline"))
     with pytest.warns(UserWarning, match="wandb.init failed and is skipped: disk full"):
         train(config, TinyBatches())
     assert len(read_metrics(tmp_path)) == 2

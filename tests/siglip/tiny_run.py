@@ -3,7 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
+import pytest
 
 from data_pipelines.loader import DataConfig
 from data_pipelines.mixture import SourceConfig
@@ -20,7 +22,7 @@ MODEL = ModelConfig(
 
 
 def tiny_config(workdir: Path, **overrides) -> TrainConfig:
-    """Eight steps of sixteen pairs."""
+    """Eight steps of sixteen pairs. The tests that change nothing here, on two devices, compile one program together."""
     config = TrainConfig(
         data=DataConfig(sources=(SourceConfig("unused.tar"),), tokenizer="unused.model"),
         model=MODEL,
@@ -31,6 +33,11 @@ def tiny_config(workdir: Path, **overrides) -> TrainConfig:
         log=LogConfig(every_steps=2, progress=False),
     )
     return dataclasses.replace(config, **overrides)
+
+
+def use_devices(patch: pytest.MonkeyPatch, count: int) -> None:
+    """From here on this process has only the first `count` of its devices: fewer compile faster."""
+    patch.setattr(jax, "devices", lambda: jax.local_devices()[:count])
 
 
 class TinyBatches:
