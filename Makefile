@@ -43,7 +43,7 @@ interop: $(VENV)/.interop
 
 # The same exports in transformers 5, beside the version 4 of .venv.
 interop5: $(VENV)/.interop
-	tests/transformers5.sh $(BIN)/python
+	tests/transformers5.sh $(BIN)/python $(PARALLEL)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
