@@ -46,6 +46,7 @@ def assert_same_run(job, reference):
             np.testing.assert_allclose(leaf, theirs[path], atol=PARAM_ATOL, err_msg=path)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(jobs, reference):
     one = jobs.run("1x4", processes=1, devices=4)
     assert_same_run(one, reference)
@@ -105,9 +106,8 @@ def test_an_evaluation_that_fails_in_one_process_ends_all_and_keeps_what_was_tra
     job = jobs.start("evaluated", processes=2, devices=1, at={1: "evaluated:fail"})
     lines = job.ends_with(1)
     assert all("the disk is on fire" in line for line in lines), lines
-    assert (
-        read_run_params(job.workdir)[2] == STEPS
-    )  # saved by both together, though the evaluation came before the save
+    # Saved by both together, though the evaluation came before the save.
+    assert read_run_params(job.workdir)[2] == STEPS
 
 
 @pytest.mark.slow
