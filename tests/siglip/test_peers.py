@@ -181,7 +181,7 @@ def test_a_silent_host_is_missed_after_the_limit():
         began = time.monotonic()
         ((code, line),) = job.wait_for_ends(0)
         assert code == 1 and "process 1 of 2 is gone (no heartbeat for 1 s)" in line
-        assert LIMIT_S / 2 < time.monotonic() - began < LIMIT_S + 5  # seconds for the machine's other work
+        assert LIMIT_S / 2 < time.monotonic() - began < 3 * LIMIT_S
 
 
 def test_the_end_of_one_is_the_end_of_all_with_its_reason():
