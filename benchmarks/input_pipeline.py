@@ -150,7 +150,7 @@ def stages(shards: list[str], args) -> dict[str, float]:
 
 def ours(shards, args, *, workers, threads):
     from data_pipelines.loader import DataConfig, make_loader
-    from data_pipelines.mixture import SourceConfig
+    from data_pipelines.order.mixture import SourceConfig
 
     sources = (SourceConfig(shards[0].replace("00000", "{00000..00003}")),)
     # Without a cache: every picture is read and decoded, as in the first epoch of a large set.

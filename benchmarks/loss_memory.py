@@ -36,8 +36,8 @@ from jax import lax
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from siglip import compiled
 from siglip.losses import chunked_sigmoid_loss, sigmoid_loss
+from siglip.planning import compile
 
 AXIS = "data"
 ROW = "{:12}{:>9}{:>10}  {:11}{:>11}{:>9}{:>11}{:>11}{:>11}{:>8}"
@@ -121,7 +121,7 @@ def measure(name, mesh, pairs, args):
             raise
         return row | {"needs_gib": float(needed[1]), "compile_s": time.monotonic() - start}, None
     row["compile_s"] = time.monotonic() - start
-    stats = compiled.read(program)
+    stats = compile.read(program)
     moved = sum(stats.collective_bytes.values())
     row |= {
         "temp_bytes": stats.temp_bytes,

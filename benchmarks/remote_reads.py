@@ -113,8 +113,8 @@ def write_parquet(tars: list[str]) -> None:
 def run(url: str, pattern: str, args, *, blocks: bool, block_bytes: int = BLOCK_BYTES, workers: int = 0) -> dict:
     """The second half of an epoch of a loader."""
     from data_pipelines.loader import DataConfig, make_loader
-    from data_pipelines.mixture import SourceConfig
-    from data_pipelines.order import BlockShuffle
+    from data_pipelines.order.mixture import SourceConfig
+    from data_pipelines.order.permutation import BlockShuffle
 
     config = DataConfig(
         (SourceConfig(f"{url}/{pattern}"),),

@@ -12,7 +12,7 @@ they then run N steps in turn, changing places every turn, because other work sl
 whose memory two cannot share, one after the other. ratio above 1: faster than open_clip.
 Ours is the jitted step of `siglip train` on uint8 pictures, theirs CustomTextCLIP + SigLipLoss with fused AdamW on float
 pictures already normalised, under autocast for bfloat16. Both: the same batch, widths, depths, heads, patches kept, tanh
-GELU, texts unmasked, gradient clipping. MFU counts each side's own matrix products once (siglip/flops.py).
+GELU, texts unmasked, gradient clipping. MFU counts each side's own matrix products once (siglip/training/flops.py).
 What differs: their image tower has a class token, no bias in the patch embedding, an attention pool with LayerNorms on
 the query and after it but *no* MLP, and a projection without bias; ours pools with an MLP and projects if the recipe
 does. They pool texts at the last token, a recipe may take the mean. Ours has learning-rate multipliers, norms to log,
@@ -55,11 +55,11 @@ class Case:
 def make_case(args, options):
     """The recipe's model and batch, or the variant's, with the row's options."""
     from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
-    from siglip.optim import OptimConfig
-    from siglip.step import LossConfig
+    from siglip.training.optim import OptimConfig
+    from siglip.training.step import LossConfig
 
     if args.config:
-        from siglip.config import load_config_file
+        from siglip.training.config import load_config_file
 
         config = load_config_file(args.config)
         case = Case(config.model, config.optim, config.loss, args.batch_size or config.batch_size)
@@ -82,9 +82,10 @@ def ours(case, args):
     import jax
     import numpy as np
 
-    from siglip import flops, optim, sharding
     from siglip.models.two_tower import param_shapes
-    from siglip.step import init_state, make_train_step, state_like
+    from siglip.parallel import sharding
+    from siglip.training import flops, optim
+    from siglip.training.step import init_state, make_train_step, state_like
 
     model, ema, shapes = case.model, case.optim.ema, param_shapes(case.model)
     mesh_config = sharding.MeshConfig(fsdp=args.fsdp)
@@ -172,7 +173,7 @@ def theirs(case, compiled):
             torch.cuda.synchronize()
             facts["memory_bytes"] = torch.cuda.max_memory_allocated()
 
-    from siglip import flops
+    from siglip.training import flops
 
     facts = {"version": f"torch {torch.__version__}, open_clip {open_clip.__version__}", "memory_bytes": None}
     facts |= {"flops": flops_of_theirs(case)}
@@ -186,7 +187,7 @@ def theirs(case, compiled):
 
 def flops_of_theirs(case):
     """Our count of a step's FLOPs per pair, corrected by what their model has in other sizes."""
-    from siglip import flops
+    from siglip.training import flops
 
     spec, tokens = case.model.image.spec, case.model.image.kept_patches
     width, out_dim = spec.width, case.model.out_dim[0] or 0

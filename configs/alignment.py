@@ -17,12 +17,12 @@ from pathlib import Path
 import data_pipelines
 from data_pipelines.augment import AugmentConfig
 from data_pipelines.loader import DataConfig
-from data_pipelines.mixture import SourceConfig
-from siglip.checkpoint import CheckpointConfig
-from siglip.config import TrainConfig
-from siglip.metrics import LogConfig
+from data_pipelines.order.mixture import SourceConfig
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
-from siglip.optim import OptimConfig
+from siglip.training.config import TrainConfig
+from siglip.training.optim import OptimConfig
+from siglip.workdir.checkpoint import CheckpointConfig
+from siglip.workdir.metrics import LogConfig
 
 SAMPLE = Path(data_pipelines.__file__).parent / "sample"
 LEARNING_RATE = 2e-3

@@ -15,13 +15,13 @@ from pathlib import Path
 import data_pipelines
 from data_pipelines.augment import AugmentConfig
 from data_pipelines.loader import DataConfig
-from data_pipelines.mixture import SourceConfig
-from siglip.checkpoint import CheckpointConfig
-from siglip.config import EvalConfig, EvalTask, TrainConfig
-from siglip.initial import InitConfig, SourceModel
-from siglip.metrics import LogConfig
+from data_pipelines.order.mixture import SourceConfig
 from siglip.models.two_tower import TextConfig
-from siglip.optim import OptimConfig
+from siglip.training.config import EvalConfig, EvalTask, TrainConfig
+from siglip.training.optim import OptimConfig
+from siglip.training.warm_start import InitConfig, SourceModel
+from siglip.workdir.checkpoint import CheckpointConfig
+from siglip.workdir.metrics import LogConfig
 
 SAMPLE = Path(data_pipelines.__file__).parent / "sample"
 LANGUAGES = ("en", "ar", "de", "es", "fr", "hi", "ja", "ru", "sw", "te", "th", "zh")

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipelines.draws import Rng
+from data_pipelines.counter_rng import Rng
+from data_pipelines.errors import UserError
 
 Box = tuple[float, float, float, float]
 
@@ -45,12 +46,12 @@ class AugmentConfig:
     def __post_init__(self):
         low, high = self.scale
         if not 0.05 <= low <= high <= 4:
-            raise ValueError(f"augment.scale={self.scale} must be (smallest, largest) within 0.05 and 4")
+            raise UserError(f"augment.scale={self.scale} must be (smallest, largest) within 0.05 and 4")
         for name in ("aspect", "shift", "brightness", "color"):
             if not 0 <= getattr(self, name) <= 2:
-                raise ValueError(f"augment.{name}={getattr(self, name)} must lie within 0 and 2")
+                raise UserError(f"augment.{name}={getattr(self, name)} must lie within 0 and 2")
         if not 0 <= self.flip <= 1:
-            raise ValueError(f"augment.flip={self.flip} is a probability, within 0 and 1")
+            raise UserError(f"augment.flip={self.flip} is a probability, within 0 and 1")
 
 
 def draw_box(config: AugmentConfig, picture_size: tuple[int, int], rng: Rng) -> Box:

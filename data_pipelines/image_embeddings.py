@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.atomic import new_file
+from data_pipelines.errors import UserError
 from data_pipelines.records import Source
 
 _META_FILE = "meta.json"
@@ -122,7 +123,7 @@ def open_image_embeddings(
         _publish(path, lambda file: file.write(json.dumps(layout | dict(about), indent=2).encode()))
     meta = _read(path)
     if (meta.get("pairs"), meta.get("width")) != (pairs, width) or not meta.get("part_pairs", 0) > 0:
-        raise ValueError(
+        raise UserError(
             f"{path} speaks of {meta.get('pairs')} pairs and embeddings of width {meta.get('width')}, but there are "
             f"{pairs} of {width}; remove that folder to compute them again"
         )
@@ -133,7 +134,7 @@ def _read(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove that folder to compute its embeddings again") from None
+        raise UserError(f"{path} is damaged ({error}); remove that folder to compute its embeddings again") from None
 
 
 def _publish(path: Path, write: Callable) -> None:

@@ -21,11 +21,12 @@ import numpy as np
 
 from data_pipelines import workers
 from data_pipelines.augment import AugmentConfig
+from data_pipelines.errors import UserError
 from data_pipelines.image_embeddings import ImageEmbeddings
-from data_pipelines.mixture import Mixture, SourceConfig
-from data_pipelines.noise import NoiseConfig
-from data_pipelines.order import BlockShuffle
+from data_pipelines.order.mixture import Mixture, SourceConfig
+from data_pipelines.order.permutation import BlockShuffle
 from data_pipelines.records import Source
+from data_pipelines.samples.noise import NoiseConfig
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,15 @@ class DataConfig:
 
     def __post_init__(self):
         if not self.sources:
-            raise ValueError("data.sources is empty; name at least one set of shards")
+            raise UserError("data.sources is empty; name at least one set of shards")
         least = {"workers": 0, "threads": 1, "prefetch": 1, "max_image_pixels": 1, "cache_bytes": 0, "block_bytes": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be at least {bound}")
+                raise UserError(f"data.{name}={getattr(self, name)} must be at least {bound}")
         if self.max_image_pixels > 89_478_485:
-            raise ValueError(f"data.max_image_pixels={self.max_image_pixels} exceeds Pillow's limit, 89478485")
+            raise UserError(f"data.max_image_pixels={self.max_image_pixels} exceeds Pillow's limit, 89478485")
         if self.noise is not None and self.noise.image and self.image_embeddings is not None:
-            raise ValueError(f"data.noise.image={self.noise.image} needs pictures; leave out data.image_embeddings")
+            raise UserError(f"data.noise.image={self.noise.image} needs pictures; leave out data.image_embeddings")
 
 
 class Loader:
@@ -128,7 +129,7 @@ class Loader:
 
         Every part gives equally many batches, the last of them short or empty.
         """
-        from data_pipelines.samples import PartPictures
+        from data_pipelines.samples.batches import PartPictures
 
         spec = self._batches.spec
         pictures = PartPictures(
@@ -163,7 +164,7 @@ class Loader:
         """
         for name, ours in self._identity.items():
             if state.get(name) != ours:
-                raise ValueError(
+                raise UserError(
                     f"the data position was saved with {name}={state.get(name)!r}, here it is {ours!r}; "
                     "resume with the same data, seed and batch size, or start in a new workdir"
                 )
@@ -212,13 +213,13 @@ def make_loader(
     Raises:
       FileNotFoundError, PermissionError, ValueError: shards, tokenizer or numbers that cannot be used.
     """
-    from data_pipelines.samples import BatchSource, PictureCache, SampleSpec
+    from data_pipelines.samples.batches import BatchSource, PictureCache, SampleSpec
     from data_pipelines.tokenizers import SentencePieceTokenizer
 
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size={batch_size} does not divide over {process_count} processes")
+        raise UserError(f"batch_size={batch_size} does not divide over {process_count} processes")
     if text_length < 1:
-        raise ValueError(f"text_length={text_length} must be at least 1")
+        raise UserError(f"text_length={text_length} must be at least 1")
     tokenizer = SentencePieceTokenizer(config.tokenizer)
     sources = tuple(map(_open, config.sources))
     weights = tuple(source.weight for source in config.sources)
@@ -283,7 +284,7 @@ class EvalBatches:
 
     def __post_init__(self):
         if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+            raise UserError(f"batch_size={self.batch_size} must be at least 1")
         self.counts = collections.Counter()
 
     def __iter__(self) -> Iterator[dict]:
@@ -311,14 +312,15 @@ class EvalBatches:
                 yield from self._settle(pending.popleft())
 
     def _decode(self, index: int) -> tuple:
-        from data_pipelines import image_ops, samples
+        from data_pipelines import image_ops
+        from data_pipelines.samples import batches
 
-        pair = samples.read_pair(self.source, index)
-        picture = samples.decode_picture(pair, max_pixels=self.max_image_pixels)
+        pair = batches.read_pair(self.source, index)
+        picture = batches.decode_picture(pair, max_pixels=self.max_image_pixels)
         return pair, image_ops.resize(picture, self.image_size), index
 
     def _settle(self, future) -> Iterator[tuple]:
-        from data_pipelines.samples import BrokenPair
+        from data_pipelines.samples.batches import BrokenPair
 
         try:
             yield future.result()
@@ -363,7 +365,7 @@ def _open(config: SourceConfig) -> Source:
     source = open_source(config.shards, fields={part.split(".")[0] for part in parts})
     if config.manifest is None:
         return source
-    from data_pipelines.kept_pairs import KeptPairs
+    from data_pipelines.sources.kept_pairs import KeptPairs
 
     return KeptPairs(source, config.manifest)
 

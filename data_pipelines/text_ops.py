@@ -15,7 +15,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from data_pipelines.draws import Rng
+from data_pipelines.counter_rng import Rng
+from data_pipelines.errors import UserError
 
 MAX_KEYWORDS = 4
 CaptionSpec = Sequence[tuple[str, float]]
@@ -38,12 +39,12 @@ class CaptionError(ValueError):
 def check_spec(spec: CaptionSpec) -> None:
     """Raises ValueError when a caption spec cannot be drawn from."""
     if not spec:
-        raise ValueError('captions=() names no caption field; use e.g. captions=(("txt", 1.0),)')
+        raise UserError('captions=() names no caption field; use e.g. captions=(("txt", 1.0),)')
     for field, probability in spec:
         if not field or any(not part.strip() for part in field.split("+")):
-            raise ValueError(f"caption field {field!r} is empty; use e.g. 'txt' or 'captions.en+keywords'")
+            raise UserError(f"caption field {field!r} is empty; use e.g. 'txt' or 'captions.en+keywords'")
         if not probability > 0 or probability == float("inf"):
-            raise ValueError(f"caption field {field!r} has probability {probability}; it must be positive")
+            raise UserError(f"caption field {field!r} has probability {probability}; it must be positive")
 
 
 def draw_caption(fields: Mapping[str, object], spec: CaptionSpec, rng: Rng) -> str:

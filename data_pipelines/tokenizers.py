@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from data_pipelines.errors import UserError
+
 
 class SentencePieceTokenizer:
     """Text to ids with a SentencePiece model; safe to call from several threads, and picklable.
@@ -42,14 +44,14 @@ class SentencePieceTokenizer:
     def _load(self) -> None:
         try:
             if not self._model:
-                raise ValueError("0 bytes")
+                raise UserError("0 bytes")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"tokenizer {self.path!r} is no SentencePiece model; use a spiece.model") from error
+            raise UserError(f"tokenizer {self.path!r} is no SentencePiece model; use a spiece.model") from error
         self.vocab_size = self._processor.vocab_size()
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
-            raise ValueError(f"tokenizer {self.path!r} has no end token </s>; train it with an eos_id")
+            raise UserError(f"tokenizer {self.path!r} has no end token </s>; train it with an eos_id")
 
     def __getstate__(self) -> dict:
         return {"path": self.path, "_model": self._model}
@@ -78,7 +80,7 @@ def train_tokenizer(texts: Iterable[str], out: str | os.PathLike, *, vocab_size:
     """
     texts = [text.lower() for text in texts]
     if not texts:
-        raise ValueError("no texts to train a tokenizer on; the shards hold no captions")
+        raise UserError("no texts to train a tokenizer on; the shards hold no captions")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -97,7 +99,7 @@ def train_tokenizer(texts: Iterable[str], out: str | os.PathLike, *, vocab_size:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"vocab_size={vocab_size} does not fit {len(texts)} texts: {error}") from error
+        raise UserError(f"vocab_size={vocab_size} does not fit {len(texts)} texts: {error}") from error
     partial = Path(f"{os.fspath(out)}.{os.getpid()}.partial")
     partial.write_bytes(model.getvalue())
     os.replace(partial, out)

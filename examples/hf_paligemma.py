@@ -4,7 +4,7 @@
 
     features = projector(tower(pixels))       tower(pixels) = our tokens: after the last LayerNorm, without pooling head
 
-SRC's image tower is exported for transformers without its pooling head and read back by it (`siglip.export`), put into the
+SRC's image tower is exported for transformers without its pooling head and read back by it (`siglip.exporting`), put into the
 `vision_tower` of a PaliGemma whose Gemma is small and random, and held against ours. The whole model is then saved, loaded
 again by transformers and, its tower alone, by `siglip.load_encoder`. Needs the `interop` extra (torch, transformers 4.57 or 5).
 
@@ -26,9 +26,9 @@ from siglip.atomic import new_folder
 from siglip.cli import EXPECTED, describe
 from siglip.cli.arguments import parse
 from siglip.encoder import ImageEncoder, load_encoder
-from siglip.export import export
-from siglip.step import normalize_pixels
-from siglip.verification import check_all_loaded, compare
+from siglip.exporting.export import export
+from siglip.exporting.verification import check_all_loaded, compare
+from siglip.training.step import normalize_pixels
 
 NEW_TOKENS = 8
 

@@ -7,7 +7,7 @@
     logits = exp(t) * zimg @ ztxt.T + b;   probability of a match = sigmoid(logits)      (SigLIP, arXiv:2303.15343)
 
 An `ImageEncoder` is a pytree whose leaves are its parameters, so it goes through jit, grad, device_put and optax as it is:
-hand it to a jitted step as an argument, lay its leaves out with `siglip.sharding.param_shardings`, and unfreeze it with
+hand it to a jitted step as an argument, lay its leaves out with `siglip.parallel.sharding.param_shardings`, and unfreeze it with
 `encoder.unfrozen()`. PaLI-3 (arXiv:2310.09199) and PaliGemma (arXiv:2407.07726) read the tokens after the last LayerNorm and
 before pooling: layer -1. Layers -2, -3, … are what earlier blocks return, without a LayerNorm, as LLaVA reads them
 (`hidden_states[-2]` in transformers).
@@ -29,10 +29,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from siglip import trees
+from siglip.array_types import Array, Float
+from siglip.errors import UserError
+from siglip.model_source import read_model
 from siglip.models.two_tower import ImageConfig, ModelConfig, make_model
 from siglip.models.vit import ViT
-from siglip.shapes import Array, Float
-from siglip.source import read_model
 
 PIXEL_RANGE = (-1.0, 1.0)
 _STATIC = {"static": True}
@@ -63,7 +64,7 @@ class Encoder:
             ValueError: the size is not the model's, pixels are integers, or the image tower has no pooling.
         """
         if self.config.image.pool == "none":
-            raise ValueError("this image tower has no pooling, so pictures have no embedding; use image_tokens")
+            raise UserError("this image tower has no pooling, so pictures have no embedding; use image_tokens")
         return self._image(self.params, check_images(images, self.config.image))
 
     def image_tokens(self, images: ArrayLike) -> Float[Array, "b n d"]:
@@ -85,17 +86,17 @@ class Encoder:
         """
         text = self.config.text
         if text is None:
-            raise ValueError("this model has only the image tower; load a source with both towers to embed texts")
+            raise UserError("this model has only the image tower; load a source with both towers to embed texts")
         if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
-            raise ValueError(f"tokens are {jnp.result_type(tokens)}; pass token ids as int32 [b, {text.length}]")
+            raise UserError(f"tokens are {jnp.result_type(tokens)}; pass token ids as int32 [b, {text.length}]")
         if jnp.ndim(tokens) != 2 or jnp.shape(tokens)[1] != text.length:
-            raise ValueError(f"tokens have shape {jnp.shape(tokens)}; pad or cut them to [b, {text.length}]")
+            raise UserError(f"tokens have shape {jnp.shape(tokens)}; pad or cut them to [b, {text.length}]")
         # Looking at ids that are already on a device would wait for it; out there a wrong id becomes NaN instead.
         if not isinstance(tokens, jax.Array):
             ids = np.asarray(tokens)
             bad = ids[(ids < 0) | (ids >= text.vocab_size)]
             if bad.size:
-                raise ValueError(
+                raise UserError(
                     f"token id {bad[0]} is outside the vocabulary of {text.vocab_size}; is it another tokenizer's?"
                 )
         return self._text(self.params, jnp.asarray(tokens, jnp.int32))
@@ -108,7 +109,7 @@ class Encoder:
             ValueError: there is no text tower, and so no temperature and no bias.
         """
         if self.config.text is None:
-            raise ValueError(
+            raise UserError(
                 "this model has only the image tower, no temperature and bias; load a source with both towers"
             )
         return _logits(jnp.asarray(zimg), jnp.asarray(ztxt), self.params["t"], self.params["b"])
@@ -118,11 +119,11 @@ def check_images(images: ArrayLike, config: ImageConfig) -> Float[Array, "b h w 
     """Raises ValueError for pictures that the tower was not made for, as far as that can be seen from the outside."""
     height, width = config.image_size
     if not jnp.issubdtype(jnp.result_type(images), jnp.floating):
-        raise ValueError(
+        raise UserError(
             f"images are {jnp.result_type(images)}; pass float32 in [-1, 1], for 8-bit pixels x / 127.5 - 1"
         )
     if jnp.ndim(images) != 4 or jnp.shape(images)[1:] != (height, width, 3):
-        raise ValueError(
+        raise UserError(
             f"images have shape {jnp.shape(images)} but the model takes [b, {height}, {width}, 3]; "
             f"resize them, or load the model with image_size=(h, w)"
         )
@@ -235,7 +236,7 @@ class ImageEncoder:
             ValueError: as for `tokens`, or the encoder has no pooling, or reads from an earlier layer.
         """
         if self.spec.pooled_width is None:
-            raise ValueError(
+            raise UserError(
                 f"this encoder (pool={self.config.pool!r}, layer={self.layer}) has no pooled output; use tokens, or load a "
                 "tower with a pooling head at layer=-1"
             )
@@ -285,7 +286,7 @@ def load_encoder(
     params, config, _ = read_model(src, image_size, patch_size=patch_size)
     image, depth = config.image, config.image.spec.depth
     if not -depth <= layer <= -1:
-        raise ValueError(f"layer={layer}: the tower has {depth} blocks; count them from the end, -1 to -{depth}")
+        raise UserError(f"layer={layer}: the tower has {depth} blocks; count them from the end, -1 to -{depth}")
     image = dataclasses.replace(image, dtype=dtype, remat="none", dropout=0.0, patch_dropout=0.0)
     params, head_dim = params["img"], config.out_dim[0]
     if layer != -1:

@@ -16,6 +16,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
+from siglip.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -44,9 +46,9 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ValueError(f"path {path!r} goes through {parent!r}, which is a leaf; rename one of the two")
+                raise UserError(f"path {path!r} goes through {parent!r}, which is a leaf; rename one of the two")
         if name in node:
-            raise ValueError(f"path {path!r} appears twice or is also a folder of other paths; rename one of the two")
+            raise UserError(f"path {path!r} appears twice or is also a folder of other paths; rename one of the two")
         node[name] = leaf
     return tree
 
@@ -78,10 +80,10 @@ def first_matches(
     try:
         compiled = [re.compile(pattern) for pattern in patterns]
     except re.error as error:
-        raise ValueError(f"{what}: {error.pattern!r} is not a regular expression ({error.msg})") from None
+        raise UserError(f"{what}: {error.pattern!r} is not a regular expression ({error.msg})") from None
     for pattern, regex in zip(patterns, compiled, strict=True):
         if pattern not in optional and not any(regex.fullmatch(path) for path in paths):
-            raise ValueError(
+            raise UserError(
                 f"{what}: pattern {pattern!r} matches no parameter{did_you_mean(pattern, paths)}; "
                 f"it must match the whole path, as 'img/.*' does"
             )
@@ -101,12 +103,12 @@ def build_dataclass(cls: type[T], tree: Mapping[str, Any], *, where: str = "conf
     names = {field.name for field in dataclasses.fields(cls)}
     for name in tree:
         if name not in names:
-            raise ValueError(f"{where} has no field {name!r}{did_you_mean(name, names)}")
+            raise UserError(f"{where} has no field {name!r}{did_you_mean(name, names)}")
     values = {name: _build_value(hints[name], value, f"{where}.{name}") for name, value in tree.items()}
     try:
         return cls(**values)
     except TypeError as error:
-        raise ValueError(f"{where} is incomplete: {error}") from None
+        raise UserError(f"{where} is incomplete: {error}") from None
 
 
 def _build_value(hint: Any, value: Any, where: str) -> Any:
@@ -133,4 +135,4 @@ def _build_value(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if hint in (int, str, bool) and type(value) is hint:
         return value
-    raise ValueError(f"{where}={value!r} is not a {getattr(hint, '__name__', hint)}")
+    raise UserError(f"{where}={value!r} is not a {getattr(hint, '__name__', hint)}")

@@ -1,4 +1,4 @@
-"""The launch files parse, start commands that exist, and set what siglip.distributed reads."""
+"""The launch files parse, start commands that exist, and set what siglip.parallel.launch reads."""
 
 import re
 import shlex
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from siglip.cli.arguments import parse
-from siglip.config import TrainConfig, load_config_file
-from siglip.distributed import PORT, DistributedConfig, detect
+from siglip.parallel.launch import PORT, DistributedConfig, detect
+from siglip.training.config import TrainConfig, load_config_file
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"

@@ -16,7 +16,7 @@ something; "next", "1 review" and "image" never do. So no rule but that for file
 
 import re
 
-from data_pipelines.curate.furniture import BAGS, CAMERAS, COUNTED, LABELS, PHRASES
+from data_pipelines.curate.boilerplate_phrases import BAGS, CAMERAS, COUNTED, LABELS, PHRASES
 
 _MAX_CHARS, _MAX_FILE_CHARS, _MAX_BAG_WORDS = 240, 125, 14
 _AROUND = " \t.!?…:;,|-–—*·•«»‹›<>\"'“”„‘’()[]{}→←▶►✓×"

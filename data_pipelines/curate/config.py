@@ -19,6 +19,8 @@ from typing import Literal
 
 import pycld2
 
+from data_pipelines.errors import UserError
+
 INTEGRITY = (
     "unreadable",
     "invalid_row",
@@ -113,32 +115,30 @@ class CurateConfig:
         least |= {"min_words": 0, "max_caption_pictures": 0, "duplicate_bits": 0}
         for name, value in least.items():
             if getattr(self, name) < value:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {value}")
+                raise UserError(f"{name}={getattr(self, name)} must be at least {value}")
         if not self.captions or not all(self.captions):
-            raise ValueError(f"captions={self.captions!r} names no field; use e.g. txt")
+            raise UserError(f"captions={self.captions!r} names no field; use e.g. txt")
         unknown = set(self.languages) - {code for _, code in pycld2.LANGUAGES} - {"un"}
         if unknown:
-            raise ValueError(
-                f"languages={sorted(unknown)} are no codes that CLD2 gives; write e.g. en, de, zh, zh-Hant"
-            )
+            raise UserError(f"languages={sorted(unknown)} are no codes that CLD2 gives; write e.g. en, de, zh, zh-Hant")
         if self.max_image_pixels > 89_478_485:
-            raise ValueError(f"max_image_pixels={self.max_image_pixels} exceeds Pillow's limit, 89478485")
+            raise UserError(f"max_image_pixels={self.max_image_pixels} exceeds Pillow's limit, 89478485")
         if self.max_aspect and not 1 <= self.max_aspect < math.inf:
-            raise ValueError(f"max_aspect={self.max_aspect} is long side / short side, at least 1; 0 switches it off")
+            raise UserError(f"max_aspect={self.max_aspect} is long side / short side, at least 1; 0 switches it off")
         for name, (lowest, highest, fix) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not lowest <= value <= highest:  # NaN lies nowhere
-                raise ValueError(f"{name}={value} must lie in [{lowest:g}, {highest:g}]; {fix}")
+                raise UserError(f"{name}={value} must lie in [{lowest:g}, {highest:g}]; {fix}")
         if self.max_chars and self.min_chars > self.max_chars:
-            raise ValueError(
+            raise UserError(
                 f"min_chars={self.min_chars} exceeds max_chars={self.max_chars}: no caption fits; 0 is no limit"
             )
         if self.duplicate_bits > 32:
-            raise ValueError(f"duplicate_bits={self.duplicate_bits} of 64 finds everything alike; use 0 to 16")
+            raise UserError(f"duplicate_bits={self.duplicate_bits} of 64 finds everything alike; use 0 to 16")
         if self.top_share is not None and not 0 < self.top_share <= 1:
-            raise ValueError(f"top_share={self.top_share} must lie in (0, 1], e.g. 0.3 for the best 30 %")
+            raise UserError(f"top_share={self.top_share} must lie in (0, 1], e.g. 0.3 for the best 30 %")
         if self.concept_cap is not None and self.concept_cap < 1:
-            raise ValueError(f"concept_cap={self.concept_cap} must be at least 1; MetaCLIP takes 20000")
+            raise UserError(f"concept_cap={self.concept_cap} must be at least 1; MetaCLIP takes 20000")
 
     @property
     def needs_scores(self) -> bool:

@@ -31,12 +31,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from data_pipelines.curate import confirm, pictures
-from data_pipelines.curate.exchange import Exchange
+from data_pipelines.counter_rng import mix_array
+from data_pipelines.curate import pictures, pixel_match
 from data_pipelines.curate.layout import LEAST_HASHED_PX, Work, ranks, read_pictures, starts_of_runs, verdicts
 from data_pipelines.curate.scan import hashes_of
 from data_pipelines.curate.scores import read_scores
-from data_pipelines.draws import mix_array
+from data_pipelines.curate.shuffle import Exchange
 
 BANDS, HASH_BITS = 8, 63
 _CONTENT_RULES = ("duplicate_bytes", "duplicate_pixels")
@@ -293,11 +293,11 @@ def _confirm(
 ) -> np.ndarray:
     lesser_px, better_px = decoded(lesser["thumbnail"]), decoded(better["thumbnail"])
     is_part = rows["is_part"][some, None, None, None]
-    return confirm.same_picture(
+    return pixel_match.same_picture(
         np.where(is_part, lesser_px, better_px),
         np.where(is_part, better_px, lesser_px),
         np.array(pictures.CROPS, np.float32)[rows["crop"][some]],
-        confirm.Tolerance(work.config.duplicate_error, work.config.duplicate_spot),
+        pixel_match.Tolerance(work.config.duplicate_error, work.config.duplicate_spot),
     )
 
 

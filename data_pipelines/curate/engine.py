@@ -19,6 +19,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from typing import Any, Protocol, TypeVar
 
+from data_pipelines.errors import UserError
+
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 Item = TypeVar("Item")
 
@@ -45,7 +47,7 @@ class LocalEngine:
 
     def __init__(self, workers: int = 0):
         if workers < 0:
-            raise ValueError(f"workers={workers} must be at least 0 (0: every core)")
+            raise UserError(f"workers={workers} must be at least 0 (0: every core)")
         self.workers = workers or len(os.sched_getaffinity(0))
         self._pool: ProcessPoolExecutor | None = None
 

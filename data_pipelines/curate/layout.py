@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from data_pipelines.atomic import new_file
 from data_pipelines.curate.config import MENDING, CurateConfig
-from data_pipelines.curate.exchange import Exchange
+from data_pipelines.curate.shuffle import Exchange
 
 MOST_PAIRS_PER_GROUP, LEAST_GROUPS = 25_000, 64
 ROWS_PER_BUCKET = 2_000_000

@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines.atomic import new_file
-from data_pipelines.curate import confirm, pictures
+from data_pipelines.curate import pictures, pixel_match
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.duplicates import BANDS, decoded, window_bits, windows
-from data_pipelines.curate.exchange import Exchange
 from data_pipelines.curate.layout import LEAST_HASHED_PX, Work, read_pictures, starts_of_runs, verdicts
 from data_pipelines.curate.scan import hashes_of
 from data_pipelines.curate.scores import scores_path
+from data_pipelines.curate.shuffle import Exchange
 
 _QUERIES_AT_ONCE = 256
 _CONFIRMED_AT_ONCE = 2048
@@ -89,14 +89,14 @@ def embedding_leaks(work: Work, shard: int, places: np.ndarray, thumbnails: pa.C
         some = slice(start, start + _CONFIRMED_AT_ONCE)
         ours, theirs = every.take(pa.array(rows[some])), thumbnails.take(pa.array(closest[some]))
         cut = np.zeros((len(ours), 4), np.float32)
-        same[some] = confirm.same_picture(decoded(ours), decoded(theirs), cut, _tolerance(work.config))
+        same[some] = pixel_match.same_picture(decoded(ours), decoded(theirs), cut, _tolerance(work.config))
     rows, shown = rows[same], places[closest[same]]
     found = {"shard": np.full(len(rows), shard, np.int32), "index": rows.astype(np.int32)}
     return verdicts(found | {"of_shard": shown[:, 0], "of_index": shown[:, 1]}, "eval_leak_embedding")
 
 
-def _tolerance(config: CurateConfig) -> confirm.Tolerance:
-    return confirm.Tolerance(config.leak_error, config.leak_spot, spot_share=_SPOT_SHARE, grey=True)
+def _tolerance(config: CurateConfig) -> pixel_match.Tolerance:
+    return pixel_match.Tolerance(config.leak_error, config.leak_spot, spot_share=_SPOT_SHARE, grey=True)
 
 
 def _confirmed(work: Work, folder: Path, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +122,7 @@ def _confirmed(work: Work, folder: Path, table: pa.Table) -> tuple[np.ndarray, n
         ours = decoded(table["thumbnail"].take(pa.array(rows[some])))
         theirs = decoded(_thumbnails(folder).take(pa.array(protected[some])))
         ours_is_part = is_part[some, None, None, None]
-        same[some] = confirm.same_picture(
+        same[some] = pixel_match.same_picture(
             np.where(ours_is_part, ours, theirs),
             np.where(ours_is_part, theirs, ours),
             cut[some],

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from data_pipelines.atomic import new_file
 from data_pipelines.curate import scores
 from data_pipelines.curate.config import COPIES, LEAKS, MENDING, RULES, CurateConfig
-from data_pipelines.curate.exchange import Exchange
 from data_pipelines.curate.layout import VERDICT, Work
+from data_pipelines.curate.shuffle import Exchange
 from data_pipelines.curate.tables import write_table
 
 EXAMPLES = 10

@@ -19,6 +19,7 @@ from typing import Literal
 import pyarrow.parquet as pq
 
 from data_pipelines.atomic import new_file
+from data_pipelines.errors import UserError
 from data_pipelines.records import Pair
 from data_pipelines.sources import files
 from data_pipelines.sources.blocks import InOrder
@@ -49,7 +50,7 @@ def materialize(
     earlier = _written(out)
     for name in set(names) - earlier:
         if (out / name).exists():
-            raise ValueError(f"{str(out / name)!r} is no shard of an earlier run; move it or write to another folder")
+            raise UserError(f"{str(out / name)!r} is no shard of an earlier run; move it or write to another folder")
     _write_listing(out, earlier | set(names))
     writer = {"tar": TarWriter, "arrayrecord": ArrayRecordWriter}[kind]
     pairs, paths = _kept_pairs(manifest), []
@@ -73,11 +74,9 @@ def check_place(out: Path, shards: Iterable[str]) -> None:
     """Raises ValueError where new shards would take the place of files that are not ours."""
     inside = [shard for shard in shards if not files.is_remote(shard) and Path(shard).resolve().parent == out.resolve()]
     if inside:
-        raise ValueError(f"new shards go to {str(out)!r}, where {inside[0]!r} lies; write to another folder")
+        raise UserError(f"new shards go to {str(out)!r}, where {inside[0]!r} lies; write to another folder")
     if out.exists() and not (out / _LISTING).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(
-            f"new shards go to {str(out)!r}, which holds other files; move them or write to another folder"
-        )
+        raise UserError(f"new shards go to {str(out)!r}, which holds other files; move them or write to another folder")
 
 
 def _survey(manifest: Path) -> tuple[int, set[str]]:
@@ -112,7 +111,7 @@ def _kept_pairs(manifest: Path) -> Iterator[Pair]:
                     shard, source = row["shard"], _open(row["shard"])
                 pair = source[row["index"]] if row["index"] < len(source) else None
                 if pair is None or pair.key != row["key"] or pair.image is None:
-                    raise ValueError(
+                    raise UserError(
                         f"shard {shard!r} is not the one that {str(manifest)!r} was made from; curate again"
                     )
                 yield dataclasses.replace(pair, fields={**pair.fields, "txt": row["caption"]})

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.curate.engine import Item, WorkerDied, use_one_thread
+from data_pipelines.errors import UserError
 
 _ANSWER_S, _NODE_S, _RECOUNT_S = 30, 60, 5
 _TASKS_PER_CPU = 2  # one runs, one is on its way
@@ -60,9 +61,9 @@ class RayEngine:
 
     def __init__(self, folder: Path, *, address: str | None = None, workers: int = 0, gpus_per_task: float = 0):
         if workers < 0:
-            raise ValueError(f"workers={workers} must be at least 0 (0: every core)")
+            raise UserError(f"workers={workers} must be at least 0 (0: every core)")
         if gpus_per_task < 0:
-            raise ValueError(f"gpus_per_task={gpus_per_task} must be at least 0 (0: none)")
+            raise UserError(f"gpus_per_task={gpus_per_task} must be at least 0 (0: none)")
         self._folder, self._address, self._gpus_per_task = folder, address, gpus_per_task
         self._workers = workers or len(os.sched_getaffinity(0))
         self._marker = folder.absolute() / f"{_MARKER}{uuid.uuid4().hex[:12]}"
@@ -82,7 +83,7 @@ class RayEngine:
             self._marker.touch()
             _check_nodes(self._marker)
             if self._gpus_per_task and not self._slots_with_model():
-                raise ValueError(f"gpus_per_task={self._gpus_per_task} but no machine of the cluster has a GPU; use 0")
+                raise UserError(f"gpus_per_task={self._gpus_per_task} but no machine of the cluster has a GPU; use 0")
             self._cleanup = cleanup.pop_all()
         return self
 
@@ -190,7 +191,7 @@ def _compute(payload: bytes, marker: str, folder: str) -> Any:
 def _prepare(marker: str, folder: str) -> None:
     """Once per process, so that machines that came after the check are held to it too."""
     if not Path(marker).exists():
-        raise ValueError(
+        raise UserError(
             f"machine {socket.gethostname()} does not see {marker!r}; "
             f"--out must be on storage that every machine of the cluster shares, at the same path"
         )
@@ -211,7 +212,7 @@ def _import_ray() -> None:
     try:
         import ray  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"--engine ray needs the package {error.name}; install it: pip install 'siglip-stage0[ray]'"
         ) from None
 
@@ -274,18 +275,18 @@ def _check_address(address: str) -> None:
     fix = "start one with `ray start --head`, or give --address HOST:PORT of its head"
     if address != "auto":
         if not host or not port.isdigit():
-            raise ValueError(f"address={address!r} is neither HOST:PORT nor ray://HOST:PORT nor auto; {fix}")
+            raise UserError(f"address={address!r} is neither HOST:PORT nor ray://HOST:PORT nor auto; {fix}")
         try:
             socket.create_connection((host, int(port)), timeout=_ANSWER_S / 3).close()
         except (OSError, OverflowError) as error:
-            raise ValueError(f"no Ray cluster answers at {address!r} ({error}); {fix}") from None
+            raise UserError(f"no Ray cluster answers at {address!r} ({error}); {fix}") from None
     try:
         command = [sys.executable, "-c", _PROBE, address]
         subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=True)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"no Ray cluster answers at {address!r} within {_ANSWER_S} s; {fix}") from None
+        raise UserError(f"no Ray cluster answers at {address!r} within {_ANSWER_S} s; {fix}") from None
     except subprocess.CalledProcessError as error:
-        raise ValueError(f"cannot join a Ray cluster at {address!r} ({_last_line(error.stderr)}); {fix}") from None
+        raise UserError(f"cannot join a Ray cluster at {address!r} ({_last_line(error.stderr)}); {fix}") from None
 
 
 def _check_nodes(marker: Path) -> None:
@@ -308,11 +309,11 @@ def _check_nodes(marker: Path) -> None:
             ray.get(reference, timeout=0)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, ValueError) else _last_line(str(error))
-            raise ValueError(f"machine {address} cannot take part: {cause}") from None
+            raise UserError(f"machine {address} cannot take part: {cause}") from None
         except ray.exceptions.RayError:
             continue  # slow to start, or gone by now: its processes look for themselves
         if not _appears(Path(f"{marker}-{node['NodeID']}")):
-            raise ValueError(
+            raise UserError(
                 f"what machine {address} writes to {str(marker.parent)!r} is not seen here; "
                 f"--out must be on storage that every machine of the cluster shares"
             )

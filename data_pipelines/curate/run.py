@@ -24,15 +24,16 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from data_pipelines.atomic import new_file
-from data_pipelines.curate import duplicates, leaks, manifest, pictures, repeats, scores
+from data_pipelines.curate import duplicates, leaks, manifest, pictures, repeated_captions, scores
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.engine import Engine
-from data_pipelines.curate.exchange import Exchange
 from data_pipelines.curate.layout import Work, write_layout
 from data_pipelines.curate.manifest import MANIFEST_SCHEMA, Judging, Limits
 from data_pipelines.curate.report import write_report
 from data_pipelines.curate.scan import ScanResult, ScanTask, scan_shard
 from data_pipelines.curate.scoring import Scoring, embed_protected, embedding_leaks, score_group
+from data_pipelines.curate.shuffle import Exchange
+from data_pipelines.errors import UserError
 from data_pipelines.sources.files import expand_shards
 
 Progress = Callable[[str, int, int], None]  # stage, done, of
@@ -71,7 +72,7 @@ def curate(
     against_results = run.scan(protected, "against", config, pictures.EVAL_CROPS)
     for result in against_results:
         if not result.pairs:  # a set that is not there protects nothing
-            raise ValueError(f"evaluation {result.problem or f'shard {result.shard!r} is empty'}")
+            raise UserError(f"evaluation {result.problem or f'shard {result.shard!r} is empty'}")
     for left_over in out.glob(f".work-{'?' * _NAME_CHARS}"):  # of a run that was killed
         shutil.rmtree(left_over, ignore_errors=True)
     # A new name each time: workers remember files by name, and tasks of a killed run may still write to theirs.
@@ -79,14 +80,14 @@ def curate(
     work.folder.mkdir(parents=True)
     try:
         if not sum(result.pairs for result in results):
-            raise ValueError(f"no pair in {len(names)} shards can be read: {results[0].problem}")
+            raise UserError(f"no pair in {len(names)} shards can be read: {results[0].problem}")
         tables = [_table(out, "scan", name) for name in names]
         write_layout(work, names, tables, [result.pairs for result in results])
         verdicts = run.verdicts(work, protected, scorer)
         judging = Judging(work, verdicts, tuple(protected))
         stats = run.finish(judging, concepts)
         if stats["applied"].get("missing_text") == stats["pairs"]:
-            raise ValueError(f"no pair has a caption in {', '.join(config.captions)}; name its field with --captions")
+            raise UserError(f"no pair has a caption in {', '.join(config.captions)}; name its field with --captions")
         funnel = _funnel(stats, results, against_results, config)
         write_report(out / "report.html", funnel, stats["examples"], names)
         with new_file(out / FUNNEL_FILE) as partial:
@@ -100,13 +101,13 @@ def curate(
 def _check_needs(config: CurateConfig, scorer: scores.Scorer | None, concepts: str | None) -> None:
     """Raises ValueError where a threshold lacks what it needs, or what is given has no use."""
     if config.needs_scores and scorer is None:
-        raise ValueError("min_score and top_share need a model that scores pairs: give one with --model SRC")
+        raise UserError("min_score and top_share need a model that scores pairs: give one with --model SRC")
     if config.concept_cap is not None:
         if concepts is None:
-            raise ValueError("concept_cap needs a list of concepts: give a file, one a line, with --concepts FILE")
+            raise UserError("concept_cap needs a list of concepts: give a file, one a line, with --concepts FILE")
         scores.read_concepts(concepts)
     elif concepts is not None:
-        raise ValueError(f"--concepts {concepts} is for the balance of concepts: add --concept-cap 20000 or the like")
+        raise UserError(f"--concepts {concepts} is for the balance of concepts: add --concept-cap 20000 or the like")
 
 
 class _Run:
@@ -126,7 +127,7 @@ class _Run:
             some = "; ".join(
                 f"{shard!r}: {' '.join(str(error).split())}" for shard, error in failures[:_NAMED_FAILURES]
             )
-            raise ValueError(
+            raise UserError(
                 f"{len(failures)} of {len(names)} shards failed: {some}; the others are scanned, mend these and run again"
             )
         return [found[task] for task in tasks]
@@ -146,9 +147,11 @@ class _Run:
             self._groups("copies: confirm", duplicates.confirm_candidates, work)
             found += [duplicates.exact_verdicts(work), duplicates.near_verdicts(work)]
         if work.config.max_caption_pictures:
-            self._groups("captions", repeats.scatter_captions, work)
-            self._buckets("captions: repeated", repeats.judge_captions, work, repeats.captions_exchange(work))
-            found.append(repeats.repeat_verdicts(work))
+            self._groups("captions", repeated_captions.scatter_captions, work)
+            self._buckets(
+                "captions: repeated", repeated_captions.judge_captions, work, repeated_captions.captions_exchange(work)
+            )
+            found.append(repeated_captions.repeat_verdicts(work))
         if protected:
             folder = work.folder / "protected"
             leaks.build_index([_table(self.out, "against", name) for name in protected], folder)

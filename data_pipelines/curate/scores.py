@@ -27,6 +27,7 @@ import xxhash
 from data_pipelines import image_ops
 from data_pipelines.curate.config import NO_IMAGE
 from data_pipelines.curate.layout import Work
+from data_pipelines.errors import UserError
 from data_pipelines.sources.blocks import InOrder
 from data_pipelines.sources.opening import open_source
 
@@ -146,13 +147,13 @@ def _parse_concepts(path: str, modified_ns: int) -> tuple[dict[str, int], int]:
         text = Path(path).read_text(encoding="utf-8-sig")
         entries = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError among them
-        raise ValueError(
+        raise UserError(
             f"concepts {path!r}: {error}; write UTF-8 text, a concept a line, or a JSON list of strings"
         ) from None
     split = [tuple(words_of(entry)) for entry in entries if isinstance(entry, str)]
     concepts = {" ".join(words): number for number, words in enumerate(dict.fromkeys(filter(None, split)))}
     if not concepts:
-        raise ValueError(f"concepts {path!r} names no concept; write one a line, or a JSON list of strings")
+        raise UserError(f"concepts {path!r} names no concept; write one a line, or a JSON list of strings")
     return concepts, max(len(words) for words in split)
 
 

@@ -25,8 +25,8 @@ import xxhash
 
 from data_pipelines.atomic import new_file
 from data_pipelines.curate import leaks, scores
-from data_pipelines.curate.exchange import Exchange
 from data_pipelines.curate.layout import Work
+from data_pipelines.curate.shuffle import Exchange
 from data_pipelines.curate.tables import read_metadata, write_table
 
 _COMPARED_AT_ONCE = 256

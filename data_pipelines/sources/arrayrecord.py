@@ -10,6 +10,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 
+from data_pipelines.errors import UserError
 from data_pipelines.records import Pair, ShardLost
 from data_pipelines.sources import copies, examples, files, index_file, tfds
 from data_pipelines.sources.files import Window
@@ -77,13 +78,13 @@ def build(shard: str, stat: FileStat) -> Contents:
         reader = _open_file(copy)
     count = reader.num_records()
     if not reader.ok() or not count:
-        raise ValueError(
+        raise UserError(
             f"shard {shard!r} is cut, empty or no ArrayRecord file: it has no index at its end; fetch it again"
         )
     try:
         first = examples.parse(reader.read([0])[0])
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"shard {shard!r} does not hold tf.train.Example records: {error}") from error
+        raise UserError(f"shard {shard!r} does not hold tf.train.Example records: {error}") from error
     finally:
         reader.close()
     notes = example_notes(shard, first)

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Iterator
 
+from data_pipelines.errors import UserError
 from data_pipelines.sources import files, remote
 
 DEFAULT_GIB = 64.0
@@ -51,7 +52,7 @@ def limit_bytes() -> int:
     except ValueError:
         gib = 0.0
     if not 0 < gib < float("inf"):
-        raise ValueError(f"SIGLIP_COPIES_GIB={told} must be a positive number of GiB, such as {DEFAULT_GIB:g}")
+        raise UserError(f"SIGLIP_COPIES_GIB={told} must be a positive number of GiB, such as {DEFAULT_GIB:g}")
     return int(gib * 2**30)
 
 

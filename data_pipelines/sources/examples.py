@@ -16,6 +16,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 
+from data_pipelines.errors import UserError
 from data_pipelines.records import Pair
 
 IMAGE_FEATURES = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "image_raw")
@@ -74,7 +75,7 @@ def parse(record: bytes) -> dict[str, list]:
     try:
         example = _example_class().FromString(record)
     except DecodeError as error:
-        raise ValueError(f"a record of {len(record)} bytes is no tf.train.Example ({error})") from error
+        raise UserError(f"a record of {len(record)} bytes is no tf.train.Example ({error})") from error
     features = {}
     for name, feature in example.features.feature.items():
         kind = feature.WhichOneof("kind")

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Sequence
 
+from data_pipelines.errors import UserError
 from data_pipelines.records import ShardLost
 from data_pipelines.sources import remote
 from data_pipelines.sources.remote import FileStat
@@ -44,7 +45,7 @@ def expand_shards(shards: str | os.PathLike | Sequence[str | os.PathLike]) -> li
     """
     patterns = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
     if not patterns or not all(os.fspath(pattern) for pattern in patterns):
-        raise ValueError(f"shards={shards!r} names nothing; give a path such as 'data/{{00000..00009}}.tar'")
+        raise UserError(f"shards={shards!r} names nothing; give a path such as 'data/{{00000..00009}}.tar'")
     paths = []
     for pattern in patterns:
         for path in _expand_braces(os.path.expanduser(os.fspath(pattern).removeprefix("file://"))):
@@ -75,7 +76,7 @@ def _expand_braces(pattern: str) -> list[str]:
         first, last = bounds.groups()
         choices = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
         if not choices:
-            raise ValueError(f"range {{{matched[1]}}} in {pattern!r} runs backwards; use {{{last}..{first}}}")
+            raise UserError(f"range {{{matched[1]}}} in {pattern!r} runs backwards; use {{{last}..{first}}}")
     else:
         choices = matched[1].split(",")
     head, tail = pattern[: matched.start()], pattern[matched.end() :]
@@ -99,12 +100,12 @@ def stat(path: str) -> FileStat:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"no shard at {path!r}; check the path") from error
         except IsADirectoryError as error:
-            raise ValueError(f"shard {path!r} is a folder; name its files, e.g. '{path}/*.tar'") from error
+            raise UserError(f"shard {path!r} is a folder; name its files, e.g. '{path}/*.tar'") from error
         except PermissionError as error:
             raise PermissionError(f"no permission to read shard {path!r}; try chmod a+r on it") from error
         found = FileStat(local.st_size, str(local.st_mtime_ns))
     if found.size == 0:
-        raise ValueError(f"shard {path!r} is empty (0 bytes); fetch it again or leave it out")
+        raise UserError(f"shard {path!r} is empty (0 bytes); fetch it again or leave it out")
     return found
 
 

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 
+from data_pipelines.errors import UserError
 from data_pipelines.records import Pair
 from data_pipelines.sources import files, index_file
 from data_pipelines.sources.files import Window
@@ -64,7 +65,7 @@ def build(shard: str, stat: FileStat) -> Contents:
     """Raises ValueError: the list has no rows, or is no list."""
     offsets, sizes, columns = _scan_json(shard, stat) if _is_json(shard) else _scan_csv(shard, stat)
     if not offsets:
-        raise ValueError(f"list {shard!r} has no rows; leave it out")
+        raise UserError(f"list {shard!r} has no rows; leave it out")
     rows = join_offsets(offsets, sizes)
     image = next((name for name in IMAGE_COLUMNS if name in columns), None)
     notes = {"columns": columns, "image": image}
@@ -125,7 +126,7 @@ def _scan_csv(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[st
                 sizes.append(lines.end - start)
             start = lines.end
     except csv.Error as error:
-        raise ValueError(f"list {shard!r} is no CSV at line {reader.line_num} ({error}); mend that line") from error
+        raise UserError(f"list {shard!r} is no CSV at line {reader.line_num} ({error}); mend that line") from error
     return offsets, sizes, columns
 
 
@@ -137,7 +138,7 @@ def _scan_json(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[s
         if columns is None:
             fields, problems = _parse_json(line)
             if problems:
-                raise ValueError(f"list {shard!r} does not begin with a JSON object; write one per line")
+                raise UserError(f"list {shard!r} does not begin with a JSON object; write one per line")
             columns = sorted(fields)
         offsets.append(offset)
         sizes.append(len(line))

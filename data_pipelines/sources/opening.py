@@ -8,10 +8,11 @@ import os
 import re
 from collections.abc import Collection, Sequence
 
+from data_pipelines.errors import UserError
 from data_pipelines.sources import files, tfds
 from data_pipelines.sources.arrayrecord import ArrayRecordSource
+from data_pipelines.sources.columns import did_you_mean
 from data_pipelines.sources.listing import ListSource
-from data_pipelines.sources.names import did_you_mean
 from data_pipelines.sources.parquet import ParquetSource
 from data_pipelines.sources.shards import ShardedSource
 from data_pipelines.sources.tfrecord import TFRecordSource
@@ -52,12 +53,12 @@ def open_source(
     kinds = {path: _kind(path) for path in paths}
     kind, other = kinds[paths[0]], next((path for path in paths if kinds[path] != kinds[paths[0]]), None)
     if other is not None:
-        raise ValueError(f"shards {paths[0]!r} and {other!r} are of two formats; make them two sources")
+        raise UserError(f"shards {paths[0]!r} and {other!r} are of two formats; make them two sources")
     source = _open(paths, kind, image, fields)
     columns = source.columns
     for name in fields or ():
         if columns is not None and name not in columns:
-            raise ValueError(f"shard {paths[0]!r} has no field {name!r}{did_you_mean(name, columns)}")
+            raise UserError(f"shard {paths[0]!r} has no field {name!r}{did_you_mean(name, columns)}")
     return source
 
 
@@ -71,7 +72,7 @@ def _open(paths: list[str], kind: str, image: str | None, fields: Collection[str
     if kind == "list":
         return ListSource(paths, image=image)
     if image is not None:
-        raise ValueError(f"image={image!r}: a tar has no columns; its pictures are its members KEY.jpg, KEY.png, …")
+        raise UserError(f"image={image!r}: a tar has no columns; its pictures are its members KEY.jpg, KEY.png, …")
     return TarSource(paths)
 
 
@@ -85,4 +86,4 @@ def _kind(path: str) -> str:
     for kind, (offset, magic) in _MAGIC.items():
         if head[offset : offset + len(magic)] == magic:
             return kind
-    raise ValueError(f"shard {path!r} is of no known format ({_KNOWN}); rename it if it is one of them")
+    raise UserError(f"shard {path!r} is of no known format ({_KNOWN}); rename it if it is one of them")

@@ -19,6 +19,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
+from data_pipelines.errors import UserError
 from data_pipelines.records import Pair, ShardLost
 from data_pipelines.sources import files, index_file
 from data_pipelines.sources.blocks import Block, BlockCache
@@ -253,9 +254,9 @@ def build(shard: str, stat: FileStat) -> Contents:
         if not isinstance(error, pa.ArrowException) and files.is_remote(shard):
             raise
         told = " ".join(str(error).split())
-        raise ValueError(f"shard {shard!r} is cut or no Parquet file ({told}); fetch it again") from error
+        raise UserError(f"shard {shard!r} is cut or no Parquet file ({told}); fetch it again") from error
     if not metadata.num_rows:
-        raise ValueError(f"shard {shard!r} holds no rows; leave it out")
+        raise UserError(f"shard {shard!r} holds no rows; leave it out")
     counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     groups = np.zeros(len(counts), [("first", "<i8")])
     groups["first"][1:] = np.cumsum(counts)[:-1]

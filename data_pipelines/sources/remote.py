@@ -24,6 +24,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from data_pipelines.errors import UserError
+
 TRIES = 6
 FIRST_WAIT_S = 0.25
 LONGEST_WAIT_S = 20.0
@@ -89,7 +91,7 @@ def stat(url: str) -> FileStat:
 
     def over_others(info: dict) -> FileStat:
         if info.get("type") == "directory" or info.get("size") is None:
-            raise ValueError(f"{url!r} is a folder; name its files, e.g. '{url.rstrip('/')}/*.tar'")
+            raise UserError(f"{url!r} is a folder; name its files, e.g. '{url.rstrip('/')}/*.tar'")
         return FileStat(info["size"], str(next((info[name] for name in _VERSION_FIELDS if info.get(name)), "")))
 
     def attempt() -> FileStat:
@@ -150,7 +152,7 @@ async def _http_range(fs, url: str, offset: int, size: int, total: int) -> bytes
             if not told.startswith(f"bytes {offset}-"):
                 raise BadAnswer(f"the answer is for another range ({told!r})", status=206)
             if told.rpartition("/")[2] not in ("*", str(total)):
-                raise ValueError(f"{url!r} had {total} bytes when it was opened, now it is {told!r}; start again")
+                raise UserError(f"{url!r} had {total} bytes when it was opened, now it is {told!r}; start again")
         else:
             skip = offset
             _warn_no_ranges(url)
@@ -203,9 +205,9 @@ def _open(url: str):
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
-        raise ValueError(f"{url!r} cannot be opened: {error}") from error
+        raise UserError(f"{url!r} cannot be opened: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{url!r} cannot be opened: {error}; name a path or a URL that fsspec knows") from error
+        raise UserError(f"{url!r} cannot be opened: {error}; name a path or a URL that fsspec knows") from error
 
 
 def _is_http(fs) -> bool:
@@ -251,7 +253,7 @@ def _raise_if_permanent(error: Exception, doing: str) -> None:
     if status in (401, 403) or isinstance(error, PermissionError) or no_credentials:
         raise PermissionError(f"{doing}: not permitted ({_describe(error)}); check the credentials") from error
     if isinstance(status, int) and 400 <= status < 500 and status not in _TRANSIENT_STATUS:
-        raise ValueError(f"{doing}: the server refuses ({_describe(error)})") from error
+        raise UserError(f"{doing}: the server refuses ({_describe(error)})") from error
     if not isinstance(error, (OSError, EOFError, *_client_errors())):
         raise error
 

@@ -25,8 +25,8 @@ import numpy as np
 from data_pipelines.records import Pair, ShardLost
 from data_pipelines.sources import blocks, files, index_file
 from data_pipelines.sources.blocks import Block, BlockCache
+from data_pipelines.sources.columns import check_image
 from data_pipelines.sources.index_file import Contents, Index
-from data_pipelines.sources.names import check_image
 from data_pipelines.sources.remote import FileStat
 
 _OPEN_TABLES = 128

@@ -12,6 +12,7 @@ import re
 
 import numpy as np
 
+from data_pipelines.errors import UserError
 from data_pipelines.sources import index_file, side_files
 from data_pipelines.sources.files import Window
 from data_pipelines.sources.index_file import Contents
@@ -49,12 +50,12 @@ def build(shard: str, stat: FileStat) -> Contents:
     except NoTar as error:
         packed = next((name for magic, name in _PACKED_AS if window.fetch(0).startswith(magic)), None)
         found = f"it is packed with {packed}; unpack it" if packed else f"{error}; fetch it again"
-        raise ValueError(f"shard {shard!r} is not an uncompressed tar archive ({found})") from error
+        raise UserError(f"shard {shard!r} is not an uncompressed tar archive ({found})") from error
     keys, places, cut_pair = _group(members)
     tables = _tables(keys, places, cut_pair)
     rows = tables["rows"]
     if not len(rows):
-        raise ValueError(f"shard {shard!r} holds no image-text pairs ({stat.size} bytes); leave it out")
+        raise UserError(f"shard {shard!r} holds no image-text pairs ({stat.size} bytes); leave it out")
     # A table that most shards lack counts only where it is: what identifies them stays.
     digest = (
         index_file.digest(stat, rows, tables["captions"]) if len(tables["captions"]) else index_file.digest(stat, rows)

@@ -12,6 +12,7 @@ import json
 import os
 import re
 
+from data_pipelines.errors import UserError
 from data_pipelines.sources import files
 
 _SHARD = re.compile(r"(?:.*-)?(?P<split>[^-]+)\.(?:tfrecord|array_record)-(?P<number>\d{5})-of-\d{5}")
@@ -25,11 +26,11 @@ def expand_folder(folder: str) -> list[str]:
     """
     splits = _splits(folder)
     if not splits:
-        raise ValueError(f"{folder!r} is a folder without dataset_info.json; name its files, e.g. '{folder}/*.tar'")
+        raise UserError(f"{folder!r} is a folder without dataset_info.json; name its files, e.g. '{folder}/*.tar'")
     if len(splits) > 1:
         names = ", ".join(splits)
         example = f"{folder}/*-{next(iter(splits))}.*-of-*"
-        raise ValueError(f"{folder!r} holds the splits {names}; name the files of one, e.g. {example!r}")
+        raise UserError(f"{folder!r} holds the splits {names}; name the files of one, e.g. {example!r}")
     found = files.expand_shards(os.path.join(folder, f"*-{next(iter(splits))}.*-of-*"))
     return [path for path in found if _SHARD.fullmatch(os.path.basename(path))]
 
@@ -54,7 +55,7 @@ def _splits(folder: str) -> dict[str, tuple[int, ...]]:
     try:
         return {split["name"]: tuple(map(int, split.get("shardLengths", ()))) for split in described}
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"'{folder}/dataset_info.json' is not as TFDS writes it ({error!r})") from error
+        raise UserError(f"'{folder}/dataset_info.json' is not as TFDS writes it ({error!r})") from error
 
 
 @functools.lru_cache(64)
@@ -64,5 +65,5 @@ def _json(path: str) -> dict:
     try:
         parsed = json.loads(files.read_whole(path))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path!r} is no JSON ({error})") from error
+        raise UserError(f"{path!r} is no JSON ({error})") from error
     return parsed if isinstance(parsed, dict) else {}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from data_pipelines.errors import UserError
 from data_pipelines.records import Pair
 from data_pipelines.sources import examples, index_file, tfds
 from data_pipelines.sources.files import Window
@@ -65,12 +66,12 @@ def build(shard: str, stat: FileStat) -> Contents:
     window = Window(shard, stat.size)
     offsets, sizes, crcs, whole = _walk(shard, window)
     if not offsets:
-        raise ValueError(f"shard {shard!r} holds not one whole record ({stat.size} bytes); fetch it again")
+        raise UserError(f"shard {shard!r} holds not one whole record ({stat.size} bytes); fetch it again")
     rows = join_offsets(offsets, sizes)
     try:
         first = examples.parse(window.fetch(offsets[0], sizes[0])[: sizes[0]])
     except ValueError as error:
-        raise ValueError(f"shard {shard!r} does not hold tf.train.Example records: {error}") from error
+        raise UserError(f"shard {shard!r} does not hold tf.train.Example records: {error}") from error
     due = tfds.records_due(shard)
     notes = example_notes(shard, first) | {"truncated": not whole}
     if due is not None and due > len(rows):
@@ -102,9 +103,9 @@ def _walk(shard: str, window: Window) -> tuple[list[int], list[int], list[bytes]
             header = data[:_HEADER_BYTES]
         if len(header) < _HEADER_BYTES or _masked_crc(header[:8]) != header[8:]:
             if not offsets and data.startswith(_GZIP_MAGIC):
-                raise ValueError(f"shard {shard!r} is packed with gzip; unpack it, records are read at random")
+                raise UserError(f"shard {shard!r} is packed with gzip; unpack it, records are read at random")
             if not offsets:
-                raise ValueError(f"shard {shard!r} is no TFRecord file: its first record has no valid length")
+                raise UserError(f"shard {shard!r} is no TFRecord file: its first record has no valid length")
             return offsets, sizes, crcs, False
         (size,) = struct.unpack("<Q", header[:8])
         end = offset + _HEADER_BYTES + size + _FOOTER_BYTES

@@ -23,7 +23,7 @@ from examples.captioner.train import StageConfig, evaluate, train_stage
 from siglip.cli import EXPECTED, describe
 from siglip.cli.arguments import parse
 from siglip.encoder import load_encoder
-from siglip.sharding import MeshConfig, check_batch_size, make_mesh
+from siglip.parallel.sharding import MeshConfig, check_batch_size, make_mesh
 
 PROMPT = "caption en"
 _LOG_EVERY = 50

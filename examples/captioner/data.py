@@ -17,7 +17,7 @@ import sentencepiece
 from data_pipelines import sample
 from data_pipelines.augment import AugmentConfig
 from data_pipelines.loader import DataConfig, Loader, make_eval_batches, make_loader
-from data_pipelines.mixture import SourceConfig
+from data_pipelines.order.mixture import SourceConfig
 from data_pipelines.sources.webdataset import TarSource
 from data_pipelines.text_ops import captions_of
 from data_pipelines.tokenizers import SentencePieceTokenizer

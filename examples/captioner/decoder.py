@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from siglip.shapes import Array, Float, Int
+from siglip.array_types import Array, Float, Int
 
 Params = Mapping[str, Any]
 Cache = tuple[Array, Array]  # keys and values, each [layer, b, t, k]

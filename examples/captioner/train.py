@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from examples.captioner.data import CAPTION_LENGTH, Heldout, texts_of
 from examples.captioner.model import Captioner, caption_loss, caption_losses, write_captions
-from siglip.sharding import P_REPLICATED, put_batch
+from siglip.parallel.sharding import P_REPLICATED, put_batch
 
 _WEIGHT_DECAY = 0.05
 _B2 = 0.95

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 
+from siglip.errors import UserError
 from siglip.trees import did_you_mean
 
 HELP = """usage: siglip COMMAND …
@@ -102,7 +103,7 @@ def _dispatch(command: str, args: list[str]) -> None:
     else:
         commands = ["train", "eval", "export", "embed", "report", "data"]
         hint = did_you_mean(command, commands) or f"; there are {', '.join(commands)}"
-        raise ValueError(f"unknown command {command!r}{hint}")
+        raise UserError(f"unknown command {command!r}{hint}")
 
 
 def describe(error: BaseException) -> tuple[int, str]:
@@ -123,7 +124,7 @@ def _exit_code_of(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, RuntimeError):
-        from siglip.signals import Interrupted
+        from siglip.training.signals import Interrupted
 
         return 128 + error.signum if isinstance(error, Interrupted) else 1
     return 1

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import tyro
 
+from siglip.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -25,7 +27,7 @@ def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None)
                 return _cli(cls, args, prog, default)
     except SystemExit as stop:
         if stop.code:
-            raise ValueError(_one_line(printed.getvalue())) from None
+            raise UserError(_one_line(printed.getvalue())) from None
         raise
     return _cli(cls, args, prog, default)
 

@@ -21,6 +21,7 @@ from data_pipelines.curate.run import FUNNEL_FILE, curate
 from data_pipelines.curate.stats import describe
 from data_pipelines.sources.files import expand_shards
 from siglip.cli.arguments import parse
+from siglip.errors import UserError
 from siglip.trees import did_you_mean
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -80,16 +81,16 @@ def curate_command(args: list[str]) -> None:
     start = CurateArgs(shards=(), rules=_preset_rules(args))
     options = parse(CurateArgs, args, prog="siglip data curate", default=start)
     if not options.shards:
-        raise ValueError("no shards given; name them, for instance 'data/train-*.tar'")
+        raise UserError("no shards given; name them, for instance 'data/train-*.tar'")
     if not options.out:
-        raise ValueError("no folder given for the manifest; name one with --out DIR")
+        raise UserError("no folder given for the manifest; name one with --out DIR")
     if options.batch_size < 1:
-        raise ValueError(f"--batch-size {options.batch_size} must be at least 1; 256 fits most accelerators")
+        raise UserError(f"--batch-size {options.batch_size} must be at least 1; 256 fits most accelerators")
     if options.tokenizer is not None and options.model is None:
-        raise ValueError(f"--tokenizer {options.tokenizer} is of a model: add --model SRC")
+        raise UserError(f"--tokenizer {options.tokenizer} is of a model: add --model SRC")
     out, paths = Path(options.out), []
     if "://" in options.out or (out.exists() and not out.is_dir()):
-        raise ValueError(f"--out {options.out} is no folder of a file system; name one, mounted if it is elsewhere")
+        raise UserError(f"--out {options.out} is no folder of a file system; name one, mounted if it is elsewhere")
     if options.materialize is not None:
         check_place(out / "shards", expand_shards([*options.shards, *options.against]))
     with Watch() as watch, _engine(options) as engine:
@@ -116,7 +117,7 @@ def stats_command(args: list[str]) -> None:
     """Prints the funnel of a curation, or what some shards hold."""
     options = parse(StatsArgs, args, prog="siglip data stats")
     if not options.places:
-        raise ValueError("no place given; name the folder of a curation, or shards")
+        raise UserError("no place given; name the folder of a curation, or shards")
     if len(options.places) == 1 and (Path(options.places[0]) / FUNNEL_FILE).is_file():
         print(format_funnel(json.loads((Path(options.places[0]) / FUNNEL_FILE).read_text())))
         return
@@ -128,14 +129,12 @@ def stats_command(args: list[str]) -> None:
 def _engine(options: CurateArgs) -> LocalEngine | RayEngine:
     if options.engine == "ray":
         if options.address is not None and options.workers:
-            raise ValueError(
-                f"--workers {options.workers} is of this machine; those of --address have their own number"
-            )
+            raise UserError(f"--workers {options.workers} is of this machine; those of --address have their own number")
         gpus = options.gpus_per_task
         return RayEngine(Path(options.out), address=options.address, workers=options.workers, gpus_per_task=gpus)
     for flag, value in (("--address", options.address), ("--gpus-per-task", options.gpus_per_task)):
         if value:
-            raise ValueError(f"{flag} {value} is for a cluster; add --engine ray")
+            raise UserError(f"{flag} {value} is for a cluster; add --engine ray")
     return LocalEngine(options.workers)
 
 
@@ -246,6 +245,6 @@ def _preset_rules(args: list[str]) -> CurateConfig:
             value = value if is_flag else "".join(args[place + 1 : place + 2])
             if value not in PRESETS:
                 hint = did_you_mean(value, list(PRESETS)) or f"; there are {', '.join(PRESETS)}"
-                raise ValueError(f"unknown preset {value!r}{hint}")
+                raise UserError(f"unknown preset {value!r}{hint}")
             return PRESETS[value]()
     return CurateConfig()

@@ -9,6 +9,7 @@ from data_pipelines.sources.opening import open_source
 from data_pipelines.text_ops import iter_captions
 from data_pipelines.tokenizers import SentencePieceTokenizer, train_tokenizer
 from siglip.cli.arguments import parse
+from siglip.errors import UserError
 from siglip.trees import did_you_mean
 
 USAGE = """usage: siglip data index SHARDS…
@@ -65,7 +66,7 @@ def data_command(args: list[str]) -> None:
     else:
         commands = ["index", "tokenizer", "curate", "stats"]
         hint = did_you_mean(args[0], commands) or f"; there are {', '.join(commands)}"
-        raise ValueError(f"unknown command 'data {args[0]}'{hint}")
+        raise UserError(f"unknown command 'data {args[0]}'{hint}")
 
 
 def index_command(args: list[str]) -> None:
@@ -78,7 +79,7 @@ def tokenizer_command(args: list[str]) -> None:
     """Writes the model and prints how many pieces it has."""
     options = parse(TokenizerArgs, args, prog="siglip data tokenizer")
     if any(times < 1 for _, times in options.repeat):
-        raise ValueError(f"--repeat {options.repeat}: a field counts at least once; leave it out instead")
+        raise UserError(f"--repeat {options.repeat}: a field counts at least once; leave it out instead")
     texts = iter_captions(_open(options.shards), repeat=dict(options.repeat))
     train_tokenizer(texts, options.out, vocab_size=options.vocab_size)
     print(f"{SentencePieceTokenizer(options.out).vocab_size} pieces -> {options.out}")
@@ -86,5 +87,5 @@ def tokenizer_command(args: list[str]) -> None:
 
 def _open(shards: tuple[str, ...]) -> Source:
     if not shards:
-        raise ValueError("no shards given; name some, for instance 'data/train-*.tar'")
+        raise UserError("no shards given; name some, for instance 'data/train-*.tar'")
     return open_source(shards)

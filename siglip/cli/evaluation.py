@@ -16,14 +16,15 @@ from data_pipelines.sources.opening import open_source
 from data_pipelines.text_ops import captions_of, lookup
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.cli.arguments import parse
-from siglip.config import EvalTask
-from siglip.distributed import gather_records, gather_rows
 from siglip.encoder import Encoder, load
-from siglip.evaluators import zeroshot
-from siglip.evaluators.retrieval import mean_of, retrieval
-from siglip.metrics import format_value, short_name
-from siglip.step import normalize_pixels
-from siglip.workdir import write_atomically
+from siglip.errors import UserError
+from siglip.evaluation import zeroshot
+from siglip.evaluation.retrieval import mean_of, retrieval
+from siglip.parallel.launch import gather_records, gather_rows
+from siglip.training.config import EvalTask
+from siglip.training.step import normalize_pixels
+from siglip.workdir.files import write_atomically
+from siglip.workdir.metrics import format_value, short_name
 
 TASK_NAMES = {"retrieval": "zeroshot_retrieval", "zeroshot": "zeroshot_classification"}
 
@@ -143,7 +144,7 @@ def embed_shards(
     counts = sum(map(Counter, gather_records([dict(batches.counts)])), Counter())
     records = gather_records(records)
     if not records:
-        raise ValueError(f"{data} holds no picture that can be decoded ({dict(counts)}); check the shards")
+        raise UserError(f"{data} holds no picture that can be decoded ({dict(counts)}); check the shards")
     if counts and process_index == 0:
         logger.warning("pictures of %s left out because they cannot be decoded: %s", data, dict(counts))
     order = np.argsort([index for index, _, _ in records])
@@ -201,13 +202,11 @@ def check_task(task: EvalTask) -> None:
     if task.task == "retrieval":
         missing = [name for name in task.captions if not captions_of(first, name)]
         if len(missing) == len(task.captions):
-            raise ValueError(f"the first pair of {task.data} has none of the caption fields {task.captions}")
+            raise UserError(f"the first pair of {task.data} has none of the caption fields {task.captions}")
         return
     zeroshot.make_prompts("class", ["{}"] if task.templates is None else read_names(task.templates))
     if lookup(first, task.label) is None:
-        raise ValueError(
-            f"the first pair of {task.data} has no field {task.label!r}; name the right field with --label"
-        )
+        raise UserError(f"the first pair of {task.data} has no field {task.label!r}; name the right field with --label")
     read_names(task.classes)
 
 
@@ -218,9 +217,7 @@ def _captions(fields: Iterable[Mapping[str, Any]], name: str, data: str) -> tupl
             texts.append(text)
             image_of_text.append(i)
     if not texts:
-        raise ValueError(
-            f"no picture of {data} has the caption field {name!r}; look at a member's .json for its fields"
-        )
+        raise UserError(f"no picture of {data} has the caption field {name!r}; look at a member's .json for its fields")
     return texts, np.asarray(image_of_text)
 
 
@@ -241,7 +238,7 @@ def _label(record: Mapping[str, Any], task: EvalTask, key: str, index: Mapping[s
         return index[label]
     if isinstance(label, int) or (isinstance(label, str) and label.isdigit()):
         return int(label)
-    raise ValueError(
+    raise UserError(
         f"picture {key} has {task.label}={label!r}, which is neither a number nor one of the {len(index)} class names; "
         f"name the right field with --label"
     )
@@ -258,11 +255,11 @@ def read_names(path: str) -> list[str]:
         try:
             names = [str(name) for name in json.loads(content)]
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} starts like a JSON list but is not one ({error})") from None
+            raise UserError(f"{path} starts like a JSON list but is not one ({error})") from None
     else:
         names = [line.strip() for line in content.splitlines() if line.strip()]
     if not names:
-        raise ValueError(f"{path} is empty; write one name per line, or a JSON list")
+        raise UserError(f"{path} is empty; write one name per line, or a JSON list")
     return names
 
 
@@ -274,11 +271,9 @@ def tower_of(encoder: Encoder, *, tokenizer: str | None, batch_size: int) -> Tow
     """
     path = tokenizer or encoder.tokenizer
     if encoder.config.text is None:
-        raise ValueError(
-            "the model has no text tower, so it cannot be evaluated zero-shot; export it with --tower both"
-        )
+        raise UserError("the model has no text tower, so it cannot be evaluated zero-shot; export it with --tower both")
     if path is None:
-        raise ValueError("the model brings no tokenizer; name its SentencePiece model with --tokenizer FILE")
+        raise UserError("the model brings no tokenizer; name its SentencePiece model with --tokenizer FILE")
     return Tower(
         images=_image_function(encoder),
         texts=encoder.embed_texts,
@@ -335,7 +330,7 @@ def embed_command(args: list[str]) -> None:
     options = parse(EmbedArgs, args, prog="siglip embed")
     out = Path(options.out)
     if out.suffix not in (".npz", ".parquet"):
-        raise ValueError(f"--out {options.out} must end in .npz or .parquet")
+        raise UserError(f"--out {options.out} must end in .npz or .parquet")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"the folder {out.parent} of --out does not exist; make it first")
     encoder = load(options.src)

@@ -18,9 +18,10 @@ from data_pipelines.sources.opening import open_source
 from data_pipelines.text_ops import iter_captions
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.cli.arguments import parse
-from siglip.export import export
+from siglip.errors import UserError
+from siglip.exporting.export import export
+from siglip.exporting.verification import ROWS, Inputs, random_inputs
 from siglip.models.two_tower import ModelConfig
-from siglip.verification import ROWS, Inputs, random_inputs
 
 _MAX_PIXELS = 1 << 26
 _ORIENTATION_TAG = 0x0112
@@ -104,7 +105,7 @@ def sample_inputs(pairs: Source, config: ModelConfig, tokenizer: Path | None) ->
         pictures.append(np.asarray(picture.resize((width, height), bilinear)))
         texts += iter_captions([pair])
     if not files:
-        raise ValueError("--samples: no pair has an upright, opaque picture that can be decoded; name other shards")
+        raise UserError("--samples: no pair has an upright, opaque picture that can be decoded; name other shards")
     images = np.stack(pictures).astype(np.float32) / np.float32(127.5) - 1
     if config.text is None:
         return Inputs("sample", images, None, files)
@@ -112,7 +113,7 @@ def sample_inputs(pairs: Source, config: ModelConfig, tokenizer: Path | None) ->
         return Inputs("sample", images, random_inputs(config).tokens, files)
     texts = list(dict.fromkeys(texts))[:ROWS]
     if not texts:
-        raise ValueError("--samples: the pairs have pictures but no captions; name other shards, or use --tower image")
+        raise UserError("--samples: the pairs have pictures but no captions; name other shards, or use --tower image")
     encode = SentencePieceTokenizer(str(tokenizer)).encode
     tokens = np.stack([encode(text, config.text.length) for text in texts])
     return Inputs("sample", images, tokens.astype(np.int32), files, texts)

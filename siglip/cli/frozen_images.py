@@ -28,14 +28,17 @@ import numpy as np
 
 from data_pipelines.image_embeddings import ImageEmbeddings, make_key, open_image_embeddings
 from data_pipelines.loader import Loader
-from siglip import distributed, optim, sharding, trees
+from siglip import trees
 from siglip.cli.evaluation import embed_in_batches
-from siglip.config import TrainConfig
+from siglip.errors import UserError
 from siglip.models.two_tower import ModelConfig, param_shapes
-from siglip.peers import Alone
-from siglip.signals import Interrupted
-from siglip.step import make_embed_fns
-from siglip.train import Prepare
+from siglip.parallel import launch, sharding
+from siglip.parallel.peers import Alone
+from siglip.training import optim
+from siglip.training.config import TrainConfig
+from siglip.training.loop import Prepare
+from siglip.training.signals import Interrupted
+from siglip.training.step import make_embed_fns
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +79,7 @@ def check_frozen(config: TrainConfig) -> None:
     elif image.pool == "none":
         found = "model.image.pool='none' leaves none", "choose a pooling, or train on pictures"
     if found is not None:
-        raise ValueError(
+        raise UserError(
             f"data.image_embeddings needs one embedding of a picture throughout training, but {found[0]}; {found[1]}, "
             f"or leave data.image_embeddings out"
         )
@@ -100,7 +103,7 @@ def make_prepare(config: TrainConfig, loader: Loader, peers: Alone) -> Prepare:
 
         def embed(pictures: np.ndarray) -> np.ndarray:
             on_devices = sharding.put_batch({"image": pictures}, mesh)["image"]
-            return distributed.own_rows(forward(image_params, on_devices), mesh)
+            return launch.own_rows(forward(image_params, on_devices), mesh)
 
         rows = -(-config.eval.batch_size // mesh.size) * mesh.size // peers.count
         stores = []

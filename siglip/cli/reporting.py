@@ -12,11 +12,12 @@ from data_pipelines.sources.opening import open_source
 from data_pipelines.text_ops import captions_of
 from siglip.cli.arguments import parse
 from siglip.cli.evaluation import format_table, tower_of
-from siglip.config import EvalTask, TrainConfig, from_json
 from siglip.encoder import load
-from siglip.metrics import read_metrics
-from siglip.report import Gallery, final_results, write_report
-from siglip.workdir import CONFIG_FILE, TOKENIZER_FILE
+from siglip.errors import UserError
+from siglip.training.config import EvalTask, TrainConfig, from_json
+from siglip.workdir.files import CONFIG_FILE, TOKENIZER_FILE
+from siglip.workdir.metrics import read_metrics
+from siglip.workdir.report import Gallery, final_results, write_report
 
 QUERIES = 16  # pictures asked for, each in one language, in turn
 SHOWN_PX = 72
@@ -56,7 +57,7 @@ def _read_baseline(path: str) -> dict[str, dict[str, float]]:
     try:
         return {f"{r['model']} ({r['dataset']})": r["metrics"] for r in json.loads(Path(path).read_text())}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result file ({error}); `siglip eval … --out FILE.json` writes one") from None
+        raise UserError(f"{path} is no result file ({error}); `siglip eval … --out FILE.json` writes one") from None
 
 
 def _gallery(workdir: Path, config: TrainConfig, task: EvalTask) -> Gallery:

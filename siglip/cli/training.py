@@ -4,15 +4,16 @@ from pathlib import Path
 
 from data_pipelines.loader import make_loader
 from data_pipelines.tokenizers import SentencePieceTokenizer
-from siglip import distributed, sharding
 from siglip.cli import describe
 from siglip.cli.arguments import parse
 from siglip.cli.evaluation import Tower, check_task, evaluate_task
 from siglip.cli.frozen_images import make_prepare
-from siglip.config import TrainConfig, load_config_file, resolve
-from siglip.peers import Alone
-from siglip.step import make_embed_fns
-from siglip.train import Evaluate, train
+from siglip.errors import UserError
+from siglip.parallel import launch, sharding
+from siglip.parallel.peers import Alone
+from siglip.training.config import TrainConfig, load_config_file, resolve
+from siglip.training.loop import Evaluate, train
+from siglip.training.step import make_embed_fns
 
 USAGE = """usage: siglip train CONFIG [flags]
 
@@ -28,7 +29,7 @@ def train_command(args: list[str]) -> None:
         print(USAGE)
         return
     config = parse(TrainConfig, args[1:], prog=f"siglip train {args[0]}", default=load_config_file(args[0]))
-    with distributed.joined(config.distributed, describe=describe) as peers:
+    with launch.joined(config.distributed, describe=describe) as peers:
         _train(config, peers)
 
 
@@ -59,7 +60,7 @@ def load_tokenizer(path: str, *, vocab_size: int) -> SentencePieceTokenizer:
     """Raises ValueError when its ids do not fit a text tower of `vocab_size`."""
     tokenizer = SentencePieceTokenizer(path)
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
+        raise UserError(
             f"tokenizer {path} has {tokenizer.vocab_size} pieces, but model.text.vocab_size={vocab_size}; "
             f"use --model.text.vocab-size {tokenizer.vocab_size} or another tokenizer"
         )
@@ -79,10 +80,10 @@ def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer, peers:
 
     def evaluate(params):
         def images(rows):
-            return distributed.own_rows(fns.images(params, sharding.put_batch({"image": rows}, mesh)["image"]), mesh)
+            return launch.own_rows(fns.images(params, sharding.put_batch({"image": rows}, mesh)["image"]), mesh)
 
         def texts(rows):
-            return distributed.own_rows(fns.texts(params, sharding.put_batch({"text": rows}, mesh)["text"]), mesh)
+            return launch.own_rows(fns.texts(params, sharding.put_batch({"text": rows}, mesh)["text"]), mesh)
 
         tower = Tower(
             images=images,

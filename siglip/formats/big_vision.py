@@ -18,9 +18,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from siglip.formats import names, old_names, pali_gemma
-from siglip.formats.architecture import Inferred, expected_shapes, infer_config
+from siglip.errors import UserError
+from siglip.formats import key_maps, old_names, pali_gemma
 from siglip.formats.containers import LazyArray, open_npz, write_npz
+from siglip.formats.infer_config import Inferred, expected_shapes, infer_config
 from siglip.models.two_tower import ModelConfig
 from siglip.trees import build_dataclass, flatten, unflatten
 
@@ -56,11 +57,11 @@ def read(
         patches = _patches(arrays, config, image_size)
         arrays = old_names.modernise(arrays, patches=patches, source=source)
         _refuse_other_models(arrays, source)
-        shapes = names.flat_shapes(arrays)
+        shapes = key_maps.flat_shapes(arrays)
         inferred = _given(config, shapes) if config else infer_config(shapes, image_size=image_size, source=source)
         config = _in_layout_of(inferred.config, arrays, source)
         expected = expected_shapes(config) | inferred.unclear
-        names.check_arrays(arrays, expected, source=source, problems=inferred.problems)
+        key_maps.check_arrays(arrays, expected, source=source, problems=inferred.problems)
         return unflatten({key: array.read() for key, array in arrays.items()}), config
 
 
@@ -73,11 +74,11 @@ def write(path: Path, params: Mapping[str, Any], config: ModelConfig, *, layout:
         layout: "loop", as SigLIP was published, or "scan", as PaliGemma was. The reference's image tower loads both
             into either, its text tower only its own.
     """
-    flat = names.unstack_blocks({key: np.asarray(leaf, np.float32) for key, leaf in flatten(params).items()})
-    shapes = names.flat_shapes(flat)
+    flat = key_maps.unstack_blocks({key: np.asarray(leaf, np.float32) for key, leaf in flatten(params).items()})
+    shapes = key_maps.flat_shapes(flat)
     arrays = {key: LazyArray(array.shape, functools.partial(np.asarray, array)) for key, array in flat.items()}
     if layout == "scan":
-        arrays = names.stack_blocks(arrays, stack=_lazily_stacked)
+        arrays = key_maps.stack_blocks(arrays, stack=_lazily_stacked)
     write_npz(path, {f"params/{key}": array for key, array in arrays.items()})
     if not _shapes_tell(shapes, config):
         sidecar(path).write_text(json.dumps({"model": dataclasses.asdict(config)}, indent=1) + "\n")
@@ -95,7 +96,7 @@ def without_head(params: Mapping[str, Any], config: ModelConfig) -> tuple[dict[s
         ValueError: it pools by a class token, which the other tokens were trained beside.
     """
     if config.image.pool == "tok":
-        raise ValueError(
+        raise UserError(
             "image.pool='tok': the tokens were trained beside the class token, so it cannot go; keep the head"
         )
     image = {name: leaf for name, leaf in params["img"].items() if name not in ("MAPHead_0", "head")}
@@ -122,7 +123,7 @@ def _parameters(stored: Mapping[str, LazyArray], source: str) -> dict[str, LazyA
     bare = next((key for key in stored if key.startswith(_TOWERS)), None)
     models = [*prefixes, *([bare] if bare else [])]
     if len(models) > 1:
-        raise ValueError(f"{source} holds two models, under {' and '.join(models)}; save the one that is meant alone")
+        raise UserError(f"{source} holds two models, under {' and '.join(models)}; save the one that is meant alone")
     if not prefixes:
         return dict(stored)
     return {key.removeprefix(prefixes[0]): array for key, array in stored.items() if key.startswith(prefixes[0])}
@@ -130,7 +131,7 @@ def _parameters(stored: Mapping[str, LazyArray], source: str) -> dict[str, LazyA
 
 def _only_subtree(arrays: dict[str, LazyArray], subtree: str | None, source: str) -> dict[str, LazyArray]:
     if subtree not in (None, "img"):
-        raise ValueError(f"{source}: only the sub-tree ':img' can be read on its own, not ':{subtree}'")
+        raise UserError(f"{source}: only the sub-tree ':img' can be read on its own, not ':{subtree}'")
     if pali_gemma.is_pali_gemma(arrays):
         return pali_gemma.image_tower(arrays)
     has_towers = any(key.startswith(_TOWERS) for key in arrays)
@@ -140,7 +141,7 @@ def _only_subtree(arrays: dict[str, LazyArray], subtree: str | None, source: str
         return {f"img/{key}": array for key, array in arrays.items()} if bare else arrays
     image = {key: array for key, array in arrays.items() if key.startswith("img/")}
     if not image:
-        raise ValueError(f"{source}: the file has no img/…; leave ':img' away to read an image tower saved on its own")
+        raise UserError(f"{source}: the file has no img/…; leave ':img' away to read an image tower saved on its own")
     return image
 
 
@@ -161,24 +162,24 @@ def _refuse_other_models(arrays: Mapping[str, LazyArray], source: str) -> None:
     square = positions is not None and len(positions.shape) == 3 and positions.shape[0] == positions.shape[1] > 1
     if kernel is not None and len(kernel.shape) == 2 and (square or positions is None):
         shape = positions and positions.shape
-        raise ValueError(
+        raise UserError(
             f"{source} is a NaFlex model (img/embedding/kernel {kernel.shape}, img/pos_embedding {shape}), which takes "
             f"pictures of any aspect ratio; only those of one size can be read: take the fixed-resolution checkpoint"
         )
     pickled = sorted(key for key, array in arrays.items() if array.dtype == "object")
     if pickled and not any(key.startswith("img/") for key in arrays):
-        raise ValueError(
+        raise UserError(
             f"{source} holds no arrays of an image tower (img/…) but Python objects ({', '.join(pickled)}), which may run code "
             f"when they are unpickled; save its arrays one by one, as plain numbers"
         )
     if layer := sorted(key for key in arrays if key.startswith("img/pre_logits/")):
-        raise ValueError(
+        raise UserError(
             f"{source} has {', '.join(layer)}: a tanh layer before the head (rep_size), which no SigLIP has; read an encoder "
             f"without it, or remove these arrays and img/head"
         )
 
 
-def _given(config: ModelConfig, shapes: Mapping[str, names.Shape]) -> Inferred:
+def _given(config: ModelConfig, shapes: Mapping[str, key_maps.Shape]) -> Inferred:
     """A config that the file need not tell; without the text tower if the file has none."""
     if not any(key.startswith("txt/") for key in shapes):
         config = image_only(config)
@@ -191,7 +192,7 @@ def _in_layout_of(config: ModelConfig, arrays: Mapping[str, LazyArray], source: 
         stacked = [key for key in arrays if re.match(rf"{tower}/\w+/encoderblock/", key)]
         single = [key for key in arrays if re.match(rf"{tower}/\w+/encoderblock_\d+/", key)]
         if stacked and single:
-            raise ValueError(
+            raise UserError(
                 f"{source} holds two models: blocks one by one ({single[0]}) and stacked ({stacked[0]}); keep one"
             )
         scan[tower] = bool(stacked)
@@ -203,7 +204,7 @@ def _lazily_stacked(layers: list[LazyArray]) -> LazyArray:
     return LazyArray((len(layers), *layers[0].shape), lambda: np.stack([layer.read() for layer in layers]))
 
 
-def _shapes_tell(shapes: Mapping[str, names.Shape], config: ModelConfig) -> bool:
+def _shapes_tell(shapes: Mapping[str, key_maps.Shape], config: ModelConfig) -> bool:
     """Whether `infer_config` finds the same function again."""
     inferred = infer_config(shapes)
 
@@ -218,6 +219,6 @@ def _read_sidecar(path: Path) -> ModelConfig:
     try:
         return build_dataclass(ModelConfig, json.loads(path.read_text())["model"], where=f"{path}: model")
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not a model's config: {error!r}; remove it to infer the model from the shapes"
         ) from None

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from siglip.atomic import new_file
+from siglip.errors import UserError
 
 Shape = tuple[int, ...]
 
@@ -87,7 +88,7 @@ def open_npz(file: Path) -> Iterator[dict[str, LazyArray]]:
         for member in archive.infolist():
             key = member.filename.removesuffix(".npy")
             if key in arrays:
-                raise ValueError(f"{file} holds {key} twice, and which one counts is anyone's guess; save it again")
+                raise UserError(f"{file} holds {key} twice, and which one counts is anyone's guess; save it again")
             with _one_line(file, key):
                 arrays[key] = _describe_npy(archive, member, file)
         yield arrays
@@ -97,18 +98,18 @@ def _describe_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, file: Path)
     with archive.open(member) as stream:
         version = np.lib.format.read_magic(stream)
         if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"npy version {version}")
+            raise UserError(f"npy version {version}")
         header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]]
         try:
             shape, fortran_order, dtype = header(stream)
         except TypeError:
-            raise ValueError("a header of no array") from None
+            raise UserError("a header of no array") from None
         start = stream.tell()
     name = "bfloat16" if dtype == np.dtype("V2") else dtype.name
     if not dtype.hasobject and (
         min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != member.file_size - start
     ):
-        raise ValueError(f"{member.file_size - start} bytes do not make {dtype} of shape {shape}")
+        raise UserError(f"{member.file_size - start} bytes do not make {dtype} of shape {shape}")
     stored = np.dtype(jnp.bfloat16) if name == "bfloat16" else dtype
 
     def read() -> np.ndarray:
@@ -143,7 +144,7 @@ def open_safetensors(files: Sequence[Path]) -> Iterator[dict[str, LazyArray]]:
                 tensors = _describe_safetensors(stream, file)
             for key, array in tensors.items():
                 if key in home:
-                    raise ValueError(
+                    raise UserError(
                         f"{key} is in {home[key]} and in {file}, but a key belongs to one shard; copy them again"
                     )
                 home[key], arrays[key] = file, array
@@ -153,10 +154,10 @@ def open_safetensors(files: Sequence[Path]) -> Iterator[dict[str, LazyArray]]:
 def _describe_safetensors(stream: io.BufferedIOBase, file: Path) -> dict[str, LazyArray]:
     size, length = file.stat().st_size, int.from_bytes(stream.read(8), "little")
     if length > size - 8:
-        raise ValueError(f"a header of {length} bytes in a file of {size}")
+        raise UserError(f"a header of {length} bytes in a file of {size}")
     header = json.loads(stream.read(length), object_pairs_hook=_without_repetition)
     if not isinstance(header, dict):
-        raise ValueError("no header")
+        raise UserError("no header")
     begin, end, arrays = 8 + length, 8 + length, {}
     for key, entry in header.items():
         if key == "__metadata__":
@@ -165,23 +166,23 @@ def _describe_safetensors(stream: io.BufferedIOBase, file: Path) -> dict[str, La
             case {"dtype": str(name), "shape": [*shape], "data_offsets": [int(first), int(last)]}:
                 dtype, shape = _SAFETENSORS_TYPES.get(name), tuple(shape)
             case _:
-                raise ValueError(f"{key} is described as {entry}")
+                raise UserError(f"{key} is described as {entry}")
         if not all(type(n) is int and n >= 0 for n in (*shape, first)):
-            raise ValueError(f"{key} has shape {shape} at byte {first}")
+            raise UserError(f"{key} has shape {shape} at byte {first}")
         if dtype is not None and last - first != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{key}: {last - first} bytes do not make {dtype} of shape {shape}")
+            raise UserError(f"{key}: {last - first} bytes do not make {dtype} of shape {shape}")
         read = functools.partial(_read_tensor, stream, begin + first, shape, dtype, key, file)
         arrays[key] = LazyArray(shape, read, name if dtype is None else dtype.name)
         end = max(end, begin + last)
     if end != size:
-        raise ValueError(f"{size} bytes where the header describes {end}")
+        raise UserError(f"{size} bytes where the header describes {end}")
     return arrays
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(tree := dict(pairs)) < len(pairs):
         twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise ValueError(f"{twice} twice")
+        raise UserError(f"{twice} twice")
     return tree
 
 
@@ -199,7 +200,7 @@ def _one_line(file: Path, where: str) -> Iterator[None]:
         yield
     except _DAMAGE as error:
         what = " ".join(f"{error}".split()) or type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"{file} cannot be read at {where} ({what}); is it cut short or damaged? copy it again"
         ) from None
 

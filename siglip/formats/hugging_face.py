@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from siglip.formats import hf_tokenizer, names, pali_gemma
-from siglip.formats.architecture import expected_shapes
+from siglip.errors import UserError
+from siglip.formats import key_maps, pali_gemma
 from siglip.formats.containers import LazyArray, aligned_float32, open_safetensors, write_safetensors
+from siglip.formats.hf_tokenizer import convert
+from siglip.formats.infer_config import expected_shapes
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.models.variants import Variant, name_of
 from siglip.models.vit import sincos2d
@@ -57,18 +59,16 @@ def read(folder: str | Path) -> tuple[dict[str, Any], ModelConfig]:
             state = {f"vision_model.{key}": array for key, array in state.items()}
         depth = max(tower.spec.depth for tower in (config.image, config.text) if tower)
         if depth > len(state):
-            raise ValueError(
-                f"{folder}/config.json says {depth} layers, but the weights are {len(state)} arrays in all"
-            )
+            raise UserError(f"{folder}/config.json says {depth} layers, but the weights are {len(state)} arrays in all")
         ours = expected_shapes(config)
-        names.check_arrays(state, _their_shapes(ours), source=str(folder))
+        key_maps.check_arrays(state, _their_shapes(ours), source=str(folder))
         return unflatten({path: _ours(state, path, shape) for path, shape in ours.items()}), config
 
 
-def _ours(state: Mapping[str, LazyArray], path: str, shape: names.Shape) -> np.ndarray:
-    key, kind, part = names.hugging_face_entry(path)
+def _ours(state: Mapping[str, LazyArray], path: str, shape: key_maps.Shape) -> np.ndarray:
+    key, kind, part = key_maps.hugging_face_entry(path)
     array = state[key].read()
-    return aligned_float32(names.from_hugging_face(array if part is None else np.split(array, 3)[part], kind, shape))
+    return aligned_float32(key_maps.from_hugging_face(array if part is None else np.split(array, 3)[part], kind, shape))
 
 
 def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, tokenizer: Path | None = None) -> None:
@@ -81,7 +81,7 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, token
         ValueError: Hugging Face's SigLIP cannot express this model.
     """
     check_expressible(config)
-    flat = names.unstack_blocks({path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()})
+    flat = key_maps.unstack_blocks({path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()})
     if config.image.posemb == "sincos2d":
         flat["img/pos_embedding"] = sincos2d(config.image.grid, config.image.spec.width)
     if config.text is not None and config.out_dim[1] is None:
@@ -103,20 +103,20 @@ def check_expressible(config: ModelConfig) -> None:
     """
     image, text, instead = config.image, config.text, "export with --format bigvision"
     if config.out_dim[0] is not None:
-        raise ValueError(f"Hugging Face's SigLIP has no linear image head (out_dim[0]={config.out_dim[0]}); {instead}")
+        raise UserError(f"Hugging Face's SigLIP has no linear image head (out_dim[0]={config.out_dim[0]}); {instead}")
     if image.pool not in ("map", "none"):
-        raise ValueError(f"Hugging Face's SigLIP pools images with 'map' or not at all, not {image.pool!r}; {instead}")
+        raise UserError(f"Hugging Face's SigLIP pools images with 'map' or not at all, not {image.pool!r}; {instead}")
     if image.image_size[0] != image.image_size[1] or image.patch[0] != image.patch[1]:
-        raise ValueError(
+        raise UserError(
             f"Hugging Face's SigLIP takes square images and patches, not {image.image_size} px in patches of "
             f"{image.patch}; {instead}"
         )
     if text is None:
         return
     if image.pool == "none":
-        raise ValueError("image.pool='none' gives no image embedding to compare with texts; export with --tower image")
+        raise UserError("image.pool='none' gives no image embedding to compare with texts; export with --tower image")
     if text.pool != "last":
-        raise ValueError(
+        raise UserError(
             f"Hugging Face's SigLIP pools texts at the last token, not {text.pool!r}; {instead} or --tower image"
         )
 
@@ -192,7 +192,7 @@ def model_config(tree: Mapping[str, Any], *, source: str) -> ModelConfig:
         )
         return ModelConfig(image=image, text=text_config, out_dim=(None, text.get("projection_size") or spec.width))
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise UserError(f"{source}: {error}") from None
 
 
 def _parts(tree: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -201,7 +201,7 @@ def _parts(tree: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dict[s
     if kind == "siglip":
         vision, text = (tree.get(name) or {} for name in ("vision_config", "text_config"))
         if not isinstance(vision, dict) or not isinstance(text, dict):
-            raise ValueError(f"{source}: vision_config and text_config are objects in a SigLIP's config; copy it again")
+            raise UserError(f"{source}: vision_config and text_config are objects in a SigLIP's config; copy it again")
         return _VISION_DEFAULTS | vision, _TEXT_DEFAULTS | text
     if kind == _VISION_TYPE:
         return _VISION_DEFAULTS | dict(tree), None
@@ -212,7 +212,7 @@ def _parts(tree: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dict[s
         fix = "it is NaFlex (any aspect ratio); take the fixed-resolution checkpoint of its size, model_type 'siglip'"
     if kind == _TEXT_TYPE:
         fix = "it is a text tower alone; take the folder of the whole model, model_type 'siglip'"
-    raise ValueError(f"{source}: model_type={kind!r} cannot be read: {fix}")
+    raise UserError(f"{source}: model_type={kind!r} cannot be read: {fix}")
 
 
 def _check_fields(vision: Mapping[str, Any], text: Mapping[str, Any] | None, source: str) -> None:
@@ -229,7 +229,7 @@ def _check_fields(vision: Mapping[str, Any], text: Mapping[str, Any] | None, sou
             f"{kind} {f}={part[f]!r} is no positive number" for f in sizes if type(part[f]) is not int or part[f] < 1
         ]
     if bad:
-        raise ValueError(f"{source}: {'; '.join(bad)}")
+        raise UserError(f"{source}: {'; '.join(bad)}")
 
 
 def _spec(part: Mapping[str, Any]) -> Variant:
@@ -270,30 +270,30 @@ def _preprocessor_json(config: ModelConfig) -> dict[str, Any]:
 
 def _write_tokenizer(folder: Path, tokenizer: Path, *, length: int) -> None:
     model, source = tokenizer.read_bytes(), str(tokenizer)
-    _write_json(folder / "tokenizer.json", hf_tokenizer.tokenizer_json(model, source=source))
-    _write_json(folder / "tokenizer_config.json", hf_tokenizer.tokenizer_config(model, length=length, source=source))
+    _write_json(folder / "tokenizer.json", convert.tokenizer_json(model, source=source))
+    _write_json(folder / "tokenizer_config.json", convert.tokenizer_config(model, length=length, source=source))
     (folder / TOKENIZER_FILE).write_bytes(model)
 
 
 def _their_arrays(flat: Mapping[str, np.ndarray]) -> dict[str, LazyArray]:
     sources: dict[str, list[tuple[int, np.ndarray, str]]] = {}
     for path, array in flat.items():
-        key, kind, part = names.hugging_face_entry(path)
+        key, kind, part = key_maps.hugging_face_entry(path)
         sources.setdefault(key, []).append((part or 0, array, kind))
 
     def make(parts: list[tuple[int, np.ndarray, str]]) -> np.ndarray:
-        arrays = [names.to_hugging_face(array, kind) for _, array, kind in sorted(parts, key=lambda part: part[0])]
+        arrays = [key_maps.to_hugging_face(array, kind) for _, array, kind in sorted(parts, key=lambda part: part[0])]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
-    shapes = _their_shapes(names.flat_shapes(flat))
+    shapes = _their_shapes(key_maps.flat_shapes(flat))
     return {key: LazyArray(shapes[key], functools.partial(make, parts)) for key, parts in sources.items()}
 
 
-def _their_shapes(ours: Mapping[str, names.Shape]) -> dict[str, names.Shape]:
+def _their_shapes(ours: Mapping[str, key_maps.Shape]) -> dict[str, key_maps.Shape]:
     shapes = {}
     for path, shape in ours.items():
-        key, kind, part = names.hugging_face_entry(path)
-        rows, *rest = names.hugging_face_shape(shape, kind)
+        key, kind, part = key_maps.hugging_face_entry(path)
+        rows, *rest = key_maps.hugging_face_shape(shape, kind)
         shapes[key] = (rows, *rest) if part is None else (3 * rows, *rest)
     return shapes
 
@@ -303,7 +303,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / _INDEX).is_file():
         shards = _read_json(folder / _INDEX).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise ValueError(f"{folder / _INDEX} has no weight_map {{key: file}}; copy it again")
+            raise UserError(f"{folder / _INDEX} has no weight_map {{key: file}}; copy it again")
         files = sorted(set(shards.values()))
     # A name with a path in it would read files from outside of the folder.
     missing = [name for name in files if Path(name).name != name or not (folder / name).is_file()]
@@ -320,9 +320,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.parent} has no {path.name}; is it a Hugging Face model folder?") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
+        raise UserError(f"{path} is not JSON ({error})") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise UserError(f"{path} holds no JSON object")
     return tree
 
 

@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Mapping
 
+from siglip.errors import UserError
 from siglip.formats.containers import LazyArray
 
 _MOVED = (
@@ -41,7 +42,7 @@ def modernise(arrays: Mapping[str, LazyArray], *, patches: int | None, source: s
     for old, array in arrays.items():
         path = next((re.sub(pattern, new, old) for pattern, new in _MOVED if re.fullmatch(pattern, old)), old)
         if path in moved:
-            raise ValueError(f"{source} holds {path} twice, as {origin[path]} and as {old}; remove one of the two")
+            raise UserError(f"{source} holds {path} twice, as {origin[path]} and as {old}; remove one of the two")
         moved[path], origin[path] = array, old
     _merge_text_positions(moved)
     _split_class_position(moved, patches)

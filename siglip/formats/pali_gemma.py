@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from siglip.errors import UserError
 from siglip.formats.containers import LazyArray
 
 MODEL_TYPE = "paligemma"
@@ -45,7 +46,7 @@ def hugging_face_tower(state: Mapping[str, LazyArray], *, source: str) -> dict[s
         if match := _TOWER.fullmatch(key):
             name = f"vision_model.{match[1]}"
             if name in tower:
-                raise ValueError(
+                raise UserError(
                     f"{source} holds the vision tower's {match[1]} under two names, one of them {key}; remove one"
                 )
             tower[name] = array
@@ -60,5 +61,5 @@ def vision_config(tree: Mapping[str, Any]) -> dict[str, Any]:
     """
     vision = tree.get("vision_config") or {}
     if not isinstance(vision, dict):
-        raise ValueError("vision_config is no object in this PaliGemma's config.json; copy it again")
+        raise UserError("vision_config is no object in this PaliGemma's config.json; copy it again")
     return {"vision_use_head": False} | vision | {"model_type": "siglip_vision_model"}

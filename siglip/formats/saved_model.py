@@ -26,9 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from siglip.errors import UserError
 from siglip.formats import tf_pixels, tf_tokens
 from siglip.formats.big_vision import image_only
-from siglip.formats.hf_tokenizer import read_model
+from siglip.formats.hf_tokenizer.convert import read_sentencepiece
 from siglip.models.two_tower import ModelConfig, make_model
 
 _PLATFORMS = ("cpu", "cuda", "tpu")
@@ -112,7 +113,7 @@ def _text_graphs(module: Any, params: Mapping[str, Any], config: ModelConfig, *,
     import tensorflow_text as tf_text
 
     tower, length = make_model(config), config.text.length
-    eos = read_model(pieces, source="the tokenizer").trainer_spec.eos_id
+    eos = read_sentencepiece(pieces, source="the tokenizer").trainer_spec.eos_id
     module.sentencepiece = tf_text.SentencepieceTokenizer(model=pieces, out_type=tf.int32)
 
     def embed(weights: Any, tokens: jax.Array) -> dict[str, jax.Array]:
@@ -193,16 +194,14 @@ def _lower(
 
 def _sentencepiece(tokenizer: Path | None, config: ModelConfig) -> bytes:
     if tokenizer is None:
-        raise ValueError(
+        raise UserError(
             "a SavedModel takes raw texts, but the source brings no tokenizer; put its spiece.model beside it, "
             "or export with --tower image"
         )
     pieces = tokenizer.read_bytes()
-    count, room = len(read_model(pieces, source=str(tokenizer)).pieces), config.text.vocab_size
+    count, room = len(read_sentencepiece(pieces, source=str(tokenizer)).pieces), config.text.vocab_size
     if count > room:
-        raise ValueError(
-            f"tokenizer {str(tokenizer)!r} has {count} pieces, the text tower room for {room}; use its own"
-        )
+        raise UserError(f"tokenizer {str(tokenizer)!r} has {count} pieces, the text tower room for {room}; use its own")
     return pieces
 
 

@@ -3,14 +3,14 @@
     ids = (pieces(lower(text)) + [eos])[:length - 1] + [eos] * ...
 
 The trap: `tf.strings.lower` follows the locale of the machine it runs on, stops at a zero byte, and knows another Unicode than
-the Python that trained. The lower case here is a table (siglip.formats.lower_case).
+the Python that trained. The lower case here is a table (siglip.formats.hf_tokenizer.lower_case).
 """
 
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from siglip.formats.lower_case import lower_case_rules
+from siglip.formats.hf_tokenizer.lower_case import lower_case_rules
 
 if TYPE_CHECKING:
     import tensorflow as tf

@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from siglip.shapes import Array, Float
-from siglip.sharding import P_BATCH
+from siglip.array_types import Array, Float
+from siglip.errors import UserError
+from siglip.parallel.sharding import P_BATCH
 
 Attention = Literal["auto", "xla", "cudnn", "splash"]
 Kernel = Literal["xla", "cudnn", "splash"]
@@ -120,7 +121,7 @@ def choose_kernel(
     if choice == "xla":
         return "xla"
     if obstacles[choice] is not None:
-        raise ValueError(f"{where}={choice!r} needs {obstacles[choice]}; use 'auto' or 'xla'")
+        raise UserError(f"{where}={choice!r} needs {obstacles[choice]}; use 'auto' or 'xla'")
     return choice
 
 

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from siglip.array_types import Array, Float
 from siglip.models.attention import AttentionFn, attention_fn
 from siglip.models.variants import Variant
-from siglip.shapes import Array, Float
-from siglip.sharding import Placement
+from siglip.parallel.sharding import Placement
 
 __all__ = ["Encoder", "MAPHead", "Remat", "dropout"]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from siglip.array_types import Float
 from siglip.models.two_tower import ModelConfig
-from siglip.shapes import Float
 
 
 def resample(

@@ -12,11 +12,12 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import linen as nn
 
+from siglip.array_types import Array, Float, Int
+from siglip.errors import UserError
 from siglip.models.attention import Attention, AttentionFn, attention_fn
 from siglip.models.layers import Encoder, MAPHead, Remat, dropout
 from siglip.models.variants import Variant, check_choices, check_rate, parse_variant, resolve
-from siglip.shapes import Array, Float, Int
-from siglip.sharding import Placement
+from siglip.parallel.sharding import Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +47,15 @@ class TextConfig:
         check_choices(self, ("pool", "remat", "dtype", "attention"))
         check_rate("text.dropout", self.dropout)
         if self.embed_std is not None and not self.embed_std > 0:
-            raise ValueError(f"text.embed_std={self.embed_std} must be positive, or None for 1/sqrt(width)")
+            raise UserError(f"text.embed_std={self.embed_std} must be positive, or None for 1/sqrt(width)")
         if parse_variant(self.variant)[1] is not None:
-            raise ValueError(
+            raise UserError(
                 f"variant={self.variant!r}: a text tower has no patches; use {self.variant.split('/')[0]!r}"
             )
         assert self.spec  # raises on sizes that do not fit each other
         for field, value in (("vocab_size", self.vocab_size), ("length", self.length)):
             if value < 1:
-                raise ValueError(f"{field}={value} must be at least 1")
+                raise UserError(f"{field}={value} must be at least 1")
 
     @property
     def spec(self) -> Variant:
@@ -80,7 +81,7 @@ class TextTransformer(nn.Module):
         config, spec, dtype = self.config, self.config.spec, jnp.dtype(self.config.dtype)
         if text.ndim != 2 or text.shape[1] != config.length:
             got = "x".join(map(str, text.shape))
-            raise ValueError(f"texts are {got} but the model takes bx{config.length}; pad or cut them to that length")
+            raise UserError(f"texts are {got} but the model takes bx{config.length}; pad or cut them to that length")
         normal = nn.initializers.normal(spec.width**-0.5)
         embed_init = normal if config.embed_std is None else nn.initializers.normal(config.embed_std)
         rows = nn.Embed(config.vocab_size, spec.width, embedding_init=embed_init, name="Embed_0")

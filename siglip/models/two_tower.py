@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from siglip.array_types import Array, Float, Int
+from siglip.errors import UserError
 from siglip.models.attention import AttentionFn, attention_fn, choose_kernel
 from siglip.models.text import TextConfig, TextTransformer
 from siglip.models.vit import ImageConfig, ViT
-from siglip.shapes import Array, Float, Int
-from siglip.sharding import Placement
+from siglip.parallel.sharding import Placement
 
 __all__ = ["ImageConfig", "ModelConfig", "TextConfig", "TwoTower", "init_params", "make_model"]
 
@@ -45,14 +46,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.temperature_init <= 0:
-            raise ValueError(f"temperature_init={self.temperature_init} must be positive: its log is the parameter")
+            raise UserError(f"temperature_init={self.temperature_init} must be positive: its log is the parameter")
         if any(dim is not None and dim < 1 for dim in self.out_dim):
-            raise ValueError(f"out_dim={self.out_dim}: a head is at least 1 wide; None means no head")
+            raise UserError(f"out_dim={self.out_dim}: a head is at least 1 wide; None means no head")
         if self.image.pool == "none" and self.out_dim[0] is not None:
-            raise ValueError(f"out_dim={self.out_dim}: image.pool='none' leaves no vector for a head; use (None, …)")
+            raise UserError(f"out_dim={self.out_dim}: image.pool='none' leaves no vector for a head; use (None, …)")
         zimg, ztxt = self.embedding_dims
         if zimg is not None and ztxt is not None and zimg != ztxt:
-            raise ValueError(
+            raise UserError(
                 f"the image embedding is {zimg} wide and the text embedding {ztxt}; they must be equal: "
                 f"set out_dim=({self.out_dim[0]}, {zimg})"
             )
@@ -92,7 +93,7 @@ class TwoTower(nn.Module):
                 zimg, out["img/norm"] = _normalise(zimg)
         if text is not None:
             if config.text is None:
-                raise ValueError("this model has no text tower, only the image tower; pass text=None")
+                raise UserError("this model has no text tower, only the image tower; pass text=None")
             tower = TextTransformer(config.text, text_dim, text_attention, placement, name="txt")
             ztxt, extras = tower(text, train=train)
             out |= {f"txt/{name}": value for name, value in extras.items()}

@@ -8,6 +8,7 @@ import dataclasses
 import typing
 from typing import Any
 
+from siglip.errors import UserError
 from siglip.trees import did_you_mean
 
 
@@ -46,13 +47,13 @@ def parse_variant(name: str) -> tuple[Variant, int | None]:
     """
     size, slash, patch = name.partition("/")
     if size not in VARIANTS:
-        raise ValueError(
+        raise UserError(
             f"variant {name!r}: no size {size!r}{did_you_mean(size, VARIANTS)}; known: {', '.join(VARIANTS)}"
         )
     if not slash:
         return VARIANTS[size], None
     if not patch.isdecimal() or int(patch) < 1:
-        raise ValueError(f"variant {name!r}: after the slash goes the patch size in pixels, as in '{size}/16'")
+        raise UserError(f"variant {name!r}: after the slash goes the patch size in pixels, as in '{size}/16'")
     return VARIANTS[size], int(patch)
 
 
@@ -65,9 +66,9 @@ def resolve(base: Variant, overrides: dict[str, int | None]) -> Variant:
     variant = dataclasses.replace(base, **{k: v for k, v in overrides.items() if v is not None})
     for field, value in dataclasses.asdict(variant).items():
         if value < 1:
-            raise ValueError(f"{field}={value} must be at least 1")
+            raise UserError(f"{field}={value} must be at least 1")
     if variant.width % variant.num_heads:
-        raise ValueError(f"width={variant.width} does not divide into num_heads={variant.num_heads} equal heads")
+        raise UserError(f"width={variant.width} does not divide into num_heads={variant.num_heads} equal heads")
     return variant
 
 
@@ -86,7 +87,7 @@ def check_choices(config: Any, fields: tuple[str, ...]) -> None:
     for field in fields:
         value, choices = getattr(config, field), typing.get_args(hints[field])
         if value not in choices:
-            raise ValueError(
+            raise UserError(
                 f"{field}={value!r} is none of {', '.join(map(repr, choices))}{did_you_mean(str(value), choices)}"
             )
 
@@ -94,4 +95,4 @@ def check_choices(config: Any, fields: tuple[str, ...]) -> None:
 def check_rate(name: str, rate: float) -> None:
     """Raises ValueError unless `rate` is a share that may be dropped."""
     if not 0 <= rate < 1:
-        raise ValueError(f"{name}={rate} must lie in [0, 1)")
+        raise UserError(f"{name}={rate} must lie in [0, 1)")

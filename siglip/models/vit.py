@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from siglip.array_types import Array, Float, Int
+from siglip.errors import UserError
 from siglip.models.attention import Attention, AttentionFn, attention_fn
 from siglip.models.layers import Encoder, MAPHead, Remat, dropout
 from siglip.models.variants import Variant, check_choices, check_rate, parse_variant, resolve
-from siglip.shapes import Array, Float, Int
-from siglip.sharding import Placement
+from siglip.parallel.sharding import Placement
 
 _DEFAULT_PATCH_PX = 16
 
@@ -57,11 +58,9 @@ class ImageConfig:
         check_rate("image.patch_dropout", self.patch_dropout)
         (ph, pw), (h, w) = self.patch, self.image_size
         if ph < 1 or pw < 1 or h < ph or w < pw:
-            raise ValueError(
-                f"image_size={self.image_size} holds no patch of {self.patch} px; both are (height, width)"
-            )
+            raise UserError(f"image_size={self.image_size} holds no patch of {self.patch} px; both are (height, width)")
         if self.posemb == "sincos2d" and self.spec.width % 4:
-            raise ValueError(f"posemb='sincos2d' needs a width that divides by 4, got width={self.spec.width}")
+            raise UserError(f"posemb='sincos2d' needs a width that divides by 4, got width={self.spec.width}")
 
     @property
     def spec(self) -> Variant:
@@ -144,7 +143,7 @@ class ViT(nn.Module):
         if image.ndim != 4 or image.shape[1:] != (*config.image_size, 3):
             want = "x".join(map(str, ("b", *config.image_size, 3)))
             got = "x".join(map(str, image.shape))
-            raise ValueError(f"images are {got} but the model takes {want}; resize them, or load it with image_size=…")
+            raise UserError(f"images are {got} but the model takes {want}; resize them, or load it with image_size=…")
         out = {}
         keep = self._some_patches(image.shape[0]) if train and config.patch_dropout else None
         x = PatchEmbed(config.patch, spec.width, dtype, name="embedding")(image, keep)

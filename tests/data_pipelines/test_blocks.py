@@ -16,14 +16,14 @@ from http_server import serving
 from shards import SPIECE, write_pairs, write_tar
 from streams import assert_same, config_of, take
 
-from data_pipelines import order
-from data_pipelines.kept_pairs import KeptPairs
 from data_pipelines.loader import DataConfig
-from data_pipelines.mixture import SourceConfig
-from data_pipelines.order import BlockShuffle
+from data_pipelines.order import permutation
+from data_pipelines.order.mixture import SourceConfig
+from data_pipelines.order.permutation import BlockShuffle
 from data_pipelines.records import ShardLost
 from data_pipelines.sources import blocks, remote
 from data_pipelines.sources.blocks import Block, BlockCache, InOrder
+from data_pipelines.sources.kept_pairs import KeptPairs
 from data_pipelines.sources.opening import open_source
 from data_pipelines.sources.webdataset import TarSource
 
@@ -163,8 +163,8 @@ def test_pairs_in_order_come_in_long_reads(server):
 def test_the_blocks_of_an_epoch_cover_it_once(size, cuts):
     shuffle, keys = BlockShuffle(block_pairs=32, open_blocks=3), np.full(size, 7, np.uint64)
     places = np.arange(size)
-    records = order.shuffle(places, size, keys, blocks=shuffle)
-    first, end, number = order.block_bounds(places, size, keys, blocks=shuffle, cuts=cuts)
+    records = permutation.shuffle(places, size, keys, blocks=shuffle)
+    first, end, number = permutation.block_bounds(places, size, keys, blocks=shuffle, cuts=cuts)
     assert (first <= records).all() and (records < end).all() and (end - first <= -(-32 // cuts)).all()
     ranges = sorted(set(zip(first.tolist(), end.tolist(), strict=True)))
     assert ranges[0][0] == 0 and ranges[-1][1] == size

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 from shards import encode, write_tar
 
-from data_pipelines.curate import confirm, duplicates, layout
+from data_pipelines.curate import duplicates, layout, pixel_match
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.curate.run import curate
@@ -133,7 +133,7 @@ def test_changed_leaks_are_found_and_strangers_are_not(tmp_path):
 @pytest.mark.slow
 def test_a_crowd_of_look_alikes_costs_a_few_comparisons_each(tmp_path):
     count = 800
-    with mock.patch.object(confirm, "same_picture", side_effect=confirm.same_picture) as compare:
+    with mock.patch.object(pixel_match, "same_picture", side_effect=pixel_match.same_picture) as compare:
         rows = judged([encode(picture) for picture in drawings(5)] + placeholders(count), tmp_path)
     assert sum(len(call.args[0]) for call in compare.call_args_list) < 1.1 * count
     assert [row["index"] for row in rows if row["keep"]] == [0, 1, 2, 3, 4, 6]  # 5 is one of the small ones

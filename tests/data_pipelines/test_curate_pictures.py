@@ -9,8 +9,8 @@ from scipy.fft import dctn
 from shards import SAMPLE, encode, quadrants
 
 from data_pipelines.curate import duplicates, pictures
-from data_pipelines.curate.confirm import Tolerance, same_picture
 from data_pipelines.curate.pictures import CROPS, EVAL_CROPS, examine, perceptual_hashes, read_thumbnail
+from data_pipelines.curate.pixel_match import Tolerance, same_picture
 from data_pipelines.sources.webdataset import TarSource
 
 LIMIT = 1 << 20

@@ -14,8 +14,8 @@ from data_pipelines.curate.materialize import materialize
 from data_pipelines.curate.run import curate
 from data_pipelines.curate.stats import describe
 from data_pipelines.loader import DataConfig
-from data_pipelines.mixture import SourceConfig
-from data_pipelines.order import BlockShuffle
+from data_pipelines.order.mixture import SourceConfig
+from data_pipelines.order.permutation import BlockShuffle
 from data_pipelines.sources import remote
 from data_pipelines.sources.opening import open_source
 from siglip.cli import run

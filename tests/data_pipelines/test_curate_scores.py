@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_pipelines.curate import scores
 from data_pipelines.curate.engine import LocalEngine, WorkerDied
-from data_pipelines.curate.exchange import Exchange
+from data_pipelines.curate.shuffle import Exchange
 
 
 @settings(deadline=None)

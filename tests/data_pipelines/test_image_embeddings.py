@@ -12,7 +12,7 @@ from shards import SPIECE, encode, write_pairs
 
 from data_pipelines.image_embeddings import ImageEmbeddings, make_key, open_image_embeddings
 from data_pipelines.loader import DataConfig, make_loader
-from data_pipelines.mixture import SourceConfig
+from data_pipelines.order.mixture import SourceConfig
 from data_pipelines.sources.webdataset import TarSource
 
 SHAPES = {"batch_size": 8, "image_size": (4, 4), "text_length": 8, "seed": 0}
@@ -144,11 +144,11 @@ def test_the_same_pairs_captions_and_substitutes_as_with_pictures(config, tmp_pa
 
 
 def test_no_picture_is_decoded(config, tmp_path, monkeypatch):
-    from data_pipelines import samples
+    from data_pipelines.samples import batches
 
     loader = make_loader(config, **SHAPES)
     loader.use_image_embeddings(compute(loader, tmp_path / "store", rows=4))
-    monkeypatch.setattr(samples, "decode_picture", lambda *_, **__: pytest.fail("a picture was decoded"))
+    monkeypatch.setattr(batches, "decode_picture", lambda *_, **__: pytest.fail("a picture was decoded"))
     assert len(take(loader, 6)) == 6
 
 

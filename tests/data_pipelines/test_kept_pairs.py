@@ -15,7 +15,7 @@ from shards import encode, write_pairs, write_tar
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.curate.run import curate
-from data_pipelines.kept_pairs import Kept, KeptPairs, read_manifest
+from data_pipelines.sources.kept_pairs import Kept, KeptPairs, read_manifest
 from data_pipelines.sources.webdataset import TarSource
 
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.draws import Draws, hash_ints
-from data_pipelines.mixture import Mixture, SourceConfig
-from data_pipelines.order import BlockShuffle, permute, shuffle
+from data_pipelines.counter_rng import Draws, hash_ints
+from data_pipelines.order.mixture import Mixture, SourceConfig
+from data_pipelines.order.permutation import BlockShuffle, permute, shuffle
 
 
 @settings(max_examples=60, deadline=None)

@@ -21,9 +21,9 @@ from streams import SAMPLE_CONFIG, SHAPES, assert_same, config_of, take
 
 from data_pipelines import workers
 from data_pipelines.loader import DataConfig, make_loader
-from data_pipelines.mixture import SourceConfig
-from data_pipelines.noise import NoiseConfig
-from data_pipelines.order import BlockShuffle
+from data_pipelines.order.mixture import SourceConfig
+from data_pipelines.order.permutation import BlockShuffle
+from data_pipelines.samples.noise import NoiseConfig
 
 
 def keys_of(batches):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.draws import Draws
+from data_pipelines.counter_rng import Draws
 from data_pipelines.text_ops import CaptionError, captions_of, check_spec, draw_caption, iter_captions, lookup
 
 FIELDS = {

@@ -14,8 +14,8 @@ from examples.captioner import data, decoder, model, saved, train
 from examples.captioner.__main__ import PROMPT, main
 from examples.captioner.decoder import DecoderConfig
 from examples.captioner.train import StageConfig
-from siglip import sharding
 from siglip.formats import big_vision
+from siglip.parallel import sharding
 from tests.siglip.tiny import random_params, square_model
 
 SHARDS = f"{data.SAMPLE}/emoji-train-00000.tar"

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from siglip import trees
-from siglip.checkpoint import read_run_params
-from siglip.metrics import read_metrics
+from siglip.workdir.checkpoint import read_run_params
+from siglip.workdir.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "data_pipelines" / "sample"
@@ -27,14 +27,14 @@ LOSS_RTOL = 2e-6
 RECIPE = f"""
     from data_pipelines.augment import AugmentConfig
     from data_pipelines.loader import DataConfig
-    from data_pipelines.mixture import SourceConfig
-    from siglip.checkpoint import CheckpointConfig
-    from siglip.config import EvalConfig, EvalTask, TrainConfig
-    from siglip.distributed import DistributedConfig
-    from siglip.metrics import LogConfig
+    from data_pipelines.order.mixture import SourceConfig
+    from siglip.workdir.checkpoint import CheckpointConfig
+    from siglip.training.config import EvalConfig, EvalTask, TrainConfig
+    from siglip.parallel.launch import DistributedConfig
+    from siglip.workdir.metrics import LogConfig
     from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
-    from siglip.optim import OptimConfig
-    from siglip.sharding import MeshConfig
+    from siglip.training.optim import OptimConfig
+    from siglip.parallel.sharding import MeshConfig
 
     TASK = EvalTask("retrieval", "toy", "{SAMPLE}/emoji-heldout-00000.tar", captions=("captions.en", "captions.de"))
 

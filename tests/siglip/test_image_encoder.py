@@ -11,9 +11,10 @@ from jax.sharding import NamedSharding
 
 import siglip
 from siglip import encoder as encoder_module
-from siglip import sharding, trees
+from siglip import trees
 from siglip.encoder import EncoderSpec, ImageEncoder, load_encoder
-from siglip.formats import big_vision, names
+from siglip.formats import big_vision, key_maps
+from siglip.parallel import sharding
 
 from . import numpy_model
 from .tiny import random_inputs, random_params, square_model
@@ -64,7 +65,7 @@ def test_other_resolutions(source):
 def test_earlier_layers_are_what_their_blocks_return(tmp_path, layout, scan):
     config = square_model(image={"depth": 3} | layout)
     flat = {key: np.asarray(leaf, np.float64) for key, leaf in trees.flatten(random_params(config)).items()}
-    stored = names.stack_blocks(flat) if scan else flat
+    stored = key_maps.stack_blocks(flat) if scan else flat
     np.savez(tmp_path / "m.npz", **{key: array.astype(np.float32) for key, array in stored.items()})
     images, _ = random_inputs(config)
     size = config.image.image_size if "posemb" in layout else None

@@ -34,7 +34,7 @@ def test_every_module_but_the_command_line_imports():
         for path in (ROOT / "siglip").rglob("*.py")
         if "cli" not in path.parts and path.name != "__init__.py"
     )
-    assert "siglip.train" in modules and len(modules) > 20
+    assert "siglip.training.loop" in modules and len(modules) > 20
     run_python(
         BLOCK + "\n    import importlib\n    for name in sys.argv[1:]:\n        importlib.import_module(name)", *modules
     )
@@ -45,8 +45,8 @@ def test_training_on_batches_handed_to_it(tmp_path):
         BLOCK
         + """
     from pathlib import Path
-    from siglip.metrics import read_metrics
-    from siglip.train import train
+    from siglip.workdir.metrics import read_metrics
+    from siglip.training.loop import train
     from tests.siglip.tiny_run import TinyBatches, tiny_config
 
     config = tiny_config(Path(sys.argv[1]))

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
-from siglip import compiled, losses, topology
+from siglip import losses
 from siglip.losses import chunked_sigmoid_loss, sigmoid_loss, softmax_loss
+from siglip.parallel import topology
+from siglip.planning import compile
 
 # Sums of up to 48^2 float32 terms; measured 1e-7 .. 5e-7 of the largest entry.
 RTOL = 2e-6
@@ -186,7 +188,7 @@ def test_memory_knows_neither_the_number_of_devices_nor_the_batch(impl):
 def test_every_tile_is_multiplied_three_times_and_no_more(impl, devices, chunk):
     pairs, width = 1024, 96
     program = compile_loss(functools.partial(chunked_sigmoid_loss, impl=impl, chunk_size=chunk), pairs, width, devices)
-    assert compiled.read(program).matmul_flops == 3 * 2 * pairs**2 * width // devices
+    assert compile.read(program).matmul_flops == 3 * 2 * pairs**2 * width // devices
     # One chunk, so no loop over chunks: the compiler's own count, which sees a loop's body once, is then complete.
     if impl == "all_gather":
         whole = functools.partial(chunked_sigmoid_loss, impl=impl, chunk_size=pairs)

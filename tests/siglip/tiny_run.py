@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from data_pipelines.loader import DataConfig
-from data_pipelines.mixture import SourceConfig
-from siglip.config import TrainConfig
-from siglip.metrics import LogConfig
+from data_pipelines.order.mixture import SourceConfig
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
-from siglip.optim import OptimConfig
+from siglip.training.config import TrainConfig
+from siglip.training.optim import OptimConfig
+from siglip.workdir.metrics import LogConfig
 
 MODEL = ModelConfig(
     image=ImageConfig(variant="mu", patch_size=(8, 8), image_size=(16, 16)),

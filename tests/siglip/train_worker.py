@@ -16,7 +16,7 @@ from data_pipelines.loader import Loader
 from data_pipelines.sources.webdataset import TarSource
 from siglip.cli import main, training
 from siglip.cli.evaluation import Tower
-from siglip.config import EvalTask
+from siglip.training.config import EvalTask
 
 
 def record(path: Path, at: str) -> None:

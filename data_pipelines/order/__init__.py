@@ -1,0 +1,1 @@
+"""Which pair comes at which position of the stream, by arithmetic alone."""

@@ -1,0 +1,1 @@
+"""SentencePiece models as Hugging Face tokenizers, and back."""

@@ -1,0 +1,212 @@
+"""TrainConfig: one frozen dataclass per concern, each living beside the code that uses it, assembled here.
+
+A recipe is a Python file with `def get_config() -> TrainConfig` (configs/); every field is also a flag of `siglip train`:
+`--batch-size`, `--optim.lr`, `--data.sources.0.weight`. Fork a recipe file, do not inherit from it.
+"""
+
+import dataclasses
+import importlib.util
+import re
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from data_pipelines.augment import AugmentConfig
+from data_pipelines.loader import DataConfig
+from data_pipelines.order.mixture import SourceConfig
+from data_pipelines.order.permutation import BlockShuffle
+from data_pipelines.samples.noise import NoiseConfig
+from siglip import trees
+from siglip.errors import UserError
+from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
+from siglip.parallel.launch import DistributedConfig
+from siglip.parallel.sharding import MeshConfig
+from siglip.training.optim import OptimConfig
+from siglip.training.step import LossConfig
+from siglip.training.warm_start import InitConfig, SourceImage, SourceModel, SourceText, read_base
+from siglip.workdir.checkpoint import CheckpointConfig
+from siglip.workdir.metrics import LogConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalTask:
+    """One evaluation: results appear as eval/<task>/<name>/<metric>.
+
+    Attributes:
+        task: "retrieval" (both ways) or "zeroshot" (classification).
+        name: of the data set, in the metrics' names.
+        data: shards, as in a training source.
+        captions: retrieval: text fields ("txt", "captions.de"); each is evaluated on its own, and the mean over more than
+            one is called <name>-mean. A field whose value is a list counts as several captions of one picture.
+        classes: zeroshot: file of class names, one per line or a JSON list; the labels index it, or are names in it.
+        templates: zeroshot: file of templates with "{}" for the class name, one per line; None takes the bare name.
+        label: zeroshot: the field that holds the label.
+    """
+
+    task: Literal["retrieval", "zeroshot"]
+    name: str
+    data: str
+    captions: tuple[str, ...] = ("txt",)
+    classes: str | None = None
+    templates: str | None = None
+    label: str = "cls"
+
+    def __post_init__(self) -> None:
+        if self.task == "zeroshot" and self.classes is None:
+            raise UserError(f"evaluation {self.name!r}: task zeroshot needs classes, a file of class names")
+        if not self.captions:
+            raise UserError(f"evaluation {self.name!r}: captions must name at least one text field, such as 'txt'")
+        if "/" in self.name or not self.name:
+            raise UserError(f"evaluation name {self.name!r} must be non-empty and without '/'")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluations inside the loop.
+
+    Attributes:
+        every_steps: steps between evaluations; 0 evaluates at the end only.
+        batch_size: pictures or texts per forward pass.
+    """
+
+    tasks: tuple[EvalTask, ...] = ()
+    every_steps: int = 0
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0 or self.batch_size < 1:
+            raise UserError(
+                f"eval.every_steps={self.every_steps} must not be negative and eval.batch_size={self.batch_size} at least 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run, whole.
+
+    Attributes:
+        model: the architecture, or a SourceModel: that of `init.src`.
+        total_steps: optimizer steps; the schedule ends there.
+        batch_size: pairs in the global batch, over all devices and hosts.
+        workdir: where everything is written.
+        seed: of the parameters, of the order of the pairs and of every random choice on them.
+    """
+
+    data: DataConfig
+    model: ModelConfig | SourceModel
+    total_steps: int
+    batch_size: int
+    workdir: str
+    seed: int = 0
+    init: InitConfig = InitConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    loss: LossConfig = LossConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    distributed: DistributedConfig = DistributedConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} must not be negative")
+        if self.model.text is None:
+            raise UserError("model.text is None: training needs a text tower")
+        if self.init.src is None:
+            self._check_without_source()
+        best, tasks = self.checkpoint.best_metric, [f"eval/{task.task}/{task.name}" for task in self.eval.tasks]
+        if best is not None and not best.startswith(tuple(tasks)):
+            raise UserError(
+                f"checkpoint.best_metric={best!r} belongs to no evaluation task; there are {tasks or 'none'}"
+            )
+
+    def _check_without_source(self) -> None:
+        if isinstance(self.model, SourceModel):
+            raise UserError("model is a SourceModel, that of init.src, but there is none; name one with --init.src SRC")
+        if self.data.tokenizer is None:
+            raise UserError("data.tokenizer is None, that of init.src, but there is none; use --data.tokenizer FILE")
+        if self.init != InitConfig():
+            raise UserError(
+                "init.only and init.skip say what of init.src is taken, but there is none; use --init.src SRC"
+            )
+
+
+CONFIG_CLASSES = (
+    TrainConfig, EvalConfig, EvalTask, DataConfig, SourceConfig, AugmentConfig, BlockShuffle, NoiseConfig,
+    ModelConfig, ImageConfig, TextConfig, InitConfig, SourceModel, SourceImage, SourceText,
+    OptimConfig, MeshConfig, LossConfig, CheckpointConfig, LogConfig, DistributedConfig,
+)  # fmt: skip
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The config with its open ends filled in: a SourceModel, and a tokenizer that is None.
+
+    They are what the workdir's config.json says or, in a new workdir, the source's.
+
+    Raises:
+        FileNotFoundError: there is nothing at `init.src`.
+        ValueError: it is no model, has no tokenizer, or the parts do not fit each other.
+    """
+    model, tokenizer = config.model, config.data.tokenizer
+    if isinstance(model, ModelConfig) and tokenizer is not None:
+        return config
+    image_size = model.image.image_size
+    base, base_tokenizer, where = read_base(config.init.src, workdir=Path(config.workdir), image_size=image_size)
+    if tokenizer is None:
+        if base_tokenizer is None:
+            raise UserError(f"{where} brings no tokenizer; name its SentencePiece model with --data.tokenizer FILE")
+        tokenizer = str(base_tokenizer)
+    if isinstance(model, SourceModel):
+        model = model.of(base, where=where)
+    return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+
+
+def to_json(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain JSON values; `from_json` inverts it."""
+    return dataclasses.asdict(config)
+
+
+def from_json(tree: Mapping[str, Any]) -> TrainConfig:
+    """Raises ValueError for unknown fields, with a suggestion."""
+    return trees.build_dataclass(TrainConfig, tree)
+
+
+def load_config_file(path: str) -> TrainConfig:
+    """Runs a recipe file and returns what its `get_config()` returns.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it defines no `get_config`, or that does not return a TrainConfig.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"config file {path} does not exist; give a Python file such as configs/quickstart.py")
+    spec = importlib.util.spec_from_file_location(f"siglip_recipe_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"config file {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+        if "get_config" not in vars(module):
+            raise UserError("it defines no get_config(); add `def get_config() -> TrainConfig`")
+        config = module.get_config()
+    except Exception as error:  # a recipe is a user's file: whatever it raises is told in one line
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise UserError(f"config file {path}{where}: {error}{_suggest_field(error)}") from error
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"get_config() of {path} returned {type(config).__name__}; it must return a TrainConfig")
+    return config
+
+
+def _suggest_field(error: Exception) -> str:
+    """For "… got an unexpected keyword argument 'lrr'" the closest field of any config dataclass."""
+    match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    names = {field.name for cls in CONFIG_CLASSES for field in dataclasses.fields(cls)}
+    return "" if match is None else trees.did_you_mean(match[1], names)

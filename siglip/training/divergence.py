@@ -1,0 +1,68 @@
+"""Losses are looked at in groups, because looking waits for the device; a bad one is traced to its step and its pairs.
+
+The trap: a finite loss can have a gradient that is not. The parameters are then ruined one step before the loss is, so the
+norm of the update is looked at as well.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from siglip.parallel.peers import Alone
+from siglip.workdir.files import write_atomically
+
+BAD_BATCH_FILE = "non_finite_batch.json"
+
+
+class NonFiniteLoss(RuntimeError):
+    """The run diverged; the message names the step and where the batch's keys are."""
+
+
+class _Pending(NamedTuple):
+    """One step whose loss has not been looked at."""
+
+    step: int
+    metrics: Mapping[str, jax.Array]
+    keys: list[str]
+
+
+class LossWatch:
+    """Steps whose losses have not been looked at, with the keys of their batches."""
+
+    def __init__(self, workdir: Path, peers: Alone, *, saved_step: Callable[[], int | None]) -> None:
+        self._path, self._peers, self._saved_step = workdir / BAD_BATCH_FILE, peers, saved_step
+        self._pending: list[_Pending] = []
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array], keys: list[str]) -> None:
+        """Notes a step that is still being computed; `keys`: of this process's pairs."""
+        self._pending.append(_Pending(step, metrics, keys))
+
+    def look(self) -> dict[str, float]:
+        """Waits for the steps and returns the last one's metrics, {} if there was none.
+
+        Raises:
+            NonFiniteLoss: at the first bad one, in every process.
+        """
+        pending, self._pending = self._pending, []
+        values = jax.device_get([step.metrics for step in pending])
+        for (step, _, keys), metrics in zip(pending, values, strict=True):
+            if not (math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["train/update_norm"])):
+                self._report(step, metrics, keys)
+        return {name: float(value) for name, value in values[-1].items()} if values else {}
+
+    def _report(self, step: int, metrics: Mapping[str, Any], keys: list[str]) -> None:
+        everyones = [key for share in self._peers.gather("keys of a bad batch", keys) for key in share]
+        if self._peers.is_first:
+            content = {"step": step, "loss": repr(metrics["train/loss"].item()), "keys": everyones}
+            write_atomically(self._path, json.dumps(content))
+        saved = self._saved_step()
+        raise NonFiniteLoss(
+            f"loss is {metrics['train/loss']}, norm of the update {metrics['train/update_norm']} at step {step}; "
+            f"the keys of its batch are in {self._path}; "
+            f"the last good checkpoint is {'none' if saved is None else f'step {saved}'}; "
+            f"lower optim.lr, lengthen the warm-up or look at those pairs"
+        )

@@ -1,0 +1,177 @@
+"""What happens beside the training step itself: looking at losses, logging, evaluating, saving.
+
+Of several processes every one calls the same methods in the same order. Process 0 writes; what one of them alone knows is
+gathered first (siglip/parallel/peers.py).
+
+The trap: a method that gathers must be called by all processes or by none: never inside a branch that only one may take.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+
+from siglip.parallel.peers import Alone
+from siglip.training import flops
+from siglip.training.config import TrainConfig, to_json
+from siglip.training.divergence import LossWatch
+from siglip.training.step import TrainState
+from siglip.workdir.checkpoint import Checkpointer
+from siglip.workdir.metrics import MetricsWriter, Progress, Throughput, read_metrics
+
+_PATIENCE_S = 60
+
+# Called with the parameters; returns {"eval/<task>/<name>/<metric>": value}.
+Evaluate = Callable[[Mapping[str, Any]], Mapping[str, float]]
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """What the loop needs of a data pipeline; data_pipelines.loader.Loader is one.
+
+    `counts` are the substitutions so far, by reason; they are part of `state`, where each process counts its own. `progress` is
+    what all processes together have seen, for metrics.jsonl: {"source_0/epochs": 1.5, …}.
+    """
+
+    counts: Mapping[str, int]
+
+    def __next__(self) -> Mapping[str, Any]: ...
+    def state(self) -> dict[str, Any]: ...
+    def progress(self) -> Mapping[str, float]: ...
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class Bookkeeping:
+    """What happens beside the step itself: looking at losses, logging, evaluating, saving."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        batches: Batches,
+        checkpointer: Checkpointer,
+        evaluate: Evaluate | None,
+        workdir: Path,
+        start_step: int,
+        peers: Alone,
+    ) -> None:
+        self._config, self._batches, self._checkpointer = config, batches, checkpointer
+        self._evaluate, self._workdir, self._peers = evaluate, workdir, peers
+        first, run_config = peers.is_first, to_json(config)
+        self._writer = MetricsWriter(workdir, config.log, run_config=run_config, start_step=start_step, enabled=first)
+        self._progress = Progress(config.total_steps, start_step=start_step, enabled=config.log.progress and first)
+        self._losses = LossWatch(workdir, peers, saved_step=checkpointer.latest_step)
+        self._first_step = start_step + 1
+        self._best = peers.gather("best", checkpointer.best_value())[0]
+        # Where image embeddings are read instead of computed, the model's FLOPs are not those of a step.
+        counted = config.data.image_embeddings is None
+        peak = flops.peak_pairs_per_s(config.model, batch_size=config.batch_size) if counted else None
+        self.throughput = Throughput(config.batch_size, peak_pairs_per_s=peak)
+
+    def after_step(
+        self, step: int, state: TrainState, metrics: Mapping[str, jax.Array], keys: list[str], *, stop: bool
+    ) -> None:
+        """Everything that is due after `step`; `stop`: save now, there will be no other step."""
+        config, last = self._config, step == self._config.total_steps
+        self._losses.add(step, metrics, keys)
+        if step == self._first_step:
+            jax.block_until_ready(metrics)
+            self._progress.begin(step)
+            self.throughput.restart()  # it compiled
+        else:
+            self.throughput.step()
+        eval_due = self._eval_due(step) and not stop
+        save_due = last or stop or _due(step, config.checkpoint.every_steps)
+        if last or stop or _due(step, config.log.every_steps):
+            self._log(step)
+        elif eval_due or save_due:
+            self._losses.look()
+        best = self._run_evaluation(step, state) if eval_due else None
+        if save_due or best is not None:
+            self.save(step, state, best=best)
+
+    def make_up_for_a_missed_evaluation(self, step: int, state: TrainState) -> None:
+        """Evaluates the restored state when that was due but the run was stopped before."""
+        if step == 0 or not self._eval_due(step):
+            return
+        lines = read_metrics(self._workdir) if self._peers.is_first else []
+        missed = not any(line["step"] == step and any(name.startswith("eval/") for name in line) for line in lines)
+        if self._peers.gather("missed an evaluation", missed)[0]:
+            self._run_evaluation(step, state)
+
+    def save(self, step: int, state: TrainState, *, best: float | None = None) -> None:
+        """Starts a checkpoint of `step`, unless there is one; raises NonFiniteLoss instead of saving a bad state."""
+        self._losses.look()
+        states = self._peers.gather("data position", self._batches.state())
+        counts = sum((Counter(state.get("counts")) for state in states), Counter())
+        data_state = states[0] | ({"counts": dict(counts)} if "counts" in states[0] else {})
+        self._checkpointer.save(step, state, data_state=data_state, config=to_json(self._config), best_metric=best)
+        self.throughput.restart()
+
+    def close(self) -> None:
+        """Lets the last checkpoint finish, whatever happened."""
+        self._progress.close()
+        self._writer.close()
+        self._batches.close()
+        self._checkpointer.close()
+
+    def _eval_due(self, step: int) -> bool:
+        config = self._config
+        return self._evaluate is not None and (step == config.total_steps or _due(step, config.eval.every_steps))
+
+    def _log(self, step: int) -> None:
+        values = self._losses.look() | self.throughput.read()
+        own = {"counts": dict(self._batches.counts), "data_wait": values.get("train/data_wait", 0.0)}
+        everyones = self._peers.gather("log", own)
+        counts = sum((Counter(one["counts"]) for one in everyones), Counter())
+        values |= {f"train/substituted/{reason}": n for reason, n in sorted(counts.items())}
+        values |= {f"data/{name}": value for name, value in self._batches.progress().items()}
+        if "train/data_wait" in values:
+            values["train/data_wait"] = max(one["data_wait"] for one in everyones)  # all wait for the slowest
+        self._writer.write(step, values)
+        self._progress.update(step, values)
+
+    def _run_evaluation(self, step: int, state: TrainState) -> float | None:
+        """Writes the metrics; the value of `checkpoint.best_metric` if it is a new best, else None."""
+        assert self._evaluate is not None
+        results = self._evaluate_everywhere(step, state)
+        self._writer.write(step, results)
+        self.throughput.restart()
+        name = self._config.checkpoint.best_metric
+        if name is None:
+            return None
+        if name not in results:
+            warnings.warn(
+                f"checkpoint.best_metric={name!r} was not evaluated; there are {sorted(results)}", stacklevel=2
+            )
+            return None
+        if not results[name] > self._best:
+            return None
+        self._best = results[name]
+        return self._best
+
+    def _evaluate_everywhere(self, step: int, state: TrainState) -> dict[str, float]:
+        """Process 0's results, which all go by; what was trained outlives an evaluation that fails."""
+        results, failure = {}, None
+        try:
+            results = dict(self._evaluate(state.eval_params))
+        except BaseException as error:
+            failure = error
+        own = {"results": results, "failure": None if failure is None else str(failure)}
+        try:
+            # The others may be waiting for this process inside the evaluation, where they would stay.
+            everyones = self._peers.gather("evaluation", own, timeout_s=None if failure is None else _PATIENCE_S)
+        except TimeoutError:
+            raise failure from None
+        failures = [f"process {i}: {one['failure']}" for i, one in enumerate(everyones) if one["failure"] is not None]
+        if failures:
+            self.save(step, state)
+            raise failure or RuntimeError(f"the evaluation failed in {failures[0]}")
+        return everyones[0]["results"]
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,201 @@
+"""AdamW and the ScalingViT Adafactor as one optax chain, with schedules, masks, freezing and learning-rate multipliers.
+
+    p <- p - schedule(step) * (lr * lr_mult * update + weight_decay * wd_mult * p)
+
+This is the convention of the SigLIP paper and of its codebase: the decay is scaled by the schedule (which peaks at 1) but
+*not* by the learning rate. The paper's lr 1e-3 with weight_decay 1e-4 is what torch and optax call AdamW with
+weight_decay 0.1: divide by lr to convert. Only kernels decay (`.*/kernel`): no bias, LayerNorm, embedding, position
+embedding, probe, t or b. A learning-rate multiplier of 0 freezes: no moments are kept and the gradient norm that is
+clipped does not see it. Patterns match whole paths, and the first that matches wins.
+
+Adafactor is the variant of "Scaling Vision Transformers" (arXiv 2106.04560): factored second moment without parameter
+scaling or update clipping, momentum 0.9 in bfloat16. Its b2 is capped at 0.95, without which large batches diverge
+(SigLIP, section 4.2).
+
+The trap: with scanned blocks and 32 or more of them, stacked biases and LayerNorms are large enough in two dimensions to
+be factored *across layers*, which the loop layout never does.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from siglip import trees
+from siglip.errors import UserError
+
+# Matrices whose second-largest dimension is below this keep a full second moment.
+ADAFACTOR_MIN_DIM = 32
+ADAFACTOR_DECAY = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer, its schedule and what they apply to.
+
+    Attributes:
+        lr: peak learning rate.
+        weight_decay: fraction of a kernel removed per step at the schedule's peak (not multiplied by lr; see above).
+        weight_decay_mults: (pattern, factor) pairs; parameters that no pattern matches do not decay.
+        lr_mults: (pattern, factor) pairs; 0 freezes; parameters that no pattern matches keep 1.
+        b1: decay of the first moment. b2: decay of the second moment (Adafactor: its cap).
+        momentum_dtype: storage of the first moment; None takes bfloat16 for adafactor and float32 for adamw.
+        clip_norm: largest global norm of the gradient; 0 does not clip.
+        schedule: shape after the warm-up. "rsqrt" is 1/sqrt(1 + steps/timescale) and ends in a linear cool-down.
+        warmup_steps: linear from 0; the first update is exactly zero.
+        cooldown_steps, timescale_steps: for "rsqrt" only.
+        ema: decay of the running average of the parameters, which is then what is evaluated and exported; 0 for none.
+    """
+
+    name: Literal["adamw", "adafactor"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    weight_decay_mults: tuple[tuple[str, float], ...] = ((".*/kernel", 1.0),)
+    lr_mults: tuple[tuple[str, float], ...] = ()
+    b1: float = 0.9
+    b2: float = 0.95
+    momentum_dtype: Literal["float32", "bfloat16"] | None = None
+    clip_norm: float = 1.0
+    schedule: Literal["cosine", "rsqrt", "linear"] = "cosine"
+    warmup_steps: int = 0
+    cooldown_steps: int = 0
+    timescale_steps: int = 10_000
+    ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "timescale_steps"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"optim.{name}={getattr(self, name)} must be positive")
+        for name in ("weight_decay", "clip_norm", "warmup_steps", "cooldown_steps"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"optim.{name}={getattr(self, name)} must not be negative")
+        for name in ("b1", "b2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optim.{name}={getattr(self, name)} must lie in [0, 1)")
+
+
+def make_schedule(config: OptimConfig, total_steps: int) -> Callable[[ArrayLike], jax.Array]:
+    """step -> factor in [0, 1] on lr and weight decay; 0 at `total_steps`.
+
+    Raises:
+        ValueError: if warm-up and cool-down are longer than the run.
+    """
+    warmup, cooldown = config.warmup_steps, config.cooldown_steps if config.schedule == "rsqrt" else 0
+    if warmup + cooldown > total_steps:
+        raise UserError(
+            f"optim.warmup_steps={warmup} + cooldown_steps={cooldown} exceed total_steps={total_steps}; shorten them"
+        )
+
+    def schedule(step: ArrayLike) -> jax.Array:
+        after_warmup = jnp.maximum(step - warmup, 0)
+        progress = after_warmup / max(total_steps - warmup, 1)
+        if config.schedule == "cosine":
+            factor = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(progress, 1)))
+        elif config.schedule == "linear":
+            factor = jnp.maximum(1 - progress, 0)
+        else:
+            factor = 1 / jnp.sqrt(1 + after_warmup / config.timescale_steps)
+        if warmup:
+            factor *= jnp.minimum(step / warmup, 1)
+        if cooldown:
+            factor *= jnp.clip((total_steps - step) / cooldown, 0, 1)
+        return factor
+
+    return schedule
+
+
+def frozen_mask(config: OptimConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree like `params` of bools: True where a learning-rate multiplier of 0 freezes the parameter."""
+    return jax.tree.map(
+        lambda mult: mult == 0, _multipliers(config.lr_mults, params, default=1.0, what="optim.lr_mults")
+    )
+
+
+def make_optimizer(config: OptimConfig, params: Mapping[str, Any], *, total_steps: int) -> optax.GradientTransformation:
+    """The optax chain for these parameters (arrays or ShapeDtypeStructs; only paths and shapes are used).
+
+    Raises:
+        ValueError: if a pattern matches no parameter, or the schedule does not fit the run.
+    """
+    schedule = make_schedule(config, total_steps)
+    frozen = frozen_mask(config, params)
+    if all(jax.tree.leaves(frozen)):
+        raise UserError(f"optim.lr_mults={config.lr_mults} freeze every parameter; leave one above 0")
+    lr_mults = _multipliers(config.lr_mults, params, default=1.0, what="optim.lr_mults")
+    decay_mults = _multipliers(config.weight_decay_mults, params, default=0.0, what="optim.weight_decay_mults")
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    trained = optax.chain(
+        *clip,
+        _scale_by_adafactor(config) if config.name == "adafactor" else _scale_by_adam(config),
+        _scale_by_tree(config.lr, lr_mults),
+        _add_decay(config.weight_decay, decay_mults),
+        optax.scale_by_schedule(schedule),
+        optax.scale(-1),
+    )
+    return optax.partition(
+        {"trained": trained, "frozen": optax.set_to_zero()},
+        jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", frozen),
+    )
+
+
+def _scale_by_adam(config: OptimConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1=config.b1, b2=config.b2, mu_dtype=config.momentum_dtype or "float32")
+
+
+def _scale_by_adafactor(config: OptimConfig) -> optax.GradientTransformation:
+    def second_moment_decay(step: ArrayLike, exponent: float) -> jax.Array:
+        return jnp.minimum(config.b2, 1.0 - (jnp.asarray(step, jnp.float32) + 1) ** -exponent)
+
+    return optax.chain(
+        optax.scale_by_factored_rms(
+            factored=True,
+            decay_rate=ADAFACTOR_DECAY,
+            min_dim_size_to_factor=ADAFACTOR_MIN_DIM,
+            epsilon=1e-30,
+            decay_rate_fn=second_moment_decay,
+        ),
+        optax.ema(config.b1, debias=False, accumulator_dtype=config.momentum_dtype or "bfloat16"),
+    )
+
+
+def _scale_by_tree(factor: float, mults: Mapping[str, Any]) -> optax.GradientTransformation:
+    flat = trees.flatten(mults)
+
+    def scale(updates: Any, _: Any = None) -> Any:
+        return _map_trained(lambda path, update: factor * flat[path] * update, updates)
+
+    return optax.stateless(scale)
+
+
+def _add_decay(weight_decay: float, mults: Mapping[str, Any]) -> optax.GradientTransformation:
+    flat = trees.flatten(mults)
+
+    def add(updates: Any, params: Any) -> Any:
+        flat_params = dict(_paths(params))
+        return _map_trained(
+            lambda path, update: update + weight_decay * flat[path] * flat_params[path] if flat[path] else update,
+            updates,
+        )
+
+    return optax.stateless(add)
+
+
+def _paths(tree: Any) -> list[tuple[str, jax.Array]]:
+    """(path, leaf) of the arrays of a tree in which optax has put MaskedNodes in place of frozen parameters."""
+    return [("/".join(key.key for key in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _map_trained(function: Callable[[str, jax.Array], jax.Array], tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: function("/".join(k.key for k in path), leaf), tree)
+
+
+def _multipliers(
+    rules: tuple[tuple[str, float], ...], params: Mapping[str, Any], *, default: float, what: str
+) -> dict[str, Any]:
+    paths = trees.flatten(params)
+    matches = trees.first_matches([p for p, _ in rules], paths, what=what, optional=(".*/kernel",))
+    return trees.unflatten({path: default if i is None else rules[i][1] for path, i in matches.items()})

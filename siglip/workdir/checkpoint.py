@@ -1,0 +1,259 @@
+"""A run's workdir on disk, and checkpoints that are whole or absent.
+
+    workdir/checkpoints/STEP/     orbax: state, data (the loader's position), config: one atomic unit
+
+Saving is asynchronous: orbax copies the arrays from the device, writes to a folder with a temporary name and renames it
+when every file is there. The last `keep` checkpoints stay, and the best one by `best_metric`.
+
+Several processes write one checkpoint together, so the workdir is a folder that all hosts share. It is laid out on whatever
+devices restore it: their number, the number of hosts, FSDP and the data workers may change between starts.
+
+How a run starts, in this order: the newest checkpoint of its workdir; else `init.src` (siglip/training/warm_start.py); else fresh
+parameters. A run that has a checkpoint never looks at `init.src` again: it may be gone.
+
+The trap: a folder under checkpoints/ may be half a checkpoint. Whole is what has orbax's last file.
+"""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from siglip import trees
+from siglip.errors import UserError
+from siglip.workdir.files import CONFIG_FILE, read_config
+
+CHECKPOINTS_DIR = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep.
+
+    Attributes:
+        every_steps: steps between checkpoints; one more is always written at the end and at SIGTERM or SIGINT.
+        keep: how many of the newest stay.
+        best_metric: name of an evaluation metric in metrics.jsonl, one for which higher is better; the checkpoint where it
+            is highest stays too, and one is written whenever an evaluation sets a new best.
+    """
+
+    every_steps: int = 1000
+    keep: int = 2
+    best_metric: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"checkpoint.{name}={getattr(self, name)} must be at least 1")
+        if self.best_metric is not None and self.best_metric.endswith("median_rank"):
+            raise UserError(
+                f"checkpoint.best_metric={self.best_metric} is better when lower; name a recall or an accuracy"
+            )
+
+
+class Checkpointer:
+    """Saves to and restores from one workdir."""
+
+    def __init__(self, workdir: Path, config: CheckpointConfig) -> None:
+        # Values are stored under the metric's name: what another metric was best at does not count.
+        self._best_name = config.best_metric or "none"
+
+        def value_of(metrics: Mapping[str, float]) -> float:
+            return metrics.get(self._best_name, -np.inf)
+
+        best = BestN(get_metric_fn=value_of, n=1, keep_checkpoints_without_metrics=False)
+        self._folder = workdir.resolve() / CHECKPOINTS_DIR
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy([LatestN(n=config.keep), best]),
+                best_fn=value_of,  # without it orbax does not write the metric down
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """Step of the newest whole checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def best_value(self) -> float:
+        """Highest `best_metric` among the checkpoints on disk; minus infinity when none has one."""
+        values = [self._manager.metrics(step) for step in self._manager.all_steps()]
+        return max((v.get(self._best_name, -np.inf) for v in values if v), default=-np.inf)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        data_state: Mapping[str, Any],
+        config: Mapping[str, Any],
+        best_metric: float | None = None,
+    ) -> None:
+        """Starts saving and returns when the arrays are copied; the files are complete after `wait`."""
+        if self._manager.latest_step() == step:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave(dict(data_state)),
+                config=ocp.args.JsonSave(dict(config)),
+            ),
+            metrics=None if best_metric is None else {self._best_name: best_metric},
+        )
+
+    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """(state, data_state) of a step; `like` is the state as shapes with shardings: arrays arrive laid out so.
+
+        Raises:
+            ValueError: if the checkpoint is damaged or belongs to another model.
+        """
+        self._check_model(step, like)
+        with _reading(self._folder / str(step), fix="move that folder away to go on from the one before"):
+            items = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
+            )
+        return items.state, items.data
+
+    def _check_model(self, step: int, like: Any) -> None:
+        """Raises ValueError if the parameters of a step have other names or shapes than `like`: config.json may be gone."""
+        folder = self._folder / str(step)
+        try:
+            with ocp.PyTreeCheckpointer() as reader:
+                tree = _stored_tree(reader, folder / "state")
+            there = {path: tuple(leaf.shape) for path, leaf in trees.flatten(tree["params"]).items()}
+        except Exception:  # `restore` says what is wrong with the files
+            return
+        here = {path: tuple(leaf.shape) for path, leaf in trees.flatten(like.params).items()}
+        here["ema"], there["ema"] = like.ema is not None, bool(tree.get("ema"))
+        other = sorted(path for path in there.keys() | here.keys() if there.get(path) != here.get(path))
+        if other:
+            path, more = other[0], f" and {len(other) - 1} more" if len(other) > 1 else ""
+            raise UserError(
+                f"checkpoint {folder} is of another model: {path} is {there.get(path, 'absent')} there and "
+                f"{here.get(path, 'absent')} here{more}; use the settings it was trained with, or another --workdir"
+            )
+
+    def wait(self) -> None:
+        """Returns when everything saved is complete on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and releases."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is a run's workdir or one checkpoint inside it."""
+    return _run_of(path) is not None
+
+
+def locate(path: Path) -> tuple[Path, int] | None:
+    """(workdir, step) of a workdir's newest checkpoint, or of the one that `path` names; None when there is none."""
+    workdir, step = _run_of(path) or (None, None)
+    if workdir is None or step is not None:
+        return workdir and (workdir, step)
+    steps = _whole_steps(workdir)
+    return (workdir, steps[-1]) if steps else None
+
+
+def read_run_params(path: Path, *, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """(params as numpy, config as JSON, step) of a workdir's newest checkpoint, or of the checkpoint `path` names.
+
+    Only the parameters are read, whatever devices they were saved from; their running average where the run keeps one.
+
+    Raises:
+        FileNotFoundError: if the workdir has no whole checkpoint.
+        ValueError: if the checkpoint is damaged.
+    """
+    workdir, named_step = _run_of(path) or (path, None)
+    step = named_step if step is None else step
+    folder, steps = workdir.resolve() / CHECKPOINTS_DIR, _whole_steps(workdir)
+    step = steps[-1] if step is None and steps else step
+    if step not in steps:
+        raise FileNotFoundError(
+            f"{workdir} has no checkpoint{'' if step is None else f' {step}'}; it has {steps or 'none'}"
+        )
+    config = read_config(workdir, fields=("model",))
+    with _reading(folder / str(step), fix="try another step"):
+        with ocp.PyTreeCheckpointer() as reader:
+            tree = _stored_tree(reader, folder / str(step) / "state")
+            name = "ema" if tree.get("ema") else "params"
+            stored = tree[name]
+            like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
+            restored = reader.restore(
+                folder / str(step) / "state",
+                args=ocp.args.PyTreeRestore(
+                    item={name: like},
+                    restore_args={name: jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)},
+                    partial_restore=True,
+                ),
+            )
+    params = restored[name]
+    assert trees.flatten(params), "a checkpoint without parameters"
+    return params, config, step
+
+
+def _stored_tree(reader: ocp.PyTreeCheckpointer, folder: Path) -> dict[str, Any]:
+    """Shapes and dtypes of what a folder of arrays holds."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(
+        logging.ERROR
+    )  # a warning that the metadata of the whole checkpoint is not in the folder of its arrays
+    try:
+        return reader.metadata(folder).item_metadata.tree
+    finally:
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def _reading(folder: Path, *, fix: str) -> Iterator[None]:
+    """Turns what orbax raises for a damaged checkpoint into a ValueError; what may be the machine's fault passes."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # orbax raises a dozen kinds for one cause: files that do not fit
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise  # a disk or a network that fails, a folder that may not be read
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"checkpoint {folder} cannot be read ({first_line[:200]}); {fix}") from error
+
+
+def newest_step(workdir: Path) -> str:
+    """ "step N of WORKDIR" or "the beginning": where a run would go on that had to stop now."""
+    steps = _whole_steps(workdir)
+    return f"step {steps[-1]} of {workdir}" if steps else f"the beginning, workdir {workdir} has no checkpoint yet"
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a run in this workdir goes on from a checkpoint."""
+    return bool(_whole_steps(workdir))
+
+
+def _whole_steps(workdir: Path) -> list[int]:
+    # orbax writes this file last: a folder without it is half a checkpoint.
+    folders = (workdir.resolve() / CHECKPOINTS_DIR).glob("*")
+    return sorted(
+        int(path.name) for path in folders if path.name.isdigit() and (path / "_CHECKPOINT_METADATA").exists()
+    )
+
+
+def _run_of(path: Path) -> tuple[Path, int | None] | None:
+    """(workdir, step or None) when `path` is a workdir or WORKDIR/checkpoints/STEP, else None."""
+    if (path / CONFIG_FILE).is_file() and (path / CHECKPOINTS_DIR).is_dir():
+        return path, None
+    path = path.resolve()
+    if path.name.isdigit() and path.parent.name == CHECKPOINTS_DIR and (path.parent.parent / CONFIG_FILE).is_file():
+        return path.parent.parent, int(path.name)
+    return None

@@ -1,0 +1,324 @@
+"""The commands as a user types them: what they do, and one line with exit code 2 for every mistake."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from siglip import trees
+from siglip.cli import run
+from siglip.models.two_tower import param_shapes
+from siglip.training.config import load_config_file
+from siglip.training.warm_start import SourceModel
+from siglip.workdir.checkpoint import read_run_params
+from siglip.workdir.metrics import read_metrics
+from tests.siglip.tiny_run import use_devices
+
+ROOT = Path(__file__).parents[3]
+SAMPLE = ROOT / "data_pipelines" / "sample"
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+RECIPE = """
+    from data_pipelines.augment import AugmentConfig
+    from data_pipelines.loader import DataConfig
+    from data_pipelines.order.mixture import SourceConfig
+    from siglip.workdir.checkpoint import CheckpointConfig
+    from siglip.training.config import EvalConfig, EvalTask, TrainConfig
+    from siglip.workdir.metrics import LogConfig
+    from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
+    from siglip.training.optim import OptimConfig
+
+    SHARD = {shard!r}
+
+    def get_config():
+        return TrainConfig(
+            data=DataConfig(
+                sources=(SourceConfig(SHARD, captions=(("captions.*", 0.5), ("captions.en", 0.5))),),
+                tokenizer={tokenizer!r},
+                augment=AugmentConfig(scale=(0.8, 1.2), shift=0.1),
+            ),
+            model=ModelConfig(
+                image=ImageConfig(variant="mu", patch_size=(8, 8), image_size=(16, 16)),
+                text=TextConfig(variant="mu", vocab_size=4000, length=8),
+                out_dim=(None, 32),
+            ),
+            total_steps=40,
+            batch_size=8,
+            workdir={workdir!r},
+            optim=OptimConfig(lr=3e-3, warmup_steps=4),
+            eval=EvalConfig(tasks=(EvalTask("retrieval", "toy", SHARD, captions=("captions.en", "captions.de")),)),
+            checkpoint=CheckpointConfig(every_steps=10),
+            log=LogConfig(every_steps=5),
+        )
+"""
+
+
+@pytest.fixture(scope="session")
+def shard(tmp_path_factory) -> Path:
+    """The first 40 pairs of the shipped sample."""
+    path = tmp_path_factory.mktemp("shards") / "toy-00000.tar"
+    with tarfile.open(SAMPLE / "emoji-train-00000.tar") as sample, tarfile.open(path, "w") as small:
+        for member in sample.getmembers()[: 3 * 40]:
+            small.addfile(member, io.BytesIO(sample.extractfile(member).read()))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path, shard) -> Path:
+    path = tmp_path / "recipe.py"
+    text = textwrap.dedent(RECIPE).format(
+        shard=str(shard), tokenizer=str(SAMPLE / "spiece.model"), workdir=str(tmp_path / "run")
+    )
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, shard) -> Path:
+    """Workdir of a finished run of five steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    path = folder / "recipe.py"
+    tokenizer = str(SAMPLE / "spiece.model")
+    path.write_text(textwrap.dedent(RECIPE).format(shard=str(shard), tokenizer=tokenizer, workdir=str(folder / "run")))
+    with pytest.MonkeyPatch.context() as patch:
+        use_devices(patch, 2)
+        assert (
+            run(["train", str(path), "--total-steps", "5", "--log.every-steps", "1", "--optim.warmup-steps", "1"]) == 0
+        )
+    return folder / "run"
+
+
+def fails(args: list[str], capsys, *patterns: str, code: int = 2) -> str:
+    """Asserts exit code, a single line on standard error, and what it must say."""
+    capsys.readouterr()
+    assert run(args) == code
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("siglip: error: ")]
+    assert len(lines) == 1 and "Traceback" not in error, error
+    for pattern in patterns:
+        assert re.search(pattern, lines[0]), lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_builds(path):
+    config = load_config_file(str(path))
+    assert isinstance(config.model, SourceModel) or trees.flatten(param_shapes(config.model))
+
+
+def test_a_run_can_be_evaluated_exported_embedded_and_reported(trained, shard, tmp_path, capsys):
+    last = read_metrics(trained)[-1]
+    assert {f"eval/retrieval/toy-{name}/image_retrieval_recall@10" for name in ("en", "de", "mean")} <= last.keys()
+
+    args = ["--task", "retrieval", "--data", str(shard), "--captions", "captions.en", "captions.de", "--name", "toy"]
+    assert run(["eval", str(trained), *args, "--out", str(tmp_path / "eval.json")]) == 0
+    results = json.loads((tmp_path / "eval.json").read_text())
+    assert [(r["dataset"], r["task"], r["language"]) for r in results] == [
+        ("toy-en", "zeroshot_retrieval", "en"),
+        ("toy-de", "zeroshot_retrieval", "de"),
+        ("toy-mean", "zeroshot_retrieval", "mean"),
+    ]  # fmt: skip
+    for result in results:
+        for name, value in result["metrics"].items():
+            assert value == pytest.approx(last[f"eval/retrieval/{result['dataset']}/{name}"], abs=1e-6)
+
+    for source in ("run", "npz", "hf"):
+        if source != "run":
+            out = tmp_path / source
+            kind = {"npz": "bigvision", "hf": "hf"}[source]
+            assert run(["export", str(trained), "--format", kind, "--tower", "both", "--out", str(out)]) == 0
+        src = {"run": trained, "npz": tmp_path / "npz" / "model.npz", "hf": tmp_path / "hf"}[source]
+        out = tmp_path / f"{source}.npz"
+        assert run(["embed", str(src), "--data", str(shard), "--out", str(out)]) == 0
+    embedded = [np.load(tmp_path / f"{source}.npz") for source in ("run", "npz", "hf")]
+    assert embedded[0]["embedding"].shape == (40, 32) and len(set(embedded[0]["key"])) == 40
+    for other in embedded[1:]:
+        np.testing.assert_allclose(other["embedding"], embedded[0]["embedding"], atol=1e-5)
+
+    assert run(["embed", str(trained), "--data", str(shard), "--out", str(tmp_path / "z.parquet")]) == 0
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(tmp_path / "z.parquet").to_pydict()
+    np.testing.assert_array_equal(np.asarray(table["embedding"], np.float32), embedded[0]["embedding"])
+
+    capsys.readouterr()
+    assert run(["report", str(trained), "--baseline", str(tmp_path / "eval.json")]) == 0
+    assert "toy-mean" in capsys.readouterr().out
+    page = (trained / "report.html").read_text()
+    assert page.count("<img") > 40 and "captions" not in page
+
+
+def test_zero_shot_classification_from_files(trained, tmp_path, capsys):
+    names = ["red", "blue", "green", "grey", "pink", "white"]
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    (tmp_path / "templates.txt").write_text("{}\na {} thing\n")
+    shard = tmp_path / "labelled.tar"
+    with tarfile.open(SAMPLE / "emoji-heldout-00000.tar") as sample, tarfile.open(shard, "w") as out:
+        for i, member in enumerate(m for m in sample.getmembers() if m.name.endswith(".jpg")):
+            if i == 12:
+                break
+            out.addfile(member, io.BytesIO(sample.extractfile(member).read()))
+            label = tarfile.TarInfo(member.name.replace(".jpg", ".cls"))
+            label.size = 1
+            out.addfile(label, io.BytesIO(str(i % 6).encode()))
+    base = ["eval", str(trained), "--task", "zeroshot", "--data", str(shard)]
+    args = [*base, "--classes", str(tmp_path / "classes.txt"), "--templates", str(tmp_path / "templates.txt")]
+    assert run([*args, "--out", str(tmp_path / "out.json")]) == 0
+    (result,) = json.loads((tmp_path / "out.json").read_text())
+    assert result["task"] == "zeroshot_classification"
+    assert set(result["metrics"]) == {"acc1", "acc5", "mean_per_class_recall"}
+    fails([*args, "--label", "colour"], capsys, "colour=None, which is neither a number nor one of the 6 class names")
+    fails(base, capsys, "needs classes")
+
+
+def test_the_shipped_tokenizer_can_be_remade(tmp_path):
+    out = tmp_path / "spiece.model"
+    args = ["--out", str(out), "--vocab-size", "4000", "--repeat", "captions.en", "6", "keywords", "6"]
+    assert run(["data", "tokenizer", str(SAMPLE / "emoji-train-*.tar"), *args]) == 0
+    assert out.read_bytes() == (SAMPLE / "spiece.model").read_bytes()
+
+
+def test_mistakes_in_flags(recipe, capsys, tmp_path):
+    train = ["train", str(recipe)]
+    fails(["trian"], capsys, "unknown command 'trian'; did you mean 'train'")
+    fails([*train, "--optim.lrr", "1"], capsys, r"--optim\.lrr", r"; perhaps you meant --optim\.lr")
+    fails([*train, "--optim.lr", "fast"], capsys, "--optim.lr", "'fast'")
+    fails([*train, "--optim.lr", "-1"], capsys, r"optim\.lr=-1\.0 must be positive")
+    fails([*train, "--loss.impl", "star"], capsys, "star", "ring")
+    fails(["train", str(tmp_path / "none.py")], capsys, "none.py does not exist")
+    (tmp_path / "empty.py").write_text("")
+    fails(["train", str(tmp_path / "empty.py")], capsys, r"defines no get_config\(\)")
+    (tmp_path / "broken.py").write_text("def get_config(:")
+    fails(["train", str(tmp_path / "broken.py")], capsys, r"broken\.py.*line 1")
+    (tmp_path / "typo.py").write_text(recipe.read_text().replace("warmup_steps=4", "warmup_step=4"))
+    fails(
+        ["train", str(tmp_path / "typo.py")],
+        capsys,
+        r"typo\.py, line \d+: .*'warmup_step'; did you mean 'warmup_steps'",
+    )
+    fails(["eval", "nowhere", "--task", "retrieval", "--data", "x.tar"], capsys, "nowhere")
+    fails(["embed", "nowhere", "--data", "x.tar", "--out", str(tmp_path / "no" / "z.npz")], capsys, "does not exist")
+    fails(["embed", "nowhere", "--data", "x.tar", "--out", "z.csv"], capsys, r"must end in \.npz or \.parquet")
+    fails(["data", "indx"], capsys, "did you mean 'index'")
+
+
+def test_mistakes_in_data_and_model(recipe, capsys, tmp_path):
+    train = ["train", str(recipe)]
+    fails([*train, "--data.sources.0.shards", str(tmp_path / "no-*.tar")], capsys, r"no-\*\.tar")
+    (tmp_path / "empty.tar").write_bytes(b"")
+    fails([*train, "--data.sources.0.shards", str(tmp_path / "empty.tar")], capsys, r"empty\.tar")
+    fails([*train, "--data.tokenizer", str(recipe)], capsys, "SentencePiece")
+    fails([*train, "--model.text.vocab-size", "100"], capsys, "4000 pieces", r"--model\.text\.vocab-size 4000")
+    fails([*train, "--batch-size", "12"], capsys, "batch_size=12 does not divide over 8 devices; use 8 or 16")
+    fails([*train, "--mesh.fsdp", "3"], capsys, "does not cover 8 devices")
+    text = recipe.read_text()
+    for old, new, message in (
+        ('EvalTask("retrieval", "toy", SHARD', 'EvalTask("retrieval", "toy", "no-eval.tar"', r"no-eval\.tar"),
+        ('captions=("captions.en", "captions.de")', 'captions=("captions.xx",)', "none of the caption fields"),
+    ):
+        recipe.write_text(text.replace(old, new))
+        fails(train, capsys, message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_of_another_config_and_one_that_is_a_file(trained, recipe, capsys, tmp_path):
+    before = (trained / "config.json").read_bytes()
+    args = ["train", str(recipe), "--total-steps", "5", "--optim.warmup-steps", "1", "--workdir", str(trained)]
+    fails([*args, "--seed", "3"], capsys, "belongs to another run: seed is 0 there and 3 here")
+    assert (trained / "config.json").read_bytes() == before
+    (tmp_path / "file").write_text("")
+    fails(["train", str(recipe), "--workdir", str(tmp_path / "file")], capsys, "file")
+
+
+def test_a_checkpoint_of_another_model(trained, recipe, capsys, tmp_path):
+    shutil.copytree(trained, tmp_path / "old")
+    (tmp_path / "old" / "config.json").unlink()
+    args = ["train", str(recipe), "--total-steps", "5", "--optim.warmup-steps", "1", "--workdir", str(tmp_path / "old")]
+    fails(
+        [*args, "--model.image.patch-size", "4", "4"],
+        capsys,
+        r"checkpoints/5 is of another model: img/embedding/kernel is \(8, 8, 3, 32\) there and \(4, 4, 3, 32\) here .* --workdir",
+    )
+    (tmp_path / "old" / "config.json").unlink()
+    fails([*args, "--optim.ema", "0.9"], capsys, "ema is False there and True here")
+
+
+def test_where_and_how_fast_a_run_computes_may_change_between_starts(trained, recipe, tmp_path):
+    shutil.copytree(trained, tmp_path / "moved")
+    args = [
+        "train",
+        str(recipe),
+        "--total-steps",
+        "5",
+        "--optim.warmup-steps",
+        "1",
+        "--workdir",
+        str(tmp_path / "moved"),
+    ]
+    free = [
+        "--loss.impl", "ring", "--loss.chunk-size", "1", "--loss.micro-batch-size", "8", "--data.workers", "1",
+        "--distributed.timeout-s", "7", "--mesh.fsdp", "2", "--mesh.fsdp-min-size-bytes", "1024", "--log.every-steps", "1",
+    ]  # fmt: skip
+    assert run([*args, *free]) == 0
+
+
+def test_an_export_never_overwrites_and_leaves_nothing_when_it_fails(trained, capsys, tmp_path):
+    (tmp_path / "there").mkdir()
+    fails(["export", str(trained), "--format", "hf", "--out", str(tmp_path / "there")], capsys, "there")
+    before = sorted(tmp_path.iterdir())
+    bad = ["export", str(tmp_path / "missing.npz"), "--format", "hf", "--out", str(tmp_path / "new")]
+    fails(bad, capsys, r"missing\.npz")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def start_training(recipe: Path, *flags: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "siglip.cli", "train", str(recipe), *flags],
+        cwd=ROOT, env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if (workdir / "metrics.jsonl").exists() and any(line["step"] >= step for line in read_metrics(workdir)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(process.communicate()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_forty_steps_are_twenty_a_kill_and_the_rest(recipe, tmp_path, signum):
+    whole = start_training(recipe, "--workdir", str(tmp_path / "whole"))
+    assert whole.wait(300) == 0, whole.stderr.read()
+
+    killed = start_training(recipe)
+    wait_for_step(tmp_path / "run", 20, killed)
+    killed.send_signal(signum)
+    message = killed.communicate(timeout=240)[1]
+    if signum == signal.SIGTERM:
+        assert killed.returncode == 128 + signum and "goes on from there" in message, message
+    resumed = start_training(recipe)
+    assert resumed.wait(300) == 0, resumed.stderr.read()
+
+    expected, actual = (trees.flatten(read_run_params(tmp_path / name)[0]) for name in ("whole", "run"))
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(actual[path], leaf, err_msg=path)
+    losses = [
+        {line["step"]: line["train/loss"] for line in read_metrics(tmp_path / name) if "train/loss" in line}
+        for name in ("whole", "run")
+    ]
+    shared = losses[0].keys() & losses[1].keys()
+    assert len(shared) >= 8 and all(losses[0][step] == losses[1][step] for step in shared)

@@ -1,0 +1,296 @@
+"""Exports appear whole and verified, or not at all."""
+
+import importlib.util
+import io
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines.sources.webdataset import TarSource
+from siglip.cli.exporting import sample_inputs
+from siglip.encoder import load
+from siglip.exporting import export as export_module
+from siglip.exporting.export import export
+from siglip.exporting.verification import ExportMismatch, compare
+from siglip.formats import big_vision, hugging_face
+from siglip.formats.big_vision import image_only
+from siglip.models.two_tower import ModelConfig
+from siglip.training.loop import train
+
+from .tiny import random_inputs, random_params, square_model
+from .tiny_run import TinyBatches, tiny_config, use_devices
+
+SAMPLE = Path(__file__).parents[3] / "data_pipelines" / "sample"
+HAS_TRANSFORMERS = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A two-tower npz in bfloat16 compute and scan layout, with a tokenizer beside it."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "spiece.model").write_bytes((SAMPLE / "spiece.model").read_bytes())
+    return written(folder / "m.npz", square_model(image={"scan": True}, text={"vocab_size": 4000}))
+
+
+def written(path, config: ModelConfig):
+    big_vision.write(path, random_params(config), config)
+    return path
+
+
+def few_pieces(folder):
+    """A model whose text tower has no room for the tokenizer beside it."""
+    folder.mkdir()
+    (folder / "spiece.model").write_bytes((SAMPLE / "spiece.model").read_bytes())
+    return written(folder / "m.npz", square_model())
+
+
+def without_transformers(monkeypatch):
+    monkeypatch.setattr(export_module, "find_spec", lambda name: None)
+
+
+def test_big_vision_folder(tmp_path, source):
+    out = tmp_path / "made" / "on" / "the" / "way"
+    report = export(source, format="bigvision", out=out, tower="both")
+    assert report.path == out and report.verified
+    assert report.differences == {"random": {"image_tokens": 0, "image_embedding": 0, "text_embedding": 0, "logits": 0}}
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "model.npz", "spiece.model"]
+    images, ids = random_inputs(load(source).config)
+    np.testing.assert_array_equal(load(out).embed_texts(ids), load(source).embed_texts(ids))
+    np.testing.assert_array_equal(load(out).image_tokens(images), load(source).image_tokens(images))
+
+
+def test_npz_alone(tmp_path, source):
+    export(source, format="bigvision", out=tmp_path / "a.npz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "source"]
+    with np.load(tmp_path / "a.npz") as stored:
+        assert all(key.startswith("params/img/") for key in stored)
+    odd = square_model(image={"image_size": (16, 24)}, text={"vocab_size": 4000})
+    odd = written(tmp_path / "source" / "odd.npz", odd)
+    export(odd, format="bigvision", out=tmp_path / "b.npz", tower="both")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.config.json", "b.npz", "source"]
+    assert load(tmp_path / "b.npz").config.image.image_size == (16, 24)
+
+
+def test_stacked_blocks_and_towers_without_a_head(tmp_path, source):
+    export(
+        source, format="bigvision", out=tmp_path / "scan", layout="scan", head=False, image_size=48, patch_size=(12, 12)
+    )
+    with np.load(tmp_path / "scan" / "model.npz") as stored:
+        assert stored["params/img/Transformer/encoderblock/LayerNorm_0/scale"].shape == (2, 36)
+        assert stored["params/img/embedding/kernel"].shape == (12, 12, 3, 36)
+        assert not any("MAPHead" in key or "/head/" in key for key in stored)
+    model = load(tmp_path / "scan")
+    assert model.config.image.pool == "none" and model.config.image.image_size == (48, 48)
+    pictures = random_inputs(model.config)[0]
+    expected = load(source, 48, patch_size=12).image_tokens(pictures)
+    np.testing.assert_allclose(model.image_tokens(pictures), expected, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def real_source(tmp_path):
+    """A two-tower npz of 64 tokens that knows the shipped tokenizer."""
+    folder = tmp_path / "real"
+    folder.mkdir()
+    (folder / "spiece.model").write_bytes((SAMPLE / "spiece.model").read_bytes())
+    return written(folder / "m.npz", square_model(text={"vocab_size": 4000, "length": 64}))
+
+
+def samples(config, tokenizer):
+    return sample_inputs(TarSource(f"{SAMPLE}/emoji-heldout-*.tar"), config, tokenizer)
+
+
+@pytest.mark.parametrize("format", ["bigvision", "stablehlo"])
+def test_real_pictures_and_texts_are_compared_too(tmp_path, real_source, format):
+    report = export(real_source, format=format, out=tmp_path / "out", tower="both", samples=samples)
+    assert list(report.differences) == ["random", "sample"]
+    for found in report.differences.values():
+        assert set(found) == {"image_tokens", "image_embedding", "text_embedding", "logits"}
+        assert max(found.values()) < 1e-5
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("tower", ["image", "both"])
+@pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs torch and transformers: pip install '.[interop]'")
+def test_hugging_face_is_proved_by_transformers(tmp_path, real_source, tower):
+    report = export(real_source, format="hf", out=tmp_path / "hf", tower=tower, image_size=40, samples=samples)
+    assert report.verified and (tmp_path / "hf" / "spiece.model").exists() == (tower == "both")
+    outputs = {"image_tokens", "image_embedding"}
+    outputs |= {"text_embedding", "logits", "probabilities"} if tower == "both" else set()
+    assert set(report.differences["random"]) == outputs
+    found = report.differences["sample"]
+    assert set(found) == outputs | {"pixels"} | ({"tokens"} if tower == "both" else set())
+    assert max(found.values()) < 1e-5 and found["pixels"] < 2e-7 and found.get("tokens", 0) == 0
+
+
+@pytest.mark.interop
+@pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs torch and transformers: pip install '.[interop]'")
+def test_both_towers_without_a_tokenizer(tmp_path, monkeypatch, capsys):
+    source = written(tmp_path / "m.npz", square_model())
+    report = export(source, format="hf", out=tmp_path / "hf", tower="both", samples=samples)
+    assert "text_embedding" in report.differences["sample"] and "no tokenizer" in report.message
+    assert "use that of training" in (tmp_path / "hf" / "README.md").read_text()
+    assert "[1, 16, 36]" in run_example(tmp_path / "hf", monkeypatch, capsys)
+
+
+def test_pictures_that_consumers_prepare_otherwise_are_no_samples(tmp_path):
+    def member(mode, format, **options):
+        file = io.BytesIO()
+        Image.new(mode, (9, 7), 200 if mode == "L" else (1, 2, 3, 4)[: len(mode)]).save(file, format, **options)
+        return file.getvalue()
+
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    pictures = [
+        b"none",
+        member("RGB", "JPEG", exif=turned),
+        member("RGBA", "PNG"),
+        member("RGB", "JPEG"),
+        member("L", "PNG"),
+    ]
+    with tarfile.open(tmp_path / "few.tar", "w") as tar:
+        for number, content in enumerate(pictures):
+            info = tarfile.TarInfo(f"{number}.jpg")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    pairs = TarSource(str(tmp_path / "few.tar"))
+    assert list(sample_inputs(pairs, image_only(square_model()), None).files) == pictures[3:]
+    with pytest.raises(ValueError, match="have pictures but no captions"):
+        sample_inputs(pairs, square_model(), SAMPLE / "spiece.model")
+
+
+def test_a_saved_model_is_compared_on_files_and_strings(tmp_path, real_source):
+    report = export(real_source, format="savedmodel", out=tmp_path / "out", tower="both", samples=samples)
+    assert list(report.differences) == ["sample"] and max(report.differences["sample"].values()) < 1e-5
+    assert {"image_tokens", "text_embedding", "probabilities"} <= set(report.differences["sample"])
+    with pytest.raises(ValueError, match="pass samples="):
+        export(real_source, format="savedmodel", out=tmp_path / "other")
+    (real_source.parent / "spiece.model").unlink()
+    with pytest.raises(ValueError, match="has no tokenizer, and a SavedModel takes raw text"):
+        export(real_source, format="savedmodel", out=tmp_path / "other", tower="both", samples=samples)
+
+
+def test_without_transformers_it_says_so(tmp_path, source, monkeypatch):
+    without_transformers(monkeypatch)
+    report = export(source, format="hf", out=tmp_path / "hf", tower="both")
+    assert not report.verified and "pip install" in report.message and "\n" not in report.message
+    assert "pads or cuts them to 64" in report.message
+
+
+def test_a_source_without_tokenizer_is_mentioned(tmp_path, source, monkeypatch):
+    without_transformers(monkeypatch)
+    (source.parent / "spiece.model").unlink()
+    assert "no tokenizer" in export(source, format="hf", out=tmp_path / "hf", tower="both").message
+
+
+def test_nothing_stays_behind(tmp_path, source, monkeypatch):
+    without_transformers(monkeypatch)
+    head = ModelConfig(square_model().image, square_model().text, out_dim=(36, 36))
+    alone = tmp_path / "source" / "alone.npz"
+    export(source, format="bigvision", out=alone)
+    cases = [
+        (written(tmp_path / "source" / "head.npz", head), "hf", "both", "no linear image head"),
+        (alone, "bigvision", "both", "only the image tower"),
+        (tmp_path / "absent.npz", "hf", "image", "no file"),
+        (few_pieces(tmp_path / "source" / "few"), "hf", "both", "has 4000 pieces, the text tower room for 61"),
+    ]
+    for src, format, tower, words in cases:
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            export(src, format=format, out=tmp_path / "x" / "y", tower=tower)
+    with pytest.raises(FileExistsError, match="export to a new name"):
+        export(source, format="hf", out=tmp_path / "source")
+    with pytest.raises(ValueError, match="only --format bigvision writes a lone npz"):
+        export(source, format="hf", out=tmp_path / "x.npz")
+    # A config file that is left from another npz would be believed.
+    (tmp_path / "x.config.json").touch()
+    with pytest.raises(FileExistsError, match="x.config.json"):
+        export(source, format="bigvision", out=tmp_path / "x.npz")
+    (tmp_path / "x.config.json").unlink()
+
+    real = hugging_face.names.to_hugging_face
+    monkeypatch.setattr(hugging_face.names, "to_hugging_face", lambda a, kind: real(a * np.float32(1.001), kind))
+    with pytest.raises(ExportMismatch, match="image_tokens differs from its source by"):
+        export(source, format="hf", out=tmp_path / "x" / "y", tower="image")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_not_a_number_does_not_pass():
+    with pytest.raises(ExportMismatch, match="differs"):
+        compare({"z": np.ones(2)}, {"z": np.array([1, np.nan])})
+
+
+def test_what_the_source_lacks_or_has_in_another_shape_does_not_pass():
+    with pytest.raises(ExportMismatch, match="the export lacks image_embedding; it has nothing"):
+        compare({"image_embedding": np.ones(2), "probabilities": np.ones(1)}, {})
+    with pytest.raises(ExportMismatch, match="allowed is 1.0e-05"):
+        compare({"image_embedding": np.full(2, 50.0)}, {"image_embedding": np.full(2, 50.0001)})
+    compare({"image_tokens": np.full(2, 50.0)}, {"image_tokens": np.full(2, 50.0001)})
+    with pytest.raises(ExportMismatch, match=r"z has shape \(2,\), its source's is absent"):
+        compare({}, {"z": np.ones(2)})
+    with pytest.raises(ExportMismatch, match=r"z has shape \(2,\), its source's is \(1,\)"):
+        compare({"z": np.ones(1)}, {"z": np.ones(2)})
+    with pytest.raises(ExportMismatch, match="tokens differs"):
+        compare({"tokens": np.full(2, 900_000)}, {"tokens": np.array([900_000, 900_001])})
+
+
+def run_example(folder, monkeypatch, capsys) -> str:
+    """What the example in a model card prints."""
+    card = (folder / "README.md").read_text()
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    exec(re.search(r"```python\n(.*?)```", card, re.S)[1], {})
+    return capsys.readouterr().out
+
+
+def test_the_model_card_says_what_to_feed_and_how_far_it_was_checked(tmp_path, source):
+    export(source, format="bigvision", out=tmp_path / "bv", tower="both", licence="apache-2.0")
+    card = (tmp_path / "bv" / "README.md").read_text()
+    parts = (
+        "width 36, depth 2", "32 x 32 px", "16 tokens (4 x 4", "exactly 7", "[-1, 1]", "| image_tokens | 0.0e+00 |",
+        "Licence: apache-2.0", "license: apache-2.0", "the source is not a training run", "None on record",
+    )  # fmt: skip
+    for part in parts:
+        assert part in card, part
+
+
+@pytest.mark.parametrize("tower", ["image", "both"])
+@pytest.mark.parametrize("format, printed", [("bigvision", "(1, 16, 36)"), ("stablehlo", ""), ("savedmodel", "")])
+def test_examples_of_model_cards_run(tmp_path, real_source, monkeypatch, capsys, format, printed, tower):
+    export(real_source, format=format, out=tmp_path / "out", tower=tower, samples=samples)
+    out = run_example(tmp_path / "out", monkeypatch, capsys)
+    assert (printed or ("(1, 16, 36)" if tower == "image" else "[[0.")) in out
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("tower, length", [("image", 64), ("both", 64), ("both", 12), ("both", 77)])
+@pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs torch and transformers: pip install '.[interop]'")
+def test_examples_for_transformers_run(tmp_path, real_source, monkeypatch, capsys, tower, length):
+    written(real_source, square_model(text={"vocab_size": 4000, "length": length}))
+    export(real_source, format="hf", out=tmp_path / "out", tower=tower)
+    out = run_example(tmp_path / "out", monkeypatch, capsys)
+    assert {"image": "[1, 16, 36]", "both": "score" if length == 64 else "tensor([["}[tower] in out
+
+
+def test_the_card_of_a_run_tells_its_recipe_and_evaluation(tmp_path, monkeypatch):
+    use_devices(monkeypatch, 2)
+    workdir = tmp_path / "run"
+    train(tiny_config(workdir), TinyBatches())
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "eval/retrieval/toy/image_retrieval_recall@1": 0.125}\n')
+        file.write('{"step": 9, "eval/retrieval/toy/image_retrieval_recall@1": 0.5}\n')
+    export(workdir, format="bigvision", out=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    parts = (
+        "from `run`, step 8",
+        "8 of 8 steps",
+        "pairs seen",
+        "adamw, lr",
+        "| retrieval | image retrieval recall@1 |\n|---|---|\n| toy | 0.125 |",
+    )
+    for part in parts:
+        assert part in card, part
+    assert "0.500" not in card

@@ -1,0 +1,183 @@
+"""Every attention kernel against the plain form, and which one is taken where."""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from siglip.models.attention import SPLASH_MIN_TOKENS, attention_fn, choose_kernel
+from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, make_model, param_shapes
+from siglip.parallel.sharding import MeshConfig, Placement, make_mesh, put_batch
+from siglip.trees import flatten
+from tests.siglip.tiny import random_inputs, random_params
+
+
+def inputs(batch, tokens, heads, depth, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(x, dtype) for x in rng.normal(size=(4, batch, tokens, heads, depth))]
+
+
+def value_and_gradients(function, query, key, value, weight):
+    weighted = lambda *qkv: (weight * function(*qkv)).sum()  # noqa: E731
+    out = jax.jit(function)(query, key, value)
+    return [np.asarray(x, np.float32) for x in (out, *jax.jit(jax.grad(weighted, (0, 1, 2)))(query, key, value))]
+
+
+def in_float64(query, key, value, weight):
+    """The equation and its derivative, by hand."""
+    query, key, value, weight = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (query, key, value, weight))
+    scale = query.shape[-1] ** -0.5
+    logits = scale * query @ key.swapaxes(2, 3)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    dweights = weight @ value.swapaxes(2, 3)
+    dlogits = weights * (dweights - (weights * dweights).sum(-1, keepdims=True))
+    found = (
+        weights @ value,
+        scale * dlogits @ key,
+        scale * dlogits.swapaxes(2, 3) @ query,
+        weights.swapaxes(2, 3) @ weight,
+    )
+    return [x.swapaxes(1, 2) for x in found]
+
+
+@pytest.mark.parametrize("depth", [12, 64])
+def test_the_plain_form_is_the_equation_and_jax_nn(depth):
+    args = inputs(2, 10, 3, depth)
+    found = value_and_gradients(attention_fn, *args)
+    theirs = value_and_gradients(functools.partial(jax.nn.dot_product_attention, implementation="xla"), *args)
+    for x, y, exact in zip(found, theirs, in_float64(*args), strict=True):
+        np.testing.assert_allclose(x, exact, rtol=0, atol=3e-6)  # float32, sums of up to 64 terms of size 1
+        np.testing.assert_allclose(x, y, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("tokens, depth, devices", [(128, 64, 1), (131, 72, 1), (40, 24, 2)])
+def test_splash_emulated_is_the_equation(tokens, depth, devices):
+    """131 and 40 tokens are padded to 256 and 128: the padding must neither be seen nor leave a gradient."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+    args = inputs(2, tokens, 2, depth)
+    splash = functools.partial(attention_fn, kernel="splash", mesh=mesh, interpret=True)
+    for x, exact in zip(value_and_gradients(splash, *args), in_float64(*args), strict=True):
+        np.testing.assert_allclose(
+            x, exact, rtol=0, atol=1e-5
+        )  # float32, sums of up to 131 terms, rescaled tile by tile
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN runs on NVIDIA GPUs")
+@pytest.mark.parametrize("tokens, depth", [(196, 64), (729, 72)])
+def test_cudnn_is_the_equation(tokens, depth):
+    args = inputs(2, tokens, 4, depth, jnp.bfloat16)
+    found = value_and_gradients(functools.partial(attention_fn, kernel="cudnn"), *args)
+    for x, exact in zip(found, in_float64(*args), strict=True):
+        np.testing.assert_allclose(x, exact, rtol=0, atol=0.02 * np.abs(exact).max())  # bfloat16 keeps 8 bits
+
+
+CPU = types.SimpleNamespace(platform="cpu", device_kind="cpu")
+TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+H100 = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
+T4 = types.SimpleNamespace(platform="gpu", device_kind="Tesla T4", compute_capability="7.5")
+MI300 = types.SimpleNamespace(platform="gpu", device_kind="AMD Instinct MI300X", compute_capability="gfx942")
+SIZES = {"tokens": 256, "head_dim": 64, "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    "device, sizes, expected",
+    [
+        (CPU, {}, "xla"),
+        (CPU, {"tokens": 4096}, "xla"),
+        (H100, {}, "cudnn"),
+        (H100, {"head_dim": 72}, "cudnn"),
+        (H100, {"head_dim": 100}, "xla"),
+        (H100, {"head_dim": 136}, "xla"),
+        (H100, {"dtype": "float32"}, "xla"),
+        (T4, {}, "xla"),
+        (MI300, {}, "xla"),
+        (TPU, {"tokens": SPLASH_MIN_TOKENS - 1}, "xla"),
+        (TPU, {"tokens": SPLASH_MIN_TOKENS}, "splash"),
+    ],
+)
+def test_auto_takes_what_the_device_and_the_sizes_allow(device, sizes, expected):
+    assert choose_kernel("auto", device=device, **(SIZES | sizes)) == expected
+    assert choose_kernel("xla", device=device, **(SIZES | sizes)) == "xla"
+
+
+@pytest.mark.parametrize(
+    "choice, device, sizes, words",
+    [
+        ("cudnn", CPU, {}, "x='cudnn' needs an NVIDIA GPU, not cpu; use 'auto' or 'xla'"),
+        ("cudnn", H100, {"head_dim": 100}, r"needs a head dimension .* that 8 divides, at most 128, not 100"),
+        ("cudnn", H100, {"head_dim": 136}, r"at most 128, not 136"),
+        ("cudnn", H100, {"dtype": "float32"}, "needs dtype 'bfloat16', not 'float32'"),
+        ("cudnn", T4, {}, "needs compute capability 8.0 or later, not 7.5"),
+        ("splash", H100, {}, "x='splash' needs a TPU, not gpu"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused(choice, device, sizes, words):
+    with pytest.raises(ValueError, match=words) as error:
+        choose_kernel(choice, device=device, where="x", **(SIZES | sizes))
+    assert "\n" not in str(error.value)
+
+
+def on_device(tree):
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def model(**fields):
+    image = ImageConfig("mu", depth=1, patch_size=(4, 4), image_size=(16, 16), scan=True, remat="full", **fields)
+    return ModelConfig(image, TextConfig("mu", vocab_size=20, length=5, pool="map", **fields), out_dim=(None, 32))
+
+
+def test_training_checks_the_choice_and_everything_else_ignores_it():
+    """A checkpoint that was trained with cuDNN is evaluated and exported on any machine."""
+    config = model(attention="splash")
+    with pytest.raises(ValueError, match=r"model.image.attention='splash' needs a TPU, not cpu; use 'auto' or 'xla'"):
+        make_model(config, placement=Placement(make_mesh(MeshConfig(), jax.devices()[:1])))
+    assert flatten(param_shapes(config)) == flatten(param_shapes(model()))
+    inputs = {"params": param_shapes(config)}, *random_inputs(config)
+    programs = [jax.jit(make_model(each).apply).lower(*inputs).as_text() for each in (config, model())]
+    assert programs[0] == programs[1]
+
+
+def test_both_towers_run_on_their_kernel_but_for_the_heads_with_one_query():
+    seen = []
+
+    def spy(tower, query, key, value):
+        seen.append((tower, query.shape[1]))
+        return attention_fn(query, key, value)
+
+    config = model()
+    params, (images, ids) = on_device(random_params(config)), on_device(random_inputs(config))
+    module = dataclasses.replace(make_model(config), attention=tuple(functools.partial(spy, t) for t in ("img", "txt")))
+    jax.eval_shape(module.apply, {"params": params}, images, ids)
+    assert set(seen) == {("img", 16), ("txt", 5)}
+
+
+@pytest.mark.parametrize(
+    "patch_dropout, pool, tokens", [(0.0, "map", 16), (0.75, "map", 4), (0.75, "tok", 5), (0.99, "gap", 1)]
+)
+def test_the_choice_knows_how_many_tokens_training_sees(patch_dropout, pool, tokens):
+    config = ModelConfig(dataclasses.replace(model().image, patch_dropout=patch_dropout, pool=pool), text=None)
+    params = on_device(random_params(config))
+    apply = functools.partial(
+        make_model(config).apply, {"params": params}, train=True, rngs={"dropout": jax.random.key(0)}
+    )
+    _, _, out = jax.eval_shape(apply, jnp.zeros((2, 16, 16, 3)))
+    assert out["img/encoded"].shape[1] == tokens == config.image.train_tokens
+
+
+def test_splash_under_scan_remat_and_a_mesh_gives_the_same_gradients():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
+    config = ModelConfig(dataclasses.replace(model().image, pool="gap"), text=None)
+    params, images = on_device(random_params(config)), random_inputs(config, batch=4)[0]
+    images = put_batch({"image": images}, mesh)["image"]
+    grads = {}
+    for kernel in ("xla", "splash"):
+        attention = functools.partial(attention_fn, kernel=kernel, mesh=mesh, interpret=True)
+        module = dataclasses.replace(make_model(config, placement=Placement(mesh)), attention=(attention, attention))
+        grads[kernel] = flatten(jax.jit(jax.grad(lambda p: module.apply({"params": p}, images)[0][:, 0].sum()))(params))  # noqa: B023
+    for path, grad in grads["xla"].items():
+        np.testing.assert_allclose(grads["splash"][path], grad, rtol=0, atol=1e-5, err_msg=path)

@@ -1,0 +1,386 @@
+"""The loop: learning, resuming bit for bit, signals, bad numbers, bad workdirs."""
+
+import json
+import os
+import re
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import siglip.training.loop
+import siglip.training.step
+from siglip import trees
+from siglip.parallel.sharding import MeshConfig, make_mesh, put_batch
+from siglip.training.config import EvalConfig, EvalTask
+from siglip.training.loop import Interrupted, NonFiniteLoss, train
+from siglip.training.optim import OptimConfig
+from siglip.training.step import LossConfig, init_state
+from siglip.workdir.checkpoint import CheckpointConfig, read_run_params
+from siglip.workdir.metrics import LogConfig, read_metrics
+from tests.siglip.tiny_run import TinyBatches, tiny_config, use_devices
+
+FSDP = MeshConfig(fsdp=4, fsdp_min_size_bytes=1024)
+
+
+@pytest.fixture(autouse=True)
+def two_devices(monkeypatch):
+    """Two devices show all that eight would, in a fraction of the time."""
+    use_devices(monkeypatch, 2)
+
+
+def leaves(state):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def assert_bit_equal(a, b):
+    for x, y in zip(leaves(a), leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+class StopsAt(TinyBatches):
+    """Sends this process a signal while batch `stop_at` is being made."""
+
+    def __init__(self, stop_at, signum):
+        super().__init__()
+        self.stop_at, self.signum = stop_at, signum
+
+    def __next__(self):
+        if self.position == self.stop_at - 1:
+            os.kill(os.getpid(), self.signum)
+        return super().__next__()
+
+
+def test_the_loss_falls_and_metrics_are_written(tmp_path):
+    config = tiny_config(tmp_path, total_steps=30, optim=OptimConfig(lr=1e-2, warmup_steps=3))
+    train(config, TinyBatches())
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(2, 31, 2))
+    assert lines[-1]["train/loss"] < 0.7 * lines[0]["train/loss"]
+    for name in ("train/t", "train/bias", "train/pairs_per_s", "train/data_wait", "train/grad_norm"):
+        assert np.isfinite(lines[-1][name])
+    # t and b are logged before the update of their step: at step 2 the warm-up's first update, which is zero, is all there was.
+    assert lines[0]["train/t"] == pytest.approx(10, rel=1e-6) and lines[0]["train/bias"] == -10
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_resumed_is_bit_equal_to_uninterrupted(tmp_path, signum):
+    whole = TinyBatches()
+    expected = train(tiny_config(tmp_path / "a"), whole)
+
+    first, second = StopsAt(5, signum), TinyBatches()
+    with pytest.raises(Interrupted, match="at step 5, which is saved") as stopped:
+        train(tiny_config(tmp_path / "b"), first)
+    assert stopped.value.signum == signum
+    actual = train(tiny_config(tmp_path / "b"), second)
+
+    assert_bit_equal(actual, expected)
+    assert first.seen + second.seen == whole.seen
+    steps = [line["step"] for line in read_metrics(tmp_path / "b") if "train/loss" in line]
+    assert steps == sorted(set(steps)) and steps[-1] == 8
+
+
+def with_task(**kwargs):
+    return {"eval": EvalConfig(tasks=(EvalTask("retrieval", "toy", "unused.tar"),), **kwargs)}
+
+
+def test_a_signal_during_an_evaluation_saves_and_the_run_goes_on(tmp_path):
+    expected = train(tiny_config(tmp_path / "whole"), TinyBatches())
+    config = tiny_config(tmp_path / "run", **with_task(every_steps=3))
+    calls = []
+
+    def interrupted(params):
+        calls.append(1)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"eval/retrieval/toy/score": 1.0}
+
+    with pytest.raises(Interrupted) as stopped:
+        train(config, TinyBatches(), evaluate=interrupted)
+    assert read_run_params(tmp_path / "run")[2] == int(re.search(r"at step (\d+)", str(stopped.value))[1])
+    assert_bit_equal(train(config, TinyBatches(), evaluate=interrupted).params, expected.params)
+
+
+def test_a_signal_in_the_last_step_leaves_its_evaluation_to_the_next_start(tmp_path):
+    config = tiny_config(tmp_path, **with_task())
+    evaluations = []
+
+    def evaluate(params):
+        evaluations.append(1)
+        return {"eval/retrieval/toy/score": 1.0}
+
+    with pytest.raises(Interrupted, match="at step 8"):
+        train(config, StopsAt(8, signal.SIGTERM), evaluate=evaluate)
+    assert not evaluations
+    for _ in range(2):
+        train(config, TinyBatches(), evaluate=evaluate)
+    assert len(evaluations) == 1 and "eval/retrieval/toy/score" in read_metrics(tmp_path)[-1]
+
+
+def test_what_was_trained_outlives_a_broken_evaluation(tmp_path):
+    def broken(params):
+        raise ValueError("labels are missing")
+
+    with pytest.raises(RuntimeError, match="labels are missing"):
+        train(tiny_config(tmp_path, **with_task()), TinyBatches(), evaluate=broken)
+    assert read_run_params(tmp_path)[2] == 8
+
+
+class DyingWorkers(TinyBatches):
+    """Ctrl-C reaches the data workers as well: the batch after the signal never comes."""
+
+    def __next__(self):
+        if self.position == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError("worker died")
+        return super().__next__()
+
+
+def test_data_workers_that_die_of_the_signal_lose_nothing(tmp_path):
+    with pytest.raises(Interrupted, match="at step 4"):
+        train(tiny_config(tmp_path / "run"), DyingWorkers())
+    expected = train(tiny_config(tmp_path / "whole"), TinyBatches())
+    assert_bit_equal(train(tiny_config(tmp_path / "run"), TinyBatches()), expected)
+
+
+def test_parameters_ruined_by_a_gradient_are_not_saved(tmp_path, monkeypatch):
+    # A finite loss with a gradient that is not: the norm of an embedding of exactly zero has one.
+    loss = siglip.training.step.chunked_sigmoid_loss
+
+    def ruined(zimg, ztxt, t, b, **kwargs):
+        return loss(zimg, ztxt, t, b, **kwargs) + jnp.linalg.norm(jax.lax.stop_gradient(b) * 0 * b)
+
+    monkeypatch.setattr(siglip.training.step, "chunked_sigmoid_loss", ruined)
+    with pytest.raises(NonFiniteLoss, match=r"norm of the update nan at step 1; .*checkpoint is none"):
+        train(tiny_config(tmp_path), TinyBatches())
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+def test_another_tokenizer_in_the_same_workdir_is_refused(tmp_path):
+    train(tiny_config(tmp_path), TinyBatches(), tokenizer=b"one")
+    with pytest.raises(ValueError, match="trained with another tokenizer"):
+        train(tiny_config(tmp_path), TinyBatches(), tokenizer=b"two")
+    assert (tmp_path / "tokenizer.model").read_bytes() == b"one"
+
+
+def test_under_fsdp_moments_are_sharded_and_the_step_compiles_once(monkeypatch):
+    use_devices(monkeypatch, 8)
+    config = tiny_config("unused", mesh=FSDP, loss=LossConfig(impl="ring", chunk_size=1))
+    mesh = make_mesh(config.mesh)
+    program = siglip.training.loop._build(config, mesh)
+    sharded = {leaf.shape for leaf in jax.tree.leaves(program.like.params) if not leaf.sharding.is_fully_replicated}
+    moments = [leaf for leaf in jax.tree.leaves(program.like.opt_state) if leaf.shape in sharded]
+    assert sharded and moments and not any(leaf.sharding.is_fully_replicated for leaf in moments)
+    with jax.set_mesh(mesh):
+        state = init_state(config.model, program.optimizer, like=program.like, seed=0)
+        batch = {name: rows for name, rows in next(TinyBatches()).items() if name != "key"}
+        for _ in range(3):
+            state, _ = program.step(state, put_batch(batch, mesh))
+    assert program.step._cache_size() == 1
+    for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(program.like), strict=True):
+        assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+
+
+def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
+    config = tiny_config(tmp_path, checkpoint=CheckpointConfig(every_steps=4))
+    with pytest.raises(NonFiniteLoss):
+        train(config, TinyPoison(7))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [2, 4, 6]
+    train(config, TinyBatches())
+    assert [line["step"] for line in read_metrics(tmp_path)] == [2, 4, 6, 8]
+
+
+class TinyPoison(TinyBatches):
+    """Its batch number `poison_at` has token ids out of range, which embed as NaN."""
+
+    def __init__(self, poison_at):
+        super().__init__()
+        self.poison_at = poison_at
+
+    def __next__(self):
+        batch = super().__next__()
+        if self.position == self.poison_at:
+            batch["text"] = np.full_like(batch["text"], 10_000)
+        return batch
+
+
+def test_a_non_finite_loss_stops_the_run_with_the_keys_and_the_last_checkpoint(tmp_path):
+    config = tiny_config(
+        tmp_path, checkpoint=CheckpointConfig(every_steps=2), log=LogConfig(every_steps=8, progress=False)
+    )
+    batches = TinyPoison(5)
+    with pytest.raises(NonFiniteLoss, match=r"loss is nan, .* at step 5; .*last good checkpoint is step 4"):
+        train(config, batches)
+    saved = json.loads((tmp_path / "non_finite_batch.json").read_text())
+    assert saved["step"] == 5 and saved["keys"] == batches.seen[4 * 16 : 5 * 16]
+    params, _, step = read_run_params(tmp_path)
+    assert step == 4 and all(np.all(np.isfinite(leaf)) for leaf in trees.flatten(params).values())
+    reference = train(tiny_config(tmp_path / "clean"), TinyBatches())
+    assert_bit_equal(train(config, TinyBatches()), reference)
+
+
+def test_the_last_k_and_the_best_checkpoint_are_kept(tmp_path):
+    scores = iter([0.1, 0.9, 0.2, 0.3])
+    config = tiny_config(
+        tmp_path,
+        eval=EvalConfig(tasks=(EvalTask("retrieval", "toy", "unused.tar"),), every_steps=2),
+        checkpoint=CheckpointConfig(every_steps=1, keep=2, best_metric="eval/retrieval/toy/score"),
+    )
+    train(config, TinyBatches(), evaluate=lambda params: {"eval/retrieval/toy/score": next(scores)})
+    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [4, 7, 8]
+    values = [line["eval/retrieval/toy/score"] for line in read_metrics(tmp_path) if "eval/retrieval/toy/score" in line]
+    assert values == [0.1, 0.9, 0.2, 0.3]
+
+
+def test_a_workdir_of_another_config_is_refused_and_untouched(tmp_path):
+    train(tiny_config(tmp_path), TinyBatches())
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match=r"belongs to another run: optim.lr is 0.003 there and 0.01 here"):
+        train(tiny_config(tmp_path, optim=OptimConfig(lr=0.01, warmup_steps=2)), TinyBatches())
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_what_only_reports_may_change_between_starts(tmp_path):
+    train(tiny_config(tmp_path), TinyBatches())
+    train(tiny_config(tmp_path, log=LogConfig(every_steps=1, progress=False)), TinyBatches())
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_left(tmp_path):
+    config = tiny_config(tmp_path, checkpoint=CheckpointConfig(every_steps=4))
+    train(config, TinyBatches())
+    for file in (tmp_path / "checkpoints" / "8" / "state").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"checkpoints/8 cannot be read .* move that folder away"):
+        train(config, TinyBatches())
+    assert (tmp_path / "checkpoints" / "4").is_dir()
+
+
+def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
+    config = tiny_config(tmp_path)
+    expected = train(config, TinyBatches())
+    # What a kill in the middle of saving leaves behind: a folder that was never renamed, or one without its last file.
+    (tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp-0" / "state").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "9").mkdir()
+    assert read_run_params(tmp_path)[2] == 8
+    with pytest.raises(ValueError, match=r"checkpoints/9 cannot be read .* move that folder away"):
+        train(config, TinyBatches())
+    (tmp_path / "checkpoints" / "9").rmdir()
+    assert_bit_equal(train(config, TinyBatches()), expected)
+
+
+def test_a_batch_that_does_not_divide_is_named(tmp_path, monkeypatch):
+    use_devices(monkeypatch, 8)
+    with pytest.raises(ValueError, match="batch_size=12 does not divide over 8 devices; use 8 or 16"):
+        train(tiny_config(tmp_path, batch_size=12), TinyBatches(12))
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "mesh, impl",
+    [
+        pytest.param(MeshConfig(), "all_gather", marks=pytest.mark.slow),
+        (FSDP, "ring"),
+        pytest.param(MeshConfig(), "ring", marks=pytest.mark.slow),
+        pytest.param(FSDP, "all_gather", marks=pytest.mark.slow),
+    ],
+)
+def test_any_mesh_and_loss_gives_the_same_run(tmp_path, mesh, impl, monkeypatch):
+    use_devices(monkeypatch, 1)
+    expected = train(tiny_config(tmp_path / "one"), TinyBatches())
+    use_devices(monkeypatch, 8)
+    config = tiny_config(tmp_path / "many", mesh=mesh, loss=LossConfig(impl=impl, chunk_size=1))
+    actual = train(config, TinyBatches())
+    # Sums over devices are added in another order; Adam divides by the root of small second moments. The bias of a key
+    # shifts all logits of a query alike: its gradient is zero but for rounding, which Adam makes as large as any other.
+    for path, leaf in trees.flatten(expected.params).items():
+        if path.endswith("key/bias"):
+            continue
+        np.testing.assert_allclose(trees.flatten(actual.params)[path], leaf, rtol=0, atol=2e-5, err_msg=path)
+
+
+def test_the_softmax_baseline_trains(tmp_path):
+    config = tiny_config(
+        tmp_path, total_steps=30, loss=LossConfig("softmax"), optim=OptimConfig(lr=1e-2, warmup_steps=3)
+    )
+    train(config, TinyBatches())
+    lines = read_metrics(tmp_path)
+    assert lines[-1]["train/loss"] < 0.8 * lines[0]["train/loss"]
+    assert {line["train/bias"] for line in lines} == {-10.0}
+
+
+def test_frozen_parameters_do_not_move(tmp_path):
+    config = tiny_config(tmp_path, optim=OptimConfig(lr=1e-2, warmup_steps=2, lr_mults=(("img/.*", 0.0),)))
+    with pytest.raises(Interrupted):
+        train(config, StopsAt(1, signal.SIGTERM))
+    start, _, step = read_run_params(tmp_path)  # the warm-up's first update is zero: still the initial parameters
+    assert step == 1
+    state = train(config, TinyBatches())
+    for path, leaf in trees.flatten(state.params).items():
+        moved = np.any(np.asarray(leaf) != trees.flatten(start)[path])
+        assert moved != path.startswith("img/"), path
+
+
+def test_the_running_average_is_evaluated_saved_and_resumed(tmp_path):
+    seen = []
+    config = tiny_config(
+        tmp_path / "run", optim=OptimConfig(lr=3e-3, warmup_steps=2, ema=0.5), **with_task(every_steps=1)
+    )
+    state = train(config, TinyBatches(), evaluate=lambda params: seen.append(np.asarray(params["t"])[0]) or {})
+    exported, _, _ = read_run_params(tmp_path / "run")
+    assert_bit_equal(exported, state.ema)
+    assert np.any(exported["t"] != np.asarray(state.params["t"])) and seen[-1] == exported["t"][0]
+    # decay min(0.5, (1 + step) / (10 + step)), by hand from the parameters of a run without an average
+    plain = []
+    config = tiny_config(tmp_path / "plain", eval=config.eval)
+    train(config, TinyBatches(), evaluate=lambda params: plain.append(np.float64(params["t"])[0]) or {})
+    average = np.log(10.0)
+    for step, t in enumerate(plain):
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * t
+    assert seen[-1] == pytest.approx(average, abs=1e-6)
+
+
+def test_substitutions_appear_in_the_metrics(tmp_path):
+    batches = TinyBatches()
+    batches.counts = {"truncated": 3}
+    train(tiny_config(tmp_path), batches)
+    assert read_metrics(tmp_path)[-1]["train/substituted/truncated"] == 3
+
+
+def test_wandb_runs_offline_without_a_login(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    pytest.importorskip("wandb")
+    config = tiny_config(tmp_path, log=LogConfig(every_steps=4, progress=False, wandb="online"))
+    with pytest.warns(UserWarning, match="logging offline"):
+        train(config, TinyBatches())
+    assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_a_broken_wandb_does_not_stop_the_run(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def explode(**_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(wandb, "init", explode)
+    config = tiny_config(tmp_path, log=LogConfig(every_steps=4, progress=False, wandb="offline"))
+    with pytest.warns(UserWarning, match="wandb.init failed and is skipped: disk full"):
+        train(config, TinyBatches())
+    assert len(read_metrics(tmp_path)) == 2
+
+
+def test_a_file_that_goes_missing_while_training_is_a_failed_run_not_bad_input(tmp_path):
+    class Missing(TinyBatches):
+        def __next__(self):
+            if self.state()["position"] == 3:
+                raise FileNotFoundError("the shards are gone")
+            return super().__next__()
+
+    with pytest.raises(RuntimeError, match="the shards are gone"):
+        train(tiny_config(tmp_path), Missing())

@@ -1,0 +1,107 @@
+"""The optimizer step by step against recorded numbers of google-research/big_vision (tests/fixtures/README.md)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from siglip import trees
+from siglip.training.optim import OptimConfig, frozen_mask, make_optimizer, make_schedule
+
+CONFIGS = {
+    "adafactor_default_cosine": OptimConfig("adafactor", weight_decay=1e-2, b2=0.999, warmup_steps=2),
+    "lit_adam_frozen_img": OptimConfig(weight_decay=1e-2, b2=0.999, warmup_steps=2, lr_mults=(("img/.*", 0.0),)),
+    "adafactor_b95_rsqrt": OptimConfig(
+        "adafactor", schedule="rsqrt", timescale_steps=3, warmup_steps=2, cooldown_steps=2
+    ),
+    "adam_b95_bf16mu_rsqrt": OptimConfig(
+        schedule="rsqrt", timescale_steps=3, warmup_steps=2, cooldown_steps=2, momentum_dtype="bfloat16"
+    ),
+    "adafactor_plain": OptimConfig(
+        "adafactor", lr=1.0, weight_decay=0, clip_norm=0, momentum_dtype="float32",
+        schedule="linear", lr_mults=(("img/.*", 0.1),),
+    ),
+}  # fmt: skip
+TOTAL_STEPS = {"adafactor_b95_rsqrt": 5, "adam_b95_bf16mu_rsqrt": 5, "adafactor_plain": 100}
+# The momentum in bfloat16 has 8 bits: one rounding that falls the other way is 4e-3 of an entry.
+TOLERANCE = {"adafactor_default_cosine": 1e-2, "adafactor_b95_rsqrt": 1e-2, "adam_b95_bf16mu_rsqrt": 1e-2}
+
+
+def tree_at(data, prefix):
+    return trees.unflatten({k[len(prefix) :]: data[k] for k in data.files if k.startswith(prefix)})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_updates_parameters_and_schedule_agree(fixtures, name):
+    data = np.load(fixtures / "bv_optim.npz")
+    config, total_steps = CONFIGS[name], TOTAL_STEPS.get(name, 10)
+    np.testing.assert_allclose(
+        [make_schedule(config, total_steps)(i) for i in range(total_steps + 1)], data[f"{name}/schedule"], atol=3e-7
+    )
+    params = tree_at(data, "params/")
+    optimizer = make_optimizer(config, params, total_steps=total_steps)
+    state = optimizer.init(params)
+    step = jax.jit(optimizer.update)
+    for i in range(5):
+        updates, state = step(tree_at(data, f"grads/{i}/"), state, params)
+        params = optax.apply_updates(params, updates)
+        for kind, tree in (("updates", updates), ("params", params)):
+            expected = trees.flatten(tree_at(data, f"{name}/{kind}/{i}/"))
+            actual = trees.flatten(tree)
+            assert actual.keys() == expected.keys()
+            for path, value in expected.items():
+                scale = np.max(np.abs(value)) if kind == "updates" else 1.0
+                tolerance = TOLERANCE.get(name, 1e-5) if kind == "updates" else 1e-5
+                np.testing.assert_allclose(actual[path], value, rtol=0, atol=tolerance * scale + 1e-12, err_msg=path)
+
+
+def test_the_paper_convention_is_adamw_with_decay_divided_by_lr():
+    params = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3)}}
+    grads = jax.tree.map(lambda p: jnp.cos(p), params)
+    ours = make_optimizer(
+        OptimConfig(lr=1e-3, weight_decay=1e-4, clip_norm=0, schedule="linear"), params, total_steps=9
+    )
+    theirs = optax.adamw(lambda i: 1e-3 * (1 - i / 9), b2=0.95, weight_decay=0.1)
+    a, b = ours.init(params), theirs.init(params)
+    p, q = params, params
+    for _ in range(4):
+        updates, a = ours.update(grads, a, p)
+        p = optax.apply_updates(p, updates)
+        updates, b = theirs.update(grads, b, q)
+        q = optax.apply_updates(q, updates)
+    np.testing.assert_allclose(p["a"]["kernel"], q["a"]["kernel"], rtol=1e-6)
+
+
+def test_frozen_parameters_keep_no_moments_and_do_not_count_in_the_norm():
+    params = {"img": {"kernel": jnp.ones((4, 4))}, "txt": {"kernel": jnp.ones((2, 2))}}
+    config = OptimConfig(lr_mults=(("img/.*", 0.0),), clip_norm=1.0, weight_decay=0, schedule="linear")
+    assert frozen_mask(config, params) == {"img": {"kernel": True}, "txt": {"kernel": False}}
+    optimizer = make_optimizer(config, params, total_steps=10)
+    state = optimizer.init(params)
+    assert all(leaf.shape != (4, 4) for leaf in jax.tree.leaves(state))
+    huge = {"img": {"kernel": jnp.full((4, 4), 1e6)}, "txt": {"kernel": jnp.full((2, 2), 0.1)}}
+    updates, state = optimizer.update(huge, state, params)
+    assert not np.any(updates["img"]["kernel"])
+    # The text gradient's own norm is 0.2 < 1, so its moments must see it unclipped.
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (2, 2)]
+    np.testing.assert_allclose(moments[0], 0.1 * 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (OptimConfig(lr_mults=(("image/.*", 0.1),)), "matches no parameter"),
+        (OptimConfig(lr_mults=((".*", 0.0),)), "freeze every parameter"),
+        (OptimConfig(warmup_steps=11), "exceed total_steps=10"),
+    ],
+)
+def test_bad_settings_are_named(config, message):
+    params = {"img": {"kernel": jnp.ones((2, 2))}}
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(config, params, total_steps=10)
+
+
+def test_negative_values_are_refused():
+    with pytest.raises(ValueError, match=r"optim\.lr=-1"):
+        OptimConfig(lr=-1)
