@@ -20,7 +20,7 @@ from siglip.encoder import Encoder, load
 from siglip.errors import UserError
 from siglip.evaluation import zeroshot
 from siglip.evaluation.retrieval import mean_of, retrieval
-from siglip.parallel.launch import gather_records, gather_rows
+from siglip.parallel.collectives import gather_records, gather_rows
 from siglip.training.config import EvalTask
 from siglip.training.step import normalize_pixels
 from siglip.workdir.files import write_atomically

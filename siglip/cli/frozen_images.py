@@ -32,7 +32,7 @@ from siglip import trees
 from siglip.cli.evaluation import embed_in_batches
 from siglip.errors import UserError
 from siglip.models.two_tower import ModelConfig, param_shapes
-from siglip.parallel import launch, sharding
+from siglip.parallel import collectives, sharding
 from siglip.parallel.peers import Alone
 from siglip.training import optim
 from siglip.training.config import TrainConfig
@@ -103,7 +103,7 @@ def make_prepare(config: TrainConfig, loader: Loader, peers: Alone) -> Prepare:
 
         def embed(pictures: np.ndarray) -> np.ndarray:
             on_devices = sharding.put_batch({"image": pictures}, mesh)["image"]
-            return launch.own_rows(forward(image_params, on_devices), mesh)
+            return collectives.own_rows(forward(image_params, on_devices), mesh)
 
         rows = -(-config.eval.batch_size // mesh.size) * mesh.size // peers.count
         stores = []

@@ -9,7 +9,7 @@ from siglip.cli.arguments import parse
 from siglip.cli.evaluation import Tower, check_task, evaluate_task
 from siglip.cli.frozen_images import make_prepare
 from siglip.errors import UserError
-from siglip.parallel import launch, sharding
+from siglip.parallel import collectives, launch, sharding
 from siglip.parallel.peers import Alone
 from siglip.training.config import TrainConfig, load_config_file, resolve
 from siglip.training.loop import Evaluate, train
@@ -80,10 +80,10 @@ def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer, peers:
 
     def evaluate(params):
         def images(rows):
-            return launch.own_rows(fns.images(params, sharding.put_batch({"image": rows}, mesh)["image"]), mesh)
+            return collectives.own_rows(fns.images(params, sharding.put_batch({"image": rows}, mesh)["image"]), mesh)
 
         def texts(rows):
-            return launch.own_rows(fns.texts(params, sharding.put_batch({"text": rows}, mesh)["text"]), mesh)
+            return collectives.own_rows(fns.texts(params, sharding.put_batch({"text": rows}, mesh)["text"]), mesh)
 
         tower = Tower(
             images=images,
