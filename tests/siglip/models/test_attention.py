@@ -11,7 +11,7 @@ import pytest
 
 from siglip.models.attention import SPLASH_MIN_TOKENS, attention_fn, choose_kernel
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, make_model, param_shapes
-from siglip.parallel.sharding import MeshConfig, Placement, make_mesh, put_batch
+from siglip.parallel.sharding import MeshConfig, ParamLayout, make_mesh, put_batch
 from siglip.trees import flatten
 from tests.siglip.tiny import random_inputs, random_params
 
@@ -135,7 +135,7 @@ def test_training_checks_the_choice_and_everything_else_ignores_it():
     """A checkpoint that was trained with cuDNN is evaluated and exported on any machine."""
     config = model(attention="splash")
     with pytest.raises(ValueError, match=r"model.image.attention='splash' needs a TPU, not cpu; use 'auto' or 'xla'"):
-        make_model(config, placement=Placement(make_mesh(MeshConfig(), jax.devices()[:1])))
+        make_model(config, layout=ParamLayout(make_mesh(MeshConfig(), jax.devices()[:1])))
     assert flatten(param_shapes(config)) == flatten(param_shapes(model()))
     inputs = {"params": param_shapes(config)}, *random_inputs(config)
     programs = [jax.jit(make_model(each).apply).lower(*inputs).as_text() for each in (config, model())]
@@ -177,7 +177,7 @@ def test_splash_under_scan_remat_and_a_mesh_gives_the_same_gradients():
     grads = {}
     for kernel in ("xla", "splash"):
         attention = functools.partial(attention_fn, kernel=kernel, mesh=mesh, interpret=True)
-        module = dataclasses.replace(make_model(config, placement=Placement(mesh)), attention=(attention, attention))
+        module = dataclasses.replace(make_model(config, layout=ParamLayout(mesh)), attention=(attention, attention))
         grads[kernel] = flatten(jax.jit(jax.grad(lambda p: module.apply({"params": p}, images)[0][:, 0].sum()))(params))  # noqa: B023
     for path, grad in grads["xla"].items():
         np.testing.assert_allclose(grads["splash"][path], grad, rtol=0, atol=1e-5, err_msg=path)

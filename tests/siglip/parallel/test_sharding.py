@@ -16,7 +16,8 @@ from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, param_
 from siglip.parallel.sharding import MeshConfig, like_params, make_mesh, param_shardings, put_batch
 from siglip.training import optim
 from siglip.training.loop import _build, train
-from siglip.training.step import LossConfig, init_state, make_train_step, state_like
+from siglip.training.objective import LossConfig
+from siglip.training.step import init_state, make_train_step, state_like
 from tests.siglip.tiny_run import TinyBatches, tiny_config, use_devices
 
 # Different sizes everywhere, so that a shape in the compiled program names its parameter.
@@ -272,7 +273,7 @@ def test_the_loop_reads_from_the_device_only_to_log(tmp_path, monkeypatch):
     mesh = make_mesh(config.mesh)
     program = _build(config, mesh)
     with jax.set_mesh(mesh), jax.transfer_guard_device_to_host("disallow_explicit"):
-        state = init_state(config.model, program.optimizer, like=program.like, seed=0)
+        state = init_state(config.model, program.optimizer, abstract_state=program.abstract_state, seed=0)
         batch = {name: rows for name, rows in next(TinyBatches()).items() if name != "key"}
         for _ in range(2):
             state, _ = program.step(state, put_batch(batch, mesh))

@@ -13,10 +13,11 @@ import pytest
 from siglip import trees
 from siglip.losses import sigmoid_loss
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, init_params, param_shapes
-from siglip.parallel.sharding import MeshConfig, Placement, check_micro_batch_size, make_mesh, put_batch
+from siglip.parallel.sharding import MeshConfig, ParamLayout, check_micro_batch_size, make_mesh, put_batch
 from siglip.training.accumulation import make_value_and_grad
 from siglip.training.loop import _build
-from siglip.training.step import LossConfig, init_state, make_embed, make_pair_loss, make_train_step, state_like
+from siglip.training.objective import LossConfig
+from siglip.training.step import init_state, make_embed, make_pair_loss, make_train_step, state_like
 from tests.siglip.tiny_run import tiny_config
 
 MODEL = ModelConfig(
@@ -51,12 +52,12 @@ def program(model, mesh, *, micro=None, loss=None, frozen="nothing"):
     like = state_like(
         model, optax.sgd(0.1), mesh=mesh, mesh_config=MeshConfig(fsdp=mesh.shape["fsdp"], fsdp_min_size_bytes=1024)
     )
-    placement = Placement.of(mesh, like.params)
+    layout = ParamLayout.of(mesh, like.params)
     function = make_value_and_grad(
-        make_embed(model, placement=placement),
+        make_embed(model, layout=layout),
         make_pair_loss(model, mesh=mesh, loss=loss),
         frozen=trees.map_with_path(lambda path, _: bool(re.fullmatch(frozen, path)), like.params),
-        placement=placement,
+        layout=layout,
         micro_batch_size=micro,
     )
     where = jax.tree.map(lambda leaf: leaf.sharding, like.params)
@@ -132,7 +133,7 @@ def test_exact_in_float64(devices):
             embed,
             pair_loss,
             frozen=dict.fromkeys(params, False),
-            placement=Placement(mesh),
+            layout=ParamLayout(mesh),
         )
         value, grads = jax.jit(make())(params, batch, jax.random.key(0))
         for micro in (8, 16, 24):
@@ -151,7 +152,7 @@ def test_both_passes_drop_the_same_and_every_micro_batch_something_else():
     )
     mesh, key = mesh_of(1), jax.random.key(3)
     function, params = program(model, mesh, micro=8)
-    embed, pair_loss = make_embed(model, placement=Placement(mesh)), make_pair_loss(model, mesh=mesh, loss=LossConfig())
+    embed, pair_loss = make_embed(model, layout=ParamLayout(mesh)), make_pair_loss(model, mesh=mesh, loss=LossConfig())
     batch = batch_of()
     batch = {name: np.tile(rows[:8], (2, *[1] * (rows.ndim - 1))) for name, rows in batch.items()}
 
