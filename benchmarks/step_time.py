@@ -55,9 +55,8 @@ class Case:
 def make_case(args, options):
     """The recipe's model and batch, or the variant's, with the row's options."""
     from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
-    from siglip.training.optim import OptimConfig
     from siglip.training.objective import LossConfig
-
+    from siglip.training.optim import OptimConfig
 
     if args.config:
         from siglip.training.config import load_config_file
@@ -87,8 +86,7 @@ def ours(case, args):
     from siglip.parallel import sharding
     from siglip.training import flops, optim
     from siglip.training.objective import make_objective
-    from siglip.training.objective import LossConfig
-from siglip.training.step import init_state, make_abstract_state, make_train_step
+    from siglip.training.step import init_state, make_abstract_state, make_train_step
 
     model, ema, shapes = case.model, case.optim.ema, param_shapes(case.model)
     mesh_config = sharding.MeshConfig(fsdp=args.fsdp)

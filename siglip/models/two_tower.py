@@ -24,6 +24,9 @@ from siglip.parallel.sharding import ParamLayout
 
 __all__ = ["ImageConfig", "ModelConfig", "TextConfig", "TwoTower", "init_params", "make_model"]
 
+# The sub-trees of the parameters that are the model; a run may train others beside them (siglip.training.objective.Term).
+MODEL_PARTS = ("img", "txt", "t", "b")
+
 _NORM_EPS = 1e-8
 
 

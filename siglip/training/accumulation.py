@@ -14,7 +14,6 @@ device's own block, so no pair moves; coupled arrays are put back in the batch's
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp

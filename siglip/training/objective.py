@@ -21,15 +21,12 @@ from jax import lax
 from siglip.array_types import Array, Float, Int
 from siglip.errors import UserError
 from siglip.losses import Impl, chunked_sigmoid_loss, softmax_loss
-from siglip.models.two_tower import ModelConfig, init_params, make_model
+from siglip.models.two_tower import MODEL_PARTS, ModelConfig, init_params, make_model
 from siglip.parallel.sharding import BATCH_AXES, ParamLayout
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
 Metrics = dict[str, Float[Array, ""]]
-
-# The sub-trees of the parameters that are the model: what is evaluated and exported.
-MODEL_PARTS = ("img", "txt", "t", "b")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ import pytest
 
 from siglip.encoder import Encoder
 from siglip.models.resample import resample, resample_patches, resample_positions
-
 from tests.siglip.tiny import random_params, square_model
 
 

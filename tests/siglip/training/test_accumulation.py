@@ -182,7 +182,9 @@ def test_both_passes_drop_the_same_and_every_micro_batch_something_else():
 
     def embeddings(params):
         parts = [{name: jnp.asarray(rows[8 * j : 8 * j + 8]) for name, rows in batch.items()} for j in range(2)]
-        found = [objective.forward(params, part, jax.random.fold_in(key, j), jnp.int32(0)) for j, part in enumerate(parts)]
+        found = [
+            objective.forward(params, part, jax.random.fold_in(key, j), jnp.int32(0)) for j, part in enumerate(parts)
+        ]
         return jax.tree.map(lambda *z: jnp.concatenate(z), *(parts.coupled for parts in found))
 
     def loss(params):

@@ -16,8 +16,8 @@ from siglip import trees
 from siglip.parallel.sharding import MeshConfig, make_mesh, put_batch
 from siglip.training.config import EvalConfig, EvalTask
 from siglip.training.loop import Interrupted, NonFiniteLoss, train
-from siglip.training.optim import OptimConfig
 from siglip.training.objective import LossConfig
+from siglip.training.optim import OptimConfig
 from siglip.training.step import init_state
 from siglip.workdir.checkpoint import CheckpointConfig, read_run_params
 from siglip.workdir.metrics import LogConfig, read_metrics
@@ -171,7 +171,9 @@ def test_under_fsdp_moments_are_sharded_and_the_step_compiles_once(monkeypatch):
     config = tiny_config("unused", mesh=FSDP, loss=LossConfig(impl="ring", chunk_size=1))
     mesh = make_mesh(config.mesh)
     program = siglip.training.loop._build(config, mesh)
-    sharded = {leaf.shape for leaf in jax.tree.leaves(program.abstract_state.params) if not leaf.sharding.is_fully_replicated}
+    sharded = {
+        leaf.shape for leaf in jax.tree.leaves(program.abstract_state.params) if not leaf.sharding.is_fully_replicated
+    }
     moments = [leaf for leaf in jax.tree.leaves(program.abstract_state.opt_state) if leaf.shape in sharded]
     assert sharded and moments and not any(leaf.sharding.is_fully_replicated for leaf in moments)
     with jax.set_mesh(mesh):
