@@ -55,8 +55,8 @@ class Case:
 def make_case(args, options):
     """The recipe's model and batch, or the variant's, with the row's options."""
     from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
+    from siglip.training.objective import LossConfig
     from siglip.training.optim import OptimConfig
-    from siglip.training.step import LossConfig
 
     if args.config:
         from siglip.training.config import load_config_file
@@ -85,7 +85,8 @@ def ours(case, args):
     from siglip.models.two_tower import param_shapes
     from siglip.parallel import sharding
     from siglip.training import flops, optim
-    from siglip.training.step import init_state, make_train_step, state_like
+    from siglip.training.objective import make_objective
+    from siglip.training.step import init_state, make_abstract_state, make_train_step
 
     model, ema, shapes = case.model, case.optim.ema, param_shapes(case.model)
     mesh_config = sharding.MeshConfig(fsdp=args.fsdp)
@@ -93,9 +94,11 @@ def ours(case, args):
     optimizer = optim.make_optimizer(case.optim, shapes, total_steps=10**6)
     schedule, frozen = optim.make_schedule(case.optim, 10**6), optim.frozen_mask(case.optim, shapes)
     jax.set_mesh(mesh)
-    like = state_like(model, optimizer, mesh=mesh, mesh_config=mesh_config, ema=ema > 0)
-    step = make_train_step(model, optimizer, schedule, mesh=mesh, loss=case.loss, frozen=frozen, like=like, ema=ema)
-    state = init_state(model, optimizer, like=like, seed=0)
+    abstract_state = make_abstract_state(model, optimizer, mesh=mesh, mesh_config=mesh_config, ema=ema > 0)
+    objective = make_objective(model, case.loss, layout=sharding.ParamLayout.of(abstract_state.params))
+    options = {"abstract_state": abstract_state, "micro_batch_size": case.loss.micro_batch_size, "ema": ema}
+    step = make_train_step(objective, optimizer, schedule, frozen=frozen, **options)
+    state = init_state(model, optimizer, abstract_state=abstract_state, seed=0)
     rng, size = np.random.default_rng(0), (BATCHES, case.batch_size)
     images = rng.integers(0, 256, (*size, *model.image.image_size, 3), np.uint8)
     texts = rng.integers(0, model.text.vocab_size, (*size, model.text.length), np.int32)

@@ -28,7 +28,7 @@ from siglip.cli.arguments import parse
 from siglip.encoder import ImageEncoder, load_encoder
 from siglip.exporting.export import export
 from siglip.exporting.verification import check_all_loaded, compare
-from siglip.training.step import normalize_pixels
+from siglip.models.vit import normalize_pixels
 
 NEW_TOKENS = 8
 

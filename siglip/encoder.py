@@ -53,9 +53,9 @@ class Encoder:
         self.params = jax.device_put(dict(params))
         self.tokenizer = tokenizer
         model = make_model(config)
-        self._image = jax.jit(lambda p, images: model.apply({"params": p}, images, None)[0])
-        self._text = jax.jit(lambda p, tokens: model.apply({"params": p}, None, tokens)[1])
-        self._tokens = jax.jit(lambda p, images: model.apply({"params": p}, images, None)[2]["img/encoded"])
+        self._image = jax.jit(lambda p, images: model.apply({"params": p}, {"image": images})[0])
+        self._text = jax.jit(lambda p, tokens: model.apply({"params": p}, {"text": tokens})[1])
+        self._tokens = jax.jit(lambda p, images: model.apply({"params": p}, {"image": images})[2]["img/encoded"])
 
     def embed_images(self, images: ArrayLike) -> Float[Array, "b e"]:
         """float32 [b, h, w, 3] in [-1, 1] -> float32 [b, e], L2-normalised.

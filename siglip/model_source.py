@@ -12,7 +12,7 @@ from typing import Any
 from siglip.errors import UserError
 from siglip.formats import big_vision, hugging_face
 from siglip.models.resample import resample
-from siglip.models.two_tower import ModelConfig
+from siglip.models.two_tower import MODEL_PARTS, ModelConfig
 from siglip.trees import build_dataclass
 from siglip.workdir.files import CONFIG_FILE, TOKENIZER_FILE
 
@@ -60,6 +60,7 @@ def _read(src: str | Path, image_size: tuple[int, int] | None) -> tuple[dict[str
         params, config, _ = checkpoint.read_run_params(folder)
         workdir = folder if (folder / CONFIG_FILE).is_file() else folder.resolve().parents[1]
         model = build_dataclass(ModelConfig, config["model"], where=f"{workdir / CONFIG_FILE}: model")
+        params = {name: params[name] for name in MODEL_PARTS if name in params}
         return params, model, workdir / TOKENIZER_FILE
     if (folder / "config.json").is_file():
         return *hugging_face.read(folder), folder / hugging_face.TOKENIZER_FILE

@@ -22,7 +22,7 @@ from examples.captioner import decoder
 from examples.captioner.decoder import DecoderConfig
 from siglip.array_types import Array, Float, Int, UInt8
 from siglip.encoder import ImageEncoder
-from siglip.training.step import normalize_pixels
+from siglip.models.vit import normalize_pixels
 
 # Of the shipped tokenizer. Its <pad> is used nowhere else, and begins every text here; texts are padded with the end token.
 BEGIN, END = 0, 1

@@ -20,9 +20,9 @@ from siglip.encoder import Encoder, load
 from siglip.errors import UserError
 from siglip.evaluation import zeroshot
 from siglip.evaluation.retrieval import mean_of, retrieval
+from siglip.models.vit import normalize_pixels
 from siglip.parallel.collectives import gather_records, gather_rows
 from siglip.training.config import EvalTask
-from siglip.training.step import normalize_pixels
 from siglip.workdir.files import write_atomically
 from siglip.workdir.metrics import format_value, short_name
 

@@ -31,12 +31,13 @@ from data_pipelines.loader import Loader
 from siglip import trees
 from siglip.cli.evaluation import embed_in_batches
 from siglip.errors import UserError
-from siglip.models.two_tower import ModelConfig, param_shapes
+from siglip.models.two_tower import ModelConfig
 from siglip.parallel import collectives, sharding
 from siglip.parallel.peers import Alone
 from siglip.training import optim
 from siglip.training.config import TrainConfig
 from siglip.training.loop import Prepare
+from siglip.training.objective import all_param_shapes
 from siglip.training.signals import Interrupted
 from siglip.training.step import make_embed_fns
 
@@ -66,7 +67,7 @@ def check_frozen(config: TrainConfig) -> None:
         ValueError: if pictures change, or the image tower does.
     """
     image, found = config.model.image, None
-    mask = trees.flatten(optim.frozen_mask(config.optim, param_shapes(config.model)))
+    mask = trees.flatten(optim.frozen_mask(config.optim, all_param_shapes(config.model, config.terms)))
     trained = [path for path, frozen in mask.items() if path.startswith("img/") and not frozen]
     if config.data.augment is not None:
         found = "data.augment changes pictures every time", "set data.augment to None in the recipe"

@@ -78,7 +78,8 @@ def model_outputs(model: Encoder, inputs: Inputs) -> Outputs:
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(config: ModelConfig, params: Any, images: Array, tokens: Array | None) -> tuple[Any, Any, Array]:
     # One program for all outputs: compiling takes far longer than running.
-    zimg, ztxt, out = make_model(config).apply({"params": params}, images, tokens)
+    batch = {"image": images} | ({} if tokens is None else {"text": tokens})
+    zimg, ztxt, out = make_model(config).apply({"params": params}, batch)
     return zimg, ztxt, out["img/encoded"]
 
 

@@ -87,7 +87,7 @@ def _image_graphs(module: Any, params: Mapping[str, Any], config: ModelConfig) -
     pooled = config.embedding_dims[0] is not None
 
     def embed(weights: Any, pixels: jax.Array) -> dict[str, jax.Array]:
-        zimg, _, out = tower.apply({"params": {"img": weights}}, pixels.astype(jnp.float32) / 127.5 - 1.0)
+        zimg, _, out = tower.apply({"params": {"img": weights}}, {"image": pixels})
         return {"image_tokens": out["img/encoded"]} | ({"image_embedding": zimg} if pooled else {})
 
     batches = {"b": tf.TensorSpec((None, *size_px, 3), tf.uint8)}
@@ -117,7 +117,7 @@ def _text_graphs(module: Any, params: Mapping[str, Any], config: ModelConfig, *,
     module.sentencepiece = tf_text.SentencepieceTokenizer(model=pieces, out_type=tf.int32)
 
     def embed(weights: Any, tokens: jax.Array) -> dict[str, jax.Array]:
-        return {"text_embedding": tower.apply({"params": weights}, None, tokens)[1]}
+        return {"text_embedding": tower.apply({"params": weights}, {"text": tokens})[1]}
 
     weights = {name: tree for name, tree in params.items() if name != "img"}
     run = _lower(module, "text_weights", embed, weights, batches={"k": tf.TensorSpec((None, length), tf.int32)})

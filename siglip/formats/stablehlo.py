@@ -39,7 +39,7 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig) -> None:
     image = make_model(image_only(config))
 
     def embed_images(weights: Mapping[str, jax.Array], images: jax.Array) -> dict[str, jax.Array]:
-        zimg, _, out = image.apply({"params": _tree(weights)}, images)
+        zimg, _, out = image.apply({"params": _tree(weights)}, {"image": images})
         pooled = {} if zimg is None else {"image_embedding": zimg}
         return {"image_tokens": out["img/encoded"], **pooled}
 
@@ -49,7 +49,7 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig) -> None:
     model = make_model(config)
 
     def embed_texts(weights: Mapping[str, jax.Array], tokens: jax.Array) -> dict[str, jax.Array]:
-        return {"text_embedding": model.apply({"params": _tree(weights)}, None, tokens)[1]}
+        return {"text_embedding": model.apply({"params": _tree(weights)}, {"text": tokens})[1]}
 
     rest = {name: tree for name, tree in params.items() if name != "img"}
     _write(folder, TEXT, embed_texts, rest, (config.text.length,), jnp.int32)

@@ -21,7 +21,7 @@ from flax import linen as nn
 from siglip.array_types import Array, Float
 from siglip.models.attention import AttentionFn, attention_fn
 from siglip.models.variants import Variant
-from siglip.parallel.sharding import Placement
+from siglip.parallel.sharding import ParamLayout
 
 __all__ = ["Encoder", "MAPHead", "Remat", "dropout"]
 
@@ -103,7 +103,7 @@ class Encoder(nn.Module):
     `scan` compiles one block for all of them and stacks their parameters on a leading layer axis under
     `encoderblock`; without it they are `encoderblock_0`, `encoderblock_1`, … `remat` recomputes activations in the
     backward pass: "full" keeps only each block's input, "dots" also the results of its matrix products (more memory,
-    less recomputation). With a `placement` that shards the blocks' weights, each block gathers its own where it runs,
+    less recomputation). With a `layout` that shards the blocks' weights, each block gathers its own where it runs,
     and again in the backward pass, whatever `remat` says: kept from the forward pass, they would be the whole model.
     """
 
@@ -113,23 +113,23 @@ class Encoder(nn.Module):
     dtype: jnp.dtype
     dropout: float = 0.0
     attention: AttentionFn = attention_fn
-    placement: Placement | None = None
+    layout: ParamLayout | None = None
     final_norm: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        placement, path = self.placement, "/".join(self.path)
-        sharded = placement is not None and placement.shards(f"{re.escape(path)}/encoderblock.*")
+        layout, path = self.layout, "/".join(self.path)
+        sharded = layout is not None and layout.shards(f"{re.escape(path)}/encoderblock.*")
 
         def body(block: Block, x: Array, _: None) -> tuple[Array, None]:
             # The loop's carry has no sharding of its own: without a word the compiler may split it some other way.
-            x = x if placement is None else placement.batch(x)
+            x = x if layout is None else layout.batch(x)
             return block(x), None
 
         def block(name: str) -> Block:
             make: Callable[..., Any] = Block
             if sharded:
-                gather = functools.partial(placement.gather_block, prefix=f"{path}/{name}/", dtype=self.dtype)
+                gather = functools.partial(layout.gather_block, prefix=f"{path}/{name}/", dtype=self.dtype)
                 make = nn.map_variables(Block, "params", trans_in_fn=_on_params(gather))
             return make(self.variant, self.dtype, self.dropout, self.attention, name=name)
 
@@ -143,7 +143,7 @@ class Encoder(nn.Module):
         else:
             for i in range(self.variant.depth):
                 x, _ = body(block(f"encoderblock_{i}"), x, None)
-        x = x if placement is None else placement.batch(x)
+        x = x if layout is None else layout.batch(x)
         return _layer_norm("encoder_norm")(x) if self.final_norm else x
 
 
@@ -151,14 +151,8 @@ def _on_params(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda variables: {"params": function(variables["params"])} if "params" in variables else variables
 
 
-def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    # The gather is a custom VJP around constraints, by whichever name jax has it at this point. A fused attention kernel is
-    # one too: it runs again in the backward pass.
-    return primitive.name != "sharding_constraint" and not primitive.name.startswith("custom_vjp_call")
-
-
 _POLICIES = {
-    "none": _all_but_gathered,  # taken under FSDP only
+    "none": jax.checkpoint_policies.everything_saveable,  # but gathered weights, see ParamLayout.gather_block
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }

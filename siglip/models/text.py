@@ -17,7 +17,7 @@ from siglip.errors import UserError
 from siglip.models.attention import Attention, AttentionFn, attention_fn
 from siglip.models.layers import Encoder, MAPHead, Remat, dropout
 from siglip.models.variants import Variant, check_choices, check_rate, parse_variant, resolve
-from siglip.parallel.sharding import Placement
+from siglip.parallel.sharding import ParamLayout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class TextTransformer(nn.Module):
     config: TextConfig
     out_dim: int | None
     attention: AttentionFn = attention_fn
-    placement: Placement | None = None
+    layout: ParamLayout | None = None
 
     @nn.compact
     def __call__(self, text: Int[Array, "b l"], *, train: bool = False) -> tuple[Float[Array, "b e"], dict[str, Array]]:
@@ -86,12 +86,12 @@ class TextTransformer(nn.Module):
         embed_init = normal if config.embed_std is None else nn.initializers.normal(config.embed_std)
         rows = nn.Embed(config.vocab_size, spec.width, embedding_init=embed_init, name="Embed_0")
         table = "/".join((*rows.path, "embedding"))
-        x = rows(text) if self.placement is None else self.placement.look_up(table, rows, text)
+        x = rows(text) if self.layout is None else self.layout.look_up(table, rows, text)
         x = x + self.param("pos_embedding", normal, (1, config.length, spec.width))
         rate = config.dropout if train else 0.0
         x = dropout(x, rate)
         out = {}
-        encoder = (spec, config.scan, config.remat, dtype, rate, self.attention, self.placement)
+        encoder = (spec, config.scan, config.remat, dtype, rate, self.attention, self.layout)
         x = out["encoded"] = Encoder(*encoder, name="Encoder_0")(x)
         match config.pool:
             case "last":

@@ -2,29 +2,30 @@
 
     z = tower(x) / (|tower(x)| + 1e-8);   logits = exp(t) * zimg @ ztxt.T + b            (SigLIP, arXiv:2303.15343)
 
-`t` and `b` live here because published checkpoints keep them beside the towers; they are used by the loss and by
-nobody else.
-
-The trap: the parameter `t` is the LOG of the temperature, while "t" in the outputs is the temperature, as in the
-reference.
+`t` and `b` live here because published checkpoints keep them beside the towers. The parameter `t` is the LOG of the
+temperature.
 """
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from siglip.array_types import Array, Float, Int
+from siglip.array_types import Array, Float
 from siglip.errors import UserError
 from siglip.models.attention import AttentionFn, attention_fn, choose_kernel
 from siglip.models.text import TextConfig, TextTransformer
 from siglip.models.vit import ImageConfig, ViT
-from siglip.parallel.sharding import Placement
+from siglip.parallel.sharding import ParamLayout
 
 __all__ = ["ImageConfig", "ModelConfig", "TextConfig", "TwoTower", "init_params", "make_model"]
+
+# The sub-trees of the parameters that are the model; a run may train others beside them (siglip.training.objective.Term).
+MODEL_PARTS = ("img", "txt", "t", "b")
 
 _NORM_EPS = 1e-8
 
@@ -67,40 +68,42 @@ class ModelConfig:
 
 
 class TwoTower(nn.Module):
-    """`apply({"params": params}, image, text)` -> (zimg, ztxt, out); a tower whose input is None is skipped.
+    """`apply({"params": params}, batch)` -> (zimg, ztxt, out): a tower runs where the batch holds what it reads.
 
-    With `train=True` the configs' dropout rates apply, and `apply` needs `rngs={"dropout": key}` if any is above 0.
+    A batch has any of "image" [b, h, w, 3] (uint8 as decoded, or float32 in [-1, 1]), "text" (int32 ids [b, l]) and "zimg"
+    (float32 [b, e], stored normalised embeddings, which are handed through instead of running the image tower). With
+    `train=True` the configs' dropout rates apply, and `apply` needs `rngs={"dropout": key}` if any is above 0.
 
-    `image` is float32 in [-1, 1], `text` int32 ids. zimg and ztxt are float32 and L2-normalised, or None. `out` holds
-    what each tower returns under "img/…" and "txt/…", the norms before dividing ("img/norm", "txt/norm", [b, 1]), the
-    temperature "t" and the bias "b" ([1] each).
+    zimg and ztxt are float32 and L2-normalised, or None. `out` holds what each tower returns under "img/…" and "txt/…",
+    the norms before dividing ("img/norm", "txt/norm", [b, 1]), "temperature" = exp(t) and the bias "b" ([1] each).
     """
 
     config: ModelConfig
     attention: tuple[AttentionFn, AttentionFn] = (attention_fn, attention_fn)
-    placement: Placement | None = None
+    layout: ParamLayout | None = None
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "b h w 3"] | None, text: Int[Array, "b l"] | None = None, *, train: bool = False
+        self, batch: Mapping[str, Array], *, train: bool = False
     ) -> tuple[Float[Array, "b e"] | None, Float[Array, "b e"] | None, dict[str, Array]]:
-        config, placement, out, zimg, ztxt = self.config, self.placement, {}, None, None
+        config, layout, out, zimg, ztxt = self.config, self.layout, {}, batch.get("zimg"), None
         (image_dim, text_dim), (image_attention, text_attention) = config.out_dim, self.attention
-        if image is not None:
-            zimg, extras = ViT(config.image, image_dim, image_attention, placement, name="img")(image, train=train)
+        if zimg is None and "image" in batch:
+            tower = ViT(config.image, image_dim, image_attention, layout, name="img")
+            zimg, extras = tower(batch["image"], train=train)
             out |= {f"img/{name}": value for name, value in extras.items()}
             if zimg is not None:
                 zimg, out["img/norm"] = _normalise(zimg)
-        if text is not None:
+        if "text" in batch:
             if config.text is None:
-                raise UserError("this model has no text tower, only the image tower; pass text=None")
-            tower = TextTransformer(config.text, text_dim, text_attention, placement, name="txt")
-            ztxt, extras = tower(text, train=train)
+                raise UserError("this model has no text tower, only the image tower; pass a batch without 'text'")
+            tower = TextTransformer(config.text, text_dim, text_attention, layout, name="txt")
+            ztxt, extras = tower(batch["text"], train=train)
             out |= {f"txt/{name}": value for name, value in extras.items()}
             ztxt, out["txt/norm"] = _normalise(ztxt)
         if config.text is not None:
             log_temperature = jnp.log(jnp.float32(config.temperature_init))
-            out["t"] = jnp.exp(self.param("t", nn.initializers.constant(log_temperature), (1,)))
+            out["temperature"] = jnp.exp(self.param("t", nn.initializers.constant(log_temperature), (1,)))
             out["b"] = self.param("b", nn.initializers.constant(config.bias_init), (1,))
         return zimg, ztxt, out
 
@@ -111,24 +114,24 @@ def _normalise(z: Float[Array, "b e"]) -> tuple[Float[Array, "b e"], Float[Array
     return z / (norm + _NORM_EPS), norm
 
 
-def make_model(config: ModelConfig, *, placement: Placement | None = None) -> TwoTower:
+def make_model(config: ModelConfig, *, layout: ParamLayout | None = None) -> TwoTower:
     """The Linen module; its parameters are the nested dict that `init_params` makes or `formats` reads.
 
     Args:
-        placement: of a training run: picks the attention kernels for its devices and has sharded weights gathered block by
+        layout: of a training run: picks the attention kernels for its devices and has sharded weights gathered block by
             block. Without it the module computes the same function with nothing but plain XLA, anywhere.
 
     Raises:
-        ValueError: if the config asks for an attention kernel that cannot run on the devices of `placement`.
+        ValueError: if the config asks for an attention kernel that cannot run on the devices of `layout`.
     """
-    if placement is None:
+    if layout is None:
         return TwoTower(config)
     towers = [(config.image, config.image.train_tokens, "image")]
     towers += [] if config.text is None else [(config.text, config.text.length, "text")]
     kernels = [
         choose_kernel(
             tower.attention,
-            device=placement.mesh.devices.flat[0],
+            device=layout.mesh.devices.flat[0],
             tokens=tokens,
             head_dim=tower.spec.width // tower.spec.num_heads,
             dtype=tower.dtype,
@@ -136,16 +139,17 @@ def make_model(config: ModelConfig, *, placement: Placement | None = None) -> Tw
         )
         for tower, tokens, name in towers
     ]
-    functions = [functools.partial(attention_fn, kernel=kernel, mesh=placement.mesh) for kernel in kernels]
-    return TwoTower(config, (functions[0], functions[-1]), placement)
+    functions = [functools.partial(attention_fn, kernel=kernel, mesh=layout.mesh) for kernel in kernels]
+    return TwoTower(config, (functions[0], functions[-1]), layout)
 
 
 def init_params(config: ModelConfig, rng: Array) -> dict[str, Any]:
     """Fresh float32 parameters as a nested dict. Call it under `jax.jit`: the forward pass that finds the shapes
     is then dropped by the compiler."""
-    image = jnp.zeros((1, *config.image.image_size, 3), jnp.float32)
-    text = None if config.text is None else jnp.zeros((1, config.text.length), jnp.int32)
-    return make_model(config).init(rng, image, text)["params"]
+    batch = {"image": jnp.zeros((1, *config.image.image_size, 3), jnp.float32)}
+    if config.text is not None:
+        batch["text"] = jnp.zeros((1, config.text.length), jnp.int32)
+    return make_model(config).init(rng, batch)["params"]
 
 
 def param_shapes(config: ModelConfig) -> dict[str, Any]:

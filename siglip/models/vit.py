@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from siglip.array_types import Array, Float, Int
+from siglip.array_types import Array, Float, Int, UInt8
 from siglip.errors import UserError
 from siglip.models.attention import Attention, AttentionFn, attention_fn
 from siglip.models.layers import Encoder, MAPHead, Remat, dropout
 from siglip.models.variants import Variant, check_choices, check_rate, parse_variant, resolve
-from siglip.parallel.sharding import Placement
+from siglip.parallel.sharding import ParamLayout
 
 _DEFAULT_PATCH_PX = 16
 
@@ -90,6 +90,11 @@ class ImageConfig:
         return self.kept_patches + (self.pool == "tok")
 
 
+def normalize_pixels(images: UInt8[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b h w 3"]:
+    """0 … 255 -> -1 … 1, the range of every published SigLIP checkpoint."""
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+
+
 def sincos2d(grid: tuple[int, int], width: int) -> Float[np.ndarray, "1 n d"]:
     """Fixed positions in the order of MoCo v3: [sin x, cos x, sin y, cos y], row by row."""
     y, x = np.mgrid[: grid[0], : grid[1]].reshape(2, -1, 1)
@@ -121,7 +126,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """The image tower.
+    """The image tower, of uint8 pixels or of float32 ones in [-1, 1].
 
     Returns the embedding before normalisation (None for pool "none") and everything worth looking at on the way:
     "stem" [b, gh, gw, d] (unless patches are dropped), "with_posemb" [b, n, d], "encoded" (the tokens after the final
@@ -132,19 +137,19 @@ class ViT(nn.Module):
     config: ImageConfig
     out_dim: int | None
     attention: AttentionFn = attention_fn
-    placement: Placement | None = None
+    layout: ParamLayout | None = None
     final_norm: bool = True
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "b h w 3"], *, train: bool = False
+        self, image: Float[Array, "b h w 3"] | UInt8[Array, "b h w 3"], *, train: bool = False
     ) -> tuple[Float[Array, "b e"] | None, dict[str, Array]]:
         config, spec, dtype = self.config, self.config.spec, jnp.dtype(self.config.dtype)
         if image.ndim != 4 or image.shape[1:] != (*config.image_size, 3):
             want = "x".join(map(str, ("b", *config.image_size, 3)))
             got = "x".join(map(str, image.shape))
             raise UserError(f"images are {got} but the model takes {want}; resize them, or load it with image_size=…")
-        out = {}
+        out, image = {}, normalize_pixels(image) if image.dtype == jnp.uint8 else image
         keep = self._some_patches(image.shape[0]) if train and config.patch_dropout else None
         x = PatchEmbed(config.patch, spec.width, dtype, name="embedding")(image, keep)
         positions = self._positions()
@@ -158,7 +163,7 @@ class ViT(nn.Module):
         if config.pool == "tok":
             cls = self.param("cls", nn.initializers.zeros, (1, 1, spec.width))
             x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, spec.width)), x], axis=1)
-        encoder = (spec, config.scan, config.remat, dtype, rate, self.attention, self.placement, self.final_norm)
+        encoder = (spec, config.scan, config.remat, dtype, rate, self.attention, self.layout, self.final_norm)
         x = out["encoded"] = Encoder(*encoder, name="Transformer")(x)
         if config.pool == "none":
             return None, out

@@ -2,7 +2,7 @@
 
 The batch is sharded over both axes, the parameters over `fsdp` alone (replicated over `data`), by rules of the form
 (regex, what to do), first match wins. With `fsdp=1` this is plain data parallelism. The optimizer's moments and the running
-average follow the parameters. A `Placement` tells the towers: it gathers one block's weights where the block runs and
+average follow the parameters. A `ParamLayout` tells the towers: it gathers one block's weights where the block runs and
 scatters their gradients back at once, so that no device ever holds the whole of a tower.
 
 The traps: a dimension that does not divide by the axis stays replicated without a word from the compiler, and a model that
@@ -32,9 +32,10 @@ P_REPLICATED = PartitionSpec()
 EMBEDDING_TABLE = "(.*/)?Embed_0/embedding"
 _DEFAULT_RULES = ((EMBEDDING_TABLE, "fsdp:1"), (".*", "fsdp"))
 _ACTION = re.compile(r"replicate|fsdp(?::(-?\d+))?")
-# Stacked blocks are walked layer by layer: sharding their leading axis would move whole layers.
-_STACKED = re.compile(r"(?:.*/)?encoderblock/.*")
-_IN_BLOCK = re.compile(r"(?:.*/)?encoderblock(?:_\d+)?/.*")
+# A block is a sub-tree called encoderblock, decoderblock, … when it is a stack, whose axis 0 is the layer, and encoderblock_0,
+# encoderblock_1, … when it is one layer. Sharding the leading axis of a stack would move whole layers.
+_STACKED = re.compile(r"(?:.*/)?[a-z]*block/.*")
+_IN_BLOCK = re.compile(r"(?:.*/)?[a-z]*block(?:_\d+)?/.*")
 _COLUMNS = PartitionSpec(None, "fsdp")
 
 
@@ -215,7 +216,7 @@ def _without_one_dimension(spec: PartitionSpec, shape: Sequence[int], reduced: S
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
+class ParamLayout:
     """What the modules of a model need to know of the mesh they run on. Hashable, as module attributes are.
 
     Attributes:
@@ -226,10 +227,17 @@ class Placement:
     specs: tuple[tuple[str, PartitionSpec], ...] = ()
 
     @classmethod
-    def of(cls, mesh: Mesh, params: Mapping[str, Any]) -> "Placement":
-        """Of parameters (arrays or ShapeDtypeStructs) that carry a sharding."""
-        specs = {path: leaf.sharding.spec for path, leaf in trees.flatten(params).items()}
-        return cls(mesh, tuple((path, spec) for path, spec in specs.items() if spec != P_REPLICATED))
+    def of(cls, params: Mapping[str, Any]) -> "ParamLayout":
+        """The layout of parameters (arrays or ShapeDtypeStructs) that carry a NamedSharding."""
+        shardings = {path: leaf.sharding for path, leaf in trees.flatten(params).items()}
+        specs = tuple((path, each.spec) for path, each in shardings.items() if each.spec != P_REPLICATED)
+        return cls(next(iter(shardings.values())).mesh, specs)
+
+    def within(self, name: str) -> "ParamLayout":
+        """The layout of the sub-tree `name`, for a module whose parameters it is."""
+        prefix = f"{name}/"
+        specs = ((path.removeprefix(prefix), spec) for path, spec in self.specs if path.startswith(prefix))
+        return dataclasses.replace(self, specs=tuple(specs))
 
     def shards(self, pattern: str) -> bool:
         """Whether some parameter whose whole path matches is sharded."""
@@ -249,7 +257,7 @@ class Placement:
         return trees.map_with_path(constrain, tree)
 
     def gather_outside_blocks(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """`params` with everything whole but the blocks, which gather their own, and tables for `look_up`."""
+        """`params` with everything whole but blocks, which use `gather_block`, and tables, which use `look_up`."""
         specs = dict(self.specs)
 
         def gather_leaf(path: str, leaf: jax.Array) -> jax.Array:
@@ -274,10 +282,13 @@ class Placement:
     def gather_block(self, params: Mapping[str, Any], *, prefix: str, dtype: Any) -> dict[str, Any]:
         """One block's parameters, whole on every device; their gradients are scattered as soon as they exist.
 
+        Gathered weights are not kept for the backward pass of a block under `jax.checkpoint`: it gathers them again.
+
         Args:
             prefix: the block's path, ending in "/"; the parameters of a block of a stack have lost their layer axis.
             dtype: of the block's matrix products: kernels are cast to it before they travel.
         """
+        assert _IN_BLOCK.fullmatch(prefix), f"{prefix} is not named as a block, so it was gathered with the rest"
         specs = dict(self.specs)
 
         def gather_leaf(path: str, leaf: jax.Array) -> jax.Array:
@@ -285,9 +296,9 @@ class Placement:
             if spec is None:
                 return leaf
             leaf = leaf.astype(dtype) if path.endswith("kernel") else leaf
-            return _gather(
-                leaf, NamedSharding(self.mesh, PartitionSpec(*spec[1:]) if _STACKED.fullmatch(prefix) else spec)
-            )
+            where = NamedSharding(self.mesh, PartitionSpec(*spec[1:]) if _STACKED.fullmatch(prefix) else spec)
+            # A checkpoint within that of the block: whatever the block's policy keeps, it is not the whole weights.
+            return jax.checkpoint(lambda shard: _gather(shard, where), prevent_cse=False)(leaf)
 
         return trees.map_with_path(gather_leaf, params)
 

@@ -23,8 +23,8 @@ from siglip.errors import UserError
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.parallel.launch import DistributedConfig
 from siglip.parallel.sharding import MeshConfig
+from siglip.training.objective import LossConfig, Term, check_terms
 from siglip.training.optim import OptimConfig
-from siglip.training.step import LossConfig
 from siglip.training.warm_start import InitConfig, SourceImage, SourceModel, SourceText, read_base
 from siglip.workdir.checkpoint import CheckpointConfig
 from siglip.workdir.metrics import LogConfig
@@ -91,6 +91,8 @@ class TrainConfig:
         total_steps: optimizer steps; the schedule ends there.
         batch_size: pairs in the global batch, over all devices and hosts.
         workdir: where everything is written.
+        terms: losses beside that of the pairs, each with its weight and start (siglip.training.objective.Term); none ships.
+            A term that is added has its class named in this field's type, as `tuple[Caption | Distil, ...]`.
         seed: of the parameters, of the order of the pairs and of every random choice on them.
     """
 
@@ -104,6 +106,7 @@ class TrainConfig:
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     loss: LossConfig = LossConfig()
+    terms: tuple[Term, ...] = ()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -117,6 +120,7 @@ class TrainConfig:
             raise UserError(f"seed={self.seed} must not be negative")
         if self.model.text is None:
             raise UserError("model.text is None: training needs a text tower")
+        check_terms(self.terms)
         if self.init.src is None:
             self._check_without_source()
         best, tasks = self.checkpoint.best_metric, [f"eval/{task.task}/{task.name}" for task in self.eval.tasks]

@@ -21,15 +21,15 @@ import numpy as np
 import optax
 
 from siglip.errors import UserError
-from siglip.models.two_tower import param_shapes
 from siglip.parallel import sharding
 from siglip.parallel.peers import Alone
 from siglip.training import optim, warm_start
 from siglip.training.config import TrainConfig, resolve, to_json
 from siglip.training.divergence import NonFiniteLoss
 from siglip.training.hooks import Batches, Bookkeeping, Evaluate
+from siglip.training.objective import all_param_shapes, make_objective
 from siglip.training.signals import Interrupted, SignalFlag
-from siglip.training.step import TrainState, init_state, make_train_step, state_like
+from siglip.training.step import TrainState, init_state, make_abstract_state, make_train_step
 from siglip.workdir.checkpoint import Checkpointer, has_checkpoint, newest_step
 from siglip.workdir.files import check_same_run, open_workdir
 
@@ -158,7 +158,7 @@ class _Program(NamedTuple):
 
     mesh: jax.sharding.Mesh
     optimizer: optax.GradientTransformation
-    like: TrainState
+    abstract_state: TrainState
     step: Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -166,17 +166,24 @@ def _build(config: TrainConfig, mesh: jax.sharding.Mesh) -> _Program:
     sharding.check_batch_size(config.batch_size, mesh)
     if config.loss.micro_batch_size is not None:
         sharding.check_micro_batch_size(config.loss.micro_batch_size, config.batch_size, mesh)
-    shapes = param_shapes(config.model)
+    shapes = all_param_shapes(config.model, config.terms)
     optimizer = optim.make_optimizer(config.optim, shapes, total_steps=config.total_steps)
-    like = state_like(config.model, optimizer, mesh=mesh, mesh_config=config.mesh, ema=config.optim.ema > 0)
-    step = make_train_step(
+    abstract_state = make_abstract_state(
         config.model,
         optimizer,
-        optim.make_schedule(config.optim, config.total_steps),
         mesh=mesh,
-        loss=config.loss,
+        mesh_config=config.mesh,
+        terms=config.terms,
+        ema=config.optim.ema > 0,
+    )
+    layout = sharding.ParamLayout.of(abstract_state.params)
+    step = make_train_step(
+        make_objective(config.model, config.loss, layout=layout, terms=config.terms, total_steps=config.total_steps),
+        optimizer,
+        optim.make_schedule(config.optim, config.total_steps),
         frozen=optim.frozen_mask(config.optim, shapes),
-        like=like,
+        abstract_state=abstract_state,
+        micro_batch_size=config.loss.micro_batch_size,
         ema=config.optim.ema,
         seed=config.seed,
     )
@@ -184,7 +191,7 @@ def _build(config: TrainConfig, mesh: jax.sharding.Mesh) -> _Program:
     total = f"{config.total_steps} steps of {config.batch_size} pairs"
     kind = mesh.devices.flat[0].device_kind
     logger.info("%.1f M parameters, %s on %d x %s -> %s", parameters / 1e6, total, mesh.size, kind, config.workdir)
-    return _Program(mesh, optimizer, like, step)
+    return _Program(mesh, optimizer, abstract_state, step)
 
 
 def _read_initial(config: TrainConfig, tokenizer: bytes | None, peers: Alone) -> dict[str, np.ndarray]:
@@ -206,9 +213,16 @@ def _restore_or_init(
 ) -> tuple[TrainState, int]:
     step = peers.gather("newest step", checkpointer.latest_step())[0]
     if step is None:
-        on_devices = warm_start.put(given, program.like.params)
-        return init_state(config.model, program.optimizer, like=program.like, seed=config.seed, given=on_devices), 0
-    state, data_state = checkpointer.restore(step, program.like)
+        state = init_state(
+            config.model,
+            program.optimizer,
+            abstract_state=program.abstract_state,
+            seed=config.seed,
+            terms=config.terms,
+            given=warm_start.put(given, program.abstract_state.params),
+        )
+        return state, 0
+    state, data_state = checkpointer.restore(step, program.abstract_state)
     if "counts" in data_state and not peers.is_first:
         data_state = data_state | {"counts": {}}  # they are everyone's, and process 0 goes on with them
     batches.restore(data_state)

@@ -20,7 +20,7 @@ from siglip.workdir.metrics import format_value, read_metrics, short_name
 
 CURVES = (
     ("train/loss", "loss"),
-    ("train/t", "temperature exp(t)"),
+    ("train/temperature", "temperature exp(t)"),
     ("train/bias", "bias b"),
     ("train/pairs_per_s", "pairs per second"),
     ("train/grad_norm", "gradient norm"),

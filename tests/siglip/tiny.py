@@ -31,6 +31,12 @@ def random_params(config: ModelConfig, *, seed: int = 0) -> dict:
     return unflatten({path: draw(path, leaf) for path, leaf in flatten(param_shapes(config)).items()})
 
 
+def random_batch(config: ModelConfig, *, batch: int = 3) -> dict[str, np.ndarray]:
+    """`random_inputs` as the towers take them."""
+    images, ids = random_inputs(config, batch=batch)
+    return {"image": images} | ({} if ids is None else {"text": ids})
+
+
 def random_inputs(config: ModelConfig, *, batch: int = 3) -> tuple[np.ndarray, np.ndarray | None]:
     """Pictures in [-1, 1] and token ids."""
     rng, text = np.random.default_rng(1), config.text

@@ -119,7 +119,7 @@ def test_what_is_read_back_computes_the_same_as_float64_numpy(tmp_path, image, t
     assert found_config.image.scan == found_config.text.scan == (layout == "scan")
 
     images, ids = random_inputs(config)
-    zimg, ztxt, out = jax.jit(make_model(found_config).apply)({"params": found}, images, ids)
+    zimg, ztxt, out = jax.jit(make_model(found_config).apply)({"params": found}, {"image": images, "text": ids})
     flat = {path: array.astype(np.float64) for path, array in flatten(params).items()}
     for tower, z, (tokens, expected) in (
         ("img", zimg, numpy_model.image_tower(flat, config, images.astype(np.float64))),

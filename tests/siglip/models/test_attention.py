@@ -11,9 +11,9 @@ import pytest
 
 from siglip.models.attention import SPLASH_MIN_TOKENS, attention_fn, choose_kernel
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, make_model, param_shapes
-from siglip.parallel.sharding import MeshConfig, Placement, make_mesh, put_batch
+from siglip.parallel.sharding import MeshConfig, ParamLayout, make_mesh, put_batch
 from siglip.trees import flatten
-from tests.siglip.tiny import random_inputs, random_params
+from tests.siglip.tiny import random_batch, random_params
 
 
 def inputs(batch, tokens, heads, depth, dtype=np.float32):
@@ -135,9 +135,9 @@ def test_training_checks_the_choice_and_everything_else_ignores_it():
     """A checkpoint that was trained with cuDNN is evaluated and exported on any machine."""
     config = model(attention="splash")
     with pytest.raises(ValueError, match=r"model.image.attention='splash' needs a TPU, not cpu; use 'auto' or 'xla'"):
-        make_model(config, placement=Placement(make_mesh(MeshConfig(), jax.devices()[:1])))
+        make_model(config, layout=ParamLayout(make_mesh(MeshConfig(), jax.devices()[:1])))
     assert flatten(param_shapes(config)) == flatten(param_shapes(model()))
-    inputs = {"params": param_shapes(config)}, *random_inputs(config)
+    inputs = {"params": param_shapes(config)}, random_batch(config)
     programs = [jax.jit(make_model(each).apply).lower(*inputs).as_text() for each in (config, model())]
     assert programs[0] == programs[1]
 
@@ -150,9 +150,9 @@ def test_both_towers_run_on_their_kernel_but_for_the_heads_with_one_query():
         return attention_fn(query, key, value)
 
     config = model()
-    params, (images, ids) = on_device(random_params(config)), on_device(random_inputs(config))
+    params, batch = on_device(random_params(config)), on_device(random_batch(config))
     module = dataclasses.replace(make_model(config), attention=tuple(functools.partial(spy, t) for t in ("img", "txt")))
-    jax.eval_shape(module.apply, {"params": params}, images, ids)
+    jax.eval_shape(module.apply, {"params": params}, batch)
     assert set(seen) == {("img", 16), ("txt", 5)}
 
 
@@ -165,19 +165,19 @@ def test_the_choice_knows_how_many_tokens_training_sees(patch_dropout, pool, tok
     apply = functools.partial(
         make_model(config).apply, {"params": params}, train=True, rngs={"dropout": jax.random.key(0)}
     )
-    _, _, out = jax.eval_shape(apply, jnp.zeros((2, 16, 16, 3)))
+    _, _, out = jax.eval_shape(apply, {"image": jnp.zeros((2, 16, 16, 3))})
     assert out["img/encoded"].shape[1] == tokens == config.image.train_tokens
 
 
 def test_splash_under_scan_remat_and_a_mesh_gives_the_same_gradients():
     mesh = make_mesh(MeshConfig(), jax.devices()[:2])
     config = ModelConfig(dataclasses.replace(model().image, pool="gap"), text=None)
-    params, images = on_device(random_params(config)), random_inputs(config, batch=4)[0]
-    images = put_batch({"image": images}, mesh)["image"]
+    params, batch = on_device(random_params(config)), put_batch(random_batch(config, batch=4), mesh)
     grads = {}
     for kernel in ("xla", "splash"):
         attention = functools.partial(attention_fn, kernel=kernel, mesh=mesh, interpret=True)
-        module = dataclasses.replace(make_model(config, placement=Placement(mesh)), attention=(attention, attention))
-        grads[kernel] = flatten(jax.jit(jax.grad(lambda p: module.apply({"params": p}, images)[0][:, 0].sum()))(params))  # noqa: B023
+        module = dataclasses.replace(make_model(config, layout=ParamLayout(mesh)), attention=(attention, attention))
+        loss = lambda p: module.apply({"params": p}, batch)[0][:, 0].sum()  # noqa: E731, B023
+        grads[kernel] = flatten(jax.jit(jax.grad(loss))(params))
     for path, grad in grads["xla"].items():
         np.testing.assert_allclose(grads["splash"][path], grad, rtol=0, atol=1e-5, err_msg=path)

@@ -10,10 +10,10 @@ import pytest
 from siglip.formats.key_maps import stack_blocks, unstack_blocks
 from siglip.losses import sigmoid_loss
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, init_params, make_model, param_shapes
-from siglip.models.vit import sincos2d
+from siglip.models.vit import normalize_pixels, sincos2d
 from siglip.trees import flatten, unflatten
 from tests.siglip import numpy_model
-from tests.siglip.tiny import ODD_IMAGE, ODD_TEXT, random_inputs, random_params
+from tests.siglip.tiny import ODD_IMAGE, ODD_TEXT, random_batch, random_inputs, random_params
 
 # The reference numbers are float32, made on another machine: rounding alone reaches 3e-6.
 TOLERANCE = 1e-5
@@ -39,7 +39,7 @@ OUTPUTS = {
     "txt_tokens": "txt/encoded",
     "txt_pre_logits": "txt/pre_logits",
     "txt_norm": "txt/norm",
-    "t": "t",
+    "t": "temperature",
     "b": "b",
 }
 
@@ -64,7 +64,7 @@ def test_outputs_loss_and_every_gradient_of_big_vision(fixtures, name, scan):
     images, ids = jnp.asarray(stored["input/image"]), jnp.asarray(stored["input/text"])
 
     def loss(params):
-        zimg, ztxt, out = make_model(config).apply({"params": params}, images, ids)
+        zimg, ztxt, out = make_model(config).apply({"params": params}, {"image": images, "text": ids})
         return sigmoid_loss(zimg, ztxt, params["t"], params["b"]), (zimg, ztxt, out)
 
     (value, (zimg, ztxt, out)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
@@ -107,7 +107,7 @@ def test_odd_sizes_against_float64_numpy(index):
     config = in_layout(ODD[index], scan=index % 2 == 0)
     params, (images, ids) = random_params(config), map(jnp.asarray, random_inputs(config))
     with jax.numpy_rank_promotion("raise"):
-        zimg, ztxt, out = jax.jit(make_model(config).apply)({"params": params}, images, ids)
+        zimg, ztxt, out = jax.jit(make_model(config).apply)({"params": params}, {"image": images, "text": ids})
     flat = {path: a.astype(np.float64) for path, a in unstack_blocks(flatten(params)).items()}
 
     tokens, expected = numpy_model.image_tower(flat, config, np.asarray(images, np.float64))
@@ -121,16 +121,21 @@ def test_odd_sizes_against_float64_numpy(index):
 
 
 @pytest.mark.parametrize("scan, remat", [(False, "full"), (True, "dots")])
-def test_remat_changes_no_gradient(scan, remat):
+def test_remat_computes_products_again_and_changes_no_gradient(scan, remat):
     def grads(remat):
         image = ImageConfig(**ODD_IMAGE, image_size=(12, 16), pool="gap", scan=scan, remat=remat)
         config = ModelConfig(image, text=None)
-        images = jnp.asarray(random_inputs(config)[0])
+        batch = jax.tree.map(jnp.asarray, random_batch(config))
         model = make_model(config)
-        loss = lambda params: model.apply({"params": params}, images)[0][:, 0].sum()  # noqa: E731
-        return flatten(jax.jit(jax.grad(loss))(random_params(config)))
+        traced = jax.jit(jax.grad(lambda p: model.apply({"params": p}, batch)[0][:, 0].sum())).trace(
+            random_params(config)
+        )
+        products = str(traced.jaxpr).count("dot_general[")
+        return flatten(traced.lower().compile()(random_params(config))), products
 
-    plain, recomputed = grads("none"), grads(remat)
+    (plain, products), (recomputed, more_products) = grads("none"), grads(remat)
+    # "full" computes all eight products of a block again but the last, "dots" the two of the attention; a scan has one block.
+    assert more_products - products == {"full": 2 * 7, "dots": 2}[remat]
     for path in plain:
         close(recomputed[path], plain[path])
 
@@ -140,8 +145,10 @@ def test_bfloat16_keeps_parameters_residuals_and_outputs_in_float32():
     params, (images, ids) = random_params(config), map(jnp.asarray, random_inputs(config))
     assert {str(leaf.dtype) for leaf in flatten(param_shapes(config)).values()} == {"float32"}
     with jax.numpy_dtype_promotion("strict"):
-        zimg, ztxt, out = jax.jit(make_model(config).apply)({"params": params}, images, ids)
-    exact, exact_text, _ = jax.jit(make_model(in_layout(ODD[1], scan=True)).apply)({"params": params}, images, ids)
+        zimg, ztxt, out = jax.jit(make_model(config).apply)({"params": params}, {"image": images, "text": ids})
+    exact, exact_text, _ = jax.jit(make_model(in_layout(ODD[1], scan=True)).apply)(
+        {"params": params}, {"image": images, "text": ids}
+    )
     assert {str(leaf.dtype) for leaf in (zimg, ztxt, *out.values())} == {"float32"}
     # bfloat16 keeps 8 bits: a few roundings of 2^-9 each.
     np.testing.assert_allclose(zimg, exact, rtol=0, atol=0.02)
@@ -242,13 +249,34 @@ def test_a_tower_without_input_is_skipped():
     config = ODD[0]
     params, (images, ids) = random_params(config), map(jnp.asarray, random_inputs(config))
     apply = jax.jit(make_model(config).apply)
-    both = apply({"params": params}, images, ids)
-    zimg, nothing, out = apply({"params": params}, images, None)
+    both = apply({"params": params}, {"image": images, "text": ids})
+    zimg, nothing, out = apply({"params": params}, {"image": images})
     assert nothing is None and not any(key.startswith("txt") for key in out)
     close(zimg, both[0])
-    nothing, ztxt, _ = apply({"params": params}, None, ids)
+    nothing, ztxt, _ = apply({"params": params}, {"text": ids})
     assert nothing is None
     close(ztxt, both[1])
+
+
+def test_stored_embeddings_are_handed_through_and_the_image_tower_does_not_run():
+    config = ODD[0]
+    params, batch = random_params(config), random_batch(config)
+    stored = jnp.asarray(np.random.default_rng(0).normal(size=(3, 36)), jnp.float32)
+    without_image = {name: tree for name, tree in params.items() if name != "img"}
+    zimg, ztxt, out = jax.jit(make_model(config).apply)({"params": without_image}, {"zimg": stored} | batch)
+    np.testing.assert_array_equal(zimg, stored)
+    assert ztxt is not None and not any(key.startswith("img") for key in out)
+
+
+def test_bytes_are_normalised_inside_and_float_pixels_taken_as_they_are():
+    config = ModelConfig(ODD[0].image, text=None)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 21, 27, 3), dtype=np.uint8)
+    apply = jax.jit(make_model(config).apply)
+    params = random_params(config)
+    zimg = apply({"params": params}, {"image": pixels})[0]
+    close(zimg, apply({"params": params}, {"image": normalize_pixels(pixels)})[0])
+    ends = normalize_pixels(np.array([0, 255], np.uint8).reshape(2, 1, 1, 1))
+    np.testing.assert_array_equal(ends.ravel(), [-1, 1])
 
 
 @pytest.mark.parametrize("grid, width", [((4, 6), 16), ((3, 3), 8)])
@@ -278,6 +306,6 @@ def test_inputs_of_another_size_are_named():
     config = ODD[0]
     params, (images, ids) = random_params(config), map(jnp.asarray, random_inputs(config))
     with pytest.raises(ValueError, match="images are 3x20x27x3 but the model takes bx21x27x3"):
-        make_model(config).apply({"params": params}, images[:, :20], None)
+        make_model(config).apply({"params": params}, {"image": images[:, :20]})
     with pytest.raises(ValueError, match="texts are 3x6 but the model takes bx7"):
-        make_model(config).apply({"params": params}, None, ids[:, :6])
+        make_model(config).apply({"params": params}, {"text": ids[:, :6]})

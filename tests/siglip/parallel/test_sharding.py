@@ -13,10 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from siglip import trees
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, param_shapes
-from siglip.parallel.sharding import MeshConfig, like_params, make_mesh, param_shardings, put_batch
+from siglip.parallel.sharding import MeshConfig, ParamLayout, like_params, make_mesh, param_shardings, put_batch
 from siglip.training import optim
 from siglip.training.loop import _build, train
-from siglip.training.step import LossConfig, init_state, make_train_step, state_like
+from siglip.training.objective import LossConfig, make_objective
+from siglip.training.step import init_state, make_abstract_state, make_train_step
 from tests.siglip.tiny_run import TinyBatches, tiny_config, use_devices
 
 # Different sizes everywhere, so that a shape in the compiled program names its parameter.
@@ -125,13 +126,14 @@ def test_the_optimizer_state_follows_the_parameters(name):
 SGD = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.05, momentum=0.9))
 
 
-def make(mesh_config, devices, *, model=MODEL, ema=0.0, loss=LossConfig()):  # noqa: B008
-    """A step, with what its state looks like and a fresh one. SGD: see test_five_steps_agree_on_every_mesh."""
+def make(mesh_config, devices, *, model=MODEL, ema=0.0):
+    """A step, with its state's shapes and a fresh one. SGD: see test_five_steps_agree_on_every_mesh."""
     mesh = make_mesh(mesh_config, jax.devices()[:devices])
-    like = state_like(model, SGD, mesh=mesh, mesh_config=mesh_config, ema=ema > 0)
-    frozen = jax.tree.map(lambda _: False, like.params)
-    step = make_train_step(model, SGD, lambda _: 1.0, mesh=mesh, loss=loss, frozen=frozen, like=like, ema=ema)
-    return mesh, like, step
+    abstract = make_abstract_state(model, SGD, mesh=mesh, mesh_config=mesh_config, ema=ema > 0)
+    frozen = jax.tree.map(lambda _: False, abstract.params)
+    objective = make_objective(model, LossConfig(), layout=ParamLayout.of(abstract.params))
+    step = make_train_step(objective, SGD, lambda _: 1.0, frozen=frozen, abstract_state=abstract, ema=ema)
+    return mesh, abstract, step
 
 
 def batch_of(step=0, pairs=16):
@@ -160,19 +162,19 @@ def results(lines, operation):
 
 @pytest.fixture(scope="module")
 def compiled():
-    mesh, like, step = make(MeshConfig(fsdp=4, fsdp_min_size_bytes=4096), 8, ema=0.9)
+    mesh, abstract, step = make(MeshConfig(fsdp=4, fsdp_min_size_bytes=4096), 8, ema=0.9)
     batch = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         for name, x in put_batch(batch_of(), mesh).items()
     }
-    return like, step.lower(like, batch).compile(QUICK)
+    return abstract, step.lower(abstract, batch).compile(QUICK)
 
 
 def test_one_block_is_gathered_at_a_time_inside_the_loop_and_again_in_the_backward_pass(compiled):
-    like, program = compiled
+    abstract, program = compiled
     stacked = {
         path: leaf.shape
-        for path, leaf in trees.flatten(like.params).items()
+        for path, leaf in trees.flatten(abstract.params).items()
         if "/encoderblock/" in path and not leaf.sharding.is_fully_replicated
     }
     by_body = {name: results(lines, "all-gather") for name, lines in computations(program.as_text()).items()}
@@ -188,8 +190,8 @@ def test_one_block_is_gathered_at_a_time_inside_the_loop_and_again_in_the_backwa
 
 
 def test_gradients_are_summed_block_by_block_and_activations_stay_where_they_are(compiled):
-    like, program = compiled
-    stacked = {leaf.shape for path, leaf in trees.flatten(like.params).items() if "/encoderblock/" in path}
+    abstract, program = compiled
+    stacked = {leaf.shape for path, leaf in trees.flatten(abstract.params).items() if "/encoderblock/" in path}
     hlo = program.as_text().splitlines()
     # Over `fsdp` a gradient is reduce-scattered; the CPU's compiler writes that as an all-reduce and a slice.
     reduced = results(hlo, "all-reduce") + results(hlo, "reduce-scatter")
@@ -203,8 +205,8 @@ def test_gradients_are_summed_block_by_block_and_activations_stay_where_they_are
 
 
 def test_every_buffer_of_the_state_is_reused(compiled):
-    like, program = compiled
-    leaves = jax.tree.leaves(like)
+    abstract, program = compiled
+    leaves = jax.tree.leaves(abstract)
     table = re.search(r"input_output_alias=\{(.*?)\}, entry", program.as_text(), re.DOTALL)[1]
     assert len(re.findall(r"\(\d+, \{\}, (?:may|must)-alias\)", table)) == len(leaves)
     shard_bytes = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
@@ -221,13 +223,13 @@ def on_one_device():
 
 @functools.cache
 def fresh_state():
-    _, like, _ = make(MeshConfig(), 1, model=SMALL)
-    return jax.device_get(init_state(SMALL, SGD, like=like, seed=0))
+    _, abstract, _ = make(MeshConfig(), 1, model=SMALL)
+    return jax.device_get(init_state(SMALL, SGD, abstract_state=abstract, seed=0))
 
 
 def five_steps(devices, fsdp):
-    mesh, like, step = make(MeshConfig(fsdp=fsdp, fsdp_min_size_bytes=1024), devices, model=SMALL)
-    state, losses = jax.device_put(fresh_state(), jax.tree.map(lambda leaf: leaf.sharding, like)), []
+    mesh, abstract, step = make(MeshConfig(fsdp=fsdp, fsdp_min_size_bytes=1024), devices, model=SMALL)
+    state, losses = jax.device_put(fresh_state(), jax.tree.map(lambda leaf: leaf.sharding, abstract)), []
     step = step.lower(state, put_batch(batch_of(), mesh)).compile(QUICK)
     for number in range(5):
         state, metrics = step(state, put_batch(batch_of(number), mesh))
@@ -272,7 +274,7 @@ def test_the_loop_reads_from_the_device_only_to_log(tmp_path, monkeypatch):
     mesh = make_mesh(config.mesh)
     program = _build(config, mesh)
     with jax.set_mesh(mesh), jax.transfer_guard_device_to_host("disallow_explicit"):
-        state = init_state(config.model, program.optimizer, like=program.like, seed=0)
+        state = init_state(config.model, program.optimizer, abstract_state=program.abstract_state, seed=0)
         batch = {name: rows for name, rows in next(TinyBatches()).items() if name != "key"}
         for _ in range(2):
             state, _ = program.step(state, put_batch(batch, mesh))

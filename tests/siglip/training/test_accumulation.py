@@ -13,10 +13,11 @@ import pytest
 from siglip import trees
 from siglip.losses import sigmoid_loss
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, init_params, param_shapes
-from siglip.parallel.sharding import MeshConfig, Placement, check_micro_batch_size, make_mesh, put_batch
+from siglip.parallel.sharding import MeshConfig, ParamLayout, check_micro_batch_size, make_mesh, put_batch
 from siglip.training.accumulation import make_value_and_grad
 from siglip.training.loop import _build
-from siglip.training.step import LossConfig, init_state, make_embed, make_pair_loss, make_train_step, state_like
+from siglip.training.objective import LossConfig, Objective, Parts, make_objective, make_pair_loss
+from siglip.training.step import init_state, make_abstract_state, make_train_step
 from tests.siglip.tiny_run import tiny_config
 
 MODEL = ModelConfig(
@@ -48,18 +49,21 @@ def mesh_of(devices, fsdp=1):
 def program(model, mesh, *, micro=None, loss=None, frozen="nothing"):
     """The jitted (params, batch, key) -> (loss, gradients) of a model's step, and parameters for it."""
     loss = dataclasses.replace(loss or LossConfig(), micro_batch_size=micro)
-    like = state_like(
-        model, optax.sgd(0.1), mesh=mesh, mesh_config=MeshConfig(fsdp=mesh.shape["fsdp"], fsdp_min_size_bytes=1024)
-    )
-    placement = Placement.of(mesh, like.params)
-    function = make_value_and_grad(
-        make_embed(model, placement=placement),
-        make_pair_loss(model, mesh=mesh, loss=loss),
-        frozen=trees.map_with_path(lambda path, _: bool(re.fullmatch(frozen, path)), like.params),
-        placement=placement,
+    mesh_config = MeshConfig(fsdp=mesh.shape["fsdp"], fsdp_min_size_bytes=1024)
+    shapes = make_abstract_state(model, optax.sgd(0.1), mesh=mesh, mesh_config=mesh_config).params
+    layout = ParamLayout.of(shapes)
+    value_and_grad = make_value_and_grad(
+        make_objective(model, loss, layout=layout),
+        frozen=trees.map_with_path(lambda path, _: bool(re.fullmatch(frozen, path)), shapes),
+        layout=layout,
         micro_batch_size=micro,
     )
-    where = jax.tree.map(lambda leaf: leaf.sharding, like.params)
+
+    def function(params, batch, key):
+        loss, _, grads = value_and_grad(params, batch, key, jnp.int32(0))
+        return loss, grads
+
+    where = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     return jax.jit(function, compiler_options=QUICK), jax.device_put(fresh_params(model), where)
 
 
@@ -108,39 +112,60 @@ def test_a_micro_batch_of_the_whole_batch_is_the_plain_step():
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_exact_in_float64(devices):
-    """Towers of one layer, where nothing rounds to float32: the identity itself, positives where they belong."""
+def test_exact_in_float64_for_what_couples_pairs_and_for_what_adds_up(devices):
+    """Towers of one layer, where nothing rounds to float32, and a term with a head and dropout of its own."""
     with jax.enable_x64(True):
         rng, mesh = np.random.default_rng(0), mesh_of(devices)
         params = {
             "w": rng.normal(size=(5, 4)),
             "v": rng.normal(size=(3, 4)),
+            "head": rng.normal(size=(4, 2)),
             "t": np.array([0.7]),
             "b": np.array([-1.3]),
         }
         params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
-        batch = put_batch({"image": rng.normal(size=(48, 5)), "text": rng.normal(size=(48, 3))}, mesh)
+        batch = {name: rng.normal(size=(48, n)) for name, n in {"image": 5, "text": 3, "target": 2}.items()}
 
-        def embed(params, rows, key):
-            return jnp.tanh(rows["image"] @ params["w"]), jnp.tanh(rows["text"] @ params["v"])
+        def forward(params, rows, key, step):
+            zimg, ztxt = jnp.tanh(rows["image"] @ params["w"]), jnp.tanh(rows["text"] @ params["v"])
+            kept = zimg * jax.random.bernoulli(key, 0.5, zimg.shape)
+            error = kept @ params["head"] - rows["target"]
+            return Parts({"zimg": kept, "nested": [ztxt]}, 0.3 * jnp.sum(error**2), {"error": jnp.sum(jnp.abs(error))})
 
-        def pair_loss(zimg, ztxt, params):
-            return sigmoid_loss(zimg, ztxt, params["t"], params["b"])
+        def couple(coupled, params):
+            # sigmoid_loss itself accumulates in float32.
+            logits = jnp.exp(params["t"]) * coupled["zimg"] @ coupled["nested"][0].T + params["b"]
+            return jnp.sum(jax.nn.softplus((1 - 2 * jnp.eye(48)) * logits)) / 48, {"bias": params["b"][0]}
 
-        make = functools.partial(
-            make_value_and_grad,
-            embed,
-            pair_loss,
-            frozen=dict.fromkeys(params, False),
-            placement=Placement(mesh),
-        )
-        value, grads = jax.jit(make())(params, batch, jax.random.key(0))
-        for micro in (8, 16, 24):
-            found, found_grads = jax.jit(make(micro_batch_size=micro))(params, batch, jax.random.key(0))
-            np.testing.assert_allclose(found, value, rtol=1e-13)
+        def by_hand(params, steps):
+            """One plain function of the parameters, whose rows go by as those of the micro-batches do."""
+            order = np.arange(48).reshape(devices, steps, -1)
+            parts = []
+            for j in range(steps):
+                rows = {name: x[order[:, j].ravel()] for name, x in batch.items()}
+                draws = jax.random.key(3) if steps == 1 else jax.random.fold_in(jax.random.key(3), j)
+                parts.append(forward(params, rows, draws, None))
+            back = np.argsort(np.concatenate([order[:, j].ravel() for j in range(steps)]))
+            coupled = jax.tree.map(lambda *z: jnp.concatenate(z)[back], *(part.coupled for part in parts))
+            error = sum(part.metrics["error"] for part in parts) / 48
+            return couple(coupled, params)[0] + sum(part.separate for part in parts) / 48, error
+
+        for steps in (1, 2, 3):
+            value_and_grad = make_value_and_grad(
+                Objective(forward, couple),
+                frozen=dict.fromkeys(params, False),
+                layout=ParamLayout(mesh),
+                micro_batch_size=48 // steps,
+            )
+            found = jax.jit(value_and_grad)(params, put_batch(batch, mesh), jax.random.key(3), jnp.int32(0))
+            (loss, error), grads = jax.jit(jax.value_and_grad(by_hand, has_aux=True), static_argnums=1)(params, steps)
+            np.testing.assert_allclose(found[0], loss, rtol=1e-13)
+            np.testing.assert_allclose(found[1]["error"], error, rtol=1e-13)
+            assert found[1]["bias"] == -1.3
             for name, grad in grads.items():
-                # The cotangents of float64 matrix products may pass through their float32 accumulation dtype.
-                np.testing.assert_allclose(found_grads[name], grad, rtol=1e-12, atol=1e-14, err_msg=name)
+                assert np.all(np.asarray(grad) != 0), name
+                # Sums of at most 48 * 48 terms in another order: 2304 * 2^-53 of their magnitude, at most 10 here.
+                np.testing.assert_allclose(found[2][name], grad, rtol=0, atol=2304 * 2**-53 * 10, err_msg=name)
 
 
 def test_both_passes_drop_the_same_and_every_micro_batch_something_else():
@@ -151,23 +176,25 @@ def test_both_passes_drop_the_same_and_every_micro_batch_something_else():
     )
     mesh, key = mesh_of(1), jax.random.key(3)
     function, params = program(model, mesh, micro=8)
-    embed, pair_loss = make_embed(model, placement=Placement(mesh)), make_pair_loss(model, mesh=mesh, loss=LossConfig())
+    objective = make_objective(model, LossConfig(), layout=ParamLayout(mesh))
     batch = batch_of()
     batch = {name: np.tile(rows[:8], (2, *[1] * (rows.ndim - 1))) for name, rows in batch.items()}
 
     def embeddings(params):
         parts = [{name: jnp.asarray(rows[8 * j : 8 * j + 8]) for name, rows in batch.items()} for j in range(2)]
-        found = [embed(params, part, jax.random.fold_in(key, j)) for j, part in enumerate(parts)]
-        return [jnp.concatenate(z) for z in zip(*found, strict=True)]
+        found = [
+            objective.forward(params, part, jax.random.fold_in(key, j), jnp.int32(0)) for j, part in enumerate(parts)
+        ]
+        return jax.tree.map(lambda *z: jnp.concatenate(z), *(parts.coupled for parts in found))
 
     def loss(params):
         z = embeddings(params)
-        return pair_loss(*z, params), z
+        return objective.couple(z, params)[0], z
 
-    (value, (zimg, ztxt)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(params)
+    (value, z), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(params)
     found = function(params, put_batch(batch, mesh), key)
     assert_equal_gradients(*((float(v), jax.device_get(trees.flatten(g))) for v, g in (found, (value, grads))))
-    assert all(np.abs(z[:8] - z[8:]).max() > 1e-2 for z in (zimg, ztxt))
+    assert all(np.abs(each[:8] - each[8:]).max() > 1e-2 for each in z.values())
 
 
 def test_a_frozen_tower_runs_once_and_only_forward():
@@ -205,18 +232,19 @@ def test_a_run_in_micro_batches_is_the_run_of_whole_batches():
     mesh, mesh_config = mesh_of(8, 2), MeshConfig(fsdp=2, fsdp_min_size_bytes=1024)
     # Linear in the gradient: Adam divides by it and would blow up the rounding of entries that are nearly zero.
     optimizer = optax.sgd(0.5, momentum=0.9)
-    like = state_like(MODEL, optimizer, mesh=mesh, mesh_config=mesh_config, ema=True)
+    abstract = make_abstract_state(MODEL, optimizer, mesh=mesh, mesh_config=mesh_config, ema=True)
+    objective = make_objective(MODEL, LossConfig(), layout=ParamLayout.of(abstract.params))
     frozen = jax.tree.map(lambda _: False, param_shapes(MODEL))
     states = []
     for micro in (None, 8):
-        loss = LossConfig(micro_batch_size=micro)
-        step = make_train_step(MODEL, optimizer, lambda _: 1.0, mesh=mesh, loss=loss, frozen=frozen, like=like, ema=0.5)
-        state = init_state(MODEL, optimizer, like=like, seed=0)
+        options = {"abstract_state": abstract, "micro_batch_size": micro, "ema": 0.5}
+        step = make_train_step(objective, optimizer, lambda _: 1.0, frozen=frozen, **options)
+        state = init_state(MODEL, optimizer, abstract_state=abstract, seed=0)
         step = step.lower(state, put_batch(batch_of(), mesh)).compile(QUICK)
         for _ in range(3):
             state, _ = step(state, put_batch(batch_of(), mesh))
         states.append(jax.device_get(state))
-        for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
+        for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
             assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
     # Entries of size 1 after three steps: two roundings of such an entry, 2^-23 each, are seen; eight may add up.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), *states)
@@ -247,7 +275,7 @@ def test_sizes_are_checked_before_anything_compiles():
 ])  # fmt: skip
 def test_the_loss_multiplies_in_the_dtype_of_the_step(asked, tower, expected):
     model = dataclasses.replace(MODEL, text=dataclasses.replace(MODEL.text, dtype=tower))
-    pair_loss = make_pair_loss(model, mesh=mesh_of(1), loss=LossConfig(dtype=asked))
+    pair_loss = make_pair_loss(model, LossConfig(dtype=asked), layout=ParamLayout(mesh_of(1)))
     rng = np.random.default_rng(0)
     zimg, ztxt = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in rng.normal(size=(2, 8, 32)).astype(np.float32))
     params = {"t": jnp.array([2.3]), "b": jnp.array([-5.0])}

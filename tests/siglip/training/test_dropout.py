@@ -30,8 +30,8 @@ def start(config):
 
 @functools.cache
 def program(config, train):
-    def apply(params, images, texts, key):
-        return make_model(config).apply({"params": params}, images, texts, train=train, rngs={"dropout": key})
+    def apply(params, batch, key):
+        return make_model(config).apply({"params": params}, batch, train=train, rngs={"dropout": key})
 
     return jax.jit(apply)
 
@@ -40,7 +40,7 @@ def outputs(config, *, train, seed=0):
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.uniform(-1, 1, (3, 16, 16, 3)), jnp.float32)
     texts = jnp.asarray(rng.integers(20, size=(3, 5)), jnp.int32)
-    return program(config, train)(start(config), images, texts, jax.random.key(seed))
+    return program(config, train)(start(config), {"image": images, "text": texts}, jax.random.key(seed))
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -74,7 +74,7 @@ def test_a_patch_is_kept_as_often_as_any_other():
     def kept(key):
         module = make_model(config)
         _, state = module.apply(
-            {"params": params}, images, None, train=True, rngs={"dropout": key},
+            {"params": params}, {"image": images}, train=True, rngs={"dropout": key},
             capture_intermediates=lambda m, name: name == "_some_patches", mutable=["intermediates"],
         )  # fmt: skip
         return jax.tree.leaves(state["intermediates"])[0]
@@ -91,8 +91,8 @@ def test_kept_patches_are_embedded_as_without_dropping():
     images = jnp.asarray(rng.uniform(-1, 1, (3, 16, 16, 3)), jnp.float32)
     params = start(config)
     apply = make_model(config).apply
-    every = np.asarray(apply({"params": params}, images, None)[2]["img/with_posemb"])
-    some = apply({"params": params}, images, None, train=True, rngs={"dropout": jax.random.key(0)})[2][
+    every = np.asarray(apply({"params": params}, {"image": images})[2]["img/with_posemb"])
+    some = apply({"params": params}, {"image": images}, train=True, rngs={"dropout": jax.random.key(0)})[2][
         "img/with_posemb"
     ]
     for picture in range(3):

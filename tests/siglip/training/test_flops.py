@@ -27,10 +27,10 @@ TEXT = TextConfig("B", **(TINY | {"width": 24, "mlp_dim": 56, "depth": 2}), leng
 def test_the_forward_pass_has_a_third_of_a_steps_flops(image, text, out_dim):
     model, batch = ModelConfig(image, text, out_dim), 6
     module = make_model(model)
-    images = jax.ShapeDtypeStruct((batch, *image.image_size, 3), jnp.float32)
-    texts = None if text is None else jax.ShapeDtypeStruct((batch, text.length), jnp.int32)
-    forward = jax.jit(lambda params, *pair: module.apply({"params": params}, *pair)[:2])
-    found = compile.read(forward.lower(param_shapes(model), images, texts).compile()).matmul_flops
+    inputs = {"image": jax.ShapeDtypeStruct((batch, *image.image_size, 3), jnp.float32)}
+    inputs |= {} if text is None else {"text": jax.ShapeDtypeStruct((batch, text.length), jnp.int32)}
+    forward = jax.jit(lambda params, batch: module.apply({"params": params}, batch)[:2])
+    found = compile.read(forward.lower(param_shapes(model), inputs).compile()).matmul_flops
     # The loss's product of b x b pairs is counted too, but is not in a forward pass.
     pairs = 0 if text is None else 2 * batch * model.embedding_dims[0]
     # The MAP head projects its one query once for the whole batch.

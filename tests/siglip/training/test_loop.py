@@ -16,8 +16,9 @@ from siglip import trees
 from siglip.parallel.sharding import MeshConfig, make_mesh, put_batch
 from siglip.training.config import EvalConfig, EvalTask
 from siglip.training.loop import Interrupted, NonFiniteLoss, train
+from siglip.training.objective import LossConfig
 from siglip.training.optim import OptimConfig
-from siglip.training.step import LossConfig, init_state
+from siglip.training.step import init_state
 from siglip.workdir.checkpoint import CheckpointConfig, read_run_params
 from siglip.workdir.metrics import LogConfig, read_metrics
 from tests.siglip.tiny_run import TinyBatches, tiny_config, use_devices
@@ -59,10 +60,10 @@ def test_the_loss_falls_and_metrics_are_written(tmp_path):
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(2, 31, 2))
     assert lines[-1]["train/loss"] < 0.7 * lines[0]["train/loss"]
-    for name in ("train/t", "train/bias", "train/pairs_per_s", "train/data_wait", "train/grad_norm"):
+    for name in ("train/temperature", "train/bias", "train/pairs_per_s", "train/data_wait", "train/grad_norm"):
         assert np.isfinite(lines[-1][name])
     # t and b are logged before the update of their step: at step 2 the warm-up's first update, which is zero, is all there was.
-    assert lines[0]["train/t"] == pytest.approx(10, rel=1e-6) and lines[0]["train/bias"] == -10
+    assert lines[0]["train/temperature"] == pytest.approx(10, rel=1e-6) and lines[0]["train/bias"] == -10
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -170,16 +171,18 @@ def test_under_fsdp_moments_are_sharded_and_the_step_compiles_once(monkeypatch):
     config = tiny_config("unused", mesh=FSDP, loss=LossConfig(impl="ring", chunk_size=1))
     mesh = make_mesh(config.mesh)
     program = siglip.training.loop._build(config, mesh)
-    sharded = {leaf.shape for leaf in jax.tree.leaves(program.like.params) if not leaf.sharding.is_fully_replicated}
-    moments = [leaf for leaf in jax.tree.leaves(program.like.opt_state) if leaf.shape in sharded]
+    sharded = {
+        leaf.shape for leaf in jax.tree.leaves(program.abstract_state.params) if not leaf.sharding.is_fully_replicated
+    }
+    moments = [leaf for leaf in jax.tree.leaves(program.abstract_state.opt_state) if leaf.shape in sharded]
     assert sharded and moments and not any(leaf.sharding.is_fully_replicated for leaf in moments)
     with jax.set_mesh(mesh):
-        state = init_state(config.model, program.optimizer, like=program.like, seed=0)
+        state = init_state(config.model, program.optimizer, abstract_state=program.abstract_state, seed=0)
         batch = {name: rows for name, rows in next(TinyBatches()).items() if name != "key"}
         for _ in range(3):
             state, _ = program.step(state, put_batch(batch, mesh))
     assert program.step._cache_size() == 1
-    for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(program.like), strict=True):
+    for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True):
         assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
 
 

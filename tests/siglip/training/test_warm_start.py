@@ -51,8 +51,10 @@ def start(config):
     mesh = make_mesh(config.mesh)
     program = siglip.training.loop._build(config, mesh)
     with jax.set_mesh(mesh):
-        given = warm_start.put(read_initial(config.init, config.model), program.like.params)
-        return init_state(config.model, program.optimizer, like=program.like, seed=config.seed, given=given)
+        given = warm_start.put(read_initial(config.init, config.model), program.abstract_state.params)
+        return init_state(
+            config.model, program.optimizer, abstract_state=program.abstract_state, seed=config.seed, given=given
+        )
 
 
 def start_from(src, *, model=MODEL, only=(".*",), skip=(), **overrides):
@@ -146,7 +148,9 @@ def test_a_new_text_tower_is_what_it_would_be_without_a_source(trained):
     params = start_from(trained, model=model, only=("img/.*",))
     config = tiny_config("new", model=model)
     program = siglip.training.loop._build(config, make_mesh(config.mesh))
-    fresh = flat_params(init_state(model, program.optimizer, like=program.like, seed=config.seed).params)
+    fresh = flat_params(
+        init_state(model, program.optimizer, abstract_state=program.abstract_state, seed=config.seed).params
+    )
     image = [path for path in params if path.startswith("img/")]
     assert_equal(params, params_of(trained), image)
     assert_equal(params, fresh, params.keys() - set(image))

@@ -1,0 +1,215 @@
+"""A loss term with a head of its own, added from outside: everything here would be one file, its head another."""
+
+import dataclasses
+import functools
+import signal
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import siglip
+from siglip import trees
+from siglip.exporting.export import export
+from siglip.models.layers import Encoder
+from siglip.models.variants import Variant
+from siglip.parallel.sharding import MeshConfig, ParamLayout, make_mesh, put_batch
+from siglip.training.accumulation import make_value_and_grad
+from siglip.training.loop import train
+from siglip.training.objective import LossConfig, Term, all_param_shapes, init_all_params, make_objective
+from siglip.training.optim import OptimConfig
+from siglip.training.signals import Interrupted
+from siglip.training.step import make_abstract_state
+from siglip.training.warm_start import InitConfig
+from siglip.workdir.checkpoint import CheckpointConfig, read_run_params
+from siglip.workdir.metrics import read_metrics
+from tests.siglip.tiny_run import MODEL, TinyBatches, tiny_config, use_devices
+
+
+class ColourHead(nn.Module):
+    """[b, n, d] -> [b, 3]: a transformer block, the mean and a linear map."""
+
+    layout: ParamLayout | None = None
+
+    @nn.compact
+    def __call__(self, tokens):
+        encoder = (Variant(32, 2, 64, 2), True, "none", jnp.dtype("float32"))
+        x = Encoder(*encoder, layout=self.layout, name="Encoder_0")(tokens)
+        return nn.Dense(3, name="head")(nn.Dropout(0.1, deterministic=False)(x.mean(axis=1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Colour(Term):
+    """Squared error of the image's mean colour, from the image tokens."""
+
+    name: Literal["colour"] = "colour"
+
+    def init(self, model, key):
+        tokens = jnp.zeros((1, 1, model.image.spec.width))
+        return ColourHead().init({"params": key, "dropout": key}, tokens)["params"]
+
+    def forward(self, params, batch, key, *, towers, model, layout):
+        head = ColourHead(layout)
+        found = head.apply({"params": params}, towers.out["img/encoded"], rngs={"dropout": key})
+        error = found - batch["colour"]
+        return jnp.sum(error**2), {"absolute": jnp.sum(jnp.abs(error))}
+
+
+class ColourBatches(TinyBatches):
+    def __next__(self):
+        batch = super().__next__()
+        return batch | {"colour": batch["image"].mean(axis=(1, 2), dtype=np.float32) / 255}
+
+
+class Stops(ColourBatches):
+    """A signal before batch `position`: that step is the last."""
+
+    def __init__(self, position):
+        super().__init__()
+        self.at = position
+
+    def __next__(self):
+        if self.position == self.at:
+            signal.raise_signal(signal.SIGTERM)
+        return super().__next__()
+
+
+LATE = (Colour(weight=0.5, start=0.5),)
+
+
+def config_of(workdir, terms, **fields):
+    optim = OptimConfig(lr=3e-3, weight_decay=0.1)
+    return tiny_config(workdir, terms=terms, optim=optim, checkpoint=CheckpointConfig(keep=20), **fields)
+
+
+def flat(params):
+    return trees.flatten(jax.device_get(params))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(workdir, final state) of eight steps, of which the term has the last four."""
+    patch = pytest.MonkeyPatch()
+    use_devices(patch, 1)
+    workdir = tmp_path_factory.mktemp("run")
+    config = config_of(workdir, LATE)
+    state = train(dataclasses.replace(config, log=dataclasses.replace(config.log, every_steps=1)), ColourBatches())
+    patch.undo()
+    return workdir, state
+
+
+def test_a_term_counts_from_its_start_and_is_in_the_metrics_by_name(run):
+    lines = read_metrics(run[0])
+    assert [line["train/colour"] > 0 for line in lines] == [line["step"] > 4 for line in lines]
+    for line in lines:
+        assert line["train/loss"] == pytest.approx(line["train/pair_loss"] + 0.5 * line["train/colour"], rel=1e-6)
+        assert line["train/colour/absolute"] <= 3**0.5 * line["train/colour"] ** 0.5 + 1e-6  # Cauchy-Schwarz
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_a_checkpoint_restores_across_the_start_of_a_term_bit_for_bit(run, stop, tmp_path, monkeypatch):
+    use_devices(monkeypatch, 1)
+    config = config_of(tmp_path, LATE)
+    with pytest.raises(Interrupted):
+        train(config, Stops(stop - 1))
+    saved, _, step = read_run_params(tmp_path)
+    assert step == stop
+    fresh = flat(jax.jit(lambda: init_all_params(MODEL, LATE, jax.random.key(0)))())
+    moved = {path for path, leaf in trees.flatten(saved).items() if np.any(leaf != fresh[path])}
+    # Before its start nothing of a term moves, by weight decay either.
+    assert any(path.startswith("colour/") for path in moved) == (stop > 4)
+    assert any(path.startswith("img/") for path in moved)
+    state = train(config, ColourBatches())
+    for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(run[1]), strict=True):
+        np.testing.assert_array_equal(leaf, expected)
+
+
+def test_a_term_that_waits_changes_no_other_parameter(run, tmp_path, monkeypatch):
+    use_devices(monkeypatch, 1)
+    plain = flat(jax.jit(lambda: init_all_params(MODEL, (), jax.random.key(0)))())
+    both = flat(jax.jit(lambda: init_all_params(MODEL, LATE, jax.random.key(0)))())
+    assert {path for path in both if path not in plain} == {path for path in both if path.startswith("colour/")}
+    for path, leaf in plain.items():
+        np.testing.assert_array_equal(both[path], leaf)
+    config = config_of(tmp_path, ())
+    train(dataclasses.replace(config, log=dataclasses.replace(config.log, every_steps=1)), TinyBatches())
+    for with_term, without in zip(read_metrics(run[0])[:5], read_metrics(tmp_path)[:5], strict=True):
+        # The state before step 5 is that of four steps without the term; the program is another one, so float32 rounds
+        # differently, and Adam passes on a relative error of 2^-23 a step.
+        assert with_term["train/pair_loss"] == pytest.approx(without["train/loss"], rel=1e-5)
+
+
+def test_what_is_loaded_and_exported_is_the_model_alone(run, tmp_path):
+    model = siglip.load(run[0])
+    assert set(model.params) == {"img", "txt", "t", "b"}
+    report = export(run[0], format="bigvision", out=tmp_path / "out", tower="both")
+    assert report.verified
+    with np.load(tmp_path / "out" / "model.npz") as stored:
+        assert stored.files and not any("colour" in name for name in stored.files)
+
+
+def test_a_run_with_a_term_starts_from_one_without_and_the_other_way_round(run, tmp_path, monkeypatch):
+    use_devices(monkeypatch, 1)
+    for name, terms in (("with", LATE), ("without", ())):
+        config = config_of(tmp_path / name, terms, init=InitConfig(str(run[0])), total_steps=1)
+        start = train(dataclasses.replace(config, optim=OptimConfig(lr=1e-3, warmup_steps=1)), ColourBatches())
+        found = flat(start.params)  # the first update of a warm-up is zero
+        for path, leaf in flat(run[1].params).items():
+            if not path.startswith("colour/"):
+                np.testing.assert_array_equal(found[path], leaf)
+        assert any(path.startswith("colour/") for path in found) == bool(terms)
+
+
+@functools.cache
+def gradients(devices, fsdp, micro_batch_size):
+    terms = (dataclasses.replace(LATE[0], start=0.0),)
+    mesh_config = MeshConfig(fsdp=fsdp, fsdp_min_size_bytes=1024)
+    mesh = make_mesh(mesh_config, jax.devices()[:devices])
+    shapes = make_abstract_state(MODEL, optax.sgd(0.1), mesh=mesh, mesh_config=mesh_config, terms=terms).params
+    layout = ParamLayout.of(shapes)
+    assert (fsdp > 1) == layout.within("colour").shards("Encoder_0/encoderblock/.*kernel")
+    value_and_grad = make_value_and_grad(
+        make_objective(MODEL, LossConfig(), layout=layout, terms=terms, total_steps=8),
+        frozen=jax.tree.map(lambda _: False, shapes),
+        layout=layout,
+        micro_batch_size=micro_batch_size,
+    )
+    params = jax.jit(lambda: init_all_params(MODEL, terms, jax.random.key(0)))()
+    params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, shapes))
+    batch = {name: rows for name, rows in next(ColourBatches()).items() if name != "key"}
+    loss, metrics, grads = jax.jit(value_and_grad)(params, put_batch(batch, mesh), jax.random.key(1), jnp.int32(0))
+    return float(loss), jax.device_get(metrics), flat(grads)
+
+
+def test_a_term_and_its_head_on_a_mesh_that_shards_them(monkeypatch):
+    """Dropout of the term draws by the whole batch, so the mesh does not matter; micro-batches are in test_accumulation."""
+    loss, metrics, grads = gradients(1, 1, None)
+    found_loss, found_metrics, found = gradients(8, 4, None)
+    assert found_loss == pytest.approx(loss, rel=3e-6)
+    assert found_metrics["colour"] == pytest.approx(metrics["colour"], rel=3e-6)
+    assert np.any(grads["colour/head/kernel"])
+    for path, grad in grads.items():
+        # Of a key's bias and of t, terms of both signs between 0.1 and 1 cancel: see test_accumulation.
+        scale = max(0.1, np.abs(grad).max()) if path == "t" or path.endswith("key/bias") else np.abs(grad).max()
+        np.testing.assert_allclose(found[path], grad, rtol=0, atol=3e-6 * scale, err_msg=path)
+
+
+def test_terms_are_checked():
+    with pytest.raises(ValueError, match=r"colour.start=1.0 is a fraction of the run; use 0 <= start < 1"):
+        Colour(start=1.0)
+    with pytest.raises(ValueError, match=r"colour.weight=0.0 must be positive"):
+        Colour(weight=0.0)
+    with pytest.raises(ValueError, match=r"the name 'colour' is taken"):
+        config_of("unused", (Colour(), Colour()))
+    with pytest.raises(ValueError, match=r"the name 't' is taken"):
+        config_of("unused", (Term("t"),))
+
+
+def test_patterns_reach_the_parameters_of_a_term():
+    shapes = all_param_shapes(MODEL, LATE)
+    assert "colour/head/kernel" in trees.flatten(shapes)
+    assert trees.flatten(all_param_shapes(MODEL, ())).keys() < trees.flatten(shapes).keys()
