@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import siglip.training.loop
 import siglip.training.step
 from siglip import trees
-from siglip.parallel.sharding import MeshConfig, make_mesh, put_batch
+from siglip.parallel.sharding import MeshConfig, put_batch
 from siglip.training.config import EvalConfig, EvalTask
-from siglip.training.loop import Interrupted, NonFiniteLoss, train
+from siglip.training.loop import Interrupted, NonFiniteLoss, make_program, train
 from siglip.training.optim import OptimConfig
-from siglip.training.step import LossConfig, init_state
+from siglip.training.step import LossConfig
 from siglip.workdir.checkpoint import CheckpointConfig, read_run_params
 from siglip.workdir.metrics import LogConfig, read_metrics
 from tests.siglip.tiny_run import TinyBatches, tiny_config, use_devices
@@ -168,18 +167,17 @@ def test_another_tokenizer_in_the_same_workdir_is_refused(tmp_path):
 def test_under_fsdp_moments_are_sharded_and_the_step_compiles_once(monkeypatch):
     use_devices(monkeypatch, 8)
     config = tiny_config("unused", mesh=FSDP, loss=LossConfig(impl="ring", chunk_size=1))
-    mesh = make_mesh(config.mesh)
-    program = siglip.training.loop._build(config, mesh)
-    sharded = {leaf.shape for leaf in jax.tree.leaves(program.like.params) if not leaf.sharding.is_fully_replicated}
-    moments = [leaf for leaf in jax.tree.leaves(program.like.opt_state) if leaf.shape in sharded]
+    program = make_program(config)
+    sharded = {leaf.shape for leaf in jax.tree.leaves(program.abstract_state.params) if not leaf.sharding.is_fully_replicated}
+    moments = [leaf for leaf in jax.tree.leaves(program.abstract_state.opt_state) if leaf.shape in sharded]
     assert sharded and moments and not any(leaf.sharding.is_fully_replicated for leaf in moments)
-    with jax.set_mesh(mesh):
-        state = init_state(config.model, program.optimizer, like=program.like, seed=0)
+    with jax.set_mesh(program.mesh):
+        state = program.init({})
         batch = {name: rows for name, rows in next(TinyBatches()).items() if name != "key"}
         for _ in range(3):
-            state, _ = program.step(state, put_batch(batch, mesh))
+            state, _ = program.step(state, put_batch(batch, program.mesh))
     assert program.step._cache_size() == 1
-    for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(program.like), strict=True):
+    for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True):
         assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
 
 
