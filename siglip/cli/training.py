@@ -33,8 +33,12 @@ def train_command(args: list[str]) -> None:
         return
     config = parse(TrainConfig, args[1:], prog=f"siglip train {args[0]}", default=load_config_file(args[0]))
     with launch.joined(config.distributed, describe=describe):
-        start = launch.in_all_or_none(functools.partial(_open, config), bad_input=BAD_INPUT)
-        start()
+        _train(config)
+
+
+def _train(config: TrainConfig) -> None:
+    start = launch.in_all_or_none(functools.partial(_open, config), bad_input=BAD_INPUT)
+    start()
 
 
 def _open(config: TrainConfig) -> Callable[[], TrainState]:
