@@ -33,7 +33,7 @@ from siglip.cli.evaluation import embed_in_batches
 from siglip.errors import UserError
 from siglip.models.two_tower import ModelConfig
 from siglip.parallel import collectives, sharding
-from siglip.parallel.peers import Alone
+from siglip.parallel.collectives import gather_records
 from siglip.training import optim
 from siglip.training.config import TrainConfig
 from siglip.training.loop import Prepare
@@ -52,7 +52,7 @@ class StoppedComputing(Interrupted):
     """SIGTERM or SIGINT arrived between two parts; the finished ones are kept."""
 
     def __init__(self, signum: int, left: int, folder: Path) -> None:
-        self.signum = signum
+        self.signum, self.exit_code = signum, 128 + signum
         RuntimeError.__init__(
             self,
             f"stopped by {signal.Signals(signum).name} with {left} parts of the image embeddings left to compute; the same "
@@ -86,7 +86,7 @@ def check_frozen(config: TrainConfig) -> None:
         )
 
 
-def make_prepare(config: TrainConfig, loader: Loader, peers: Alone) -> Prepare:
+def make_prepare(config: TrainConfig, loader: Loader) -> Prepare:
     """Computes what is missing of the image embeddings and has the loader use them.
 
     Raises:
@@ -106,11 +106,11 @@ def make_prepare(config: TrainConfig, loader: Loader, peers: Alone) -> Prepare:
             on_devices = sharding.put_batch({"image": pictures}, mesh)["image"]
             return collectives.own_rows(forward(image_params, on_devices), mesh)
 
-        rows = -(-config.eval.batch_size // mesh.size) * mesh.size // peers.count
+        rows = -(-config.eval.batch_size // mesh.size) * mesh.size // jax.process_count()
         stores = []
         for index, source in enumerate(config.data.sources):
-            store = _open(config, loader, index, tower, peers)
-            _Computation(store, loader, index, embed, rows, source.shards, peers).run(interrupted)
+            store = _open(config, loader, index, tower)
+            _Computation(store, loader, index, embed, rows, source.shards).run(interrupted)
             stores.append(store)
         loader.use_image_embeddings(stores)
 
@@ -150,7 +150,7 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def _open(config: TrainConfig, loader: Loader, index: int, tower: str, peers: Alone) -> ImageEmbeddings:
+def _open(config: TrainConfig, loader: Loader, index: int, tower: str) -> ImageEmbeddings:
     source, data, image_size = loader.sources[index], config.data, config.model.image.image_size
     key = make_key(tower, source=source, image_size=image_size, max_image_pixels=data.max_image_pixels)
     about = {
@@ -166,9 +166,9 @@ def _open(config: TrainConfig, loader: Loader, index: int, tower: str, peers: Al
         width=config.model.embedding_dims[0],
         about=about,
     )
-    if peers.is_first:
+    if jax.process_index() == 0:
         open_it()
-    peers.gather("image embeddings opened", None)
+    gather_records([])  # the others open what process 0 made
     return open_it()
 
 
@@ -182,7 +182,6 @@ class _Computation:
     embed: Callable[[np.ndarray], np.ndarray]
     rows: int
     shards: str
-    peers: Alone
 
     def run(self, interrupted: Callable[[], int | None]) -> None:
         """Every process computes its share of the parts.
@@ -191,23 +190,23 @@ class _Computation:
             StoppedComputing: a process received a signal.
             OSError: the folder is full, or not shared by all hosts.
         """
-        store, peers = self.store, self.peers
-        missing = peers.gather("missing parts", store.missing() if peers.is_first else None)[0]
+        store, index, count = self.store, jax.process_index(), jax.process_count()
+        missing = gather_records([store.missing() if index == 0 else None])[0]
         if missing:
-            own = missing[peers.index :: peers.count]
-            rounds = -(-len(missing) // peers.count)
+            own = missing[index::count]
+            rounds = -(-len(missing) // count)
             own += [store.parts] * (rounds - len(own))  # a part behind the last one has no pictures
             began = told = time.monotonic()
             with contextlib.closing(self.loader.part_pictures(self.index, store, own, rows=self.rows)) as batches:
                 for n, part in enumerate(own):
-                    signums = [s for s in peers.gather("signal", interrupted()) if s is not None]
-                    if signums:
-                        raise StoppedComputing(signums[0], len(missing) - n * peers.count, store.folder)
+                    signum = interrupted()
+                    if signum is not None:
+                        raise StoppedComputing(signum, len(missing) - n * count, store.folder)
                     self._compute(part, batches)
                     if time.monotonic() > told + _TELL_EVERY_S or n + 1 == rounds:
                         told = time.monotonic()
-                        self._tell(missing[: (n + 1) * peers.count], missing, told - began)
-        peers.gather("image embeddings", None)
+                        self._tell(missing[: (n + 1) * count], missing, told - began)
+        gather_records([])  # all parts are written
         self._finish(computed=bool(missing))
 
     def _compute(self, part: int, batches: Iterator[dict]) -> None:
@@ -228,7 +227,7 @@ class _Computation:
             store.write(part, np.asarray(rows, np.float32), broken)
 
     def _tell(self, done: list[int], missing: list[int], took_s: float) -> None:
-        if not self.peers.is_first:
+        if jax.process_index() > 0:
             return
         pictures, all_pictures = (sum(len(self.store.records(part)) for part in parts) for parts in (done, missing))
         per_s = pictures / max(took_s, 1e-9)
@@ -246,7 +245,7 @@ class _Computation:
                     f"name a folder that all hosts share with --data.image-embeddings"
                 )
             time.sleep(0.2)
-        if not self.peers.is_first:
+        if jax.process_index() > 0:
             return
         if computed:
             self.store.sweep()

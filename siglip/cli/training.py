@@ -1,19 +1,22 @@
 """`siglip train`: recipe file and flags -> config, loader and evaluations -> the loop."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+
+import jax
 
 from data_pipelines.loader import make_loader
 from data_pipelines.tokenizers import SentencePieceTokenizer
-from siglip.cli import describe
+from siglip.cli import BAD_INPUT, describe
 from siglip.cli.arguments import parse
 from siglip.cli.evaluation import Tower, check_task, evaluate_task
 from siglip.cli.frozen_images import make_prepare
 from siglip.errors import UserError
 from siglip.parallel import collectives, launch, sharding
-from siglip.parallel.peers import Alone
 from siglip.training.config import TrainConfig, load_config_file, resolve
 from siglip.training.loop import Evaluate, train
-from siglip.training.step import make_embed_fns
+from siglip.training.step import TrainState, make_embed_fns
 
 USAGE = """usage: siglip train CONFIG [flags]
 
@@ -29,11 +32,17 @@ def train_command(args: list[str]) -> None:
         print(USAGE)
         return
     config = parse(TrainConfig, args[1:], prog=f"siglip train {args[0]}", default=load_config_file(args[0]))
-    with launch.joined(config.distributed, describe=describe) as peers:
-        _train(config, peers)
+    with launch.joined(config.distributed, describe=describe):
+        _train(config)
 
 
-def _train(config: TrainConfig, peers: Alone) -> None:
+def _train(config: TrainConfig) -> None:
+    start = launch.in_all_or_none(functools.partial(_open, config), bad_input=BAD_INPUT)
+    start()
+
+
+def _open(config: TrainConfig) -> Callable[[], TrainState]:
+    """Opens all that training reads, so that what only one process finds bad is known to all; returns what starts it."""
     config = resolve(config)
     tokenizer = load_tokenizer(config.data.tokenizer, vocab_size=config.model.text.vocab_size)
     sharding.check_batch_size(config.batch_size, sharding.make_mesh(config.mesh))
@@ -43,16 +52,16 @@ def _train(config: TrainConfig, peers: Alone) -> None:
         image_size=config.model.image.image_size,
         text_length=config.model.text.length,
         seed=config.seed,
-        process_index=peers.index,
-        process_count=peers.count,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
-    train(
+    return functools.partial(
+        train,
         config,
         loader,
-        prepare=make_prepare(config, loader, peers) if config.data.image_embeddings else None,
-        evaluate=make_evaluate(config, tokenizer, peers) if config.eval.tasks else None,
+        prepare=make_prepare(config, loader) if config.data.image_embeddings else None,
+        evaluate=make_evaluate(config, tokenizer) if config.eval.tasks else None,
         tokenizer=Path(config.data.tokenizer).read_bytes(),
-        peers=peers,
     )
 
 
@@ -67,7 +76,7 @@ def load_tokenizer(path: str, *, vocab_size: int) -> SentencePieceTokenizer:
     return tokenizer
 
 
-def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer, peers: Alone) -> Evaluate:
+def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer) -> Evaluate:
     """All of the config's evaluation tasks as one function of the parameters.
 
     Their files are opened now: a missing one must not wait for the end of training to be found.
@@ -91,9 +100,9 @@ def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer, peers:
             tokenizer=tokenizer,
             image_size=config.model.image.image_size,
             text_length=config.model.text.length,
-            batch_size=batch_size // peers.count,
-            process_index=peers.index,
-            process_count=peers.count,
+            batch_size=batch_size // jax.process_count(),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
         results = [result for task in config.eval.tasks for result in evaluate_task(task, tower)]
         return {

@@ -1,48 +1,42 @@
-"""One run on several processes: finding out about the others, joining them, and moving host arrays between them.
+"""One run on several processes: how they find each other, and how they end together.
 
-Where a process stands is taken from the first of these that speaks (`detect`); where none does it is alone, nothing is
-initialised, and training is what it always was:
+All of it is jax's: `jax.distributed.initialize` detects SLURM, Open MPI, Cloud TPU and GKE's TPU pods, or takes what the
+flags say; its service misses a process that sends no heartbeats and then ends the others. Two things are left to do here:
 
-    flags     --distributed.coordinator HOST:PORT --distributed.processes N --distributed.process-id I
-    SLURM     a step of several tasks (srun)
-    JobSet    the variables that launch/gke-jobset.yaml sets
-    TPU       what GKE or the metadata server of a TPU VM says
+- a process that never joins: jax would abort with a stack trace of C++, so a timer says it in one line before that;
+- a process that fails: leaving Python waits for the others, which wait for it. It tells why and goes at once; they follow.
 
-`jax.distributed.initialize` detects much of this too, but not what is needed before it: the address, to wait there with a
-message of our own (it kills the process when a peer never joins). Its SLURM rule also gives each task one GPU, unasked.
-
-The trap: PORT is jax's and PORT + 1 is ours (siglip/parallel/peers.py); both have to be reachable.
+A process that jax ends gives no reason of its own (SIGABRT, exit code 134): the reason is in the output of the one that failed.
 """
 
 import contextlib
 import dataclasses
-import glob
-import importlib.util
 import logging
+import multiprocessing
 import os
 import re
-import signal
 import socket
+import sys
 import threading
 import time
-import urllib.error
-import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NoReturn, TypeVar
 
 import jax
+from orbax.checkpoint import multihost
 
-from siglip.errors import UserError
-from siglip.parallel.hub import Hub, listen
-from siglip.parallel.peers import Alone, Peers
-
-PORT = 12380  # where nothing else says; far from the ports of libtpu and of Kubernetes
-_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+from siglip.errors import RunFailed, UserError
+from siglip.parallel.collectives import gather_records
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
-# Name of an attribute -> its text, or None.
-Metadata = Callable[[str], str | None]
+_TOGETHER_S = 5  # errors that all processes raise come at the same time
+_LAST_WORDS_S = 2  # for the others to say their line before process 0 takes jax's service with it
+_PROXIES = re.compile("(grpc|https?|all)_proxy", re.IGNORECASE)
+# What jax says when a collective fails because a process at the other end is gone. On CPUs it comes as a ValueError.
+_LOST = re.compile("gloo|nccl|unavailable|connection|heartbeat|barrier|another task died", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +44,18 @@ class DistributedConfig:
     """Which processes make up the job, and how patient they are with each other.
 
     Attributes:
-        coordinator: HOST:PORT of process 0, the same everywhere; PORT + 1 is used as well. None: detected.
+        coordinator: HOST:PORT of process 0, the same everywhere. None: detected.
         processes: how many there are; 1 turns detection off.
         process_id: which one this is, from 0.
-        timeout_s: how long to wait for all processes to join.
-        heartbeat_timeout_s: a process whose host is silent for so long is taken for dead and the job stops; one that is
-            killed is noticed at once.
+        timeout_s: how long to wait for all processes to join, and to leave.
+        heartbeat_timeout_s: a process that is silent for so long is taken for dead, and the job stops.
     """
 
     coordinator: str | None = None
     processes: int | None = None
     process_id: int | None = None
     timeout_s: int = 300
-    heartbeat_timeout_s: int = 60
+    heartbeat_timeout_s: int = 15
 
     def __post_init__(self) -> None:
         for name, least in (("timeout_s", 1), ("heartbeat_timeout_s", 5)):
@@ -83,242 +76,202 @@ class DistributedConfig:
                 f"one for each of distributed.processes={self.processes}"
             )
         if self.coordinator is not None:
-            _split_address(self.coordinator)
-
-
-class Place(NamedTuple):
-    """Where this process stands in its job. local_devices: the GPUs that are its own; None: all that it sees."""
-
-    host: str
-    port: int
-    count: int
-    index: int
-    local_devices: tuple[int, ...] | None
-    found_in: str
-
-
-def detect(environ: Mapping[str, str], config: DistributedConfig, *, metadata: Metadata | None = None) -> Place | None:
-    """Where this process stands, or None if it is alone.
-
-    Args:
-        metadata: of the TPU VM that this is, if it is one.
-
-    Raises:
-        ValueError: if what the surroundings say is incomplete or contradicts itself.
-    """
-    if config.processes is not None:
-        place = _from_flags(config)
-    elif "SLURM_STEP_NODELIST" in environ:
-        place = _from_slurm(environ)
-    elif "JOBSET_NAME" in environ:
-        place = _from_jobset(environ)
-    else:
-        place = _from_tpu(environ, metadata)
-        if place is None and int(environ.get("SLURM_NTASKS", 1)) > 1:
-            logger.warning(
-                "SLURM has %s tasks for this job, but this process was not started by srun: it trains alone",
-                environ["SLURM_NTASKS"],
-            )
-    if place is None or place.count == 1:
-        return None
-    if not 0 <= place.index < place.count:
-        raise UserError(f"{place.found_in} calls this process {place.index} of {place.count}; they count from 0")
-    return place
-
-
-def _from_flags(config: DistributedConfig) -> Place | None:
-    if config.processes == 1 or config.coordinator is None or config.process_id is None:
-        return None
-    return Place(*_split_address(config.coordinator), config.processes, config.process_id, None, "flags")
-
-
-def _from_slurm(environ: Mapping[str, str]) -> Place:
-    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
-    job, step, count, index, local = _numbers(environ, names, "SLURM")
-    # One process a node drives all its GPUs. With several tasks a node, each takes one, unless SLURM dealt them out.
-    tasks_per_node = re.sub(r"\(x\d+\)", "", environ.get("SLURM_STEP_TASKS_PER_NODE", "1")).split(",")
-    mine = None if set(tasks_per_node) == {"1"} or "SLURM_GPUS_PER_TASK" in environ else (local,)
-    # Two jobs that share a node must not share ports, and both ports stay above the range that the kernel deals from.
-    port = 61440 + 2 * ((job + step) % 2047)
-    return Place(first_host(environ["SLURM_STEP_NODELIST"]), port, count, index, mine, "SLURM")
-
-
-def first_host(nodes: str) -> str:
-    """The first of SLURM's compressed list: "n[007-009,12],login" -> "n007"."""
-    name, bracket, suffix = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\])?([^\[,]*)", nodes).groups()
-    return f"{name}{bracket or ''}{suffix}"
-
-
-def _from_jobset(environ: Mapping[str, str]) -> Place:
-    numbers = ("JOB_INDEX", "JOBS", "PODS_PER_JOB", "JOB_COMPLETION_INDEX")
-    job, jobs, pods, pod = _numbers(
-        environ, numbers, "JobSet (JOBSET_NAME is set; launch/gke-jobset.yaml sets them all)"
-    )
-    name = environ["JOBSET_NAME"]
-    host = f"{name}-{environ.get('REPLICATED_JOB_NAME', 'train')}-0-0.{environ.get('SUBDOMAIN', name)}"
-    return Place(host, PORT, jobs * pods, job * pods + pod, None, "JobSet")
-
-
-def _from_tpu(environ: Mapping[str, str], metadata: Metadata | None) -> Place | None:
-    """GKE says it in the environment, a TPU VM in its metadata: hosts in the order of the processes."""
-    hosts, index = environ.get("TPU_WORKER_HOSTNAMES"), environ.get("TPU_WORKER_ID")
-    if hosts is None and metadata is not None:
-        hosts, index = metadata("worker-network-endpoints"), metadata("agent-worker-number")
-    if hosts is None or index is None:
-        return None
-    # Older TPU VMs write name:id:address.
-    names = [endpoint.rpartition(":")[2] for endpoint in hosts.split(",")]
-    slices, this_slice = int(environ.get("MEGASCALE_NUM_SLICES", 1)), int(environ.get("MEGASCALE_SLICE_ID", 0))
-    host = environ.get("MEGASCALE_COORDINATOR_ADDRESS", names[0]).partition(":")[0]
-    return Place(host, PORT, slices * len(names), this_slice * len(names) + int(index), None, "TPU")
-
-
-def _numbers(environ: Mapping[str, str], names: tuple[str, ...], what: str) -> list[int]:
-    missing = [name for name in names if not environ.get(name, "").isdigit()]
-    if missing:
-        raise UserError(
-            f"{what} does not say {', '.join(missing)} in the environment; give distributed.coordinator, .processes and "
-            f".process_id, or distributed.processes=1 to train alone"
-        )
-    return [int(environ[name]) for name in names]
-
-
-def _split_address(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65535:
-        raise UserError(
-            f"distributed.coordinator={address!r} must be HOST:PORT with a port from 1 to 65534; PORT + 1 is used too"
-        )
-    return host.strip("[]"), int(port)
-
-
-def tpu_vm_metadata(environ: Mapping[str, str]) -> Metadata | None:
-    """The metadata server's attributes, if this is a TPU VM that is to use its TPU."""
-    platforms = environ.get("JAX_PLATFORMS") or "tpu"
-    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-    if "tpu" not in platforms or not chips or importlib.util.find_spec("libtpu") is None:
-        return None
-
-    def attribute(name: str) -> str | None:
-        request = urllib.request.Request(_METADATA + name, headers={"Metadata-Flavor": "Google"})
-        try:
-            with urllib.request.urlopen(request, timeout=10) as answer:
-                return answer.read().decode()
-        except (urllib.error.URLError, OSError):  # in a container elsewhere, or no pod
-            return None
-
-    return attribute
+            host, _, port = self.coordinator.rpartition(":")
+            if not host or not port.isdigit() or not 0 < int(port) < 65536:
+                raise UserError(
+                    f"distributed.coordinator={self.coordinator!r} must be HOST:PORT with a port from 1 to 65535"
+                )
 
 
 @contextlib.contextmanager
-def joined(config: DistributedConfig, *, describe: Callable[[BaseException], tuple[int, str]]) -> Iterator[Alone]:
+def joined(config: DistributedConfig, *, describe: Callable[[BaseException], tuple[int, str]]) -> Iterator[None]:
     """Within it this process is joined with the others of its job, if there are any. To be entered before a device is touched.
 
-    An error that leaves it ends all processes at once, unless they all came to the end of the run together.
+    An error that all processes raise leaves it as usual. One that only this process raises ends this process at once, and
+    jax ends the others.
 
     Args:
         describe: the exit code and the line for an error.
 
     Raises:
-        ValueError: if somebody does not come in time, or the processes disagree about who they are.
+        UserError: if the processes disagree about who they are, or the port of process 0 is taken.
     """
-    place = detect(os.environ, config, metadata=tpu_vm_metadata(os.environ))
-    if place is None:
-        yield Alone()
+    if not _join(config):
+        yield
         return
-    patience = {"timeout_s": config.timeout_s, "heartbeat_timeout_s": config.heartbeat_timeout_s}
-    if place.index == 0:
-        listen(place.port).close()  # jax would abort
-        Hub(place.port + 1, count=place.count, **patience)
-    hub_host = "localhost" if place.index == 0 else place.host
-    peers = Peers(hub_host, place.port + 1, index=place.index, count=place.count, **patience)
-    if not peers.is_first:
-        logging.getLogger("siglip").setLevel(logging.WARNING)
     try:
-        _initialize(place, config)
-        _check_devices(place, peers)
-        logger.info("%d processes, as %s says, with %d devices", place.count, place.found_in, jax.device_count())
-        yield peers
+        _check_devices(config)
+        if jax.process_index() > 0:
+            logging.getLogger("siglip").setLevel(logging.WARNING)
+        logger.info("%d processes with %d devices", jax.process_count(), jax.device_count())
+        yield
     except BaseException as error:
-        peers.leave(*describe(error))
+        if is_lost_process(error) or not _all_fail():
+            _end_alone(*describe(error))
         raise
     finally:
         jax.distributed.shutdown()
 
 
-def _initialize(place: Place, config: DistributedConfig) -> None:
-    address = f"localhost:{place.port}" if place.index == 0 else _shield(place, config.timeout_s)
-    # gRPC would send even this through a cluster's web proxy.
-    os.environ["no_grpc_proxy"] = ",".join(filter(None, [os.environ.get("no_grpc_proxy"), "localhost"]))
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    jax.distributed.initialize(
-        address,
-        place.count,
-        place.index,
-        local_device_ids=place.local_devices,
-        cluster_detection_method="deactivate",
-        coordinator_bind_address=None if socket.has_dualstack_ipv6() else f"0.0.0.0:{place.port}",
-        initialization_timeout=config.timeout_s,
-        # Ours is to speak first.
-        heartbeat_timeout_seconds=2 * config.heartbeat_timeout_s,
-        shutdown_timeout_seconds=config.heartbeat_timeout_s,
-    )
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in before.items():  # jax's preemption service took SIGTERM for itself
-            signal.signal(number, handler)
+def in_all_or_none(make: Callable[[], T], *, bad_input: tuple[type[BaseException], ...]) -> T:
+    """`make()`; where it fails in one process, every process raises.
 
-
-def _shield(place: Place, timeout_s: float) -> str:
-    """An address on this machine that passes everything on to jax's service in process 0.
-
-    When that process dies, jax's client would abort this one from C++ as soon as its connection closes. This end of the
-    connection stays open, so that the one who speaks is `Peers`.
+    Raises:
+        UserError: where it raised one of `bad_input` in another process.
+        RunFailed: where it raised anything else in another process.
     """
-    server = listen(0, "127.0.0.1")
-
-    def serve() -> None:
-        while True:
-            here, _ = server.accept()
-            there = _connect(place, timeout_s)
-            for source, sink in ((here, there), (there, here)):
-                threading.Thread(target=_pump, args=(source, sink), name="siglip-shield", daemon=True).start()
-
-    _connect(place, timeout_s).close()  # in this thread, where an error is heard
-    threading.Thread(target=serve, name="siglip-shield", daemon=True).start()
-    return f"localhost:{server.getsockname()[1]}"
-
-
-def _connect(place: Place, timeout_s: float) -> socket.socket:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            connection = socket.create_connection((place.host, place.port), timeout=timeout_s)
-            connection.settimeout(None)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return connection
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"process {place.index} of {place.count} reaches port {place.port + 1} of {place.host} but not "
-                    f"{place.port} ({error}); open both"
-                ) from None
-            time.sleep(0.1)
-
-
-def _pump(source: socket.socket, sink: socket.socket) -> None:
+    made, failure, own = None, None, None
     try:
-        while data := source.recv(1 << 16):
-            sink.sendall(data)
-    except OSError:
-        pass  # Peers says what that means
+        made = make()
+    except Exception as error:
+        failure, own = error, [isinstance(error, bad_input), str(error) or repr(error)]
+    for index, theirs in enumerate(gather_records([own])):
+        if theirs is not None:
+            users, line = theirs
+            raise failure or (UserError if users else RunFailed)(f"process {index} stopped: {line}")
+    return made
 
 
-def _check_devices(place: Place, peers: Alone) -> None:
-    index, local = jax.process_index(), [int(n) for n in peers.gather("devices", jax.local_device_count())]
-    if index != place.index or jax.process_count() != place.count:
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an operation of several processes failed because one of them is gone."""
+    from_jax = isinstance(error, jax.errors.JaxRuntimeError | ValueError) and not isinstance(error, UserError)
+    return _several() and from_jax and _LOST.search(str(error)) is not None
+
+
+def _several() -> bool:
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def wait_for_all(name: str, *, timeout_s: float) -> bool:
+    """Whether every process comes to this point within `timeout_s`. `name` is used once."""
+    try:
+        multihost.get_barrier_sync_fn()(key=f"siglip {name}", timeout_ms=int(timeout_s * 1000))
+    except (jax.errors.JaxRuntimeError, ValueError):
+        return False
+    return True
+
+
+def _join(config: DistributedConfig) -> bool:
+    """Whether there is a job of several processes; then this one has joined it."""
+    environ, several = os.environ, config.processes is not None
+    if config.processes == 1 or (not several and environ.get("SLURM_NTASKS") == "1"):
+        return False
+    if config.process_id == 0:
+        _check_port(config.coordinator)
+    # A client of jax that waits longer than its timeout aborts: this one is to speak first.
+    impatience = threading.Timer(config.timeout_s, _nobody_came, [config])
+    impatience.daemon = True
+    impatience.start()
+    try:
+        with _without_proxies():
+            jax.distributed.initialize(
+                config.coordinator,
+                config.processes,
+                config.process_id,
+                local_device_ids=local_device_ids(environ),
+                cluster_detection_method="deactivate" if several else None,
+                initialization_timeout=config.timeout_s + 60,
+                heartbeat_timeout_seconds=config.heartbeat_timeout_s,
+                shutdown_timeout_seconds=config.timeout_s,
+                coordinator_bind_address=_bind_address(config.coordinator),
+            )
+    except Exception as error:
+        if several or "defined" not in str(error):
+            raise UserError(
+                f"jax cannot join the processes of this job ({error}); give distributed.coordinator, .processes and "
+                f".process_id, or distributed.processes=1 to train alone"
+            ) from error
+        if int(environ.get("SLURM_NTASKS", 1)) > 1:
+            logger.warning(
+                "SLURM has %s tasks for this job, but this process was not started by srun: it trains alone",
+                environ["SLURM_NTASKS"],
+            )
+        return False  # jax finds no cluster here
+    finally:
+        impatience.cancel()
+    return True
+
+
+def local_device_ids(environ: Mapping[str, str]) -> list[int] | None:
+    """[] for all GPUs that this process sees; None for jax's rule, which in SLURM gives a task the GPU of its number.
+
+    One process a node drives all its GPUs. With several tasks a node, each takes one, unless SLURM dealt them out.
+    """
+    tasks_per_node = set(re.sub(r"\(x\d+\)", "", environ.get("SLURM_STEP_TASKS_PER_NODE", "")).split(","))
+    return [] if tasks_per_node == {"1"} or "SLURM_GPUS_PER_TASK" in environ else None
+
+
+@contextlib.contextmanager
+def _without_proxies() -> Iterator[None]:
+    """gRPC would send what the hosts tell each other through a cluster's web proxy."""
+    proxies = {name: value for name, value in os.environ.items() if _PROXIES.fullmatch(name)}
+    for name in proxies:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(proxies)
+
+
+def _bind_address(coordinator: str | None) -> str | None:
+    """jax listens on [::], which not every machine has."""
+    return None if coordinator is None or socket.has_dualstack_ipv6() else f"0.0.0.0:{coordinator.rpartition(':')[2]}"
+
+
+def _check_port(coordinator: str) -> None:
+    """Raises UserError if the port of process 0 is taken: jax would crash."""
+    family, port = (
+        socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET,
+        int(coordinator.rpartition(":")[2]),
+    )
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
+    except OSError as error:
         raise UserError(
-            f"{place.found_in} calls this process {place.index} of {place.count}, its devices say {index} of "
+            f"port {port} of this host cannot be used ({error.strerror}); another job may run here: "
+            f"give another port in distributed.coordinator"
+        ) from None
+
+
+def _check_devices(config: DistributedConfig) -> None:
+    if config.process_id not in (None, jax.process_index()):
+        raise UserError(
+            f"distributed.process_id={config.process_id}, but by its devices this is process {jax.process_index()} of "
             f"{jax.process_count()}; number the processes as the hosts of the accelerators are numbered"
         )
+    counts = Counter(device.process_index for device in jax.devices())
+    local = [counts[index] for index in range(jax.process_count())]
     if len(set(local)) > 1:
         raise UserError(f"the processes see {local} devices each; every process needs the same number of devices")
+
+
+def _nobody_came(config: DistributedConfig) -> NoReturn:
+    who = (
+        f"process {config.process_id} of {config.processes} waits at {config.coordinator}: " if config.processes else ""
+    )
+    end_process(
+        1,
+        f"{who}not all processes of this job joined within {config.timeout_s} s; start the same command on every host, check "
+        f"that each reaches the port of process 0, raise distributed.timeout_s, or give distributed.processes=1 to train alone",
+    )
+
+
+def _all_fail() -> bool:
+    return wait_for_all("an error in every process", timeout_s=_TOGETHER_S)
+
+
+def _end_alone(code: int, line: str) -> NoReturn:
+    if jax.process_index() == 0:
+        time.sleep(_LAST_WORDS_S)
+    end_process(code, line)
+
+
+def end_process(code: int, line: str) -> NoReturn:
+    """Says why and ends this process, whatever its other threads are doing; its data workers go with it."""
+    try:
+        for child in multiprocessing.active_children():
+            child.kill()
+        print(f"siglip: error: {line}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    finally:  # also when nobody reads its output any more
+        os._exit(code)

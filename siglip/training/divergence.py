@@ -1,7 +1,7 @@
-"""Losses are looked at in groups, because looking waits for the device; a bad one is traced to its step and its pairs.
+"""Losses are checked in groups, because reading one waits for the device; a bad one is traced to its step and its pairs.
 
 The trap: a finite loss can have a gradient that is not. The parameters are then ruined one step before the loss is, so the
-norm of the update is looked at as well.
+norm of the update is checked as well.
 """
 
 import json
@@ -12,36 +12,37 @@ from typing import Any, NamedTuple
 
 import jax
 
-from siglip.parallel.peers import Alone
+from siglip.errors import RunFailed
+from siglip.parallel.collectives import gather_records
 from siglip.workdir.files import write_atomically
 
 BAD_BATCH_FILE = "non_finite_batch.json"
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(RunFailed):
     """The run diverged; the message names the step and where the batch's keys are."""
 
 
 class _Pending(NamedTuple):
-    """One step whose loss has not been looked at."""
+    """One step whose loss has not been checked."""
 
     step: int
     metrics: Mapping[str, jax.Array]
     keys: list[str]
 
 
-class LossWatch:
-    """Steps whose losses have not been looked at, with the keys of their batches."""
+class LossMonitor:
+    """Steps whose losses have not been checked, with the keys of their batches."""
 
-    def __init__(self, workdir: Path, peers: Alone, *, saved_step: Callable[[], int | None]) -> None:
-        self._path, self._peers, self._saved_step = workdir / BAD_BATCH_FILE, peers, saved_step
+    def __init__(self, workdir: Path, *, saved_step: Callable[[], int | None]) -> None:
+        self._path, self._saved_step = workdir / BAD_BATCH_FILE, saved_step
         self._pending: list[_Pending] = []
 
     def add(self, step: int, metrics: Mapping[str, jax.Array], keys: list[str]) -> None:
         """Notes a step that is still being computed; `keys`: of this process's pairs."""
         self._pending.append(_Pending(step, metrics, keys))
 
-    def look(self) -> dict[str, float]:
+    def check(self) -> dict[str, float]:
         """Waits for the steps and returns the last one's metrics, {} if there was none.
 
         Raises:
@@ -55,8 +56,8 @@ class LossWatch:
         return {name: float(value) for name, value in values[-1].items()} if values else {}
 
     def _report(self, step: int, metrics: Mapping[str, Any], keys: list[str]) -> None:
-        everyones = [key for share in self._peers.gather("keys of a bad batch", keys) for key in share]
-        if self._peers.is_first:
+        everyones = gather_records(keys)
+        if jax.process_index() == 0:
             content = {"step": step, "loss": repr(metrics["train/loss"].item()), "keys": everyones}
             write_atomically(self._path, json.dumps(content))
         saved = self._saved_step()

@@ -1,7 +1,7 @@
-"""What happens beside the training step itself: looking at losses, logging, evaluating, saving.
+"""What happens beside the training step itself: checking losses, logging, evaluating, saving.
 
-Of several processes every one calls the same methods in the same order. Process 0 writes; what one of them alone knows is
-gathered first (siglip/parallel/peers.py).
+Every process calls the same methods in the same order. Process 0 writes; what only one of them knows is gathered first
+(siglip/parallel/collectives.py).
 
 The trap: a method that gathers must be called by all processes or by none: never inside a branch that only one may take.
 """
@@ -14,15 +14,19 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from siglip.parallel.peers import Alone
+from siglip.errors import RunFailed
+from siglip.parallel.collectives import gather_records
+from siglip.parallel.launch import wait_for_all
 from siglip.training import flops
 from siglip.training.config import TrainConfig, to_json
-from siglip.training.divergence import LossWatch
+from siglip.training.divergence import LossMonitor
 from siglip.training.step import TrainState
 from siglip.workdir.checkpoint import Checkpointer
 from siglip.workdir.metrics import MetricsWriter, Progress, Throughput, read_metrics
 
-_PATIENCE_S = 60
+# How long a process whose evaluation failed waits for the others: they may be in a collective that never ends.
+_PATIENCE_S = 10
+_A_DAY_S = 86400  # how long the others wait for the slowest one
 
 # Called with the parameters; returns {"eval/<task>/<name>/<metric>": value}.
 Evaluate = Callable[[Mapping[str, Any]], Mapping[str, float]]
@@ -45,8 +49,8 @@ class Batches(Protocol):
     def close(self) -> None: ...
 
 
-class Bookkeeping:
-    """What happens beside the step itself: looking at losses, logging, evaluating, saving."""
+class RunHooks:
+    """What happens beside the step itself: checking losses, logging, evaluating, saving."""
 
     def __init__(
         self,
@@ -56,16 +60,15 @@ class Bookkeeping:
         evaluate: Evaluate | None,
         workdir: Path,
         start_step: int,
-        peers: Alone,
     ) -> None:
         self._config, self._batches, self._checkpointer = config, batches, checkpointer
-        self._evaluate, self._workdir, self._peers = evaluate, workdir, peers
-        first, run_config = peers.is_first, to_json(config)
+        self._evaluate, self._workdir = evaluate, workdir
+        first, run_config = jax.process_index() == 0, to_json(config)
         self._writer = MetricsWriter(workdir, config.log, run_config=run_config, start_step=start_step, enabled=first)
         self._progress = Progress(config.total_steps, start_step=start_step, enabled=config.log.progress and first)
-        self._losses = LossWatch(workdir, peers, saved_step=checkpointer.latest_step)
+        self._losses = LossMonitor(workdir, saved_step=checkpointer.latest_step)
         self._first_step = start_step + 1
-        self._best = peers.gather("best", checkpointer.best_value())[0]
+        self._best = gather_records([checkpointer.best_value()])[0]
         # Where image embeddings are read instead of computed, the model's FLOPs are not those of a step.
         counted = config.data.image_embeddings is None
         peak = flops.peak_pairs_per_s(config.model, batch_size=config.batch_size) if counted else None
@@ -88,44 +91,46 @@ class Bookkeeping:
         if last or stop or _due(step, config.log.every_steps):
             self._log(step)
         elif eval_due or save_due:
-            self._losses.look()
+            self._losses.check()
         best = self._run_evaluation(step, state) if eval_due else None
         if save_due or best is not None:
             self.save(step, state, best=best)
 
-    def make_up_for_a_missed_evaluation(self, step: int, state: TrainState) -> None:
-        """Evaluates the restored state when that was due but the run was stopped before."""
+    def run_missed_evaluation(self, step: int, state: TrainState) -> None:
+        """Evaluates the restored state when that was due but the run was stopped before; it may be the best one so far."""
         if step == 0 or not self._eval_due(step):
             return
-        lines = read_metrics(self._workdir) if self._peers.is_first else []
+        lines = read_metrics(self._workdir) if jax.process_index() == 0 else []
         missed = not any(line["step"] == step and any(name.startswith("eval/") for name in line) for line in lines)
-        if self._peers.gather("missed an evaluation", missed)[0]:
-            self._run_evaluation(step, state)
+        if gather_records([missed])[0]:
+            self._run_evaluation(step, state, saved=True)
 
     def save(self, step: int, state: TrainState, *, best: float | None = None) -> None:
         """Starts a checkpoint of `step`, unless there is one; raises NonFiniteLoss instead of saving a bad state."""
-        self._losses.look()
-        states = self._peers.gather("data position", self._batches.state())
+        self._losses.check()
+        states = gather_records([self._batches.state()])
         counts = sum((Counter(state.get("counts")) for state in states), Counter())
         data_state = states[0] | ({"counts": dict(counts)} if "counts" in states[0] else {})
         self._checkpointer.save(step, state, data_state=data_state, config=to_json(self._config), best_metric=best)
         self.throughput.restart()
 
-    def close(self) -> None:
-        """Lets the last checkpoint finish, whatever happened."""
+    def close(self, *, together: bool) -> None:
+        """Lets the last checkpoint finish, unless other processes would have to help and may not: `together` False."""
         self._progress.close()
         self._writer.close()
         self._batches.close()
-        self._checkpointer.close()
+        if together:
+            self._checkpointer.close()
+            gather_records([])  # nobody leaves while another one still writes
 
     def _eval_due(self, step: int) -> bool:
         config = self._config
         return self._evaluate is not None and (step == config.total_steps or _due(step, config.eval.every_steps))
 
     def _log(self, step: int) -> None:
-        values = self._losses.look() | self.throughput.read()
+        values = self._losses.check() | self.throughput.read()
         own = {"counts": dict(self._batches.counts), "data_wait": values.get("train/data_wait", 0.0)}
-        everyones = self._peers.gather("log", own)
+        everyones = gather_records([own])
         counts = sum((Counter(one["counts"]) for one in everyones), Counter())
         values |= {f"train/substituted/{reason}": n for reason, n in sorted(counts.items())}
         values |= {f"data/{name}": value for name, value in self._batches.progress().items()}
@@ -134,42 +139,48 @@ class Bookkeeping:
         self._writer.write(step, values)
         self._progress.update(step, values)
 
-    def _run_evaluation(self, step: int, state: TrainState) -> float | None:
-        """Writes the metrics; the value of `checkpoint.best_metric` if it is a new best, else None."""
-        assert self._evaluate is not None
+    def _run_evaluation(self, step: int, state: TrainState, *, saved: bool = False) -> float | None:
+        """Writes the metrics; the value of `checkpoint.best_metric` if it is a new best, else None.
+
+        Args:
+            saved: whether there is a checkpoint of this step, which is then marked if it is the best.
+        """
         results = self._evaluate_everywhere(step, state)
+        best = self._new_best(results)
+        if saved and best is not None:
+            self._checkpointer.mark_best(step, best)
         self._writer.write(step, results)
         self.throughput.restart()
+        return best
+
+    def _new_best(self, results: Mapping[str, float]) -> float | None:
         name = self._config.checkpoint.best_metric
-        if name is None:
-            return None
-        if name not in results:
+        if name is not None and name not in results:
             warnings.warn(
                 f"checkpoint.best_metric={name!r} was not evaluated; there are {sorted(results)}", stacklevel=2
             )
-            return None
-        if not results[name] > self._best:
+        if name not in results or not results[name] > self._best:
             return None
         self._best = results[name]
         return self._best
 
     def _evaluate_everywhere(self, step: int, state: TrainState) -> dict[str, float]:
         """Process 0's results, which all go by; what was trained outlives an evaluation that fails."""
+        assert self._evaluate is not None
         results, failure = {}, None
         try:
             results = dict(self._evaluate(state.eval_params))
         except BaseException as error:
             failure = error
-        own = {"results": results, "failure": None if failure is None else str(failure)}
-        try:
-            # The others may be waiting for this process inside the evaluation, where they would stay.
-            everyones = self._peers.gather("evaluation", own, timeout_s=None if failure is None else _PATIENCE_S)
-        except TimeoutError:
-            raise failure from None
+        # Nothing is gathered before all have left the evaluation: this process's collective would meet another one of theirs.
+        patience_s = _A_DAY_S if failure is None else _PATIENCE_S
+        if not wait_for_all(f"after the evaluation of step {step}", timeout_s=patience_s):
+            raise failure or RunFailed("the evaluation failed in another process; its output says why")
+        everyones = gather_records([{"results": results, "failure": None if failure is None else str(failure)}])
         failures = [f"process {i}: {one['failure']}" for i, one in enumerate(everyones) if one["failure"] is not None]
         if failures:
             self.save(step, state)
-            raise failure or RuntimeError(f"the evaluation failed in {failures[0]}")
+            raise failure or RunFailed(f"the evaluation failed in {failures[0]}")
         return everyones[0]["results"]
 
 

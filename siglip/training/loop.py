@@ -4,12 +4,13 @@
                                      until total_steps, a signal, or a non-finite loss
 
 Nothing is read from the device except when logging (divergence.py). A non-finite loss stops the run before its state is saved.
-Several processes run this same loop; what they must decide alike they ask of each other (siglip/parallel).
+Several processes run this same loop; what they must decide alike they gather first (siglip/parallel/collectives.py).
 
 The trap: the loader runs ahead of training. Its position is asked for after `next`, when it has counted exactly the batches
 that were handed out, and saved together with the state those batches made.
 """
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -18,15 +19,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 
-from siglip.errors import UserError
+from siglip.errors import RunFailed
 from siglip.parallel import sharding
-from siglip.parallel.peers import Alone
+from siglip.parallel.collectives import gather_records
+from siglip.parallel.launch import in_all_or_none, is_lost_process
 from siglip.training import optim, warm_start
-from siglip.training.config import TrainConfig, resolve, to_json
+from siglip.training.config import BAD_INPUT, TrainConfig, resolve, to_json
 from siglip.training.divergence import NonFiniteLoss
-from siglip.training.hooks import Batches, Bookkeeping, Evaluate
+from siglip.training.hooks import Batches, Evaluate, RunHooks
 from siglip.training.objective import all_param_shapes, make_objective
 from siglip.training.signals import Interrupted, SignalFlag
 from siglip.training.step import TrainState, init_state, make_abstract_state, make_train_step
@@ -35,8 +36,17 @@ from siglip.workdir.files import check_same_run, open_workdir
 
 logger = logging.getLogger(__name__)
 
-# Called once before the first step, with the step behind it, the parameters, and what tells the number of a signal received.
+# Called once before the first step, with the step behind it, the parameters, and SignalFlag.stop_now.
 Prepare = Callable[[int, Mapping[str, Any], Callable[[], int | None]], None]
+
+
+class Program(NamedTuple):
+    """What the loop runs. abstract_state: shapes, types and layout of the state; init: some parameters -> a fresh state."""
+
+    mesh: jax.sharding.Mesh
+    abstract_state: TrainState
+    init: Callable[[Mapping[str, np.ndarray]], TrainState]
+    step: Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def train(
@@ -46,7 +56,7 @@ def train(
     prepare: Prepare | None = None,
     evaluate: Evaluate | None = None,
     tokenizer: bytes | None = None,
-    peers: Alone | None = None,
+    program: Program | None = None,
 ) -> TrainState:
     """Trains until `config.total_steps`, from the workdir's newest checkpoint; without one, from `config.init.src`.
 
@@ -56,113 +66,119 @@ def train(
         prepare: makes `batches` ready, where that takes the parameters that training starts with.
         evaluate: run every `config.eval.every_steps` and at the end.
         tokenizer: content of the SentencePiece model, kept in the workdir for evaluation and export.
-        peers: the other processes (siglip.parallel.launch.joined); None: there are none.
+        program: what is trained; None: the two towers of `config`.
 
     Returns:
         The final state.
 
     Raises:
         FileNotFoundError: if there is nothing at `init.src`.
-        ValueError: for settings that do not fit each other, the devices, the workdir or `init.src`.
+        UserError: for settings that do not fit each other, the devices, the workdir or `init.src`.
         NonFiniteLoss: the last good checkpoint is intact.
         Interrupted: after SIGTERM or SIGINT; the state is saved.
+        RunFailed: if the data, a disk or another process fails while training.
     """
-    peers = Alone() if peers is None else peers
-    if jax.process_count() != peers.count:
-        raise UserError(
-            f"jax runs on {jax.process_count()} processes; train needs peers=, from siglip.parallel.launch.joined"
-        )
     config, workdir = resolve(config), Path(config.workdir)
-    mesh = sharding.make_mesh(config.mesh)
-    program = _build(config, mesh)
-    given = _read_initial(config, tokenizer, peers)
-    _agree(config, batches, tokenizer, given, peers)
-    agreed: Interrupted | NonFiniteLoss | None = None
-    with jax.set_mesh(mesh), SignalFlag() as signals:
-        checkpointer = Checkpointer(workdir, config.checkpoint)
-        peers.on_loss(lambda: f"start the same command again on every host: it goes on from {newest_step(workdir)}")
-        state, start_step = _restore_or_init(config, program, checkpointer, batches, peers, given)
-        del given
-        book = Bookkeeping(config, batches, checkpointer, evaluate, workdir, start_step, peers)
-        try:
-            if prepare is not None and start_step < config.total_steps:
-                prepare(start_step, state.params, lambda: signals.received)
-            state = _steps(config, program, state, start_step, batches, book, signals, peers)
-        except (Interrupted, NonFiniteLoss) as error:
-            agreed = error  # the other processes raise it at the same step
-        except (ValueError, OSError) as error:
-            # What was good enough to start with is not bad input now: whoever starts failed jobs again is to do so.
-            raise RuntimeError(str(error)) from error
-        finally:
-            book.close()
-        peers.finish()
-    if agreed is not None:
-        raise agreed
+    program = make_program(config) if program is None else program
+    try:
+        given = _read_initial(config, tokenizer)
+        _agree(config, batches, tokenizer, given)
+        with jax.set_mesh(program.mesh), SignalFlag() as signals:
+            checkpointer = Checkpointer(workdir, config.checkpoint)
+            state, start_step = _restore_or_init(config, program, checkpointer, batches, given)
+            del given
+            hooks = RunHooks(config, batches, checkpointer, evaluate, workdir, start_step)
+            return _run(config, program, state, start_step, batches, hooks, signals, prepare)
+    except Exception as error:
+        if not is_lost_process(error):
+            raise
+        reason = str(error).splitlines()[0]
+        advice = f"start the same command again on every host: it goes on from {newest_step(workdir)}"
+        raise RunFailed(f"another process of this job is gone ({reason}); {advice}") from error
+
+
+def _run(
+    config: TrainConfig,
+    program: Program,
+    state: TrainState,
+    start_step: int,
+    batches: Batches,
+    hooks: RunHooks,
+    signals: SignalFlag,
+    prepare: Prepare | None,
+) -> TrainState:
+    """From the restored state to the last step; raises RunFailed for what was bad input before the run began."""
+    together = False
+    try:
+        if prepare is not None and start_step < config.total_steps:
+            prepare(start_step, state.params, signals.stop_now)
+        state = _steps(config, program, state, start_step, batches, hooks, signals)
+        together = True
+    except (Interrupted, NonFiniteLoss):
+        together = True  # the other processes raise it at the same step
+        raise
+    except (*BAD_INPUT, OSError) as error:
+        # What was good enough to start with is not bad input now: whoever starts failed jobs again is to do so.
+        raise RunFailed(str(error)) from error
+    finally:
+        hooks.close(together=together or jax.process_count() == 1)
     return state
 
 
-def _agree(
-    config: TrainConfig, batches: Batches, tokenizer: bytes | None, given: Mapping[str, np.ndarray], peers: Alone
-) -> None:
-    """All processes start the same run, and the workdir is that run's; raises ValueError or OSError where not."""
+def _agree(config: TrainConfig, batches: Batches, tokenizer: bytes | None, given: Mapping[str, np.ndarray]) -> None:
+    """All processes start the same run, and the workdir is that run's; raises UserError or OSError where not."""
     check_same_run(
-        peers,
         config=to_json(config),
         data_state=batches.state(),
         tokenizer=tokenizer,
-        initial=warm_start.digest(given) if given and peers.count > 1 else None,
+        initial=warm_start.digest(given) if given and jax.process_count() > 1 else None,
     )
-    open_workdir(Path(config.workdir), to_json(config), tokenizer=tokenizer, peers=peers)
+    open_workdir(Path(config.workdir), to_json(config), tokenizer=tokenizer)
 
 
 def _steps(
     config: TrainConfig,
-    program: "_Program",
+    program: Program,
     state: TrainState,
     start_step: int,
     batches: Batches,
-    book: Bookkeeping,
+    hooks: RunHooks,
     signals: SignalFlag,
-    peers: Alone,
 ) -> TrainState:
     """The loop itself, from the step after `start_step` to the last one."""
     workdir, before = Path(config.workdir), None
-    book.make_up_for_a_missed_evaluation(start_step, state)
-    peers.begin(start_step)
+    hooks.run_missed_evaluation(start_step, state)
     for step in range(start_step + 1, config.total_steps + 1):
         try:
-            with book.throughput.waiting_for_data():
+            with hooks.throughput.waiting_for_data():
                 batch = dict(next(batches))
         except StopIteration:
-            raise RuntimeError(f"the data ended before step {step} of {config.total_steps}") from None
+            raise RunFailed(f"the data ended before step {step} of {config.total_steps}") from None
         except Exception:
             # A terminal sends Ctrl-C to data workers too: their death is then no failure of the run.
-            if signals.received is None or peers.count > 1:
+            if signals.received is None or jax.process_count() > 1:
                 raise
-            book.save(step - 1, state)
+            hooks.save(step - 1, state)
             raise Interrupted(signals.received, step - 1, workdir) from None
         keys = list(batch.pop("key", ()))
         state, metrics = program.step(state, sharding.put_batch(batch, program.mesh))
         # The device always has the next step waiting, and never more: every waiting step holds its batch in its memory.
         jax.block_until_ready(before)
         before = metrics
-        stop = peers.stop_after(step, signals.received)
-        book.after_step(step, state, metrics, keys, stop=stop is not None)
+        stop = signals.stop_now()
+        hooks.after_step(step, state, metrics, keys, stop=stop is not None)
         if stop is not None:
             raise Interrupted(stop, step, workdir)
     return state
 
 
-class _Program(NamedTuple):
-    """The mesh, the optimizer, the state's shapes and layout, and the jitted step."""
+def make_program(config: TrainConfig) -> Program:
+    """The two towers and the optimizer of `config`, on all devices.
 
-    mesh: jax.sharding.Mesh
-    optimizer: optax.GradientTransformation
-    abstract_state: TrainState
-    step: Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
-
-
-def _build(config: TrainConfig, mesh: jax.sharding.Mesh) -> _Program:
+    Raises:
+        UserError: for settings that do not fit each other or the devices.
+    """
+    mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.batch_size, mesh)
     if config.loss.micro_batch_size is not None:
         sharding.check_micro_batch_size(config.loss.micro_batch_size, config.batch_size, mesh)
@@ -191,39 +207,43 @@ def _build(config: TrainConfig, mesh: jax.sharding.Mesh) -> _Program:
     total = f"{config.total_steps} steps of {config.batch_size} pairs"
     kind = mesh.devices.flat[0].device_kind
     logger.info("%.1f M parameters, %s on %d x %s -> %s", parameters / 1e6, total, mesh.size, kind, config.workdir)
-    return _Program(mesh, optimizer, abstract_state, step)
+
+    def init(given: Mapping[str, np.ndarray]) -> TrainState:
+        on_devices = warm_start.put(given, abstract_state.params)
+        return init_state(
+            config.model,
+            optimizer,
+            abstract_state=abstract_state,
+            seed=config.seed,
+            terms=config.terms,
+            given=on_devices,
+        )
+
+    return Program(mesh, abstract_state, init, step)
 
 
-def _read_initial(config: TrainConfig, tokenizer: bytes | None, peers: Alone) -> dict[str, np.ndarray]:
+def _read_initial(config: TrainConfig, tokenizer: bytes | None) -> dict[str, np.ndarray]:
     """The parameters of `init.src`, in this process's memory; none where there is a checkpoint to go on from."""
     # Asked in every process, whatever its settings are: whether these agree is found out later.
-    goes_on = peers.gather("has a checkpoint", has_checkpoint(Path(config.workdir)))[0]
+    goes_on = gather_records([has_checkpoint(Path(config.workdir))])[0]
     if config.init.src is None or goes_on:
         return {}
-    return warm_start.read_initial(config.init, config.model, tokenizer=tokenizer)
+    read = functools.partial(warm_start.read_initial, config.init, config.model, tokenizer=tokenizer)
+    return in_all_or_none(read, bad_input=(*BAD_INPUT, OSError))
 
 
 def _restore_or_init(
     config: TrainConfig,
-    program: _Program,
+    program: Program,
     checkpointer: Checkpointer,
     batches: Batches,
-    peers: Alone,
     given: Mapping[str, np.ndarray],
 ) -> tuple[TrainState, int]:
-    step = peers.gather("newest step", checkpointer.latest_step())[0]
+    step = gather_records([checkpointer.latest_step()])[0]
     if step is None:
-        state = init_state(
-            config.model,
-            program.optimizer,
-            abstract_state=program.abstract_state,
-            seed=config.seed,
-            terms=config.terms,
-            given=warm_start.put(given, program.abstract_state.params),
-        )
-        return state, 0
+        return program.init(given), 0
     state, data_state = checkpointer.restore(step, program.abstract_state)
-    if "counts" in data_state and not peers.is_first:
+    if "counts" in data_state and jax.process_index() > 0:
         data_state = data_state | {"counts": {}}  # they are everyone's, and process 0 goes on with them
     batches.restore(data_state)
     finished = step == config.total_steps

@@ -16,6 +16,7 @@ The trap: a folder under checkpoints/ may be half a checkpoint. Whole is what ha
 
 import contextlib
 import dataclasses
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,7 +28,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from siglip import trees
+from siglip.atomic import new_file
 from siglip.errors import UserError
+from siglip.parallel.collectives import gather_records
 from siglip.workdir.files import CONFIG_FILE, read_config
 
 CHECKPOINTS_DIR = "checkpoints"
@@ -109,6 +112,15 @@ class Checkpointer:
             ),
             metrics=None if best_metric is None else {self._best_name: best_metric},
         )
+
+    def mark_best(self, step: int, value: float) -> None:
+        """Notes that the checkpoint of `step`, which is on disk, has the highest `best_metric` so far: it stays."""
+        self.wait()
+        if jax.process_index() == 0:
+            with new_file(self._folder / str(step) / "metrics" / "metrics") as partial:  # as orbax writes it
+                partial.write_text(json.dumps({self._best_name: value}))
+        gather_records([])  # the others read what process 0 wrote
+        self._manager.reload()
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """(state, data_state) of a step; `like` is the state as shapes with shardings: arrays arrive laid out so.

@@ -7,6 +7,7 @@ The trap: a run that goes on with other settings is neither run. Only where it r
 hold is compared by content, so they may lie elsewhere.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -17,9 +18,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from siglip.atomic import new_file
 from siglip.errors import UserError
-from siglip.parallel.peers import Alone
+from siglip.parallel.collectives import gather_records
+from siglip.parallel.launch import in_all_or_none
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.model"
@@ -45,7 +49,6 @@ _SHARED_FILE_S = 5.0  # a network folder may be slow to show what another host w
 
 
 def check_same_run(
-    peers: Alone,
     *,
     config: Mapping[str, Any],
     data_state: Mapping[str, Any],
@@ -64,9 +67,9 @@ def check_same_run(
     data["image_embeddings_used"] = everything.get("data/image_embeddings") is not None
     settings = flat | {f"data/{name}": value for name, value in _plain(data).items()} | {"init/parameters": initial}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    if len(set(peers.gather("settings", digest))) == 1:
+    if len(set(gather_records([digest]))) == 1:
         return
-    everyones = peers.gather("settings in full", settings)
+    everyones = gather_records([settings])
     index = next(i for i, theirs in enumerate(everyones) if theirs != everyones[0])
     differences = _differences(everyones[0], everyones[index], ())
     told = [f"{name} is {first!r} in process 0 and {its!r} in process {index}" for name, first, its in differences[:3]]
@@ -81,9 +84,7 @@ def _plain(tree: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(tree))
 
 
-def open_workdir(
-    workdir: Path, config: Mapping[str, Any], *, tokenizer: bytes | None = None, peers: Alone | None = None
-) -> None:
+def open_workdir(workdir: Path, config: Mapping[str, Any], *, tokenizer: bytes | None = None) -> None:
     """Creates the workdir with its config.json and tokenizer, or checks that those there are of the same run.
 
     Raises:
@@ -91,21 +92,20 @@ def open_workdir(
             another one, or if the processes do not all see the same folder.
         PermissionError, NotADirectoryError: if the folder cannot be made or written.
     """
-    peers = Alone() if peers is None else peers
-    if peers.is_first:
-        _make_workdir(workdir, config, tokenizer)
-    if peers.count == 1:
+    is_first = jax.process_index() == 0
+    make = functools.partial(_make_workdir, workdir, config, tokenizer) if is_first else lambda: None
+    in_all_or_none(make, bad_input=(UserError, PermissionError, NotADirectoryError))
+    if jax.process_count() == 1:
         return
     # Leftovers of an earlier run may lie on every host: only a file written now proves that the folder is one.
-    proof = workdir / f".shared-{uuid.uuid4().hex}"
-    if peers.is_first:
+    proof = workdir / gather_records([f".shared-{uuid.uuid4().hex}"])[0]
+    if is_first:
         proof.touch()
-    proof = workdir / peers.gather("workdir", proof.name)[0]
     deadline = time.monotonic() + _SHARED_FILE_S
     while not (seen := proof.exists() and os.access(workdir, os.W_OK)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    everyones = peers.gather("workdir is shared", [seen, str(workdir)])
-    if peers.is_first:
+    everyones = gather_records([[seen, str(workdir)]])
+    if is_first:
         proof.unlink()
     blind = [(index, path) for index, (seen, path) in enumerate(everyones) if not seen]
     if blind:

@@ -1,17 +1,25 @@
 """The smallest run that is a run: a real two-tower model and batches made from nothing but their position."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import NamedSharding
 
 from data_pipelines.loader import DataConfig
 from data_pipelines.order.mixture import SourceConfig
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
+from siglip.parallel.sharding import P_REPLICATED, make_mesh
 from siglip.training.config import TrainConfig
+from siglip.training.loop import Program
 from siglip.training.optim import OptimConfig
+from siglip.training.step import TrainState
 from siglip.workdir.metrics import LogConfig
 
 MODEL = ModelConfig(
@@ -33,6 +41,35 @@ def tiny_config(workdir: Path, **overrides) -> TrainConfig:
         log=LogConfig(every_steps=2, progress=False),
     )
     return dataclasses.replace(config, **overrides)
+
+
+def toy_program(config: TrainConfig, *, penalty: Callable[[dict], Any] = lambda params: 0.0) -> Program:
+    """A line from an image's brightness to its caption's first token: the loop at work, compiled in no time."""
+    mesh = make_mesh(config.mesh)
+    everywhere = NamedSharding(mesh, P_REPLICATED)
+    adam = optax.adam(config.optim.lr)
+
+    def init(given):
+        params = {"w": jnp.zeros(16), "t": jnp.log(10.0)[None], "b": jnp.full(1, -10.0)}
+        return jax.device_put(TrainState(jnp.zeros((), jnp.int32), params, adam.init(params)), everywhere)
+
+    def loss_of(params, batch):
+        brightness = batch["image"].astype(jnp.float32).mean((1, 2, 3)) / 255
+        # As in the text tower, a token out of range is NaN.
+        level = jnp.take(jnp.arange(4000) / 50, batch["text"][:, :1], mode="fill", fill_value=jnp.nan)
+        return jnp.mean((brightness[:, None] * params["w"] - level) ** 2) + penalty(params)
+
+    def step(state, batch):
+        loss, grads = jax.value_and_grad(loss_of)(state.params, batch)
+        updates, opt_state = adam.update(grads, state.opt_state)
+        metrics = {"train/loss": loss, "train/update_norm": optax.tree.norm(updates)}
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+    shapes = jax.eval_shape(init, {})
+    abstract_state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), shapes)
+    return Program(
+        mesh, abstract_state, jax.jit(init, out_shardings=everywhere), jax.jit(step, out_shardings=everywhere)
+    )
 
 
 def use_devices(patch: pytest.MonkeyPatch, count: int) -> None:

@@ -5,6 +5,7 @@
 FILE gets a JSON line [step, keys] for every batch and ["read", key] for every training pair that is read. EVENT: "hold"
 touches FILE.holding and sleeps for ever, "fail" and "missing" raise, a number is a signal that the process sends itself. STEP may
 be "evaluating" or "evaluated": EVENT then comes before an evaluation's first forward pass, or when its results are there.
+SIGLIP_TEST_STEP_S: every batch takes so long. SIGLIP_TEST_TOY=1: a linear toy is trained in place of the two towers.
 """
 
 import json
@@ -16,7 +17,9 @@ from data_pipelines.loader import Loader
 from data_pipelines.sources.webdataset import TarSource
 from siglip.cli import main, training
 from siglip.cli.evaluation import Tower
+from siglip.training import loop
 from siglip.training.config import EvalTask
+from tests.siglip.tiny_run import toy_program
 
 
 def record(path: Path, at: str) -> None:
@@ -26,6 +29,7 @@ def record(path: Path, at: str) -> None:
     hand_out, read = Loader.__next__, TarSource.__getitem__
 
     def hand_out_and_tell(self: Loader) -> dict:
+        time.sleep(float(os.environ.get("SIGLIP_TEST_STEP_S", 0)))
         step = self.state()["position"] + 1
         if str(step) == event_step:
             happen(event, path)
@@ -63,5 +67,7 @@ def happen(event: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    if os.environ.get("SIGLIP_TEST_TOY") == "1":
+        loop.make_program = toy_program
     record(Path(os.environ["SIGLIP_TEST_RECORD"]), os.environ.get("SIGLIP_TEST_AT", ""))
     main()

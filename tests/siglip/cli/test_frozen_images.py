@@ -21,7 +21,6 @@ from siglip.cli import frozen_images, run
 from siglip.cli.frozen_images import StoppedComputing, check_frozen, fingerprint, make_prepare
 from siglip.formats import big_vision
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
-from siglip.parallel.peers import Alone
 from siglip.parallel.sharding import MeshConfig, make_mesh, param_shardings
 from siglip.training.config import TrainConfig
 from siglip.training.optim import OptimConfig
@@ -148,7 +147,7 @@ def test_stopped_and_started_again_it_goes_on_with_the_next_part(folder, tmp_pat
     with pytest.raises(
         StoppedComputing, match="stopped by SIGTERM with 2 parts of the image embeddings left"
     ) as stopped:
-        make_prepare(config, loader_of(config), Alone())(0, tower, lambda: next(signals))
+        make_prepare(config, loader_of(config))(0, tower, lambda: next(signals))
     assert stopped.value.signum == signal.SIGTERM
     (store,) = tmp_path.iterdir()
     assert sorted(path.name for path in store.glob("*.npy")) == ["00000.npy"]
@@ -156,7 +155,7 @@ def test_stopped_and_started_again_it_goes_on_with_the_next_part(folder, tmp_pat
 
     decoded.clear()
     loader = loader_of(config)
-    make_prepare(config, loader, Alone())(0, tower, lambda: None)
+    make_prepare(config, loader)(0, tower, lambda: None)
     assert len(decoded) == PAIRS - 16 and len(set(decoded)) == len(decoded)
     assert (store / "00000.npy").read_bytes() == first and len(list(store.glob("*.npy"))) == 3
     assert not list(store.glob(".*")) and next(loader)["zimg"].shape == (16, 32)
@@ -168,7 +167,7 @@ def test_another_tower_gets_embeddings_of_its_own(folder, tmp_path):
     config, seen = config_of(folder, data=data), []
     for seed in (0, 1, 0):
         loader = loader_of(config)
-        make_prepare(config, loader, Alone())(0, {"img": random_params(MODEL, seed=seed)["img"]}, lambda: None)
+        make_prepare(config, loader)(0, {"img": random_params(MODEL, seed=seed)["img"]}, lambda: None)
         seen.append(next(loader)["zimg"])
         loader.close()
     assert len(list(tmp_path.iterdir())) == 2
@@ -226,7 +225,7 @@ def test_a_tower_that_makes_nan_is_not_kept(folder, tmp_path):
     config, tower = config_of(folder, data=data), random_params(MODEL)["img"]
     tower["embedding"]["bias"][0] = np.nan
     with pytest.raises(RuntimeError, match="the image tower makes NaN of pair 0 of .*shard.tar"):
-        make_prepare(config, loader_of(config), Alone())(0, {"img": tower}, lambda: None)
+        make_prepare(config, loader_of(config))(0, {"img": tower}, lambda: None)
     assert not list(tmp_path.rglob("*.npy"))
 
 

@@ -4,9 +4,9 @@ import signal
 
 import numpy as np
 import pytest
+from siglip.parallel.hub import listen
 
 from siglip.cli import run
-from siglip.parallel.hub import listen
 from siglip.workdir.checkpoint import read_run_params
 from siglip.workdir.metrics import read_metrics
 from tests.siglip.jobs import HEARTBEAT_S, LOSS_RTOL, STEPS, Jobs, free_ports, losses, params

@@ -10,18 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import siglip.training.loop
-import siglip.training.step
 from siglip import trees
-from siglip.parallel.sharding import MeshConfig, make_mesh, put_batch
+from siglip.errors import RunFailed, UserError
+from siglip.parallel import launch
+from siglip.parallel.sharding import MeshConfig, put_batch
 from siglip.training.config import EvalConfig, EvalTask
-from siglip.training.loop import Interrupted, NonFiniteLoss, train
+from siglip.training.loop import Interrupted, NonFiniteLoss, make_program, train
 from siglip.training.objective import LossConfig
 from siglip.training.optim import OptimConfig
-from siglip.training.step import init_state
 from siglip.workdir.checkpoint import CheckpointConfig, read_run_params
 from siglip.workdir.metrics import LogConfig, read_metrics
-from tests.siglip.tiny_run import TinyBatches, tiny_config, use_devices
+from tests.siglip.tiny_run import TinyBatches, tiny_config, toy_program, use_devices
 
 FSDP = MeshConfig(fsdp=4, fsdp_min_size_bytes=1024)
 
@@ -30,6 +29,11 @@ FSDP = MeshConfig(fsdp=4, fsdp_min_size_bytes=1024)
 def two_devices(monkeypatch):
     """Two devices show all that eight would, in a fraction of the time."""
     use_devices(monkeypatch, 2)
+
+
+def train_toy(config, batches, **kwargs):
+    """The loop itself around a program that compiles at once."""
+    return train(config, batches, program=toy_program(config), **kwargs)
 
 
 def leaves(state):
@@ -88,7 +92,7 @@ def with_task(**kwargs):
 
 
 def test_a_signal_during_an_evaluation_saves_and_the_run_goes_on(tmp_path):
-    expected = train(tiny_config(tmp_path / "whole"), TinyBatches())
+    expected = train_toy(tiny_config(tmp_path / "whole"), TinyBatches())
     config = tiny_config(tmp_path / "run", **with_task(every_steps=3))
     calls = []
 
@@ -99,9 +103,9 @@ def test_a_signal_during_an_evaluation_saves_and_the_run_goes_on(tmp_path):
         return {"eval/retrieval/toy/score": 1.0}
 
     with pytest.raises(Interrupted) as stopped:
-        train(config, TinyBatches(), evaluate=interrupted)
+        train_toy(config, TinyBatches(), evaluate=interrupted)
     assert read_run_params(tmp_path / "run")[2] == int(re.search(r"at step (\d+)", str(stopped.value))[1])
-    assert_bit_equal(train(config, TinyBatches(), evaluate=interrupted).params, expected.params)
+    assert_bit_equal(train_toy(config, TinyBatches(), evaluate=interrupted).params, expected.params)
 
 
 def test_a_signal_in_the_last_step_leaves_its_evaluation_to_the_next_start(tmp_path):
@@ -113,19 +117,21 @@ def test_a_signal_in_the_last_step_leaves_its_evaluation_to_the_next_start(tmp_p
         return {"eval/retrieval/toy/score": 1.0}
 
     with pytest.raises(Interrupted, match="at step 8"):
-        train(config, StopsAt(8, signal.SIGTERM), evaluate=evaluate)
+        train_toy(config, StopsAt(8, signal.SIGTERM), evaluate=evaluate)
     assert not evaluations
     for _ in range(2):
-        train(config, TinyBatches(), evaluate=evaluate)
+        train_toy(config, TinyBatches(), evaluate=evaluate)
     assert len(evaluations) == 1 and "eval/retrieval/toy/score" in read_metrics(tmp_path)[-1]
 
 
-def test_what_was_trained_outlives_a_broken_evaluation(tmp_path):
+@pytest.mark.parametrize("raised, seen", [(UserError, RunFailed), (OSError, RunFailed), (ValueError, ValueError)])
+def test_what_was_trained_outlives_a_broken_evaluation(tmp_path, raised, seen):
     def broken(params):
-        raise ValueError("labels are missing")
+        raise raised("labels are missing")
 
-    with pytest.raises(RuntimeError, match="labels are missing"):
-        train(tiny_config(tmp_path, **with_task()), TinyBatches(), evaluate=broken)
+    with pytest.raises(seen, match="labels are missing") as failed:
+        train_toy(tiny_config(tmp_path, **with_task()), TinyBatches(), evaluate=broken)
+    assert failed.type is seen
     assert read_run_params(tmp_path)[2] == 8
 
 
@@ -141,46 +147,41 @@ class DyingWorkers(TinyBatches):
 
 def test_data_workers_that_die_of_the_signal_lose_nothing(tmp_path):
     with pytest.raises(Interrupted, match="at step 4"):
-        train(tiny_config(tmp_path / "run"), DyingWorkers())
-    expected = train(tiny_config(tmp_path / "whole"), TinyBatches())
-    assert_bit_equal(train(tiny_config(tmp_path / "run"), TinyBatches()), expected)
+        train_toy(tiny_config(tmp_path / "run"), DyingWorkers())
+    expected = train_toy(tiny_config(tmp_path / "whole"), TinyBatches())
+    assert_bit_equal(train_toy(tiny_config(tmp_path / "run"), TinyBatches()), expected)
 
 
-def test_parameters_ruined_by_a_gradient_are_not_saved(tmp_path, monkeypatch):
+def test_parameters_ruined_by_a_gradient_are_not_saved(tmp_path):
     # A finite loss with a gradient that is not: the norm of an embedding of exactly zero has one.
-    loss = siglip.training.step.chunked_sigmoid_loss
-
-    def ruined(zimg, ztxt, t, b, **kwargs):
-        return loss(zimg, ztxt, t, b, **kwargs) + jnp.linalg.norm(jax.lax.stop_gradient(b) * 0 * b)
-
-    monkeypatch.setattr(siglip.training.step, "chunked_sigmoid_loss", ruined)
+    config = tiny_config(tmp_path)
+    program = toy_program(config, penalty=lambda params: jnp.linalg.norm(0 * params["b"]))
     with pytest.raises(NonFiniteLoss, match=r"norm of the update nan at step 1; .*checkpoint is none"):
-        train(tiny_config(tmp_path), TinyBatches())
+        train(config, TinyBatches(), program=program)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
 def test_another_tokenizer_in_the_same_workdir_is_refused(tmp_path):
-    train(tiny_config(tmp_path), TinyBatches(), tokenizer=b"one")
+    train_toy(tiny_config(tmp_path), TinyBatches(), tokenizer=b"one")
     with pytest.raises(ValueError, match="trained with another tokenizer"):
-        train(tiny_config(tmp_path), TinyBatches(), tokenizer=b"two")
+        train_toy(tiny_config(tmp_path), TinyBatches(), tokenizer=b"two")
     assert (tmp_path / "tokenizer.model").read_bytes() == b"one"
 
 
 def test_under_fsdp_moments_are_sharded_and_the_step_compiles_once(monkeypatch):
     use_devices(monkeypatch, 8)
     config = tiny_config("unused", mesh=FSDP, loss=LossConfig(impl="ring", chunk_size=1))
-    mesh = make_mesh(config.mesh)
-    program = siglip.training.loop._build(config, mesh)
+    program = make_program(config)
     sharded = {
         leaf.shape for leaf in jax.tree.leaves(program.abstract_state.params) if not leaf.sharding.is_fully_replicated
     }
     moments = [leaf for leaf in jax.tree.leaves(program.abstract_state.opt_state) if leaf.shape in sharded]
     assert sharded and moments and not any(leaf.sharding.is_fully_replicated for leaf in moments)
-    with jax.set_mesh(mesh):
-        state = init_state(config.model, program.optimizer, abstract_state=program.abstract_state, seed=0)
+    with jax.set_mesh(program.mesh):
+        state = program.init({})
         batch = {name: rows for name, rows in next(TinyBatches()).items() if name != "key"}
         for _ in range(3):
-            state, _ = program.step(state, put_batch(batch, mesh))
+            state, _ = program.step(state, put_batch(batch, program.mesh))
     assert program.step._cache_size() == 1
     for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True):
         assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
@@ -189,9 +190,9 @@ def test_under_fsdp_moments_are_sharded_and_the_step_compiles_once(monkeypatch):
 def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     config = tiny_config(tmp_path, checkpoint=CheckpointConfig(every_steps=4))
     with pytest.raises(NonFiniteLoss):
-        train(config, TinyPoison(7))
+        train_toy(config, TinyPoison(7))
     assert [line["step"] for line in read_metrics(tmp_path)] == [2, 4, 6]
-    train(config, TinyBatches())
+    train_toy(config, TinyBatches())
     assert [line["step"] for line in read_metrics(tmp_path)] == [2, 4, 6, 8]
 
 
@@ -215,13 +216,13 @@ def test_a_non_finite_loss_stops_the_run_with_the_keys_and_the_last_checkpoint(t
     )
     batches = TinyPoison(5)
     with pytest.raises(NonFiniteLoss, match=r"loss is nan, .* at step 5; .*last good checkpoint is step 4"):
-        train(config, batches)
+        train_toy(config, batches)
     saved = json.loads((tmp_path / "non_finite_batch.json").read_text())
     assert saved["step"] == 5 and saved["keys"] == batches.seen[4 * 16 : 5 * 16]
     params, _, step = read_run_params(tmp_path)
     assert step == 4 and all(np.all(np.isfinite(leaf)) for leaf in trees.flatten(params).values())
-    reference = train(tiny_config(tmp_path / "clean"), TinyBatches())
-    assert_bit_equal(train(config, TinyBatches()), reference)
+    reference = train_toy(tiny_config(tmp_path / "clean"), TinyBatches())
+    assert_bit_equal(train_toy(config, TinyBatches()), reference)
 
 
 def test_the_last_k_and_the_best_checkpoint_are_kept(tmp_path):
@@ -231,7 +232,7 @@ def test_the_last_k_and_the_best_checkpoint_are_kept(tmp_path):
         eval=EvalConfig(tasks=(EvalTask("retrieval", "toy", "unused.tar"),), every_steps=2),
         checkpoint=CheckpointConfig(every_steps=1, keep=2, best_metric="eval/retrieval/toy/score"),
     )
-    train(config, TinyBatches(), evaluate=lambda params: {"eval/retrieval/toy/score": next(scores)})
+    train_toy(config, TinyBatches(), evaluate=lambda params: {"eval/retrieval/toy/score": next(scores)})
     kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert kept == [4, 7, 8]
     values = [line["eval/retrieval/toy/score"] for line in read_metrics(tmp_path) if "eval/retrieval/toy/score" in line]
@@ -239,40 +240,40 @@ def test_the_last_k_and_the_best_checkpoint_are_kept(tmp_path):
 
 
 def test_a_workdir_of_another_config_is_refused_and_untouched(tmp_path):
-    train(tiny_config(tmp_path), TinyBatches())
+    train_toy(tiny_config(tmp_path), TinyBatches())
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with pytest.raises(ValueError, match=r"belongs to another run: optim.lr is 0.003 there and 0.01 here"):
-        train(tiny_config(tmp_path, optim=OptimConfig(lr=0.01, warmup_steps=2)), TinyBatches())
+        train_toy(tiny_config(tmp_path, optim=OptimConfig(lr=0.01, warmup_steps=2)), TinyBatches())
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_what_only_reports_may_change_between_starts(tmp_path):
-    train(tiny_config(tmp_path), TinyBatches())
-    train(tiny_config(tmp_path, log=LogConfig(every_steps=1, progress=False)), TinyBatches())
+    train_toy(tiny_config(tmp_path), TinyBatches())
+    train_toy(tiny_config(tmp_path, log=LogConfig(every_steps=1, progress=False)), TinyBatches())
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_left(tmp_path):
     config = tiny_config(tmp_path, checkpoint=CheckpointConfig(every_steps=4))
-    train(config, TinyBatches())
+    train_toy(config, TinyBatches())
     for file in (tmp_path / "checkpoints" / "8" / "state").rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:
             file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"checkpoints/8 cannot be read .* move that folder away"):
-        train(config, TinyBatches())
+        train_toy(config, TinyBatches())
     assert (tmp_path / "checkpoints" / "4").is_dir()
 
 
 def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
     config = tiny_config(tmp_path)
-    expected = train(config, TinyBatches())
+    expected = train_toy(config, TinyBatches())
     # What a kill in the middle of saving leaves behind: a folder that was never renamed, or one without its last file.
     (tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp-0" / "state").mkdir(parents=True)
     (tmp_path / "checkpoints" / "9").mkdir()
     assert read_run_params(tmp_path)[2] == 8
     with pytest.raises(ValueError, match=r"checkpoints/9 cannot be read .* move that folder away"):
-        train(config, TinyBatches())
+        train_toy(config, TinyBatches())
     (tmp_path / "checkpoints" / "9").rmdir()
-    assert_bit_equal(train(config, TinyBatches()), expected)
+    assert_bit_equal(train_toy(config, TinyBatches()), expected)
 
 
 def test_a_batch_that_does_not_divide_is_named(tmp_path, monkeypatch):
@@ -350,7 +351,7 @@ def test_the_running_average_is_evaluated_saved_and_resumed(tmp_path):
 def test_substitutions_appear_in_the_metrics(tmp_path):
     batches = TinyBatches()
     batches.counts = {"truncated": 3}
-    train(tiny_config(tmp_path), batches)
+    train_toy(tiny_config(tmp_path), batches)
     assert read_metrics(tmp_path)[-1]["train/substituted/truncated"] == 3
 
 
@@ -361,7 +362,7 @@ def test_wandb_runs_offline_without_a_login(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     config = tiny_config(tmp_path, log=LogConfig(every_steps=4, progress=False, wandb="online"))
     with pytest.warns(UserWarning, match="logging offline"):
-        train(config, TinyBatches())
+        train_toy(config, TinyBatches())
     assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
@@ -374,7 +375,7 @@ def test_a_broken_wandb_does_not_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "init", explode)
     config = tiny_config(tmp_path, log=LogConfig(every_steps=4, progress=False, wandb="offline"))
     with pytest.warns(UserWarning, match="wandb.init failed and is skipped: disk full"):
-        train(config, TinyBatches())
+        train_toy(config, TinyBatches())
     assert len(read_metrics(tmp_path)) == 2
 
 
@@ -385,5 +386,86 @@ def test_a_file_that_goes_missing_while_training_is_a_failed_run_not_bad_input(t
                 raise FileNotFoundError("the shards are gone")
             return super().__next__()
 
-    with pytest.raises(RuntimeError, match="the shards are gone"):
-        train(tiny_config(tmp_path), Missing())
+    with pytest.raises(RunFailed, match="the shards are gone"):
+        train_toy(tiny_config(tmp_path), Missing())
+
+
+def test_a_bug_while_training_keeps_its_type_and_place(tmp_path):
+    def mistaken(state, batch):
+        return jnp.zeros(3) + jnp.zeros(4)
+
+    config = tiny_config(tmp_path)
+    with pytest.raises(TypeError, match="incompatible shapes") as failed:
+        train(config, TinyBatches(), program=toy_program(config)._replace(step=mistaken))
+    assert any(entry.name == "mistaken" for entry in failed.traceback)
+
+
+def test_data_that_end_early_fail_the_run(tmp_path):
+    class Short(TinyBatches):
+        def __next__(self):
+            if self.position == 3:
+                raise StopIteration
+            return super().__next__()
+
+    with pytest.raises(RunFailed, match="the data ended before step 4 of 8"):
+        train_toy(tiny_config(tmp_path), Short())
+
+
+def best_config(workdir, **kwargs):
+    checkpoint = CheckpointConfig(every_steps=100, keep=1, best_metric="eval/retrieval/toy/score")
+    return tiny_config(workdir, checkpoint=checkpoint, **with_task(every_steps=2), **kwargs)
+
+
+def scored(scores):
+    scores = iter(scores)
+    return lambda params: {"eval/retrieval/toy/score": next(scores)}
+
+
+def kept(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def test_the_best_checkpoint_survives_a_preemption_at_its_evaluation(tmp_path):
+    # Stopped at step 4, before its evaluation; the next start makes it up: 0.9 is the best there will be.
+    config = best_config(tmp_path)
+    with pytest.raises(Interrupted, match="at step 4"):
+        train_toy(config, StopsAt(4, signal.SIGTERM), evaluate=scored([0.1]))
+    with pytest.raises(Interrupted, match="at step 7"):
+        train_toy(config, StopsAt(7, signal.SIGTERM), evaluate=scored([0.9, 0.5]))
+    assert kept(tmp_path) == [4, 7]  # 0.5 at step 6 was no new best
+    train_toy(config, TinyBatches(), evaluate=scored([0.6]))
+    assert kept(tmp_path) == [4, 8]  # nor is 0.6, as a start after that one knows
+
+
+def test_an_evaluation_made_up_for_that_is_not_the_best_marks_nothing(tmp_path):
+    config = best_config(tmp_path)
+    with pytest.raises(Interrupted, match="at step 4"):
+        train_toy(config, StopsAt(4, signal.SIGTERM), evaluate=scored([0.9]))
+    train_toy(config, TinyBatches(), evaluate=scored([0.5, 0.6, 0.7]))
+    assert kept(tmp_path) == [2, 8]
+
+
+def test_a_lost_process_is_told_with_how_to_go_on(tmp_path, monkeypatch):
+    # What jax raises is shown by real processes (tests/siglip/parallel/test_processes.py), this is the line.
+    class Lost(TinyBatches):
+        def __next__(self):
+            if self.position == 5:
+                raise jax.errors.JaxRuntimeError("UNAVAILABLE: Gloo all-reduce failed: Connection closed by peer\nmore")
+            return super().__next__()
+
+    monkeypatch.setattr(launch, "_several", lambda: True)
+    config = tiny_config(tmp_path, checkpoint=CheckpointConfig(every_steps=4))
+    with pytest.raises(RunFailed) as failed:
+        train_toy(config, Lost())
+    assert str(failed.value) == (
+        "another process of this job is gone (UNAVAILABLE: Gloo all-reduce failed: Connection closed by peer); start the "
+        f"same command again on every host: it goes on from step 4 of {tmp_path}"
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("connection refused"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1 GiB")]
+)
+def test_other_errors_are_not_taken_for_a_lost_process(error, monkeypatch):
+    monkeypatch.setattr(launch, "_several", lambda: True)
+    assert not launch.is_lost_process(error)
