@@ -197,7 +197,7 @@ class _Computation:
             rounds = -(-len(missing) // peers.count)
             own += [store.parts] * (rounds - len(own))  # a part behind the last one has no pictures
             began = told = time.monotonic()
-            with contextlib.closing(self.loader.part_pictures(self.index, store, own, rows=self.rows)) as batches:
+            with contextlib.closing(self.loader.part_images(self.index, store, own, rows=self.rows)) as batches:
                 for n, part in enumerate(own):
                     signums = [s for s in peers.gather("signal", interrupted()) if s is not None]
                     if signums:
