@@ -107,7 +107,9 @@ def test_a_state_of_another_stream_is_refused(change, name):
 
 def test_a_state_of_other_data_is_refused(shards):
     state = make_loader(config_of(shards / "a.tar"), **SHAPES).state()
-    told = r"the data changed since this run was saved \(was: a.tar, 13 pairs; now: a.tar … b.tar, 42 pairs\); resume with"
+    told = (
+        r"the data changed since this run was saved \(was: a.tar, 13 pairs; now: a.tar … b.tar, 42 pairs\); resume with"
+    )
     with pytest.raises(ValueError, match=told):
         make_loader(config_of(shards / "*.tar"), **SHAPES).restore(state)
 
@@ -180,7 +182,9 @@ def test_a_source_without_usable_pairs_stops(shards):
     loader.close()
     write_pairs(shards / "broken.tar", 9, broken=dict.fromkeys(range(9), b"<html>"))
     loader = make_loader(config_of(shards / "broken.tar"), **SHAPES)
-    with pytest.raises(UserError, match="100 pairs drawn from '.*broken.tar' cannot be used, the first for 'not_an_image'"):
+    with pytest.raises(
+        UserError, match="100 pairs drawn from '.*broken.tar' cannot be used, the first for 'not_an_image'"
+    ):
         next(loader)
     loader.close()
 
