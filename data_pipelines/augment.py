@@ -1,12 +1,11 @@
-"""Random crops, flips and colour gains for training. Pure draws: which box to cut out, which gains to multiply with.
+"""Random crops, flips and colour gains for training.
 
-    side = scale * exp(+-aspect / 2) of the picture's side, centre = middle + shift * picture's side
+    side = scale * exp(+-aspect / 2) of the image's side, centre = middle + shift * image's side
     pixel = clip(pixel * exp(brightness) * exp(color[channel]), 0, 255)
 
-The crop costs nothing: `image_ops.resize` reads the box instead of the whole picture. Flips and gains are applied to a
-whole batch at once, a numpy call per pair would cost more than its arithmetic.
+The crop costs nothing: `image_ops.resize` reads the box instead of the whole image.
 
-The trap: a mirror image changes what some pictures show (letters, flags, arrows): flips pay on small sets that overfit
+The trap: a mirror image changes what some images show (letters, flags, arrows): flips pay on small sets that overfit
 and are off unless asked for.
 """
 
@@ -23,13 +22,13 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How far training pictures are varied; the defaults vary nothing.
+    """How far training images are varied; the defaults vary nothing.
 
     Attributes:
-      scale: smallest and largest side of the cut-out, relative to the picture's (log-uniform). Below 1
-        magnifies; above 1 shrinks the picture into a white frame.
+      scale: smallest and largest side of the cut-out, relative to the image's (log-uniform). Below 1
+        magnifies; above 1 shrinks the image into a white frame.
       aspect: the cut-out's aspect ratio is stretched by up to exp(+-aspect).
-      shift: the cut-out's middle moves by up to this fraction of the picture's side, each way; white comes
+      shift: the cut-out's middle moves by up to this fraction of the image's side, each way; white comes
         in.
       brightness: all channels are multiplied by up to exp(+-brightness).
       color: each channel is multiplied by up to exp(+-color).
@@ -54,12 +53,12 @@ class AugmentConfig:
             raise UserError(f"augment.flip={self.flip} is a probability, within 0 and 1")
 
 
-def draw_box(config: AugmentConfig, picture_size: tuple[int, int], rng: Rng) -> Box:
-    """(left, top, right, bottom) of the cut-out in pixels; it may reach outside the picture.
+def draw_box(config: AugmentConfig, image_size: tuple[int, int], rng: Rng) -> Box:
+    """(left, top, right, bottom) of the cut-out in pixels; it may reach outside the image.
 
-    picture_size: (width, height), as Pillow has it.
+    image_size: (width, height), as Pillow has it.
     """
-    width, height = picture_size
+    width, height = image_size
     low, high = math.log(config.scale[0]), math.log(config.scale[1])
     scale = low + (high - low) * rng.random()
     stretch = _symmetric(config.aspect, rng) / 2
@@ -81,17 +80,18 @@ def draw_flip(config: AugmentConfig, rng: Rng) -> bool:
     return config.flip > 0 and rng.random() < config.flip
 
 
-def apply_flip(images: np.ndarray, flips: np.ndarray) -> np.ndarray:
-    """Mirrors some pictures left to right. images: uint8 [b, h, w, 3]; flips: bool [b] -> uint8 [b, h, w, 3]."""
-    return np.where(flips[:, None, None, None], images[:, :, ::-1], images) if flips.any() else images
+def apply_flip(image: np.ndarray, flip: bool) -> np.ndarray:
+    """The image, or its mirror image. uint8 [h, w, 3] -> uint8 [h, w, 3]"""
+    return image[:, ::-1] if flip else image
 
 
-def apply_gain(images: np.ndarray, gains: np.ndarray) -> np.ndarray:
-    """Multiplies and clips. images: uint8 [b, h, w, 3]; gains: [b, 3] -> uint8 [b, h, w, 3]."""
-    if np.all(gains == 1):
-        return images
-    bright = images * gains.astype(np.float32)[:, None, None, :]
-    return np.minimum(bright + np.float32(0.5), 255).astype(np.uint8)
+def apply_gain(image: np.ndarray, gain: tuple[float, float, float]) -> np.ndarray:
+    """Multiplies red, green and blue, and clips. uint8 [h, w, 3] -> uint8 [h, w, 3]"""
+    if gain == (1.0, 1.0, 1.0):
+        return image
+    bright = image * np.array(gain, np.float32)
+    bright += np.float32(0.5)
+    return np.minimum(bright, 255, out=bright).astype(np.uint8)
 
 
 def _symmetric(limit: float, rng: Rng) -> float:

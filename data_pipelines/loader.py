@@ -1,6 +1,6 @@
 """The resumable stream of training batches, and every pair once for evaluation.
 
-    mixture order -> read -> decode, crop, resize, tokenize -> batch -> threads (Grain) or processes (workers.py)
+    mixture order -> read -> decode, crop, resize, tokenize -> rows of a batch, by threads (Grain) or processes: see workers.py
 
 The position is the number of batches handed out, nothing else: batch k is a pure function of (seed, k), so a
 resume seeks by arithmetic and is free to change the number of threads, workers and processes.
@@ -13,11 +13,11 @@ import collections
 import dataclasses
 import hashlib
 import json
+import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from data_pipelines import workers
 from data_pipelines.augment import AugmentConfig
@@ -27,6 +27,12 @@ from data_pipelines.order.mixture import Mixture, SourceConfig
 from data_pipelines.order.permutation import BlockShuffle
 from data_pipelines.records import Source
 from data_pipelines.samples.noise import NoiseConfig
+
+if TYPE_CHECKING:  # they import Pillow and SentencePiece
+    from data_pipelines.samples.batches import TrainBatches
+    from data_pipelines.samples.in_order import EvalBatches
+    from data_pipelines.samples.pairs import Field
+    from data_pipelines.samples.pixels import Pixels
 
 
 @dataclass(frozen=True)
@@ -38,13 +44,14 @@ class DataConfig:
       tokenizer: path of a SentencePiece model; None takes that of the model that training starts from.
       augment: random crops and colours; None for none.
       workers: processes that decode; 0 decodes in threads of the main process, which is faster for small
-        pictures.
+        images.
       threads: decoding threads in the main process, or in each worker.
-      prefetch: batches kept ready, in the main process or in each worker.
-      max_image_pixels: larger pictures are refused as decompression bombs.
-      cache_bytes: memory for decoded pictures, in the main process or in each worker; 0 for none.
-      image_embeddings: folder in which a frozen image tower's embeddings of all pictures are kept, computed when they are
-        missing; training then reads them instead of pictures. All hosts share it. None decodes pictures.
+      prefetch: local batches made ahead of the one in use, by all workers together; fewer, but at least one, where they
+        exceed 16 GiB.
+      max_image_pixels: larger images are refused as decompression bombs.
+      cache_bytes: memory for decoded images, in the main process or in each worker; 0 for none.
+      image_embeddings: folder in which a frozen image tower's embeddings of all images are kept, computed when they are
+        missing; training then reads them instead of images. All hosts share it. None decodes images.
       shuffle_blocks: shuffles block by block, for storage that likes long reads; None moves every pair anywhere.
       block_bytes: memory for what was read of blocks, encoded, in the main process or in each worker. It should hold what a
         process reads of two stretches of `shuffle_blocks`: this one and, ahead of need, the next.
@@ -56,7 +63,7 @@ class DataConfig:
     augment: AugmentConfig | None = None
     workers: int = 0
     threads: int = 2
-    prefetch: int = 4
+    prefetch: int = 2
     max_image_pixels: int = 1 << 26
     cache_bytes: int = 1 << 28
     image_embeddings: str | None = None
@@ -74,7 +81,7 @@ class DataConfig:
         if self.max_image_pixels > 89_478_485:
             raise UserError(f"data.max_image_pixels={self.max_image_pixels} exceeds Pillow's limit, 89478485")
         if self.noise is not None and self.noise.image and self.image_embeddings is not None:
-            raise UserError(f"data.noise.image={self.noise.image} needs pictures; leave out data.image_embeddings")
+            raise UserError(f"data.noise.image={self.noise.image} needs images; leave out data.image_embeddings")
 
 
 class Loader:
@@ -89,13 +96,13 @@ class Loader:
         reason.
     """
 
-    def __init__(self, batches, config: DataConfig, identity: dict):
+    def __init__(self, batches: "TrainBatches", config: DataConfig, identity: dict):
         self._batches = batches
         self._config = config
         self._identity = identity
         self._iterator = None
-        self.sources = batches.sources
-        self._position = batches.start
+        self.sources = batches.reader.sources
+        self._position = batches.reader.start
         self.counts = collections.Counter()
 
     def __iter__(self) -> Iterator[dict]:
@@ -103,58 +110,74 @@ class Loader:
 
     def __next__(self) -> dict:
         if self._iterator is None:
-            self._iterator = self._begin()
+            self._change_reader(start=self._position)
+            self._iterator = self._iterate(self._batches)
         batch = next(self._iterator)
         self._position += 1
         self.counts.update(batch.pop("replaced"))
         return batch
 
-    def _begin(self):
-        batches = dataclasses.replace(self._batches, start=self._position)
-        parts = self._config.workers if self._config.shuffle_blocks is not None else 1
-        if parts < 2:
-            return _iterate(batches, self._config)
-        # Every worker makes its part of every batch: of blocks of its own, which no other has to read as well.
-        return _joined(_iterate(dataclasses.replace(batches, parts=parts), self._config), parts)
+    def _iterate(self, batches: workers.Batches):
+        config = self._config
+        return workers.iterate(batches, workers=config.workers, threads=config.threads, prefetch=config.prefetch)
+
+    def _change_reader(self, **changes) -> None:
+        reader = dataclasses.replace(self._batches.reader, **changes)
+        self._batches = dataclasses.replace(self._batches, reader=reader)
 
     def use_image_embeddings(self, embeddings: Sequence[ImageEmbeddings]) -> None:
-        """From the next batch on, batches hold these in place of pictures. embeddings: whole, one per source."""
-        self.close()
-        self._batches = dataclasses.replace(self._batches, embeddings=tuple(embeddings))
+        """From the next batch on, batches hold these in place of images. embeddings: whole, one per source."""
+        from data_pipelines.samples.stored_embedding import StoredEmbedding
 
-    def part_pictures(
+        self.close()
+        others = (field for field in self._batches.fields if not field.reads_pixels)
+        self._batches = dataclasses.replace(self._batches, fields=(StoredEmbedding(tuple(embeddings)), *others))
+
+    def part_images(
         self, source: int, embeddings: ImageEmbeddings, parts: Sequence[int], *, rows: int
     ) -> Iterator[dict]:
-        """The pictures of these parts of a source, `rows` at a time: {"image": uint8 [n, h, w, 3], "broken": {record: reason}}.
+        """The images of these parts of a source, `rows` at a time: {"image": uint8 [n, h, w, 3], "broken": {record: reason}}.
 
         Every part gives equally many batches, the last of them short or empty.
         """
-        from data_pipelines.samples.batches import PartPictures
+        from data_pipelines.samples.in_order import ImagesInOrder
 
-        spec = self._batches.spec
-        pictures = PartPictures(
-            self.sources[source], embeddings, tuple(parts), rows, spec.image_size_px, spec.max_image_pixels
-        )
-        iterator = _iterate(pictures, self._config)
+        starts = range(0, embeddings.part_pairs, rows)
+        ranges = [embeddings.records(part)[start : start + rows] for part in parts for start in starts]
+        pixels = dataclasses.replace(self._pixels(), augment=None)
+        images = ImagesInOrder(self.sources[source], ranges, rows, pixels, self._batches.decoder, fields=frozenset())
+        iterator = self._iterate(images)
         try:
-            yield from iterator
+            for batch in iterator:
+                broken = {note.index: note.reason for note in batch["notes"] if note.reason}
+                yield {"image": batch["image"], "broken": broken}
         finally:
             iterator.close()
 
+    def _pixels(self) -> "Pixels":
+        from data_pipelines.samples.pixels import Pixels
+
+        return next(field for field in self._batches.fields if isinstance(field, Pixels))
+
     def progress(self) -> dict[str, float]:
         """What all processes together have seen of each source: {"source_0/pairs": …, "source_0/epochs": …, …}."""
-        order = self._batches.order
-        counts = order.counts_before(self._position * self._batches.batch_pairs)
+        mixture = self._batches.reader.mixture
+        counts = mixture.counts_before(self._position * self._batches.reader.batch_pairs)
         values = {}
-        for source, (pairs, size) in enumerate(zip(counts, order.sizes, strict=True)):
+        for source, (pairs, size) in enumerate(zip(counts, mixture.sizes, strict=True)):
             values |= {f"source_{source}/pairs": pairs, f"source_{source}/epochs": pairs / size}
         return values
 
     def state(self) -> dict:
         """What `restore` needs, for json: the batches handed out, the counts, and what they are a function of."""
-        order = self._batches.order
-        mixture = {"weights": list(order.weights), "since": order.since, "counts": list(order.counts)}
-        return {"position": self._position, "counts": dict(self.counts), "mixture": mixture, **self._identity}
+        mixture = self._batches.reader.mixture
+        weights = {"weights": list(mixture.weights), "since": mixture.since, "counts": list(mixture.counts)}
+        state = {"position": self._position, "counts": dict(self.counts), "mixture": weights}
+        return state | self._identity | {"data": self._describe()}
+
+    def _describe(self) -> str:
+        """The data by the names of its shards, which are the same wherever they lie."""
+        return "; ".join(map(_describe, self.sources))
 
     def restore(self, state: dict) -> None:
         """Goes to where `state()` was taken. Where the weights were others, each source goes on from its own count.
@@ -163,29 +186,37 @@ class Loader:
           ValueError: the state belongs to other data, another seed or another batch size.
         """
         for name, ours in self._identity.items():
-            if state.get(name) != ours:
-                raise UserError(
-                    f"the data position was saved with {name}={state.get(name)!r}, here it is {ours!r}; "
-                    "resume with the same data, seed and batch size, or start in a new workdir"
-                )
+            if state.get(name) == ours:
+                continue
+            told = f"the data position was saved with {name}={state.get(name)!r}, here it is {ours!r}"
+            if name == "fingerprint":
+                was = state.get("data", "unknown")
+                told = f"the data changed since this run was saved (was: {was}; now: {self._describe()})"
+            raise UserError(
+                f"{told}; resume with the same shards, manifests, data.shuffle_blocks, seed and batch size, "
+                "or start in a new workdir"
+            )
         self.close()
         self._position = state["position"]
         self.counts = collections.Counter(state["counts"])
         was, ours = state["mixture"], tuple(source.weight for source in self._config.sources)
-        order = dataclasses.replace(
-            self._batches.order, weights=tuple(was["weights"]), since=was["since"], counts=tuple(was["counts"])
+        mixture = dataclasses.replace(
+            self._batches.reader.mixture,
+            weights=tuple(was["weights"]),
+            since=was["since"],
+            counts=tuple(was["counts"]),
         )
-        if order.weights != ours:
-            order = order.reweighted(ours, position=self._position * self._batches.batch_pairs)
-        self._batches = dataclasses.replace(self._batches, order=order)
+        if mixture.weights != ours:
+            position = self._position * self._batches.reader.batch_pairs
+            mixture = mixture.reweighted(ours, position=position)
+        self._change_reader(mixture=mixture)
 
     def close(self) -> None:
         """Stops threads and worker processes. The next batch starts them again."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
-        for cache in self._batches.open_blocks:
-            cache.clear()
+        self._batches.reader.close()
 
 
 def make_loader(
@@ -198,6 +229,7 @@ def make_loader(
     process_index: int = 0,
     process_count: int = 1,
     position: int = 0,
+    fields: "tuple[Field, ...] | None" = None,
 ) -> Loader:
     """The training stream of one process.
 
@@ -209,45 +241,43 @@ def make_loader(
       seed: of the order and of every random choice.
       process_index, process_count: which slice of each batch.
       position: batches to skip.
+      fields: what becomes of each pair; None for `default_fields`.
 
     Raises:
       FileNotFoundError, PermissionError, ValueError: shards, tokenizer or numbers that cannot be used.
     """
-    from data_pipelines.samples.batches import BatchSource, PictureCache, SampleSpec
-    from data_pipelines.tokenizers import SentencePieceTokenizer
+    from data_pipelines.samples.batches import TrainBatches
+    from data_pipelines.samples.noisy_batches import NoisyBatches
+    from data_pipelines.samples.pairs import ImageCache, ImageDecoder
+    from data_pipelines.samples.reading import Reader
 
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"batch_size={batch_size} does not divide over {process_count} processes")
     if text_length < 1:
         raise UserError(f"text_length={text_length} must be at least 1")
-    tokenizer = SentencePieceTokenizer(config.tokenizer)
+    fields = default_fields(config, image_size=image_size, text_length=text_length) if fields is None else fields
     sources = tuple(map(_open, config.sources))
     weights = tuple(source.weight for source in config.sources)
-    order = Mixture(tuple(map(len, sources)), weights, seed, config.shuffle_blocks)
-    spec = SampleSpec(
-        image_size_px=tuple(image_size),
-        text_length=text_length,
-        captions=tuple(source.captions for source in config.sources),
-        augment=config.augment,
-        max_image_pixels=config.max_image_pixels,
-        seed=seed,
-        noise=config.noise,
-    )
-    cache = PictureCache(config.cache_bytes)
-    batches = BatchSource(
-        sources,
-        order,
-        spec,
-        cache,
-        tokenizer,
-        batch_size,
-        process_index,
-        process_count,
-        start=position,
-        open_blocks=_block_caches(config, sources, readers=process_count * max(1, config.workers)),
-    )
+    mixture = Mixture(tuple(map(len, sources)), weights, seed, config.shuffle_blocks)
+    caches = _block_caches(config, sources, readers=process_count * max(1, config.workers))
+    reader = Reader(sources, mixture, batch_size, process_index, process_count, position, caches)
+    decoder, cache = ImageDecoder(config.max_image_pixels), ImageCache(config.cache_bytes)
+    batches = TrainBatches(reader, fields, decoder, cache, seed, tuple(source.shards for source in config.sources))
+    if config.noise is not None:
+        batches = NoisyBatches(reader, fields, decoder, cache, seed, batches.names, config.noise)
     identity = {"fingerprint": _fingerprint(sources, config), "seed": seed, "batch_size": batch_size}
     return Loader(batches, config, identity)
+
+
+def default_fields(config: DataConfig, *, image_size: tuple[int, int], text_length: int) -> "tuple[Field, ...]":
+    """What becomes of a pair: its image and one of its captions. They draw in this order, see samples/pairs.py."""
+    from data_pipelines.samples.pixels import Pixels
+    from data_pipelines.samples.tokens import Tokens
+    from data_pipelines.tokenizers import SentencePieceTokenizer
+
+    captions = tuple(source.captions for source in config.sources)
+    tokens = Tokens(SentencePieceTokenizer(config.tokenizer), text_length, captions)
+    return tokens, Pixels(tuple(image_size), config.augment)
 
 
 def make_eval_batches(
@@ -256,105 +286,38 @@ def make_eval_batches(
     batch_size: int,
     image_size: tuple[int, int],
     max_image_pixels: int = 1 << 26,
-    threads: int = 2,
     process_index: int = 0,
     process_count: int = 1,
+    workers: int = 0,
+    threads: int | None = None,
+    fields: Collection[str] | None = None,
 ) -> "EvalBatches":
     """Every pair of a source once, in order, without augmentation; the last batch may be short.
 
-    Of several processes each gets every `process_count`-th pair, from `process_index` on.
+    Args:
+      source: the pairs.
+      batch_size: pairs in a batch of this process.
+      image_size: (h, w) in pixels.
+      max_image_pixels: larger images are left out.
+      process_index, process_count: of several processes each gets every `process_count`-th pair, from `process_index` on.
+      workers: processes that decode; 0 decodes in threads of this one.
+      threads: in each process; None for as many as there are cores.
+      fields: which fields of the pairs to carry along; None for all.
+
+    Raises:
+      ValueError: batch_size is below 1.
     """
+    from data_pipelines.samples.in_order import EvalBatches, ImagesInOrder
+    from data_pipelines.samples.pairs import ImageDecoder
+    from data_pipelines.samples.pixels import Pixels
+
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1")
     share = range(process_index, len(source), process_count)
-    return EvalBatches(source, batch_size, tuple(image_size), max_image_pixels, threads, share)
-
-
-@dataclass
-class EvalBatches:
-    """Iterates over {"image": uint8 [b, h, w, 3], "key": list[str], "fields": list[dict], "index": list[int] in the source}.
-
-    Pairs that cannot be decoded are left out; after a pass, `counts` says how many, by reason.
-    """
-
-    source: Source
-    batch_size: int
-    image_size: tuple[int, int]
-    max_image_pixels: int
-    threads: int
-    share: range
-
-    def __post_init__(self):
-        if self.batch_size < 1:
-            raise UserError(f"batch_size={self.batch_size} must be at least 1")
-        self.counts = collections.Counter()
-
-    def __iter__(self) -> Iterator[dict]:
-        self.counts = collections.Counter()
-        rows = []
-        for pair, image, index in self._decoded():
-            rows.append((image, pair.key, dict(pair.fields), index))
-            if len(rows) == self.batch_size:
-                yield _stack(rows)
-                rows = []
-        if rows:
-            yield _stack(rows)
-
-    def _decoded(self) -> Iterator[tuple]:
-        """(pair, image, index) in order, decoded one batch ahead."""
-        from concurrent.futures import ThreadPoolExecutor
-
-        pending = collections.deque()
-        with ThreadPoolExecutor(self.threads) as pool:
-            for index in self.share:
-                pending.append(pool.submit(self._decode, index))
-                if len(pending) > 2 * self.batch_size:
-                    yield from self._settle(pending.popleft())
-            while pending:
-                yield from self._settle(pending.popleft())
-
-    def _decode(self, index: int) -> tuple:
-        from data_pipelines import image_ops
-        from data_pipelines.samples import batches
-
-        pair = batches.read_pair(self.source, index)
-        picture = batches.decode_picture(pair, max_pixels=self.max_image_pixels)
-        return pair, image_ops.resize(picture, self.image_size), index
-
-    def _settle(self, future) -> Iterator[tuple]:
-        from data_pipelines.samples.batches import BrokenPair
-
-        try:
-            yield future.result()
-        except BrokenPair as error:
-            self.counts[error.reason] += 1
-
-
-def _stack(rows: list[tuple]) -> dict:
-    images, keys, fields, indices = zip(*rows, strict=True)
-    return {"image": np.stack(images), "key": list(keys), "fields": list(fields), "index": list(indices)}
-
-
-def _iterate(batches, config: DataConfig):
-    """The batches in order, from worker processes or from threads of this one."""
-    workers.keep_freed_memory()
-    if config.workers:
-        return workers.WorkerPool(batches, workers=config.workers, threads=config.threads, prefetch=config.prefetch)
-    import grain
-
-    options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch)
-    return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
-
-
-def _joined(parts, count: int) -> Iterator[dict]:
-    """Batches of `count` parts each. parts: as `_iterate` gives them."""
-    try:
-        for some in zip(*[parts] * count, strict=True):
-            order = np.argsort(np.concatenate([part.pop("rows") for part in some]))
-            replaced = sum((collections.Counter(part.pop("replaced")) for part in some), collections.Counter())
-            keys = sum((part.pop("key") for part in some), [])
-            arrays = {name: np.concatenate([part[name] for part in some])[order] for name in some[0]}
-            yield arrays | {"key": [keys[row] for row in order.tolist()], "replaced": replaced}
-    finally:
-        parts.close()
+    ranges = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+    kept = None if fields is None else frozenset(fields)
+    images = ImagesInOrder(source, ranges, batch_size, Pixels(tuple(image_size)), ImageDecoder(max_image_pixels), kept)
+    return EvalBatches(images, workers, threads)
 
 
 def _open(config: SourceConfig) -> Source:
@@ -391,8 +354,13 @@ def _block_caches(config: DataConfig, sources: tuple[Source, ...], *, readers: i
     return tuple(map(BlockCache, limits))
 
 
+def _describe(source: Source) -> str:
+    paths = [os.path.basename(path) for path in source.paths]
+    return f"{paths[0] if len(paths) == 1 else f'{paths[0]} … {paths[-1]}'}, {len(source)} pairs"
+
+
 def _fingerprint(sources: tuple[Source, ...], config: DataConfig) -> str:
-    """Of all that the order depends on, besides seed, batch size and weights."""
+    """Of all that the order depends on, besides seed, batch size and weights; not of where the files lie."""
     parts = [source.fingerprint for source in sources]
     if config.shuffle_blocks is not None:
         parts.append(dataclasses.asdict(config.shuffle_blocks))

@@ -96,6 +96,12 @@ def lookup(fields: Mapping[str, object], field: str) -> object:
     return None if isinstance(value, Mapping) and not field.endswith(".*") else value
 
 
+def field_names(fields: Mapping[str, object]) -> list[str]:
+    """The fields that a spec may name, entries of mappings as "field.entry"."""
+    names = ([f"{name}.{entry}" for entry in it] if isinstance(it, Mapping) else [name] for name, it in fields.items())
+    return list(itertools.chain.from_iterable(names))
+
+
 def _draw_weighted(spec: CaptionSpec, rng: Rng) -> int:
     """The index of a field, drawn in proportion to its probability."""
     if len(spec) == 1:

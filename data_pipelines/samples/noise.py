@@ -1,8 +1,8 @@
 """Label noise on purpose: how much a loss suffers from pairs that are wrong (SigLIP, arXiv 2303.15343, section 4.10).
 
-    image       with probability p the picture is uniform random pixels
+    image       with probability p the image is uniform random pixels
     text        with probability p the caption is a random token sequence of random length
-    alignment   a share p of the global batch: its texts go round among its pictures, none keeps its own
+    alignment   a share p of the global batch: its texts go round among its images, none keeps its own
 
 Whether and how a pair is corrupted is a function of (seed, position), so it is the same for any number of processes and
 after a resume, and a larger p corrupts the same pairs and more.
@@ -10,6 +10,7 @@ after a resume, and a larger p corrupts the same pairs and more.
 The trap: a text that moves comes from another position of the global batch, which may be another process's.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,7 @@ class NoiseConfig:
 
 
 def noisy_images(config: NoiseConfig, positions: np.ndarray, *, seed: int) -> np.ndarray:
-    """Which positions have a picture of noise. positions: int64 [n] -> bool [n]."""
+    """Which positions have an image of noise. positions: int64 [n] -> bool [n]."""
     return _uniform(positions, seed, _IMAGE_STREAM) < config.image
 
 
@@ -44,6 +45,7 @@ def noisy_texts(config: NoiseConfig, positions: np.ndarray, *, seed: int) -> np.
     return _uniform(positions, seed, _TEXT_STREAM) < config.text
 
 
+@functools.lru_cache(4)
 def text_positions(config: NoiseConfig, batch: range, *, seed: int) -> np.ndarray:
     """The position whose caption each position of a global batch shows. batch: its n positions -> int64 [n]."""
     positions = np.arange(batch.start, batch.stop)
@@ -56,7 +58,7 @@ def text_positions(config: NoiseConfig, batch: range, *, seed: int) -> np.ndarra
     return shown
 
 
-def random_picture(position: int, size_px: tuple[int, int], *, seed: int) -> np.ndarray:
+def random_image(position: int, size_px: tuple[int, int], *, seed: int) -> np.ndarray:
     """uint8 [h, w, 3]."""
     return _generator(position, seed, _IMAGE_STREAM).integers(0, 256, (*size_px, 3), np.uint8)
 

@@ -197,7 +197,7 @@ class _Computation:
             rounds = -(-len(missing) // count)
             own += [store.parts] * (rounds - len(own))  # a part behind the last one has no pictures
             began = told = time.monotonic()
-            with contextlib.closing(self.loader.part_pictures(self.index, store, own, rows=self.rows)) as batches:
+            with contextlib.closing(self.loader.part_images(self.index, store, own, rows=self.rows)) as batches:
                 for n, part in enumerate(own):
                     signum = interrupted()
                     if signum is not None:

@@ -106,7 +106,7 @@ def compute(loader, folder: Path, *, rows: int, part_pairs: int = 8) -> list[Ima
     for index, source in enumerate(loader.sources):
         store = open_image_embeddings(folder / str(index), pairs=len(source), width=3, about={}, part_pairs=part_pairs)
         parts = store.missing()
-        batches = list(loader.part_pictures(index, store, parts, rows=rows))
+        batches = list(loader.part_images(index, store, parts, rows=rows))
         each = -(-store.part_pairs // rows)
         assert len(batches) == each * len(parts)
         for n, part in enumerate(parts):
@@ -144,11 +144,11 @@ def test_the_same_pairs_captions_and_substitutes_as_with_pictures(config, tmp_pa
 
 
 def test_no_picture_is_decoded(config, tmp_path, monkeypatch):
-    from data_pipelines.samples import batches
+    from data_pipelines.samples.pairs import ImageDecoder
 
     loader = make_loader(config, **SHAPES)
     loader.use_image_embeddings(compute(loader, tmp_path / "store", rows=4))
-    monkeypatch.setattr(batches, "decode_picture", lambda *_, **__: pytest.fail("a picture was decoded"))
+    monkeypatch.setattr(ImageDecoder, "decode", lambda *_: pytest.fail("an image was decoded"))
     assert len(take(loader, 6)) == 6
 
 

@@ -13,9 +13,11 @@ from streams import AUGMENT, SAMPLE_CONFIG, SHAPES, assert_same, config_of, take
 
 from data_pipelines.augment import AugmentConfig, apply_flip, apply_gain, draw_box, draw_flip
 from data_pipelines.counter_rng import Draws
+from data_pipelines.errors import UserError
 from data_pipelines.loader import DataConfig, make_eval_batches, make_loader
 from data_pipelines.order.mixture import SourceConfig
 from data_pipelines.sources.webdataset import TarSource
+from data_pipelines.tokenizers import SentencePieceTokenizer
 
 
 def test_a_batch():
@@ -37,7 +39,7 @@ def test_an_epoch_holds_every_pair_once(shards):
 def test_picture_and_caption_stay_together(shards):
     batches, _ = take(config_of(shards / "*.tar"), 5)
     source = {pair.key: pair for pair in TarSource(str(shards / "*.tar"))}
-    tokenizer = make_loader(config_of(shards / "a.tar"), **SHAPES)._batches.tokenizer
+    tokenizer = SentencePieceTokenizer(SPIECE)
     for batch in batches:
         for image, text, key in zip(batch["image"], batch["text"], batch["key"], strict=True):
             assert image[0, 0].tolist() == [int(key) % 256, int(key) // 256, 7]
@@ -105,7 +107,10 @@ def test_a_state_of_another_stream_is_refused(change, name):
 
 def test_a_state_of_other_data_is_refused(shards):
     state = make_loader(config_of(shards / "a.tar"), **SHAPES).state()
-    with pytest.raises(ValueError, match="saved with fingerprint="):
+    told = (
+        r"the data changed since this run was saved \(was: a.tar, 13 pairs; now: a.tar … b.tar, 42 pairs\); resume with"
+    )
+    with pytest.raises(ValueError, match=told):
         make_loader(config_of(shards / "*.tar"), **SHAPES).restore(state)
 
 
@@ -171,7 +176,15 @@ def test_counts_of_processes_add_up(broken):
 def test_a_source_without_usable_pairs_stops(shards):
     sources = (SourceConfig(str(shards / "a.tar"), captions=(("captions.sw", 1.0),)),)
     loader = make_loader(DataConfig(sources, SPIECE), **SHAPES)
-    with pytest.raises(ValueError, match="'missing_text'.*captions.sw"):
+    told = "field 'captions.sw' is in none of the first 13 pairs of '.*a.tar'; they have captions.en, txt; set data.sources.0"
+    with pytest.raises(UserError, match=told):
+        next(loader)
+    loader.close()
+    write_pairs(shards / "broken.tar", 9, broken=dict.fromkeys(range(9), b"<html>"))
+    loader = make_loader(config_of(shards / "broken.tar"), **SHAPES)
+    with pytest.raises(
+        UserError, match="100 pairs drawn from '.*broken.tar' cannot be used, the first for 'not_an_image'"
+    ):
         next(loader)
     loader.close()
 
@@ -218,16 +231,14 @@ def test_boxes_and_gains():
         side = ((right - left) * (bottom - top)) ** 0.5
         assert 70 <= side <= 130 and abs(np.log((right - left) / (bottom - top))) <= 0.1
         assert abs((left + right) / 2 - 50) <= 10 and abs((top + bottom) / 2 - 50) <= 10
-    images = np.array([[[[0, 100, 200]]]], np.uint8)
-    assert apply_gain(images, np.array([[2.0, 1.25, 1.5]])).tolist() == [[[[0, 125, 255]]]]
-    assert (apply_gain(images, np.ones((1, 3))) == images).all()
+    image = np.array([[[0, 100, 200]]], np.uint8)
+    assert apply_gain(image, (2.0, 1.25, 1.5)).tolist() == [[[0, 125, 255]]]
+    assert (apply_gain(image, (1.0, 1.0, 1.0)) == image).all()
 
 
 def test_flips():
-    images = np.arange(2 * 1 * 3 * 3, dtype=np.uint8).reshape(2, 1, 3, 3)
-    mirrored = apply_flip(images, np.array([False, True]))
-    assert (mirrored[0] == images[0]).all() and (mirrored[1, 0] == images[1, 0, ::-1]).all()
-    assert apply_flip(images, np.zeros(2, bool)) is images
+    image = np.arange(1 * 3 * 3, dtype=np.uint8).reshape(1, 3, 3)
+    assert (apply_flip(image, True)[0] == image[0, ::-1]).all() and apply_flip(image, False) is image
     flips = [draw_flip(AugmentConfig(flip=0.25), Draws(seed)) for seed in range(2000)]
     assert abs(sum(flips) - 500) < 80 and not draw_flip(AugmentConfig(), Draws(0))
 

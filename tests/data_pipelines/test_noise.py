@@ -42,10 +42,10 @@ def test_texts_go_round_and_none_keeps_its_own(size, share, seed, batch):
 
 
 def test_pictures_and_tokens_of_noise():
-    picture = noise.random_picture(5, (30, 40), seed=0)
+    picture = noise.random_image(5, (30, 40), seed=0)
     assert picture.shape == (30, 40, 3) and picture.dtype == np.uint8 and 120 < picture.mean() < 135
-    assert (picture == noise.random_picture(5, (30, 40), seed=0)).all()
-    assert (picture != noise.random_picture(6, (30, 40), seed=0)).any()
+    assert (picture == noise.random_image(5, (30, 40), seed=0)).all()
+    assert (picture != noise.random_image(6, (30, 40), seed=0)).any()
     tokens = np.stack([noise.random_tokens(n, 16, vocab_size=1000, eos_id=1, seed=0) for n in range(3000)])
     assert tokens.dtype == np.int32 and tokens.min() >= 0 and tokens.max() < 1000 and (tokens[:, -1] == 1).all()
     lengths = (tokens != 1).sum(1)

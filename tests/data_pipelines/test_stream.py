@@ -45,7 +45,7 @@ def test_a_manifest_leaves_out_what_it_drops(shards):
     keys = keys_of(batches)
     assert set(keys[:27]) == kept == set(keys[27:]) and len(kept) == 27
     assert loader.progress() == {"source_0/pairs": 54, "source_0/epochs": 2.0}
-    with pytest.raises(ValueError, match="saved with fingerprint="):
+    with pytest.raises(ValueError, match="the data changed since this run was saved"):
         make_loader(config_of(shards / "*.tar"), **(SHAPES | {"batch_size": 6})).restore(loader.state())
     with pytest.raises(FileNotFoundError, match="no manifest at"):
         make_loader(replace(DataConfig((replace(source, manifest="none.parquet"),), SPIECE)), **SHAPES)
@@ -62,7 +62,7 @@ def test_blocks_give_the_same_global_batches_and_neighbours_to_a_process(shards,
     for step, batch in enumerate(whole):
         assert sum((part[step]["key"] for part in parts), []) == batch["key"] == sorted(batch["key"])
     assert set(collections.Counter(keys_of(whole)).values()) == {2} and len(set(keys_of(whole))) == 42
-    with pytest.raises(ValueError, match="saved with fingerprint="):
+    with pytest.raises(ValueError, match="the data changed since this run was saved"):
         make_loader(config_of(shards / "*.tar"), **SHAPES).restore(make_loader(config, **SHAPES).state())
 
 
@@ -104,9 +104,13 @@ histories = st.lists(
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(histories, st.sampled_from([None, BlockShuffle(5, 2)]))
-def test_any_history_of_stops_hosts_workers_and_threads_gives_one_stream(shards, monkeypatch, history, blocks):
+@given(histories, st.sampled_from([None, BlockShuffle(5, 2)]), st.integers(1, 9))
+def test_any_history_of_stops_hosts_workers_threads_and_chunks_gives_one_stream(
+    shards, monkeypatch, history, blocks, chunk_rows
+):
     monkeypatch.setattr(workers, "WorkerPool", made_here)
+    monkeypatch.setattr(workers, "MIN_CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(workers, "MAX_CHUNK_ROWS", chunk_rows)
     config = config_of(shards / "a.tar", shards / "b.tar", shuffle_blocks=blocks, noise=NoiseConfig(0.3, 0.3, 0.5))
     done, state, one_state = [], None, None
     for count, process_count, (workers_count, threads), weights in history:
@@ -133,9 +137,13 @@ def test_any_history_of_stops_hosts_workers_and_threads_gives_one_stream(shards,
         assert max(times) - min(times) <= 1
 
 
-def made_here(batches, **options):
-    """What the workers of a pool make, in parts where pairs are shuffled by blocks, without their processes."""
-    yield from map(batches.__getitem__, itertools.count())
+def made_here(batches, *, workers, threads, prefetch, chunk_rows):
+    """What the workers of a pool make, chunks in another order, without their processes."""
+    for number in itertools.count():
+        arrays = {name: np.empty(*shape) for name, shape in batches.shapes.items()}
+        items = [batches.items(number, part, workers) for part in range(workers)]
+        chunks = [share[start : start + chunk_rows] for share in items for start in range(0, len(share), chunk_rows)]
+        yield batches.finish(number, arrays, [batches.fill(chunk, arrays) for chunk in reversed(chunks)])
 
 
 def contents(batches):
@@ -192,5 +200,5 @@ def test_noise_corrupts_the_asked_share_and_leaves_the_rest(shards):
     for one, two in zip(clean, noisy, strict=False):
         texts = [sorted(map(bytes, batch["text"])) for batch in (one, two)]
         assert texts[0] == texts[1] and (one["text"] != two["text"]).any(1).all()
-    with pytest.raises(ValueError, match="data.noise.image=0.5 needs pictures"):
+    with pytest.raises(ValueError, match="data.noise.image=0.5 needs images"):
         replace(config, noise=NoiseConfig(image=0.5), image_embeddings="folder")

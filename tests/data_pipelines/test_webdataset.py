@@ -16,7 +16,7 @@ from shards import SAMPLE, encode, keys, quadrants, write_pairs, write_tar
 
 from data_pipelines.image_ops import decode_image
 from data_pipelines.records import ShardLost
-from data_pipelines.samples.batches import BrokenPair, read_pair
+from data_pipelines.samples.pairs import BrokenPair, read_pair
 from data_pipelines.sources.files import expand_shards
 from data_pipelines.sources.webdataset import TarSource
 

@@ -1,4 +1,4 @@
-"""Batches from worker processes: in order, none lost and none twice, even when workers die or hang."""
+"""Batches made by chunks: in order, none lost and none twice, in bounded memory, even when workers die or hang."""
 
 import contextlib
 import itertools
@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -16,34 +17,41 @@ import pytest
 
 from data_pipelines import workers
 from data_pipelines.sources import blocks, remote
-from data_pipelines.workers import WorkerLost, WorkerPool
+from data_pipelines.workers import ThreadedBatches, WorkerLost, WorkerPool
+
+ROWS = 7
 
 
 @dataclass(frozen=True)
 class Numbered:
-    """Batch n is full of n. fate: what befalls batch 5, `times` times: "dies", "hangs" or "raises"."""
+    """Batch n is full of n. fate: what befalls row 3 of batch 5, `times` times: "dies", "hangs" or "raises"."""
 
     total: int
     folder: Path
     fate: str = ""
     times: int = 1
+    rows = ROWS
+    shapes = {"image": ((ROWS, 3, 5), np.uint8), "none": ((ROWS, 0), np.float64), "index": ((ROWS,), np.int64)}
 
     def __len__(self):
         return self.total
 
-    def __getitem__(self, index):
-        if index == 5 and self.fate and self._still():
+    def items(self, batch, part, parts):
+        return [(batch, row) for row in range(part * ROWS // parts, (part + 1) * ROWS // parts)]
+
+    def fill(self, items, arrays):
+        if (5, 3) in items and self.fate and self._still():
             if self.fate == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.fate == "hangs":
                 time.sleep(3600)
             raise ValueError("no such pair; fetch it again")
-        return {
-            "image": np.full((3, index % 4, 5), index, np.uint8),
-            "index": index,
-            "keys": [str(index)],
-            "none": np.empty(0),
-        }
+        for batch, row in items:
+            arrays["image"][row] = arrays["index"][row] = batch
+        return [(row, str(batch)) for batch, row in items]
+
+    def finish(self, batch, arrays, notes):
+        return arrays | {"keys": [key for _, key in sorted(sum(notes, []))]}
 
     def _still(self):
         for time_ in range(self.times):
@@ -55,30 +63,93 @@ class Numbered:
         return False
 
 
-def take(batches, *, count=2, threads=1, prefetch=2, first=None):
-    pool = WorkerPool(batches, workers=count, threads=threads, prefetch=prefetch)
-    try:
+def pool_of(batches, *, workers=2, threads=1, prefetch=2, chunk_rows=2):
+    return WorkerPool(batches, workers=workers, threads=threads, prefetch=prefetch, chunk_rows=chunk_rows)
+
+
+def take(batches, *, first=None, **options):
+    with contextlib.closing(pool_of(batches, **options)) as pool:
         return list(itertools.islice(pool, first))
-    finally:
-        pool.close()
 
 
 def assert_numbered(taken, total):
-    assert [batch["index"] for batch in taken] == list(range(total))
+    assert [batch["index"][0] for batch in taken] == list(range(total))
     for index, batch in enumerate(taken):
-        assert batch["image"].shape == (3, index % 4, 5) and (batch["image"] == index).all()
-        assert batch["keys"] == [str(index)] and batch["none"].size == 0
+        assert (batch["image"] == index).all() and (batch["index"] == index).all()
+        assert batch["keys"] == [str(index)] * ROWS and batch["none"].size == 0
         batch["image"][...] = 0  # It is ours to write on.
 
 
-@pytest.mark.parametrize("count, threads, prefetch", [(1, 1, 1), (2, 1, 3), (3, 2, 2)])
-def test_batches_come_in_order(tmp_path, count, threads, prefetch):
-    assert_numbered(take(Numbered(20, tmp_path), count=count, threads=threads, prefetch=prefetch), 20)
+@pytest.mark.parametrize(
+    "workers, threads, prefetch, chunk_rows", [(1, 1, 1, 7), (2, 1, 3, 1), (3, 2, 2, 2), (9, 1, 2, 4)]
+)
+def test_batches_come_in_order(tmp_path, workers, threads, prefetch, chunk_rows):
+    options = {"workers": workers, "threads": threads, "prefetch": prefetch, "chunk_rows": chunk_rows}
+    assert_numbered(take(Numbered(20, tmp_path), **options), 20)
 
 
-def test_there_may_be_fewer_batches_than_workers(tmp_path):
-    assert_numbered(take(Numbered(1, tmp_path), count=3), 1)
+@pytest.mark.parametrize("threads, prefetch, chunk_rows", [(1, 1, 7), (2, 1, 1), (3, 2, 2), (1, 3, 9)])
+def test_threads_make_them_as_well(tmp_path, threads, prefetch, chunk_rows):
+    made = ThreadedBatches(Numbered(20, tmp_path), threads=threads, prefetch=prefetch, chunk_rows=chunk_rows)
+    assert_numbered(list(made), 20)
+    made.close()
+
+
+@dataclass(frozen=True)
+class Watched(Numbered):
+    """Leaves a file for every batch that is begun, with the thread or process that did each row."""
+
+    def fill(self, items, arrays):
+        time.sleep(0.02)
+        for batch, row in items:
+            (self.folder / f"{batch}-{row}-{os.getpid()}-{threading.get_native_id()}").touch()
+        return super().fill(items, arrays)
+
+    def begun(self):
+        return {int(path.name.partition("-")[0]) for path in self.folder.iterdir()}
+
+    def makers(self, batch):
+        return {path.name.split("-", 2)[2] for path in self.folder.glob(f"{batch}-*")}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_more_batches_are_begun_than_there_is_room_for_and_all_lanes_work_on_one(tmp_path, workers):
+    watched, prefetch = Watched(1000, tmp_path), 2
+    options = {"threads": 2, "prefetch": prefetch, "chunk_rows": 1}
+    made = WorkerPool(watched, workers=workers, **options) if workers else ThreadedBatches(watched, **options)
+    with contextlib.closing(made):
+        for number in range(5):
+            next(made)
+            deadline = time.monotonic() + 10
+            while len(watched.begun()) <= number + prefetch and time.monotonic() < deadline:
+                time.sleep(0.02)
+            time.sleep(0.1)
+            assert watched.begun() == set(range(number + prefetch + 1))
+    assert len(watched.makers(0)) == 2 * max(1, workers)
+
+
+def test_prefetched_batches_are_bounded_in_bytes(tmp_path, monkeypatch):
+    batch_bytes = sum(workers._nbytes(*shape) for shape in Numbered.shapes.values())
+    for limit, batches in ((10 * batch_bytes, 8), (3 * batch_bytes, 3), (1, 1)):
+        monkeypatch.setattr(workers, "MAX_PREFETCHED_BYTES", limit)
+        with contextlib.closing(workers.iterate(Numbered(9, tmp_path), workers=0, threads=1, prefetch=8)) as made:
+            assert made._prefetch == batches
+
+
+def test_a_batch_that_was_handed_out_is_never_written_again(tmp_path):
+    for made in (
+        pool_of(Numbered(30, tmp_path), prefetch=1),
+        ThreadedBatches(Numbered(30, tmp_path), threads=2, prefetch=1, chunk_rows=2),
+    ):
+        with contextlib.closing(made):
+            kept = list(made)
+        assert_numbered(kept, 30)
+
+
+def test_there_may_be_no_batch(tmp_path):
+    assert_numbered(take(Numbered(1, tmp_path), workers=3), 1)
     assert take(Numbered(0, tmp_path)) == []
+    assert list(ThreadedBatches(Numbered(0, tmp_path), threads=1, prefetch=1, chunk_rows=1)) == []
 
 
 @pytest.mark.parametrize(
@@ -99,7 +170,7 @@ def test_storage_that_stalls_is_no_silence():
 
 
 def test_workers_killed_from_outside_lose_nothing(tmp_path):
-    pool = WorkerPool(Numbered(40, tmp_path), workers=2, threads=1, prefetch=2)
+    pool = pool_of(Numbered(40, tmp_path))
     taken = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -114,15 +185,15 @@ def test_workers_killed_from_outside_lose_nothing(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:a data worker")
 def test_a_batch_that_kills_every_worker_is_named(tmp_path):
-    pool = WorkerPool(Numbered(12, tmp_path, "dies", times=100), workers=2, threads=1, prefetch=2)
-    assert [next(pool)["index"] for _ in range(5)] == list(range(5))
+    pool = pool_of(Numbered(12, tmp_path, "dies", times=100))
+    assert [next(pool)["index"][0] for _ in range(5)] == list(range(5))
     with pytest.raises(WorkerLost, match="3 data workers in a row were lost at batch 5 .*exit code -9"):
         next(pool)
     pool.close()
 
 
 def test_what_a_batch_raises_is_raised_here(tmp_path):
-    pool = WorkerPool(Numbered(12, tmp_path, "raises", times=100), workers=2, threads=1, prefetch=2)
+    pool = pool_of(Numbered(12, tmp_path, "raises", times=100))
     assert len(list(itertools.islice(pool, 5))) == 5
     with pytest.raises(ValueError, match="no such pair; fetch it again"):
         next(pool)
@@ -144,7 +215,7 @@ def test_a_source_that_a_worker_cannot_open_is_an_error_of_one_line(tmp_path):
 
 def test_close_leaves_no_process_and_no_descriptor(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
-    pool = WorkerPool(Numbered(12, tmp_path), workers=2, threads=1, prefetch=2)
+    pool = pool_of(Numbered(12, tmp_path))
     next(pool)
     pids = pool.pids
     pool.close()
@@ -156,9 +227,9 @@ def test_close_leaves_no_process_and_no_descriptor(tmp_path):
 def test_workers_follow_a_parent_that_was_killed(tmp_path):
     script = (
         "import os, pathlib, signal\n"
-        "from test_workers import Numbered, WorkerPool\n"
+        "from test_workers import Numbered, pool_of\n"
         "if __name__ == '__main__':\n"
-        f"    pool = WorkerPool(Numbered(1000, pathlib.Path({str(tmp_path)!r})), workers=2, threads=1, prefetch=2)\n"
+        f"    pool = pool_of(Numbered(1000, pathlib.Path({str(tmp_path)!r})))\n"
         "    next(pool)\n"
         "    print(*pool.pids, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -1,0 +1,33 @@
+"""The image of a sample, resized to the model's square: cut out, coloured and mirrored at random for training."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from data_pipelines import image_ops
+from data_pipelines.augment import AugmentConfig, apply_flip, apply_gain, draw_box, draw_flip, draw_gain
+from data_pipelines.counter_rng import Rng
+from data_pipelines.samples.pairs import SamplePair
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """image: uint8 [h, w, 3]. size_px: (h, w); augment: None for none."""
+
+    size_px: tuple[int, int]
+    augment: AugmentConfig | None = None
+    reads_pixels = True
+
+    @cached_property
+    def arrays(self) -> dict:
+        return {"image": ((*self.size_px, 3), np.uint8)}
+
+    def make(self, pair: SamplePair, rng: Rng) -> dict[str, np.ndarray]:
+        config = self.augment
+        if config is None:
+            return {"image": image_ops.resize(pair.pixels, self.size_px)}
+        box = draw_box(config, pair.pixels.shape[1::-1], rng)
+        image = image_ops.resize(pair.pixels, self.size_px, box=box)
+        gain, flip = draw_gain(config, rng), draw_flip(config, rng)
+        return {"image": apply_flip(apply_gain(image, gain), flip)}
