@@ -6,14 +6,15 @@ from data_pipelines.loader import make_loader
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.cli import describe
 from siglip.cli.arguments import parse
-from siglip.cli.evaluation import Tower, check_task, evaluate_task
+from siglip.cli.evaluation import first_values, make_embedder
 from siglip.cli.frozen_images import make_prepare
 from siglip.errors import UserError
-from siglip.parallel import collectives, launch, sharding
+from siglip.evaluation.embed import make_embed_fns
+from siglip.evaluation.suite import metric_prefix, run_tasks
+from siglip.parallel import launch, sharding
 from siglip.parallel.peers import Alone
 from siglip.training.config import TrainConfig, load_config_file, resolve
 from siglip.training.loop import Evaluate, train
-from siglip.training.step import make_embed_fns
 
 USAGE = """usage: siglip train CONFIG [flags]
 
@@ -50,7 +51,7 @@ def _train(config: TrainConfig, peers: Alone) -> None:
         config,
         loader,
         prepare=make_prepare(config, loader, peers) if config.data.image_embeddings else None,
-        evaluate=make_evaluate(config, tokenizer, peers) if config.eval.tasks else None,
+        evaluate=make_evaluate(config, tokenizer) if config.eval.tasks else None,
         tokenizer=Path(config.data.tokenizer).read_bytes(),
         peers=peers,
     )
@@ -67,38 +68,24 @@ def load_tokenizer(path: str, *, vocab_size: int) -> SentencePieceTokenizer:
     return tokenizer
 
 
-def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer, peers: Alone) -> Evaluate:
+def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer) -> Evaluate:
     """All of the config's evaluation tasks as one function of the parameters.
 
     Their files are opened now: a missing one must not wait for the end of training to be found.
     """
     for task in config.eval.tasks:
-        check_task(task)
-    fns = make_embed_fns(config.model)
-    mesh = sharding.make_mesh(config.mesh)
-    batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
+        task.check(first_values)
+    model, settings, mesh = config.model, config.eval, sharding.make_mesh(config.mesh)
+    fns = make_embed_fns(model)
 
     def evaluate(params):
-        def images(rows):
-            return collectives.own_rows(fns.images(params, sharding.put_batch({"image": rows}, mesh)["image"]), mesh)
-
-        def texts(rows):
-            return collectives.own_rows(fns.texts(params, sharding.put_batch({"text": rows}, mesh)["text"]), mesh)
-
-        tower = Tower(
-            images=images,
-            texts=texts,
-            tokenizer=tokenizer,
-            image_size=config.model.image.image_size,
-            text_length=config.model.text.length,
-            batch_size=batch_size // peers.count,
-            process_index=peers.index,
-            process_count=peers.count,
-        )
-        results = [result for task in config.eval.tasks for result in evaluate_task(task, tower)]
+        embedder = make_embedder(
+            fns, params, model, mesh=mesh, tokenizer=tokenizer,
+            batch_size=settings.batch_size, threads=settings.threads, workers=settings.workers,
+        )  # fmt: skip
         return {
-            f"eval/{result.task}/{result.dataset}/{name}": value
-            for result in results
+            f"{metric_prefix(result.task, result.dataset)}/{name}": value
+            for result in run_tasks(settings.tasks, embedder)
             for name, value in result.metrics.items()
         }
 

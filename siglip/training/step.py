@@ -10,7 +10,7 @@ The trap: the donated state is gone after the call. Keep the returned one, never
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from siglip import trees
-from siglip.array_types import Array, Float, Int, UInt8
+from siglip.array_types import Array, Float, UInt8
 from siglip.errors import UserError
 from siglip.losses import Impl, chunked_sigmoid_loss, softmax_loss
 from siglip.models.two_tower import ModelConfig, init_params, make_model
@@ -234,19 +234,3 @@ def make_pair_loss(
         )  # fmt: skip
 
     return pair_loss
-
-
-class EmbedFns(NamedTuple):
-    """Jitted forward passes of one tower each; leading axes are free, a new one compiles once."""
-
-    images: Callable[[Params, UInt8[Array, "b h w 3"]], Float[Array, "b e"]]
-    texts: Callable[[Params, Int[Array, "b l"]], Float[Array, "b e"]]
-
-
-def make_embed_fns(model: ModelConfig) -> EmbedFns:
-    """uint8 pictures or token ids -> L2-normalised embeddings."""
-    module = make_model(model)
-    return EmbedFns(
-        images=jax.jit(lambda params, images: module.apply({"params": params}, normalize_pixels(images), None)[0]),
-        texts=jax.jit(lambda params, texts: module.apply({"params": params}, None, texts)[1]),
-    )
