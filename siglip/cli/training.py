@@ -10,7 +10,7 @@ from siglip.cli.evaluation import first_values, make_embedder
 from siglip.cli.frozen_images import make_prepare
 from siglip.errors import UserError
 from siglip.evaluation.embed import make_embed_fns
-from siglip.evaluation.suite import metric_prefix, run_tasks
+from siglip.evaluation.suite import named_metrics, run_tasks
 from siglip.parallel import launch, sharding
 from siglip.parallel.peers import Alone
 from siglip.training.config import TrainConfig, load_config_file, resolve
@@ -83,10 +83,6 @@ def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer) -> Eva
             fns, params, model, mesh=mesh, tokenizer=tokenizer,
             batch_size=settings.batch_size, threads=settings.threads, workers=settings.workers,
         )  # fmt: skip
-        return {
-            f"{metric_prefix(result.task, result.dataset)}/{name}": value
-            for result in run_tasks(settings.tasks, embedder)
-            for name, value in result.metrics.items()
-        }
+        return named_metrics(run_tasks(settings.tasks, embedder))
 
     return evaluate
