@@ -207,6 +207,7 @@ ALIGNMENT = '''
 import dataclasses
 from typing import ClassVar, Literal
 
+from siglip.evaluation.results import Result, dataset_name
 
 
 @dataclasses.dataclass(frozen=True)
