@@ -1,6 +1,7 @@
 """`siglip eval` and `siglip embed`: a model and the data side joined into an embedder, with which evaluations are run."""
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,95 +40,75 @@ SRC is a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging 
 `siglip eval --task NAME --help` lists the flags of a task."""
 
 
-@dataclasses.dataclass(frozen=True)
-class EvalArgs(Generic[TaskT]):
-    """Evaluate a model zero-shot.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """A model and how it is run.
 
     Attributes:
         src: a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
-        task: the settings of the evaluation.
-        tokenizer: SentencePiece model, when SRC does not bring one.
         batch_size: images or texts per forward pass, over all devices.
         threads: threads that decode images; 0 takes one per core that this process may use.
         workers: processes that decode images; with 0, threads alone do it.
-        out: file for the result as JSON; a table is printed in any case.
         distributed: several processes as one job: flags for where its coordinator is not detected.
     """
 
     src: tyro.conf.Positional[str]
-    task: tyro.conf.OmitArgPrefixes[TaskT]
-    tokenizer: str | None = None
     batch_size: int = 256
     threads: int = 0
     workers: int = 0
-    out: str | None = None
     distributed: DistributedConfig = DistributedConfig()
 
 
-@dataclasses.dataclass(frozen=True)
-class EmbedArgs:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalArgs(ModelArgs, Generic[TaskT]):
+    """Evaluate a model zero-shot.
+
+    Attributes:
+        task: the settings of the evaluation.
+        tokenizer: SentencePiece model, when SRC does not bring one.
+        out: file for the result as JSON; a table is printed in any case.
+    """
+
+    task: tyro.conf.OmitArgPrefixes[TaskT]
+    tokenizer: str | None = None
+    out: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbedArgs(ModelArgs):
     """Embed every image of some shards.
 
     Attributes:
-        src: a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
         data: shards, as for training: tar files as img2dataset writes them, Parquet, ArrayRecord, TFRecord, lists.
         out: FILE.npz or FILE.parquet; columns `key` and `embedding` (float32, L2-normalised).
-        batch_size: images per forward pass, over all devices.
-        threads: threads that decode images; 0 takes one per core that this process may use.
-        workers: processes that decode images; with 0, threads alone do it.
-        distributed: several processes as one job: flags for where its coordinator is not detected.
     """
 
-    src: tyro.conf.Positional[str]
     data: str
     out: str
-    batch_size: int = 256
-    threads: int = 0
-    workers: int = 0
-    distributed: DistributedConfig = DistributedConfig()
 
 
-@dataclasses.dataclass(frozen=True)
-class ShardReader:
-    """Opens shards for evaluations. threads, workers: as in `EvalArgs`; batch_size: images of this process at a time."""
-
-    image_size: tuple[int, int]
-    batch_size: int
-    threads: int = 0
-    workers: int = 0
-
-    def __call__(self, data: str, fields: Sequence[str]) -> "ShardImages":
-        """This process's share of the images."""
-        # The one place where a pass over an evaluation set is made.
-        source = _open(data, fields)
-        batches = make_eval_batches(
-            source,
-            batch_size=self.batch_size,
-            image_size=self.image_size,
-            max_image_pixels=MAX_IMAGE_PIXELS,
-            threads=self.threads or usable_cores(),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        return ShardImages(batches, tuple(fields), len(source))
-
-
-@dataclasses.dataclass(frozen=True)
 class ShardImages:
-    """`siglip.evaluation.embed.Images` of what `make_eval_batches` gives."""
+    """This process's share of the images of some shards, as `siglip.evaluation.embed.Images`."""
 
-    batches: Any
-    fields: tuple[str, ...]
-    pairs: int
+    def __init__(
+        self, data: str, fields: Sequence[str], *, rows: int, image_size: tuple[int, int], threads: int, workers: int
+    ) -> None:
+        source = _open(data, fields)
+        self.pairs, self._fields = len(source), fields
+        # The one place where a pass over an evaluation set is made; `make_eval_batches` has no worker processes yet.
+        self._batches = make_eval_batches(
+            source, batch_size=rows, image_size=image_size, max_image_pixels=MAX_IMAGE_PIXELS,
+            threads=threads or usable_cores(), process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
 
     @property
     def counts(self) -> Mapping[str, int]:
         """Images that could not be decoded, by reason."""
-        return self.batches.counts
+        return self._batches.counts
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        for batch in self.batches:
-            values = [[values_of(record, field) for field in self.fields] for record in batch["fields"]]
+        for batch in self._batches:
+            values = [[values_of(record, field) for field in self._fields] for record in batch["fields"]]
             yield ImageBatch(batch["image"], batch["index"], batch["key"], values)
 
 
@@ -167,19 +148,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def embedder_of(
-    src: str | Path,
-    *,
-    tokenizer: str | None = None,
-    batch_size: int = 256,
-    threads: int = 0,
-    workers: int = 0,
-    with_texts: bool = True,
-) -> Embedder:
+def embedder_of(src: str | Path, *, tokenizer: str | None = None, with_texts: bool = True, **settings: int) -> Embedder:
     """The model at SRC on all devices of this job.
 
     Args:
         with_texts: whether texts will be embedded: then the model must have a text tower and a tokenizer.
+        settings: batch_size, threads and workers, as for `make_embedder`.
 
     Raises:
         FileNotFoundError, UserError: it is not a model, or lacks what is needed.
@@ -188,7 +162,7 @@ def embedder_of(
     path = tokenizer or own_tokenizer
     if config.image.pool == "none":
         raise UserError(
-            "this image tower has no pooling, so images have no embedding; siglip.load(SRC).image_tokens has tokens"
+            "this image tower has no pooling, so an image has no embedding; siglip.load(SRC) gives image_tokens"
         )
     if with_texts and config.text is None:
         raise UserError("the model has no text tower, so it cannot be evaluated zero-shot; export it with --tower both")
@@ -197,16 +171,7 @@ def embedder_of(
     mesh = sharding.make_mesh(sharding.MeshConfig())
     params = jax.device_put(params, NamedSharding(mesh, sharding.P_REPLICATED))
     pieces = SentencePieceTokenizer(str(path)) if with_texts else None
-    return make_embedder(
-        make_embed_fns(config),
-        params,
-        config,
-        mesh=mesh,
-        tokenizer=pieces,
-        batch_size=batch_size,
-        threads=threads,
-        workers=workers,
-    )
+    return make_embedder(make_embed_fns(config), params, config, mesh=mesh, tokenizer=pieces, **settings)
 
 
 def make_embedder(
@@ -216,15 +181,16 @@ def make_embedder(
     *,
     mesh: Mesh,
     tokenizer: SentencePieceTokenizer | None,
-    batch_size: int,
-    threads: int,
-    workers: int,
+    batch_size: int = 256,
+    threads: int = 0,
+    workers: int = 0,
 ) -> Embedder:
-    """Parameters on a mesh, and how the data side reads shards and tokenizes, as an embedder."""
+    """Parameters on a mesh, and how the data side reads shards and tokenizes, as an embedder. Settings: see `ModelArgs`."""
     if batch_size < 1 or threads < 0 or workers < 0:
         raise UserError(
             f"batch_size={batch_size} must be at least 1, threads={threads} and workers={workers} at least 0"
         )
+    rows, image_size = rows_per_process(batch_size, mesh), config.image.image_size
 
     def tokenize(texts: Sequence[str]) -> np.ndarray:
         tokens = np.zeros((len(texts), config.text.length), np.int32)
@@ -232,10 +198,12 @@ def make_embedder(
             tokens[row] = tokenizer.encode(text, config.text.length)
         return tokens
 
-    read = ShardReader(config.image.image_size, rows_per_process(batch_size, mesh), threads, workers)
-    return Embedder(
-        fns, params, mesh=mesh, batch_size=batch_size, image_size=config.image.image_size, tokenize=tokenize, read=read
-    )
+    read = functools.partial(ShardImages, rows=rows, image_size=image_size, threads=threads, workers=workers)
+    return Embedder(fns, params, mesh=mesh, rows=rows, image_size=image_size, tokenize=tokenize, read=read)
+
+
+def _settings(options: ModelArgs) -> dict[str, int]:
+    return {"batch_size": options.batch_size, "threads": options.threads, "workers": options.workers}
 
 
 def eval_command(args: list[str]) -> None:
@@ -251,13 +219,7 @@ def eval_command(args: list[str]) -> None:
         raise UserError(f"unknown task {name!r}{hint}" if name else f"no task given; add --task {'|'.join(classes)}")
     options = parse(EvalArgs[classes[name]], args, prog="siglip eval")
     with launch.joined(options.distributed, describe=describe):
-        embedder = embedder_of(
-            options.src,
-            tokenizer=options.tokenizer,
-            batch_size=options.batch_size,
-            threads=options.threads,
-            workers=options.workers,
-        )
+        embedder = embedder_of(options.src, tokenizer=options.tokenizer, **_settings(options))
         options.task.check(first_values)
         results = run_tasks([options.task], embedder)
         if jax.process_index():
@@ -288,13 +250,7 @@ def embed_command(args: list[str]) -> None:
     if not out.parent.is_dir():
         raise FileNotFoundError(f"the folder {out.parent} of --out does not exist; make it first")
     with launch.joined(options.distributed, describe=describe):
-        embedder = embedder_of(
-            options.src,
-            batch_size=options.batch_size,
-            threads=options.threads,
-            workers=options.workers,
-            with_texts=False,
-        )
+        embedder = embedder_of(options.src, with_texts=False, **_settings(options))
         images = embedder.embed_shards(options.data)
         if jax.process_index() == 0:
             _write_embeddings(out, images.keys, images.zimg)

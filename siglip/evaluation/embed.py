@@ -120,7 +120,7 @@ class Embedder:
     """Both towers of a model, ready to embed shards and strings on a mesh.
 
     Attributes:
-        batch_size: rows of this process in each forward pass.
+        rows: rows of this process in each forward pass.
         image_size: (height, width) in pixels.
     """
 
@@ -130,7 +130,7 @@ class Embedder:
         params: Params,
         *,
         mesh: Mesh,
-        batch_size: int,
+        rows: int,
         image_size: tuple[int, int],
         tokenize: Callable[[Sequence[str]], Int[np.ndarray, "m l"]],
         read: Callable[[str, Sequence[str]], Images],
@@ -138,12 +138,12 @@ class Embedder:
         """Takes the parameters as they lie on the mesh.
 
         Args:
-            batch_size: rows of a forward pass over all processes, rounded up to what divides over the devices.
+            rows: as `rows_per_process` says.
             tokenize: strings -> token ids, padded to the length of the text tower.
-            read: (shards, fields) -> this process's share of the images, `rows_per_process(batch_size, mesh)` at a time.
+            read: (shards, fields) -> this process's share of the images, at most `rows` at a time.
         """
-        self.batch_size, self.image_size = rows_per_process(batch_size, mesh), image_size
-        embed = functools.partial(embed_rows, mesh=mesh, rows_per_pass=self.batch_size)
+        self.rows, self.image_size = rows, image_size
+        embed = functools.partial(embed_rows, mesh=mesh, rows_per_pass=rows)
         self._images = lambda rows: embed(functools.partial(fns.images, params), rows)
         self._texts = lambda rows: embed(functools.partial(fns.texts, params), rows)
         self._tokenize, self._read = tokenize, read
@@ -176,7 +176,7 @@ class Embedder:
         images = self._read(data, fields)
         batches, z, records = iter(images), [], []
         nothing = ImageBatch(np.zeros((0, *self.image_size, 3), np.uint8), [], [], [])
-        for _ in range(-(-images.pairs // (self.batch_size * jax.process_count()))):
+        for _ in range(-(-images.pairs // (self.rows * jax.process_count()))):
             batch = next(batches, nothing)
             z.append(self._images(batch.images))
             records += zip(batch.index, batch.keys, batch.values, strict=True)

@@ -173,7 +173,7 @@ def test_all_devices_work_and_one_shape_is_compiled(src, monkeypatch):
         EmbedFns(tower("image", 5), tower("text", 5)),
         {"shift": np.float32(1)},
         mesh=mesh,
-        batch_size=13,
+        rows=embed.rows_per_process(13, mesh),
         image_size=(2, 2),
         tokenize=lambda texts: np.array([[len(text)] for text in texts], np.int32).reshape(-1, 1),
         read=lambda data, fields: Read(),
