@@ -1,4 +1,4 @@
-"""report.html: a run in one self-contained page, with curves, tables and the pictures that queries found.
+"""report.html: a run in one self-contained page, with curves, tables and the images that queries found.
 
 Everything is inlined (plots and thumbnails as data URLs), so the file can be mailed.
 
@@ -26,7 +26,7 @@ CURVES = (
     ("train/grad_norm", "gradient norm"),
     ("train/schedule", "schedule"),
 )
-TOP = 8  # pictures shown per query
+TOP = 8  # images shown per query
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1160px; margin: 2rem auto; padding: 0 1rem; color: #1d2433; }
@@ -63,7 +63,7 @@ def write_report(
     """Writes WORKDIR/report.html from metrics.jsonl and returns its path.
 
     Args:
-        gallery: pictures found; None leaves that section out.
+        gallery: images found; None leaves that section out.
         baselines: rows of other models for the table, {name: {metric: value}}.
 
     Raises:
@@ -72,7 +72,7 @@ def write_report(
     lines = read_metrics(workdir)
     sections = [_head(workdir, lines), _results(lines, baselines or {}), _curves(lines)]
     if gallery is not None:
-        sections.append(_pictures(gallery))
+        sections.append(_gallery(gallery))
     page = (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(workdir.name)}</title>"
         f"<style>{_STYLE}</style><body>{''.join(sections)}</body></html>\n"
@@ -143,7 +143,7 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> str:
     return f"<h2>Curves</h2><img class='plot' alt='training curves' src='{_data_url(buffer.getvalue(), 'svg+xml')}'>"
 
 
-def _pictures(gallery: Gallery) -> str:
+def _gallery(gallery: Gallery) -> str:
     orders = [np.argsort(-(gallery.zimg @ z), kind="stable").tolist() for z in gallery.ztxt]
     shown = sorted({wanted for _, _, wanted in gallery.queries}.union(*(order[:TOP] for order in orders)))
     images = dict(zip(shown, gallery.images(shown), strict=True))
@@ -157,8 +157,8 @@ def _pictures(gallery: Gallery) -> str:
             f"<span class='rank'>no. {rank}</span>{found}</div>"
         )
     return (
-        f"<h2>What queries find</h2><p class='muted'>On the left the query, the picture that it describes "
-        f"and the place at which the model ranks it; on the right the {TOP} pictures that come first, of "
+        f"<h2>What queries find</h2><p class='muted'>On the left the query, the image that it describes "
+        f"and the rank that the model gives it; on the right the {TOP} images that come first, of "
         f"{len(gallery.zimg)}. The right one is framed.</p>{''.join(rows)}"
     )
 

@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipelines.image_ops import decode_image, resize
 from data_pipelines.sources.webdataset import TarSource
 from siglip.cli import evaluation as cli
-from siglip.cli import run
+from siglip.cli import reporting, run
 from siglip.cli.evaluation import embedder_of, first_values, values_of
 from siglip.evaluation import embed
 from siglip.evaluation.embed import Embedder, EmbedFns, ImageBatch
@@ -31,6 +32,7 @@ from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.parallel import sharding
 from siglip.training.config import EvalConfig, from_json, to_json
 from siglip.trees import build_dataclass
+from siglip.workdir.report import write_report
 from tests.siglip.jobs import ROOT, SAMPLE, free_ports
 from tests.siglip.tiny import random_params
 from tests.siglip.tiny_run import tiny_config
@@ -241,13 +243,14 @@ class Alignment:
 # Through the command line, as flags of a training run, and to config.json and back.
 USE_ALIGNMENT = """
 import dataclasses, json, sys
-from siglip.cli import run
+from siglip.cli import reporting, run
 from siglip.cli.arguments import parse
 from siglip.cli.evaluation import embedder_of, first_values
 from siglip.evaluation.alignment import Alignment
 from siglip.evaluation.suite import named_metrics, run_tasks
 from siglip.training.config import EvalConfig
 from siglip.trees import build_dataclass
+from siglip.workdir.report import write_report
 
 src, table, spiece, out = sys.argv[1:]
 assert run(["eval", "--help"]) == 0
@@ -343,6 +346,29 @@ def test_mistakes_in_the_flags_of_eval(src, table, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("cat\ndgo\n")
     told = one_line([*base, "--task=zeroshot", "--classes", str(tmp_path / "names.txt"), "--label", "txt"], capsys)
     assert "the first pair of" in told and "nor a name in" in told and "(cat, dgo)" in told
+
+
+def test_the_report_decodes_only_what_it_shows(src, tmp_path, monkeypatch):
+    decoded = []
+    original = reporting.make_eval_batches
+    monkeypatch.setattr(
+        reporting, "make_eval_batches", lambda some, **settings: decoded.extend(some) or original(some, **settings)
+    )
+    monkeypatch.setattr(
+        reporting, "embedder_of", lambda src, **settings: embedder_of(src, **settings | {"tokenizer": SPIECE})
+    )
+    task = Retrieval(str(SAMPLE / "emoji-heldout-*.tar"), captions=("captions.en", "captions.de"))
+    gallery = reporting._gallery(src, EvalConfig(), task)
+    assert len(gallery.zimg) == 312 and len(gallery.queries) == len(gallery.ztxt) == 16
+    (tmp_path / "metrics.jsonl").write_text("")
+    page = write_report(tmp_path, gallery=gallery).read_text()
+    assert page.count("<img") == 16 * (1 + 8) and "of 312" in page
+    assert 8 < len(decoded) == len({pair.key for pair in decoded}) <= 16 * (1 + 8)
+    language, text, row = gallery.queries[3]
+    pair = next(iter(TarSource(sorted(SAMPLE.glob("emoji-heldout-*.tar"))[0])))
+    wanted = resize(decode_image(pair.image, max_pixels=1 << 20), (72, 72))
+    np.testing.assert_array_equal(gallery.images([5, 0])[1], wanted)
+    assert language == "de" and gallery.queries[0][1] == pair.fields["captions"]["en"] and row > 0 and text
 
 
 @pytest.mark.slow
