@@ -16,8 +16,9 @@ import data_pipelines
 from data_pipelines.augment import AugmentConfig
 from data_pipelines.loader import DataConfig
 from data_pipelines.order.mixture import SourceConfig
+from siglip.evaluation.retrieval import Retrieval
 from siglip.models.two_tower import TextConfig
-from siglip.training.config import EvalConfig, EvalTask, TrainConfig
+from siglip.training.config import EvalConfig, TrainConfig
 from siglip.training.optim import OptimConfig
 from siglip.training.warm_start import InitConfig, SourceModel
 from siglip.workdir.checkpoint import CheckpointConfig
@@ -63,9 +64,7 @@ def get_config() -> TrainConfig:
         ),
         eval=EvalConfig(
             tasks=(
-                EvalTask(
-                    "retrieval",
-                    "emoji",
+                Retrieval(
                     str(SAMPLE / "emoji-heldout-*.tar"),
                     captions=tuple(f"captions.{language}" for language in LANGUAGES),
                 ),

@@ -17,7 +17,8 @@ import data_pipelines
 from data_pipelines.augment import AugmentConfig
 from data_pipelines.loader import DataConfig
 from data_pipelines.order.mixture import SourceConfig
-from siglip.training.config import EvalConfig, EvalTask, TrainConfig
+from siglip.evaluation.retrieval import Retrieval
+from siglip.training.config import EvalConfig, TrainConfig
 from siglip.training.optim import OptimConfig
 from siglip.training.warm_start import InitConfig, SourceImage, SourceModel
 from siglip.workdir.checkpoint import CheckpointConfig
@@ -50,9 +51,7 @@ def get_config() -> TrainConfig:
         ),
         eval=EvalConfig(
             tasks=(
-                EvalTask(
-                    "retrieval",
-                    "emoji",
+                Retrieval(
                     str(SAMPLE / "emoji-heldout-*.tar"),
                     captions=tuple(f"captions.{language}" for language in LANGUAGES),
                 ),

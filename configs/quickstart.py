@@ -18,8 +18,9 @@ import data_pipelines
 from data_pipelines.augment import AugmentConfig
 from data_pipelines.loader import DataConfig
 from data_pipelines.order.mixture import SourceConfig
+from siglip.evaluation.retrieval import Retrieval
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
-from siglip.training.config import EvalConfig, EvalTask, TrainConfig
+from siglip.training.config import EvalConfig, TrainConfig
 from siglip.training.optim import OptimConfig
 from siglip.workdir.checkpoint import CheckpointConfig
 from siglip.workdir.metrics import LogConfig
@@ -60,9 +61,7 @@ def get_config() -> TrainConfig:
         ),
         eval=EvalConfig(
             tasks=(
-                EvalTask(
-                    "retrieval",
-                    "emoji",
+                Retrieval(
                     str(SAMPLE / "emoji-heldout-*.tar"),
                     captions=tuple(f"captions.{language}" for language in LANGUAGES),
                 ),

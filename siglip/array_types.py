@@ -7,10 +7,10 @@ The trap: GPU machines may hold only jax, flax, optax and orbax, so nothing else
 directly.
 """
 
-__all__ = ["Array", "Float", "Int", "UInt8"]
+__all__ = ["Array", "Bool", "Float", "Int", "UInt8"]
 
 try:
-    from jaxtyping import Array, Float, Int, UInt8
+    from jaxtyping import Array, Bool, Float, Int, UInt8
 except ImportError:
     from jax import Array
 
@@ -20,4 +20,4 @@ except ImportError:
         def __class_getitem__(cls, item: tuple[type, str]) -> type:
             return item[0]
 
-    Float = Int = UInt8 = _Unchecked
+    Bool = Float = Int = UInt8 = _Unchecked

@@ -1,4 +1,4 @@
-"""A trained model as an object: pictures and token ids in, embeddings and tokens out.
+"""A trained model as an object: images and token ids in, embeddings and tokens out.
 
     model = siglip.load(SRC)                              # both towers: embeddings, logits
     encoder = siglip.load_encoder(SRC, image_size=448)    # the image tower alone, as a vision-language model takes it
@@ -12,9 +12,9 @@ hand it to a jitted step as an argument, lay its leaves out with `siglip.paralle
 before pooling: layer -1. Layers -2, -3, … are what earlier blocks return, without a LayerNorm, as LLaVA reads them
 (`hidden_states[-2]` in transformers).
 
-The traps: pictures are float32 in [-1, 1] and texts are lower-cased, then padded to exactly `config.text.length`; neither is
-checked by a model that was given something else, it only gets worse, quietly. And an encoder that is closed over instead of
-passed in becomes a constant of the compiled program: neither its sharding nor its gradient is then what you asked for.
+The traps: images are float32 in [-1, 1] and texts are lower-cased, then padded to exactly `config.text.length`. A model that gets
+something else says nothing; its embeddings are only worse. And an encoder that is closed over instead of passed in becomes a
+constant of the compiled program: neither its sharding nor its gradient is then what you asked for.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class Encoder:
             ValueError: the size is not the model's, pixels are integers, or the image tower has no pooling.
         """
         if self.config.image.pool == "none":
-            raise UserError("this image tower has no pooling, so pictures have no embedding; use image_tokens")
+            raise UserError("this image tower has no pooling, so an image has no embedding; use image_tokens")
         return self._image(self.params, check_images(images, self.config.image))
 
     def image_tokens(self, images: ArrayLike) -> Float[Array, "b n d"]:
@@ -91,7 +91,7 @@ class Encoder:
             raise UserError(f"tokens are {jnp.result_type(tokens)}; pass token ids as int32 [b, {text.length}]")
         if jnp.ndim(tokens) != 2 or jnp.shape(tokens)[1] != text.length:
             raise UserError(f"tokens have shape {jnp.shape(tokens)}; pad or cut them to [b, {text.length}]")
-        # Looking at ids that are already on a device would wait for it; out there a wrong id becomes NaN instead.
+        # Looking at ids that are already on a device would wait for it; there a wrong id becomes NaN instead.
         if not isinstance(tokens, jax.Array):
             ids = np.asarray(tokens)
             bad = ids[(ids < 0) | (ids >= text.vocab_size)]
@@ -116,7 +116,7 @@ class Encoder:
 
 
 def check_images(images: ArrayLike, config: ImageConfig) -> Float[Array, "b h w 3"]:
-    """Raises ValueError for pictures that the tower was not made for, as far as that can be seen from the outside."""
+    """Raises UserError for images of another size or with integer pixels."""
     height, width = config.image_size
     if not jnp.issubdtype(jnp.result_type(images), jnp.floating):
         raise UserError(
@@ -162,14 +162,14 @@ class EncoderSpec:
     """What an encoder takes and gives.
 
     Attributes:
-        tokens: n, tokens a picture: down * across, and a class token before them where the tower has one.
+        tokens: n, tokens per image: down * across, and a class token before them where the tower has one.
         width: d of the tokens.
         grid: patches (down, across), row by row.
         image_size: (height, width) in pixels.
         patch_size: (height, width) in pixels.
         pixel_range: what the smallest and the largest pixel value become: 0 -> -1 and 255 -> 1.
         pooled_width: of `pooled`; None where the tower has no pooling, or tokens are read from an earlier layer.
-        class_token: whether the first token is none of the grid's.
+        class_token: whether the first token is a class token, not a patch of the grid.
     """
 
     tokens: int
@@ -195,7 +195,7 @@ class ImageEncoder:
         config: the tower, at the resolution it was loaded for; `depth` counts the blocks up to the layer that is read.
         head_dim: width of the linear head behind the pooling, or None.
         layer: -1 after the last LayerNorm, -2 … the output of an earlier block.
-        frozen: whether gradients stop here: none reaches the parameters or the pictures.
+        frozen: whether gradients stop here: none reaches the parameters or the images.
     """
 
     params: Any
@@ -224,12 +224,12 @@ class ImageEncoder:
         """float32 [b, h, w, 3] in [-1, 1] -> float32 [b, n, d].
 
         Raises:
-            ValueError: the pictures have another size, or integer pixels.
+            ValueError: the images have another size, or integer pixels.
         """
         return self._forward(images)[1]
 
     def pooled(self, images: ArrayLike) -> Float[Array, "b e"]:
-        """float32 [b, h, w, 3] in [-1, 1] -> float32 [b, e], one vector a picture, not normalised; divided by its norm it is
+        """float32 [b, h, w, 3] in [-1, 1] -> float32 [b, e], one vector per image, not normalised; divided by its norm it is
         the embedding that texts are compared with.
 
         Raises:
@@ -281,7 +281,7 @@ def load_encoder(
 
     Raises:
         FileNotFoundError: there is nothing at `src`.
-        ValueError: it is no model, the size holds no patch, or the tower has no such layer.
+        ValueError: it is not a model, the size holds no patch, or the tower has no such layer.
     """
     params, config, _ = read_model(src, image_size, patch_size=patch_size)
     image, depth = config.image, config.image.spec.depth

@@ -111,6 +111,29 @@ def build_dataclass(cls: type[T], tree: Mapping[str, Any], *, where: str = "conf
         raise UserError(f"{where} is incomplete: {error}") from None
 
 
+def _by_literal(options: Sequence[Any], value: Any, where: str) -> tuple[Any, dict[str, Any]] | None:
+    """The one of some dataclasses that `value` is, told by the Literal field that they share, and its fields; or None.
+
+    Fields that only the other dataclasses have are left out.
+    """
+    classes = [option for option in options if dataclasses.is_dataclass(option)]
+    hints = [typing.get_type_hints(cls) for cls in classes]
+    names = [{field.name for field in dataclasses.fields(cls)} for cls in classes]
+    shared = (
+        [n for n in set.intersection(*names) if all(typing.get_origin(h[n]) is Literal for h in hints)] if names else []
+    )
+    if len(classes) < 2 or not shared or not isinstance(value, Mapping):
+        return None
+    tags = {tag: cls for cls, hint in zip(classes, hints, strict=True) for tag in typing.get_args(hint[shared[0]])}
+    tag = value.get(shared[0])
+    if tag not in tags:
+        raise UserError(
+            f"{where}.{shared[0]}={tag!r} must be one of {', '.join(map(repr, tags))}{did_you_mean(str(tag), tags)}"
+        )
+    own = {field.name for field in dataclasses.fields(tags[tag])}
+    return tags[tag], {name: v for name, v in value.items() if name in own or name not in set.union(*names)}
+
+
 def _build_value(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
@@ -124,6 +147,9 @@ def _build_value(hint: Any, value: Any, where: str) -> Any:
                 _build_value(item, v, f"{where}.{i}") for i, (item, v) in enumerate(zip(items, value, strict=True))
             )
     if origin in (types.UnionType, typing.Union):
+        chosen = _by_literal(args, value, where)
+        if chosen is not None:
+            return _build_value(*chosen, where)
         for option in args:
             try:
                 return _build_value(option, value, where)

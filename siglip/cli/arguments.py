@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+from collections.abc import Callable
 from typing import TypeVar
 
 import tyro
@@ -12,7 +13,7 @@ from siglip.errors import UserError
 T = TypeVar("T")
 
 
-def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None) -> T:
+def parse(cls: Callable[..., T], args: list[str], *, prog: str, default: T | None = None) -> T:
     """Parses `args` into `cls`; with `default`, every field of that instance is an optional flag.
 
     Raises:
@@ -32,7 +33,16 @@ def parse(cls: type[T], args: list[str], *, prog: str, default: T | None = None)
     return _cli(cls, args, prog, default)
 
 
-def _cli(cls: type[T], args: list[str], prog: str, default: T | None) -> T:
+def find_flag(args: list[str], flag: str) -> str | None:
+    """The value of a flag that has to be known before the flags are parsed, or None."""
+    for place, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name == flag:
+            return value if equals else "".join(args[place + 1 : place + 2])
+    return None
+
+
+def _cli(cls: Callable[..., T], args: list[str], prog: str, default: T | None) -> T:
     config = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     if default is None:
         return tyro.cli(cls, args=args, prog=prog, config=config)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ from data_pipelines.curate.ray_engine import RayEngine
 from data_pipelines.curate.run import FUNNEL_FILE, curate
 from data_pipelines.curate.stats import describe
 from data_pipelines.sources.files import expand_shards
-from siglip.cli.arguments import parse
+from siglip.cli.arguments import find_flag, parse
 from siglip.errors import UserError
 from siglip.trees import did_you_mean
 
@@ -145,23 +145,19 @@ class ModelScorer:
     """
 
     def __init__(self, src: str, tokenizer: str | None, batch_size: int):
-        from siglip.cli.evaluation import embed_in_batches, tower_of
-        from siglip.encoder import load
+        from siglip.cli.evaluation import embedder_of
 
         self._made_from = (src, tokenizer, batch_size)
-        self._tower = tower_of(load(src), tokenizer=tokenizer, batch_size=batch_size)
-        self._embed = embed_in_batches
-        self.image_size = self._tower.image_size
+        embedder = embedder_of(src, tokenizer=tokenizer, batch_size=batch_size)
+        self.embed_images, self.embed_texts, self.image_size = (
+            embedder.embed_images,
+            embedder.embed_texts,
+            embedder.image_size,
+        )
         self.fingerprint = hashlib.sha256(self._probe().tobytes()).hexdigest()
 
     def __reduce__(self):
         return _unpickled_scorer, (*self._made_from, self.fingerprint)
-
-    def embed_images(self, images: np.ndarray) -> np.ndarray:
-        return self._embed(self._tower.images, images, self._tower.batch_size)
-
-    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        return self._tower.embed_texts(texts)
 
     def _probe(self) -> np.ndarray:
         """What the model makes of a fixed picture and text: other weights, another answer."""
@@ -239,12 +235,10 @@ def format_stats(stats: Mapping) -> str:
 
 def _preset_rules(args: list[str]) -> CurateConfig:
     """What --preset starts from, found before the flags are parsed since these change it."""
-    for place, arg in enumerate(args):
-        name, is_flag, value = arg.partition("=")
-        if name == "--preset":
-            value = value if is_flag else "".join(args[place + 1 : place + 2])
-            if value not in PRESETS:
-                hint = did_you_mean(value, list(PRESETS)) or f"; there are {', '.join(PRESETS)}"
-                raise UserError(f"unknown preset {value!r}{hint}")
-            return PRESETS[value]()
-    return CurateConfig()
+    name = find_flag(args, "--preset")
+    if name is None:
+        return CurateConfig()
+    if name not in PRESETS:
+        hint = did_you_mean(name, PRESETS) or f"; there are {', '.join(PRESETS)}"
+        raise UserError(f"unknown preset {name!r}{hint}")
+    return PRESETS[name]()

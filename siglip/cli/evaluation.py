@@ -1,317 +1,233 @@
-"""`siglip eval` and `siglip embed`: shards -> embeddings -> metrics in CLIP_benchmark's JSON."""
+"""`siglip eval` and `siglip embed`: a model and the data side joined into an embedder, with which evaluations are run."""
 
 import dataclasses
+import functools
 import json
-import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, TypeVar
 
+import jax
 import numpy as np
 import tyro
+from jax.sharding import Mesh, NamedSharding
 
 from data_pipelines.loader import make_eval_batches
 from data_pipelines.sources.opening import open_source
 from data_pipelines.text_ops import captions_of, lookup
 from data_pipelines.tokenizers import SentencePieceTokenizer
-from siglip.cli.arguments import parse
-from siglip.encoder import Encoder, load
+from siglip.cli import describe
+from siglip.cli.arguments import find_flag, parse
 from siglip.errors import UserError
-from siglip.evaluation import zeroshot
-from siglip.evaluation.retrieval import mean_of, retrieval
-from siglip.models.vit import normalize_pixels
-from siglip.parallel.collectives import gather_records, gather_rows
-from siglip.training.config import EvalTask
+from siglip.evaluation.embed import Embedder, EmbedFns, ImageBatch, Params, Value, make_embed_fns, rows_per_process
+from siglip.evaluation.suite import run_tasks, task_classes
+from siglip.model_source import read_model
+from siglip.models.two_tower import ModelConfig
+from siglip.parallel import launch, sharding
+from siglip.parallel.launch import DistributedConfig
+from siglip.trees import did_you_mean
 from siglip.workdir.files import write_atomically
 from siglip.workdir.metrics import format_value, short_name
 
-TASK_NAMES = {"retrieval": "zeroshot_retrieval", "zeroshot": "zeroshot_classification"}
+MAX_IMAGE_PIXELS = 1 << 26
+TaskT = TypeVar("TaskT")
+
+USAGE = """usage: siglip eval SRC --task {names} --data SHARDS [flags]
+
+SRC is a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
+{tasks}
+`siglip eval --task NAME --help` lists the flags of a task."""
 
 
-@dataclasses.dataclass(frozen=True)
-class EvalArgs:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """A model and how it is run.
+
+    Attributes:
+        src: a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
+        batch_size: images or texts per forward pass, over all devices.
+        threads: threads that decode images; 0 takes one per core that this process may use.
+        workers: processes that decode images; with 0, threads alone do it.
+        distributed: several processes as one job: flags for where its coordinator is not detected.
+    """
+
+    src: tyro.conf.Positional[str]
+    batch_size: int = 256
+    threads: int = 0
+    workers: int = 0
+    distributed: DistributedConfig = DistributedConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalArgs(ModelArgs, Generic[TaskT]):
     """Evaluate a model zero-shot.
 
     Attributes:
-        src: a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
-        task: retrieval both ways, or zero-shot classification.
-        data: shards, as for training: tar files as img2dataset writes them, Parquet, ArrayRecord, TFRecord, lists.
-        name: of the data set, in the result.
-        captions: retrieval: text fields; each is evaluated on its own.
-        classes: zeroshot: file of class names, one per line or a JSON list.
-        templates: zeroshot: file of templates with {} for the class name, one per line.
-        label: zeroshot: field that holds the label, a number or a class name.
+        task: the settings of the evaluation.
         tokenizer: SentencePiece model, when SRC does not bring one.
-        batch_size: pictures or texts per forward pass.
-        out: where the result goes as JSON; it is printed in any case.
+        out: file for the result as JSON; a table is printed in any case.
     """
 
-    src: tyro.conf.Positional[str]
-    task: Literal["retrieval", "zeroshot"]
-    data: str
-    name: str | None = None
-    captions: tuple[str, ...] = ("txt",)
-    classes: str | None = None
-    templates: str | None = None
-    label: str = "cls"
+    task: tyro.conf.OmitArgPrefixes[TaskT]
     tokenizer: str | None = None
-    batch_size: int = 256
     out: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class EmbedArgs:
-    """Embed every picture of some shards.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbedArgs(ModelArgs):
+    """Embed every image of some shards.
 
     Attributes:
-        src: a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
         data: shards, as for training: tar files as img2dataset writes them, Parquet, ArrayRecord, TFRecord, lists.
         out: FILE.npz or FILE.parquet; columns `key` and `embedding` (float32, L2-normalised).
-        batch_size: pictures per forward pass.
     """
 
-    src: tyro.conf.Positional[str]
     data: str
     out: str
-    batch_size: int = 256
 
 
-logger = logging.getLogger(__name__)
+class ShardImages:
+    """This process's share of the images of some shards, as `siglip.evaluation.embed.Images`."""
 
-
-class Tower(NamedTuple):
-    """What an evaluation needs of a model: uint8 pictures and token ids in, unit vectors out.
-
-    Of several processes each calls `images` and `texts` with its own rows, equally many times, and gets their vectors.
-    """
-
-    images: Callable[[np.ndarray], Any]
-    texts: Callable[[np.ndarray], Any]
-    tokenizer: SentencePieceTokenizer
-    image_size: tuple[int, int]
-    text_length: int
-    batch_size: int
-    process_index: int = 0
-    process_count: int = 1
-
-    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Strings -> float32 [m, e]; each process embeds every `process_count`-th, and all get all."""
-        tokens = np.zeros((-(-len(texts) // self.process_count), self.text_length), np.int32)
-        own = texts[self.process_index :: self.process_count]
-        for row, text in enumerate(own):
-            tokens[row] = self.tokenizer.encode(text, self.text_length)
-        shares = gather_rows(embed_in_batches(self.texts, tokens, self.batch_size)[: len(own)])
-        order = [i for first in range(self.process_count) for i in range(first, len(texts), self.process_count)]
-        return shares[np.argsort(order)]
-
-    def embed_shards(self, data: str) -> tuple[np.ndarray, list[str], list[Mapping[str, Any]]]:
-        """(float32 [n, e], keys, fields) of every decodable picture of the shards, in order."""
-        return embed_shards(
-            self.images, data, image_size=self.image_size, batch_size=self.batch_size,
-            process_index=self.process_index, process_count=self.process_count,
+    def __init__(
+        self, data: str, fields: Sequence[str], *, rows: int, image_size: tuple[int, int], threads: int, workers: int
+    ) -> None:
+        source = _open(data, fields)
+        self.pairs, self._fields = len(source), fields
+        # The one place where a pass over an evaluation set is made; `make_eval_batches` has no worker processes yet.
+        self._batches = make_eval_batches(
+            source, batch_size=rows, image_size=image_size, max_image_pixels=MAX_IMAGE_PIXELS,
+            threads=threads or usable_cores(), process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Images that could not be decoded, by reason."""
+        return self._batches.counts
 
-def embed_shards(
-    images: Callable[[np.ndarray], Any],
-    data: str,
-    *,
-    image_size: tuple[int, int],
-    batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> tuple[np.ndarray, list[str], list[Mapping[str, Any]]]:
-    """(float32 [n, e], keys, fields) of every picture of the shards, in order; those that do not decode are left out, aloud.
+    def __iter__(self) -> Iterator[ImageBatch]:
+        for batch in self._batches:
+            values = [[values_of(record, field) for field in self._fields] for record in batch["fields"]]
+            yield ImageBatch(batch["image"], batch["index"], batch["key"], values)
 
-    Of several processes each reads and embeds its share, `batch_size` pictures at a time, and all get everything.
+
+def _open(data: str, fields: Sequence[str]) -> Any:
+    return open_source(data, fields={field.split(".")[0] for field in fields})
+
+
+def first_values(data: str, fields: Sequence[str]) -> dict[str, list[Value]]:
+    """What some fields of the first pair of some shards hold."""
+    record = _open(data, fields)[0].fields
+    return {field: values_of(record, field) for field in fields}
+
+
+def values_of(record: Mapping[str, Any], field: str) -> list[Value]:
+    """Captions, or labels, that a field of a pair holds: texts and numbers; whatever else is in a column becomes a text.
+
+    Each line of a `txt` is a caption of its own, as CLIP_benchmark writes them.
+    """
+    texts = captions_of(record, field)
+    if texts:
+        return (
+            [line.strip() for text in texts for line in text.splitlines() if line.strip()] if field == "txt" else texts
+        )
+    value = lookup(record, field)
+    values = value if isinstance(value, list | tuple) else [value]
+    return [_plain(v) for v in values if v is not None and not isinstance(v, str | Mapping)]
+
+
+def _plain(value: Any) -> Value:
+    if isinstance(value, int | float):
+        return value
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def embedder_of(src: str | Path, *, tokenizer: str | None = None, with_texts: bool = True, **settings: int) -> Embedder:
+    """The model at SRC on all devices of this job.
+
+    Args:
+        with_texts: whether texts will be embedded: then the model must have a text tower and a tokenizer.
+        settings: batch_size, threads and workers, as for `make_embedder`.
 
     Raises:
-        ValueError: if none decodes.
+        FileNotFoundError, UserError: it is not a model, or lacks what is needed.
     """
-    source = open_source(data)
-    batches = make_eval_batches(
-        source, batch_size=batch_size, image_size=image_size, process_index=process_index, process_count=process_count
-    )
-    z, records = [], []
-    iterator = iter(batches)
-    for _ in range(-(-len(source) // (batch_size * process_count))):
-        # A process that runs out of pictures earlier still takes part in the others' forward passes.
-        batch = next(iterator, {"image": np.zeros((0, *image_size, 3), np.uint8), "key": [], "fields": [], "index": []})
-        z.append(embed_in_batches(images, batch["image"], batch_size))
-        records += zip(batch["index"], batch["key"], batch["fields"], strict=True)
-    next(iterator, None)  # what comes last may have to be counted as broken
-    counts = sum(map(Counter, gather_records([dict(batches.counts)])), Counter())
-    records = gather_records(records)
-    if not records:
-        raise UserError(f"{data} holds no picture that can be decoded ({dict(counts)}); check the shards")
-    if counts and process_index == 0:
-        logger.warning("pictures of %s left out because they cannot be decoded: %s", data, dict(counts))
-    order = np.argsort([index for index, _, _ in records])
-    keys, fields = [records[i][1] for i in order], [records[i][2] for i in order]
-    return gather_rows(np.concatenate(z))[order], keys, fields
-
-
-class Result(NamedTuple):
-    """One evaluation; `dataset` carries the language as its ending when there are several."""
-
-    dataset: str
-    task: str
-    language: str
-    metrics: dict[str, float]
-
-
-def embed_in_batches(function: Callable[[np.ndarray], Any], rows: np.ndarray, batch_size: int) -> np.ndarray:
-    """`function` over batches of one size, the last one filled up with zeros: one compilation. No rows are one batch of zeros."""
-    parts = []
-    for start in range(0, max(len(rows), 1), batch_size):
-        part = rows[start : start + batch_size]
-        fill = np.zeros((batch_size - len(part), *rows.shape[1:]), rows.dtype)
-        parts.append(np.asarray(function(np.concatenate([part, fill])))[: len(part)])
-    return np.concatenate(parts)
-
-
-def evaluate_task(task: EvalTask, tower: Tower) -> list[Result]:
-    """Runs one task; retrieval over several caption fields also gives their mean.
-
-    Raises:
-        ValueError: for missing captions, labels or classes.
-    """
-    zimg, keys, fields = tower.embed_shards(task.data)
-    if task.task == "zeroshot":
-        return [_zeroshot(task, tower, zimg, keys, fields)]
-    results = []
-    for caption_field in task.captions:
-        texts, image_of_text = _captions(fields, caption_field, task.data)
-        language = caption_field.partition("captions.")[2]
-        name = f"{task.name}-{language or caption_field}" if len(task.captions) > 1 else task.name
-        metrics = retrieval(zimg, tower.embed_texts(texts), image_of_text)
-        results.append(Result(name, task.task, language, metrics))
-    if len(results) > 1:
-        results.append(Result(f"{task.name}-mean", task.task, "mean", mean_of([r.metrics for r in results])))
-    return results
-
-
-def check_task(task: EvalTask) -> None:
-    """Opens every file of a task and looks for its fields in the first pair.
-
-    Raises:
-        FileNotFoundError, ValueError: for what would fail later.
-    """
-    first = open_source(task.data)[0].fields
-    if task.task == "retrieval":
-        missing = [name for name in task.captions if not captions_of(first, name)]
-        if len(missing) == len(task.captions):
-            raise UserError(f"the first pair of {task.data} has none of the caption fields {task.captions}")
-        return
-    zeroshot.make_prompts("class", ["{}"] if task.templates is None else read_names(task.templates))
-    if lookup(first, task.label) is None:
-        raise UserError(f"the first pair of {task.data} has no field {task.label!r}; name the right field with --label")
-    read_names(task.classes)
-
-
-def _captions(fields: Iterable[Mapping[str, Any]], name: str, data: str) -> tuple[list[str], np.ndarray]:
-    texts, image_of_text = [], []
-    for i, record in enumerate(fields):
-        for text in captions_of(record, name):
-            texts.append(text)
-            image_of_text.append(i)
-    if not texts:
-        raise UserError(f"no picture of {data} has the caption field {name!r}; look at a member's .json for its fields")
-    return texts, np.asarray(image_of_text)
-
-
-def _zeroshot(
-    task: EvalTask, tower: Tower, zimg: np.ndarray, keys: list[str], fields: list[Mapping[str, Any]]
-) -> Result:
-    classnames = read_names(task.classes)
-    templates = ["{}"] if task.templates is None else read_names(task.templates)
-    index = {name: k for k, name in enumerate(classnames)}
-    labels = np.asarray([_label(record, task, key, index) for key, record in zip(keys, fields, strict=True)])
-    classes = zeroshot.class_embeddings(tower.embed_texts, classnames, templates)
-    return Result(task.name, task.task, "", zeroshot.classification(zimg, classes, labels))
-
-
-def _label(record: Mapping[str, Any], task: EvalTask, key: str, index: Mapping[str, int]) -> int:
-    label = lookup(record, task.label)
-    if isinstance(label, str) and label in index:
-        return index[label]
-    if isinstance(label, int) or (isinstance(label, str) and label.isdigit()):
-        return int(label)
-    raise UserError(
-        f"picture {key} has {task.label}={label!r}, which is neither a number nor one of the {len(index)} class names; "
-        f"name the right field with --label"
-    )
-
-
-def read_names(path: str) -> list[str]:
-    """A JSON list, or one name per line.
-
-    Raises:
-        ValueError: if it holds none.
-    """
-    content = Path(path).read_text(encoding="utf-8")
-    if content.lstrip().startswith("["):
-        try:
-            names = [str(name) for name in json.loads(content)]
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} starts like a JSON list but is not one ({error})") from None
-    else:
-        names = [line.strip() for line in content.splitlines() if line.strip()]
-    if not names:
-        raise UserError(f"{path} is empty; write one name per line, or a JSON list")
-    return names
-
-
-def tower_of(encoder: Encoder, *, tokenizer: str | None, batch_size: int) -> Tower:
-    """A loaded model as a Tower.
-
-    Raises:
-        ValueError: if it has no text tower, or brings no tokenizer and none is given.
-    """
-    path = tokenizer or encoder.tokenizer
-    if encoder.config.text is None:
+    params, config, own_tokenizer = read_model(src)
+    path = tokenizer or own_tokenizer
+    if config.image.pool == "none":
+        raise UserError(
+            "this image tower has no pooling, so an image has no embedding; siglip.load(SRC) gives image_tokens"
+        )
+    if with_texts and config.text is None:
         raise UserError("the model has no text tower, so it cannot be evaluated zero-shot; export it with --tower both")
-    if path is None:
+    if with_texts and path is None:
         raise UserError("the model brings no tokenizer; name its SentencePiece model with --tokenizer FILE")
-    return Tower(
-        images=_image_function(encoder),
-        texts=encoder.embed_texts,
-        tokenizer=SentencePieceTokenizer(str(path)),
-        image_size=encoder.config.image.image_size,
-        text_length=encoder.config.text.length,
-        batch_size=batch_size,
-    )
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    params = jax.device_put(params, NamedSharding(mesh, sharding.P_REPLICATED))
+    pieces = SentencePieceTokenizer(str(path)) if with_texts else None
+    return make_embedder(make_embed_fns(config), params, config, mesh=mesh, tokenizer=pieces, **settings)
+
+
+def make_embedder(
+    fns: EmbedFns,
+    params: Params,
+    config: ModelConfig,
+    *,
+    mesh: Mesh,
+    tokenizer: SentencePieceTokenizer | None,
+    batch_size: int = 256,
+    threads: int = 0,
+    workers: int = 0,
+) -> Embedder:
+    """Parameters on a mesh, and how the data side reads shards and tokenizes, as an embedder. Settings: see `ModelArgs`."""
+    if batch_size < 1 or threads < 0 or workers < 0:
+        raise UserError(
+            f"batch_size={batch_size} must be at least 1, threads={threads} and workers={workers} at least 0"
+        )
+    rows, image_size = rows_per_process(batch_size, mesh), config.image.image_size
+
+    def tokenize(texts: Sequence[str]) -> np.ndarray:
+        tokens = np.zeros((len(texts), config.text.length), np.int32)
+        for row, text in enumerate(texts):
+            tokens[row] = tokenizer.encode(text, config.text.length)
+        return tokens
+
+    read = functools.partial(ShardImages, rows=rows, image_size=image_size, threads=threads, workers=workers)
+    return Embedder(fns, params, mesh=mesh, rows=rows, image_size=image_size, tokenize=tokenize, read=read)
+
+
+def _settings(options: ModelArgs) -> dict[str, int]:
+    return {"batch_size": options.batch_size, "threads": options.threads, "workers": options.workers}
 
 
 def eval_command(args: list[str]) -> None:
     """Prints a table; writes the JSON when asked."""
-    options = parse(EvalArgs, args, prog="siglip eval")
-    name = options.name or Path(options.data).name.partition(".")[0].rstrip("-0123456789*") or "data"
-    task = EvalTask(
-        options.task, name, options.data, options.captions, options.classes, options.templates, options.label
-    )
-    results = evaluate_task(
-        task, tower_of(load(options.src), tokenizer=options.tokenizer, batch_size=options.batch_size)
-    )
-    print(format_table({result.dataset: result.metrics for result in results}))
-    if options.out is not None:
-        content = json.dumps(
-            [to_clip_benchmark(result, options.src) for result in results], indent=2, ensure_ascii=False
-        )
-        write_atomically(Path(options.out), content + "\n")
-
-
-def to_clip_benchmark(result: Result, model: str) -> dict[str, Any]:
-    """The keys of CLIP_benchmark's result files."""
-    return {
-        "dataset": result.dataset,
-        "model": model,
-        "pretrained": "",
-        "task": TASK_NAMES[result.task],
-        "language": result.language,
-        "metrics": result.metrics,
-    }
+    classes = task_classes()
+    name = find_flag(args, "--task")
+    if name is None and ("-h" in args or "--help" in args):
+        tasks = "\n".join(f"  {kind:10}  {(cls.__doc__ or '').partition('.')[0]}" for kind, cls in classes.items())
+        print(USAGE.format(names="|".join(classes), tasks=tasks))
+        return
+    if name not in classes:
+        hint = did_you_mean(name or "", classes) or f"; there are {', '.join(classes)}"
+        raise UserError(f"unknown task {name!r}{hint}" if name else f"no task given; add --task {'|'.join(classes)}")
+    options = parse(EvalArgs[classes[name]], args, prog="siglip eval")
+    with launch.joined(options.distributed, describe=describe):
+        embedder = embedder_of(options.src, tokenizer=options.tokenizer, **_settings(options))
+        options.task.check(first_values)
+        results = run_tasks([options.task], embedder)
+        if jax.process_index():
+            return
+        print(format_table({result.dataset: result.metrics for result in results}))
+        if options.out is not None:
+            content = json.dumps([r.to_clip_benchmark(options.src) for r in results], indent=2, ensure_ascii=False)
+            write_atomically(Path(options.out), content + "\n")
 
 
 def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -326,20 +242,22 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def embed_command(args: list[str]) -> None:
-    """Embeds every picture; the file appears when it is whole."""
+    """Embeds every image; the file appears when it is whole."""
     options = parse(EmbedArgs, args, prog="siglip embed")
     out = Path(options.out)
     if out.suffix not in (".npz", ".parquet"):
         raise UserError(f"--out {options.out} must end in .npz or .parquet")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"the folder {out.parent} of --out does not exist; make it first")
-    encoder = load(options.src)
-    z, keys, _ = embed_shards(
-        _image_function(encoder),
-        options.data,
-        image_size=encoder.config.image.image_size,
-        batch_size=options.batch_size,
-    )
+    with launch.joined(options.distributed, describe=describe):
+        embedder = embedder_of(options.src, with_texts=False, **_settings(options))
+        images = embedder.embed_shards(options.data)
+        if jax.process_index() == 0:
+            _write_embeddings(out, images.keys, images.zimg)
+            print(f"{len(images.keys)} images -> {out}")
+
+
+def _write_embeddings(out: Path, keys: list[str], z: np.ndarray) -> None:
     partial = out.with_name(f".partial-{out.name}")
     try:
         if out.suffix == ".npz":
@@ -349,11 +267,6 @@ def embed_command(args: list[str]) -> None:
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
-    print(f"{len(keys)} pictures -> {out}")
-
-
-def _image_function(encoder: Encoder) -> Callable[[np.ndarray], Any]:
-    return lambda images: encoder.embed_images(normalize_pixels(images))
 
 
 def _write_parquet(path: Path, keys: list[str], z: np.ndarray) -> None:

@@ -29,17 +29,16 @@ import numpy as np
 from data_pipelines.image_embeddings import ImageEmbeddings, make_key, open_image_embeddings
 from data_pipelines.loader import Loader
 from siglip import trees
-from siglip.cli.evaluation import embed_in_batches
 from siglip.errors import UserError
+from siglip.evaluation.embed import embed_rows, make_embed_fns, rows_per_process
 from siglip.models.two_tower import ModelConfig
-from siglip.parallel import collectives, sharding
+from siglip.parallel import sharding
 from siglip.parallel.collectives import gather_records
 from siglip.training import optim
 from siglip.training.config import TrainConfig
 from siglip.training.loop import Prepare
 from siglip.training.objective import all_param_shapes
 from siglip.training.signals import Interrupted
-from siglip.training.step import make_embed_fns
 
 logger = logging.getLogger(__name__)
 
@@ -102,11 +101,8 @@ def make_prepare(config: TrainConfig, loader: Loader) -> Prepare:
         image_params = {"img": params["img"]}
         tower = fingerprint(params["img"], model)
 
-        def embed(pictures: np.ndarray) -> np.ndarray:
-            on_devices = sharding.put_batch({"image": pictures}, mesh)["image"]
-            return collectives.own_rows(forward(image_params, on_devices), mesh)
-
-        rows = -(-config.eval.batch_size // mesh.size) * mesh.size // jax.process_count()
+        rows = rows_per_process(config.eval.batch_size, mesh)
+        embed = functools.partial(embed_rows, functools.partial(forward, image_params), mesh=mesh, rows_per_pass=rows)
         stores = []
         for index, source in enumerate(config.data.sources):
             store = _open(config, loader, index, tower)
@@ -174,7 +170,7 @@ def _open(config: TrainConfig, loader: Loader, index: int, tower: str) -> ImageE
 
 @dataclasses.dataclass(frozen=True)
 class _Computation:
-    """What is left to compute of one source. embed: uint8 [rows, h, w, 3] -> float32 [rows, e], by all processes at once."""
+    """What is left to compute of one source. embed: uint8 [n, h, w, 3] -> float32 [n, e], by all processes at once."""
 
     store: ImageEmbeddings
     loader: Loader
@@ -213,7 +209,7 @@ class _Computation:
         store, embeddings, broken = self.store, [], {}
         for _ in range(-(-store.part_pairs // self.rows)):
             batch = next(batches)
-            embeddings.append(embed_in_batches(self.embed, batch["image"], self.rows))
+            embeddings.append(self.embed(batch["image"]))
             broken |= batch["broken"]
         records = store.records(part)
         rows = np.concatenate(embeddings)

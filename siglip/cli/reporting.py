@@ -1,7 +1,8 @@
-"""`siglip report`: a run's metrics, its evaluation's pictures and other models' numbers on one page and in one table."""
+"""`siglip report`: a run's metrics, images that queries find, and other models' numbers on one page and in one table."""
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +10,17 @@ import tyro
 
 from data_pipelines.loader import make_eval_batches
 from data_pipelines.sources.opening import open_source
-from data_pipelines.text_ops import captions_of
 from siglip.cli.arguments import parse
-from siglip.cli.evaluation import format_table, tower_of
-from siglip.encoder import load
+from siglip.cli.evaluation import MAX_IMAGE_PIXELS, embedder_of, format_table
 from siglip.errors import UserError
-from siglip.training.config import EvalTask, TrainConfig, from_json
-from siglip.workdir.files import CONFIG_FILE, TOKENIZER_FILE
+from siglip.evaluation.retrieval import Retrieval
+from siglip.training.config import EvalConfig
+from siglip.trees import build_dataclass
+from siglip.workdir.files import CONFIG_FILE, TOKENIZER_FILE, read_config
 from siglip.workdir.metrics import read_metrics
 from siglip.workdir.report import Gallery, final_results, write_report
 
-QUERIES = 16  # pictures asked for, each in one language, in turn
+QUERIES = 16
 SHOWN_PX = 72
 
 
@@ -28,8 +29,8 @@ class ReportArgs:
     """Write WORKDIR/report.html and print the last evaluation.
 
     Attributes:
-        workdir: of a run.
-        baseline: JSON files of other models in CLIP_benchmark's form, as `siglip eval --out` writes; more rows of the table.
+        workdir: workdir of a run.
+        baseline: JSON result files of other models, as `siglip eval --out` or CLIP_benchmark writes; more rows of the table.
     """
 
     workdir: tyro.conf.Positional[str]
@@ -41,10 +42,12 @@ def report_command(args: list[str]) -> None:
     options = parse(ReportArgs, args, prog="siglip report")
     workdir = Path(options.workdir)
     results = final_results(read_metrics(workdir))
-    config = from_json(json.loads((workdir / CONFIG_FILE).read_text()))
+    settings = build_dataclass(
+        EvalConfig, read_config(workdir, fields=["eval"])["eval"], where=f"{workdir / CONFIG_FILE}: eval"
+    )
     baselines = {name: row for path in options.baseline for name, row in _read_baseline(path).items()}
-    retrieval = next((task for task in config.eval.tasks if task.task == "retrieval"), None)
-    gallery = None if retrieval is None else _gallery(workdir, config, retrieval)
+    retrieval = next((task for task in settings.tasks if isinstance(task, Retrieval)), None)
+    gallery = None if retrieval is None else _gallery(workdir, settings, retrieval)
     path = write_report(workdir, gallery=gallery, baselines=baselines)
     for datasets in results.values():
         columns = {name for metrics in datasets.values() for name in metrics}
@@ -57,20 +60,30 @@ def _read_baseline(path: str) -> dict[str, dict[str, float]]:
     try:
         return {f"{r['model']} ({r['dataset']})": r["metrics"] for r in json.loads(Path(path).read_text())}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no result file ({error}); `siglip eval … --out FILE.json` writes one") from None
+        raise UserError(f"{path} is not a result file ({error}); `siglip eval … --out FILE.json` writes one") from None
 
 
-def _gallery(workdir: Path, config: TrainConfig, task: EvalTask) -> Gallery:
-    """A few pictures spread over the evaluation set: every other one is asked for in the first language, the rest in turn."""
-    tokenizer = workdir / TOKENIZER_FILE
-    tower = tower_of(load(str(workdir)), tokenizer=str(tokenizer), batch_size=config.eval.batch_size)
-    zimg, _, fields = tower.embed_shards(task.data)
-    shown = make_eval_batches(open_source(task.data), batch_size=len(zimg), image_size=(SHOWN_PX, SHOWN_PX))
+def _gallery(workdir: Path, settings: EvalConfig, task: Retrieval) -> Gallery:
+    """A few queries spread over the evaluation set: every other one in the first language, the rest in the others in turn."""
+    embedder = embedder_of(
+        workdir, tokenizer=str(workdir / TOKENIZER_FILE),
+        batch_size=settings.batch_size, threads=settings.threads, workers=settings.workers,
+    )  # fmt: skip
+    found = embedder.embed_shards(task.data, task.captions)
+    count = len(found.zimg)
     queries = []
-    for n, i in enumerate(np.linspace(0, len(zimg) - 1, min(QUERIES, len(zimg))).astype(int)):
+    for n, row in enumerate(np.linspace(0, count - 1, min(QUERIES, count)).astype(int).tolist()):
         first, *others = task.captions
-        name = others[n // 2 % len(others)] if others and n % 2 else first
-        texts = list(captions_of(fields[i], name))
-        if texts:
-            queries.append((name.partition("captions.")[2], texts[0], int(i)))
-    return Gallery(next(iter(shown))["image"], zimg, queries, tower.embed_texts([text for _, text, _ in queries]))
+        field = others[n // 2 % len(others)] if others and n % 2 else first
+        if texts := found.values[field][row]:
+            queries.append((field.partition("captions.")[2], str(texts[0]), row))
+
+    def shown(rows: Sequence[int]) -> np.ndarray:
+        source, size = open_source(task.data, fields=()), (SHOWN_PX, SHOWN_PX)
+        some = [source[found.index[row]] for row in rows]
+        batches = make_eval_batches(
+            some, batch_size=max(1, len(some)), image_size=size, max_image_pixels=MAX_IMAGE_PIXELS
+        )
+        return next(iter(batches))["image"]
+
+    return Gallery(shown, found.zimg, queries, embedder.embed_texts([text for _, text, _ in queries]))

@@ -10,13 +10,15 @@ from data_pipelines.loader import make_loader
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.cli import BAD_INPUT, describe
 from siglip.cli.arguments import parse
-from siglip.cli.evaluation import Tower, check_task, evaluate_task
+from siglip.cli.evaluation import first_values, make_embedder
 from siglip.cli.frozen_images import make_prepare
 from siglip.errors import UserError
-from siglip.parallel import collectives, launch, sharding
+from siglip.evaluation.embed import make_embed_fns
+from siglip.evaluation.suite import named_metrics, run_tasks
+from siglip.parallel import launch, sharding
 from siglip.training.config import TrainConfig, load_config_file, resolve
 from siglip.training.loop import Evaluate, train
-from siglip.training.step import TrainState, make_embed_fns
+from siglip.training.step import TrainState
 
 USAGE = """usage: siglip train CONFIG [flags]
 
@@ -82,33 +84,15 @@ def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer) -> Eva
     Their files are opened now: a missing one must not wait for the end of training to be found.
     """
     for task in config.eval.tasks:
-        check_task(task)
-    fns = make_embed_fns(config.model)
-    mesh = sharding.make_mesh(config.mesh)
-    batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
+        task.check(first_values)
+    model, settings, mesh = config.model, config.eval, sharding.make_mesh(config.mesh)
+    fns = make_embed_fns(model)
 
     def evaluate(params):
-        def images(rows):
-            return collectives.own_rows(fns.images(params, sharding.put_batch({"image": rows}, mesh)["image"]), mesh)
-
-        def texts(rows):
-            return collectives.own_rows(fns.texts(params, sharding.put_batch({"text": rows}, mesh)["text"]), mesh)
-
-        tower = Tower(
-            images=images,
-            texts=texts,
-            tokenizer=tokenizer,
-            image_size=config.model.image.image_size,
-            text_length=config.model.text.length,
-            batch_size=batch_size // jax.process_count(),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        results = [result for task in config.eval.tasks for result in evaluate_task(task, tower)]
-        return {
-            f"eval/{result.task}/{result.dataset}/{name}": value
-            for result in results
-            for name, value in result.metrics.items()
-        }
+        embedder = make_embedder(
+            fns, params, model, mesh=mesh, tokenizer=tokenizer,
+            batch_size=settings.batch_size, threads=settings.threads, workers=settings.workers,
+        )  # fmt: skip
+        return named_metrics(run_tasks(settings.tasks, embedder))
 
     return evaluate

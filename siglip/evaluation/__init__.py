@@ -1,1 +1,1 @@
-"""Evaluations: arrays in, {metric: value} out, under the names that CLIP_benchmark gives them."""
+"""Evaluations: one file per task, each a dataclass with its settings, its check and its run (see suite.py)."""

@@ -1,62 +1,116 @@
-"""Retrieval both ways: R@1, R@5, R@10 and the median rank, with one or several captions per picture.
+"""Retrieval both ways: R@1, R@5, R@10 and the median rank, with one or several captions per image.
 
-`text_retrieval_*` starts from each picture and looks for its captions; `image_retrieval_*` starts from each caption and looks
-for its picture. A query is a hit at k if *any* of its positives is among the k best (CLIP_benchmark's definition).
-
-The trap: ties. An encoder that collapsed to one point scores every candidate alike; here every tie is counted against the
-model, so that such an encoder gets 0 and not 1.
+`text_retrieval_*` starts from each image and looks for its captions; `image_retrieval_*` starts from each caption and looks
+for its image. A query is a hit at k if *any* of its positives is among the k best (CLIP_benchmark's definition). Ties: see
+ranking.py.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from siglip.array_types import Float, Int
 from siglip.errors import UserError
+from siglip.evaluation.embed import Embedder, FirstValues
+from siglip.evaluation.ranking import rank_right_candidates
+from siglip.evaluation.results import Result, check_name, dataset_name
 
 RECALL_AT = (1, 5, 10)
-_ROWS = 4096  # queries per block of the similarity matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+    """Image-to-text and text-to-image retrieval: R@1, R@5, R@10, median rank.
+
+    Attributes:
+        data: shards, as for training: tar files as img2dataset writes them, Parquet, ArrayRecord, TFRecord, lists.
+        captions: fields that hold captions ("txt", "captions.de"). Each is evaluated on its own; with several, their mean
+            is added under the name <name>-mean. A field whose value is a list holds several captions of one image.
+        name: name of the data set in the result; without one it is taken from the names of the shards.
+        task: the kind of evaluation.
+    """
+
+    data: str
+    captions: tuple[str, ...] = ("txt",)
+    name: str | None = None
+    task: Literal["retrieval"] = "retrieval"
+
+    BENCHMARK_TASK: ClassVar[str] = "zeroshot_retrieval"
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if not self.captions:
+            raise UserError(f"evaluation {self.dataset!r}: captions must name at least one text field, such as 'txt'")
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set in the result."""
+        return dataset_name(self.name, self.data)
+
+    def check(self, first_values: FirstValues) -> None:
+        """Opens the shards and looks for a caption in the first pair.
+
+        Raises:
+            FileNotFoundError, UserError: for what would fail later.
+        """
+        if not any(first_values(self.data, self.captions).values()):
+            raise UserError(f"the first pair of {self.data} has none of the caption fields {self.captions}")
+
+    def run(self, embedder: Embedder) -> list[Result]:
+        """One result for each caption field, and their mean when there are several.
+
+        Raises:
+            UserError: a field is in no pair, or nothing can be decoded.
+        """
+        images = embedder.embed_shards(self.data, self.captions)
+        results = []
+        for field in self.captions:
+            captions = [[v for v in values if isinstance(v, str)] for values in images.values[field]]
+            texts = [text for own in captions for text in own]
+            if not texts:
+                raise UserError(
+                    f"no image of {self.data} has the caption field {field!r}; look at a member's .json for its fields"
+                )
+            image_of_text = np.repeat(np.arange(len(captions)), [len(own) for own in captions])
+            metrics = retrieval(images.zimg, embedder.embed_texts(texts), image_of_text, texts=texts)
+            language = field.partition("captions.")[2]
+            dataset = f"{self.dataset}-{language or field}" if len(self.captions) > 1 else self.dataset
+            results.append(Result(self, dataset, language, metrics))
+        if len(results) > 1:
+            results.append(Result(self, f"{self.dataset}-mean", "mean", mean_of([r.metrics for r in results])))
+        return results
 
 
 def retrieval(
-    zimg: Float[np.ndarray, "n e"], ztxt: Float[np.ndarray, "m e"], image_of_text: Int[np.ndarray, " m"]
+    zimg: Float[np.ndarray, "n e"],
+    ztxt: Float[np.ndarray, "m e"],
+    image_of_text: Int[np.ndarray, " m"],
+    *,
+    texts: Sequence[str] | None = None,
 ) -> dict[str, float]:
-    """Metrics of n pictures and m captions; caption j describes picture `image_of_text[j]`.
+    """Metrics of n images and m captions; caption j describes image `image_of_text[j]`.
+
+    Args:
+        texts: the captions, so that equal ones are not counted as tied. None: all differ.
 
     Returns:
-        {"text_retrieval_recall@k", "image_retrieval_recall@k" for k in 1, 5, 10, "…_median_rank"}; ranks count from 1.
+        {"text_retrieval_recall@k", "image_retrieval_recall@k" for k in 1, 5, 10, "…_median_rank", "tied_fraction"}; ranks count
+        from 1, and tied_fraction is the share of all queries that a tie between different texts or images decided.
 
     Raises:
-        ValueError: if there is nothing to retrieve, a caption points to no picture, or an embedding is not finite.
+        UserError: if there is nothing to retrieve, a caption points to no image, or an embedding is not finite.
     """
     if len(zimg) == 0 or len(ztxt) == 0:
-        raise UserError(f"retrieval needs pictures and captions, got {len(zimg)} and {len(ztxt)}")
+        raise UserError(f"retrieval needs images and captions, got {len(zimg)} and {len(ztxt)}")
     if len(image_of_text) != len(ztxt) or image_of_text.min() < 0 or image_of_text.max() >= len(zimg):
-        raise UserError(f"image_of_text must name one of {len(zimg)} pictures for each of {len(ztxt)} captions")
-    if not (np.isfinite(zimg).all() and np.isfinite(ztxt).all()):
-        raise UserError("some embeddings are not finite; the model has diverged or its file is damaged")
-    described = np.unique(image_of_text)  # a picture whose captions are all missing is a candidate, but no query
-    image_ids = np.arange(len(zimg))
-    return _summary("text", ranks_of_best_positive(zimg[described], ztxt, described, image_of_text)) | _summary(
-        "image", ranks_of_best_positive(ztxt, zimg, image_of_text, image_ids)
-    )
-
-
-def ranks_of_best_positive(
-    queries: Float[np.ndarray, "q e"],
-    candidates: Float[np.ndarray, "c e"],
-    query_ids: Int[np.ndarray, " q"],
-    candidate_ids: Int[np.ndarray, " c"],
-) -> Int[np.ndarray, " q"]:
-    """For each query the rank, from 1, of its best candidate with the same id; wrong candidates win every tie."""
-    ranks = np.empty(len(queries), np.int64)
-    for start in range(0, len(queries), _ROWS):
-        block = slice(start, start + _ROWS)
-        scores = queries[block] @ candidates.T
-        positive = query_ids[block, None] == candidate_ids[None, :]
-        best = np.max(np.where(positive, scores, -np.inf), axis=1, keepdims=True)
-        ranks[block] = 1 + np.sum(~positive & (scores >= best), axis=1)
-    return ranks
+        raise UserError(f"image_of_text must name one of {len(zimg)} images for each of {len(ztxt)} captions")
+    described = np.unique(image_of_text)  # an image whose captions are all missing is a candidate, but no query
+    text_ranks, text_tied = rank_right_candidates(zimg[described], ztxt, described, image_of_text, texts=texts)
+    image_ranks, image_tied = rank_right_candidates(ztxt, zimg, image_of_text, np.arange(len(zimg)))
+    tied = float(np.mean(np.concatenate([text_tied, image_tied])))
+    return _summary("text", text_ranks) | _summary("image", image_ranks) | {"tied_fraction": tied}
 
 
 def mean_of(results: Sequence[dict[str, float]]) -> dict[str, float]:

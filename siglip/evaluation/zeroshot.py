@@ -6,15 +6,152 @@ Prompts are canonicalised first, as big_vision's evaluator does for SigLIP: "_" 
 lower case. Without it published models lose up to 12 points on class names with underscores.
 """
 
+import dataclasses
+import json
+import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from siglip.array_types import Float, Int
 from siglip.errors import UserError
+from siglip.evaluation.embed import Embedder, FirstValues
+from siglip.evaluation.ranking import rank_right_candidates
+from siglip.evaluation.results import Result, check_name, dataset_name
+from siglip.trees import did_you_mean
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_LAMBDA = re.compile(r"lambda\s+\w+\s*:")
+_SHOWN_NAMES = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroShot:
+    """Zero-shot classification: acc1, acc5, mean recall per class.
+
+    Attributes:
+        data: shards, as for training: tar files as img2dataset writes them, Parquet, ArrayRecord, TFRecord, lists.
+        classes: file of class names, one per line or a JSON list; labels are numbers of its lines from 0, or names in it.
+        templates: file of prompts with {} for the class name, one per line or a JSON list, or a JSON object with prompts for
+            each class name; without one the prompt is the class name itself.
+        label: field that holds the label.
+        name: name of the data set in the result; without one it is taken from the names of the shards.
+        task: the kind of evaluation.
+    """
+
+    data: str
+    classes: str
+    templates: str | None = None
+    label: str = "cls"
+    name: str | None = None
+    task: Literal["zeroshot"] = "zeroshot"
+
+    BENCHMARK_TASK: ClassVar[str] = "zeroshot_classification"
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set in the result."""
+        return dataset_name(self.name, self.data)
+
+    def check(self, first_values: FirstValues) -> None:
+        """Opens every file and looks for the label of the first pair.
+
+        Raises:
+            FileNotFoundError, UserError: for what would fail later.
+        """
+        names = read_names(self.classes)
+        make_prompts(names, read_templates(self.templates))
+        labels = first_values(self.data, (self.label,))[self.label]
+        self._number(labels, "the first pair", dict.fromkeys(names, 0))
+
+    def run(self, embedder: Embedder) -> list[Result]:
+        """One result.
+
+        Raises:
+            UserError: a label is missing or not a class, or nothing can be decoded.
+        """
+        names = read_names(self.classes)
+        prompts = make_prompts(names, read_templates(self.templates))
+        images = embedder.embed_shards(self.data, (self.label,))
+        index = {name: names.index(name) for name in names}
+        pairs = zip(images.keys, images.values[self.label], strict=True)
+        labels = np.asarray([self._number(values, f"image {key}", index) for key, values in pairs])
+        classes = class_embeddings(embedder.embed_texts, prompts)
+        # Classes of one name have the same prompts: a tie between them is none that the encoder could avoid.
+        texts = [tuple(own) for own in prompts]
+        return [Result(self, self.dataset, "", classification(images.zimg, classes, labels, texts=texts))]
+
+    def _number(self, values: Sequence[Any], pair: str, index: Mapping[str, int]) -> int:
+        if not values:
+            raise UserError(
+                f"{pair} of {self.data} has no field {self.label!r}; name the field of the labels with --label"
+            )
+        label = values[0] if len(values) == 1 else values
+        if isinstance(label, str) and label in index:
+            return index[label]
+        if isinstance(label, str) and label.isdecimal() or isinstance(label, int):
+            return int(label)
+        if isinstance(label, float) and label.is_integer():  # a number column with gaps
+            return int(label)
+        names = ", ".join(list(index)[:_SHOWN_NAMES]) + (", …" if len(index) > _SHOWN_NAMES else "")
+        raise UserError(
+            f"{pair} of {self.data} has {self.label}={label!r}, which is neither a number nor a name in {self.classes} ({names})"
+            f"{did_you_mean(str(label), index)}; names must match exactly: correct the file, or name another field with --label"
+        )
+
+
+def read_names(path: str) -> list[str]:
+    """Class names: one per line, a JSON list, or a JSON object {"0": name, …} with the numbers of the classes.
+
+    Raises:
+        FileNotFoundError, UserError: there is no file, or it holds no names.
+    """
+    names = _read_lines_or_json(path)
+    if isinstance(names, Mapping):
+        if set(names) != {str(k) for k in range(len(names))}:
+            raise UserError(f'{path}: a JSON object of class names must have the keys "0" to "{len(names) - 1}"')
+        names = [names[str(k)] for k in range(len(names))]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} holds no class names; write one name per line, or a JSON list of strings")
+    return names
+
+
+def read_templates(path: str | None) -> Sequence[str] | Mapping[str, Sequence[str]]:
+    """Prompts for every class: one per line or a JSON list; or for each class its own, a JSON object (CuPL).
+
+    Raises:
+        FileNotFoundError, UserError: there is no file, or it holds no templates.
+    """
+    if path is None:
+        return ["{}"]
+    templates = _read_lines_or_json(path)
+    if isinstance(templates, Mapping) and all(isinstance(value, Mapping) for value in templates.values()):
+        if len(templates) != 1:  # CLIP_benchmark's files have the data set's name on top
+            raise UserError(f"{path} holds templates of {len(templates)} data sets: {', '.join(templates)}; keep one")
+        (templates,) = templates.values()
+    prompts = [p for own in templates.values() for p in own] if isinstance(templates, Mapping) else templates
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError(f"{path} holds no templates; write one per line, such as 'a photo of a {{}}', or a JSON list")
+    code = next((prompt for prompt in prompts if _LAMBDA.match(prompt)), None)
+    if code is not None:
+        raise UserError(f"{path}: {code!r} is Python code; write the template alone, such as 'a photo of a {{}}'")
+    return templates
+
+
+def _read_lines_or_json(path: str) -> Any:
+    content = Path(path).read_text(encoding="utf-8")
+    if not re.match(r'\s*(\[|\{\s*")', content):
+        return [line.strip() for line in content.splitlines() if line.strip()]
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} starts like JSON but is not ({error}); write one entry per line, or JSON") from None
 
 
 def canonicalize(text: str) -> str:
@@ -22,51 +159,63 @@ def canonicalize(text: str) -> str:
     return " ".join(text.replace("_", " ").translate(_PUNCTUATION).lower().split())
 
 
-def make_prompts(classname: str, templates: Sequence[str]) -> list[str]:
-    """One canonical prompt per template; a template has "{}" (or "{c}", as CLIP_benchmark writes) for the class name.
+def make_prompts(classnames: Sequence[str], templates: Sequence[str] | Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """The canonical prompts of each class; "{}" in a template (or "{c}", as CLIP_benchmark writes) is the class name.
 
     Raises:
-        ValueError: for a template without a place for the class name.
+        UserError: a template for all classes has no {}, or a class has no prompts of its own.
     """
+    if isinstance(templates, Mapping):
+        missing = next((name for name in classnames if not templates.get(name)), None)
+        if missing is not None:
+            raise UserError(f"the templates have no prompts for class {missing!r}{did_you_mean(missing, templates)}")
+        return [[_prompt(template, name) for template in templates[name]] for name in classnames]
     for template in templates:
         if "{}" not in template and "{c}" not in template:
             raise UserError(f"template {template!r} has no {{}} for the class name")
-    return [canonicalize(template.replace("{c}", "{}").replace("{}", classname)) for template in templates]
+    return [[_prompt(template, name) for template in templates] for name in classnames]
+
+
+def _prompt(template: str, classname: str) -> str:
+    return canonicalize(template.replace("{c}", "{}").replace("{}", classname))
 
 
 def class_embeddings(
-    embed_texts: Callable[[list[str]], Float[np.ndarray, "m e"]], classnames: Sequence[str], templates: Sequence[str]
+    embed_texts: Callable[[list[str]], Float[np.ndarray, "m e"]], prompts: Sequence[Sequence[str]]
 ) -> Float[np.ndarray, "k e"]:
     """One unit vector per class; all prompts of all classes go through `embed_texts` together."""
-    prompts = [prompt for name in classnames for prompt in make_prompts(name, templates)]
-    z = embed_texts(prompts).reshape(len(classnames), len(templates), -1)
-    return _normalise(_normalise(z).mean(axis=1))
+    z = _normalise(embed_texts([prompt for own in prompts for prompt in own]))
+    ends = np.cumsum([len(own) for own in prompts])
+    return _normalise(np.stack([own.mean(axis=0) for own in np.split(z, ends[:-1])]))
 
 
 def classification(
-    zimg: Float[np.ndarray, "n e"], classes: Float[np.ndarray, "k e"], labels: Int[np.ndarray, " n"]
+    zimg: Float[np.ndarray, "n e"],
+    classes: Float[np.ndarray, "k e"],
+    labels: Int[np.ndarray, " n"],
+    *,
+    texts: Sequence[Hashable] | None = None,
 ) -> dict[str, float]:
-    """{"acc1", "acc5" (for 5 classes or more), "mean_per_class_recall"} of n pictures.
+    """{"acc1", "acc5" (for 5 classes or more), "mean_per_class_recall", "tied_fraction"} of n images.
+
+    Args:
+        texts: of the classes; those of equal text are not counted as tied. None: all differ.
 
     Raises:
-        ValueError: if a label is not one of the k classes, there is no picture, or an embedding is not finite.
+        UserError: if a label is not one of the k classes, there is no image, or an embedding is not finite.
     """
     if len(zimg) == 0:
-        raise UserError("zero-shot classification needs at least one picture, got none")
-    if not (np.isfinite(zimg).all() and np.isfinite(classes).all()):
-        raise UserError("some embeddings are not finite; the model has diverged or its file is damaged")
+        raise UserError("zero-shot classification needs at least one image, got none")
     if labels.min() < 0 or labels.max() >= len(classes):
         raise UserError(f"labels reach from {labels.min()} to {labels.max()}, but there are {len(classes)} classes")
-    scores = zimg @ classes.T
-    own = np.take_along_axis(scores, labels[:, None], axis=1)
-    # Wrong classes win every tie, as in retrieval: a collapsed encoder gets 0.
-    rank = np.sum(scores >= own, axis=1)
-    top1 = rank == 1
+    ranks, tied = rank_right_candidates(zimg, classes, labels, np.arange(len(classes)), texts=texts)
+    top1 = ranks == 1
     metrics = {
         "acc1": float(np.mean(top1)),
         "mean_per_class_recall": float(np.mean([np.mean(top1[labels == k]) for k in np.unique(labels)])),
     }
-    return metrics | ({"acc5": float(np.mean(rank <= 5))} if len(classes) >= 5 else {})
+    acc5 = {"acc5": float(np.mean(ranks <= 5))} if len(classes) >= 5 else {}
+    return metrics | acc5 | {"tied_fraction": float(np.mean(tied))}
 
 
 def _normalise(z: Float[np.ndarray, "... e"]) -> Float[np.ndarray, "... e"]:

@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data_pipelines import errors as data_errors
 from data_pipelines.augment import AugmentConfig
@@ -21,6 +21,7 @@ from data_pipelines.order.permutation import BlockShuffle
 from data_pipelines.samples.noise import NoiseConfig
 from siglip import trees
 from siglip.errors import UserError
+from siglip.evaluation.suite import Task, check_names, metric_prefix, task_classes
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.parallel.launch import DistributedConfig
 from siglip.parallel.sharding import MeshConfig
@@ -32,55 +33,28 @@ from siglip.workdir.metrics import LogConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalTask:
-    """One evaluation: results appear as eval/<task>/<name>/<metric>.
-
-    Attributes:
-        task: "retrieval" (both ways) or "zeroshot" (classification).
-        name: of the data set, in the metrics' names.
-        data: shards, as in a training source.
-        captions: retrieval: text fields ("txt", "captions.de"); each is evaluated on its own, and the mean over more than
-            one is called <name>-mean. A field whose value is a list counts as several captions of one picture.
-        classes: zeroshot: file of class names, one per line or a JSON list; the labels index it, or are names in it.
-        templates: zeroshot: file of templates with "{}" for the class name, one per line; None takes the bare name.
-        label: zeroshot: the field that holds the label.
-    """
-
-    task: Literal["retrieval", "zeroshot"]
-    name: str
-    data: str
-    captions: tuple[str, ...] = ("txt",)
-    classes: str | None = None
-    templates: str | None = None
-    label: str = "cls"
-
-    def __post_init__(self) -> None:
-        if self.task == "zeroshot" and self.classes is None:
-            raise UserError(f"evaluation {self.name!r}: task zeroshot needs classes, a file of class names")
-        if not self.captions:
-            raise UserError(f"evaluation {self.name!r}: captions must name at least one text field, such as 'txt'")
-        if "/" in self.name or not self.name:
-            raise UserError(f"evaluation name {self.name!r} must be non-empty and without '/'")
-
-
-@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluations inside the loop.
 
     Attributes:
+        tasks: what is evaluated; metrics are called eval/<task>/<name>/<metric>.
         every_steps: steps between evaluations; 0 evaluates at the end only.
-        batch_size: pictures or texts per forward pass.
+        batch_size: images or texts per forward pass, over all devices and hosts.
+        threads: threads per process that decode images; 0 takes one per core that the process may use.
+        workers: processes per process that decode images; with 0, threads alone do it.
     """
 
-    tasks: tuple[EvalTask, ...] = ()
+    tasks: tuple[Task, ...] = ()
     every_steps: int = 0
     batch_size: int = 256
+    threads: int = 0
+    workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.every_steps < 0 or self.batch_size < 1:
-            raise UserError(
-                f"eval.every_steps={self.every_steps} must not be negative and eval.batch_size={self.batch_size} at least 1"
-            )
+        for name, least in (("every_steps", 0), ("batch_size", 1), ("threads", 0), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"eval.{name}={getattr(self, name)} must be at least {least}")
+        check_names(self.tasks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +98,7 @@ class TrainConfig:
         check_terms(self.terms)
         if self.init.src is None:
             self._check_without_source()
-        best, tasks = self.checkpoint.best_metric, [f"eval/{task.task}/{task.name}" for task in self.eval.tasks]
+        best, tasks = self.checkpoint.best_metric, [metric_prefix(task, task.dataset) for task in self.eval.tasks]
         if best is not None and not best.startswith(tuple(tasks)):
             raise UserError(
                 f"checkpoint.best_metric={best!r} belongs to no evaluation task; there are {tasks or 'none'}"
@@ -144,7 +118,7 @@ class TrainConfig:
 BAD_INPUT = (UserError, data_errors.UserError)
 
 CONFIG_CLASSES = (
-    TrainConfig, EvalConfig, EvalTask, DataConfig, SourceConfig, AugmentConfig, BlockShuffle, NoiseConfig,
+    TrainConfig, EvalConfig, *task_classes().values(), DataConfig, SourceConfig, AugmentConfig, BlockShuffle, NoiseConfig,
     ModelConfig, ImageConfig, TextConfig, InitConfig, SourceModel, SourceImage, SourceText,
     OptimConfig, MeshConfig, LossConfig, CheckpointConfig, LogConfig, DistributedConfig,
 )  # fmt: skip

@@ -9,7 +9,7 @@ The trap: the donated state is gone after the call. Keep the returned one, never
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from siglip import trees
-from siglip.array_types import Array, Float, Int, UInt8
-from siglip.models.two_tower import ModelConfig, make_model
+from siglip.array_types import Array
+from siglip.models.two_tower import ModelConfig
 from siglip.parallel import sharding
 from siglip.training.accumulation import make_value_and_grad
 from siglip.training.objective import Batch, Metrics, Objective, Params, Term, init_all_params
@@ -166,19 +166,3 @@ def _hold_until_started(updates: Params, step: Array, start_steps: Mapping[str, 
         for name, start in waiting.items()
     }
     return {**updates, **held}
-
-
-class EmbedFns(NamedTuple):
-    """Jitted forward passes of one tower each; leading axes are free, a new one compiles once."""
-
-    images: Callable[[Params, UInt8[Array, "b h w 3"]], Float[Array, "b e"]]
-    texts: Callable[[Params, Int[Array, "b l"]], Float[Array, "b e"]]
-
-
-def make_embed_fns(model: ModelConfig) -> EmbedFns:
-    """uint8 images or token ids -> L2-normalised embeddings."""
-    module = make_model(model)
-    return EmbedFns(
-        images=jax.jit(lambda params, images: module.apply({"params": params}, {"image": images})[0]),
-        texts=jax.jit(lambda params, texts: module.apply({"params": params}, {"text": texts})[1]),
-    )

@@ -99,7 +99,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 def short_name(metric: str) -> str:
     """A column's head: "text_retrieval_recall@1" -> "i2t R@1"."""
-    name = metric.replace("text_retrieval_", "i2t ").replace("image_retrieval_", "t2i ")
+    name = metric.replace("text_retrieval_", "i2t ").replace("image_retrieval_", "t2i ").replace("_fraction", "")
     return name.replace("recall@", "R@").replace("median_rank", "rank").replace("mean_per_class_recall", "per class")
 
 

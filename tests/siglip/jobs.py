@@ -31,14 +31,15 @@ RECIPE = f"""
     from data_pipelines.loader import DataConfig
     from data_pipelines.order.mixture import SourceConfig
     from siglip.workdir.checkpoint import CheckpointConfig
-    from siglip.training.config import EvalConfig, EvalTask, TrainConfig
+    from siglip.evaluation.retrieval import Retrieval
+    from siglip.training.config import EvalConfig, TrainConfig
     from siglip.parallel.launch import DistributedConfig
     from siglip.workdir.metrics import LogConfig
     from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
     from siglip.training.optim import OptimConfig
     from siglip.parallel.sharding import MeshConfig
 
-    TASK = EvalTask("retrieval", "toy", "{SAMPLE}/emoji-heldout-00000.tar", captions=("captions.en", "captions.de"))
+    TASK = Retrieval("{SAMPLE}/emoji-heldout-00000.tar", captions=("captions.en", "captions.de"), name="toy")
 
     def get_config():
         return TrainConfig(

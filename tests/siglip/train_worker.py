@@ -11,14 +11,15 @@ SIGLIP_TEST_STEP_S: every batch takes so long. SIGLIP_TEST_TOY=1: a linear toy i
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipelines.loader import Loader
 from data_pipelines.sources.webdataset import TarSource
 from siglip.cli import main, training
-from siglip.cli.evaluation import Tower
+from siglip.evaluation.embed import Embedder
+from siglip.evaluation.suite import Task
 from siglip.training import loop
-from siglip.training.config import EvalTask
 from tests.siglip.tiny_run import toy_program
 
 
@@ -42,16 +43,16 @@ def record(path: Path, at: str) -> None:
         file.write(json.dumps(["read", pair.key]) + "\n")
         return pair
 
-    def evaluate_and_fail(task: EvalTask, tower: Tower) -> list:
+    def evaluate_and_fail(tasks: Sequence[Task], embedder: Embedder) -> list:
         if event_step == "evaluating":
             happen(event, path)
-        results = evaluate(task, tower)
+        results = evaluate(tasks, embedder)
         if event_step == "evaluated":
             happen(event, path)
         return results
 
-    evaluate = training.evaluate_task
-    training.evaluate_task = evaluate_and_fail
+    evaluate = training.run_tasks
+    training.run_tasks = evaluate_and_fail
     Loader.__next__, TarSource.__getitem__ = hand_out_and_tell, read_and_tell
 
 

@@ -34,7 +34,8 @@ RECIPE = """
     from data_pipelines.loader import DataConfig
     from data_pipelines.order.mixture import SourceConfig
     from siglip.workdir.checkpoint import CheckpointConfig
-    from siglip.training.config import EvalConfig, EvalTask, TrainConfig
+    from siglip.evaluation.retrieval import Retrieval
+    from siglip.training.config import EvalConfig, TrainConfig
     from siglip.workdir.metrics import LogConfig
     from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
     from siglip.training.optim import OptimConfig
@@ -57,7 +58,7 @@ RECIPE = """
             batch_size=8,
             workdir={workdir!r},
             optim=OptimConfig(lr=3e-3, warmup_steps=4),
-            eval=EvalConfig(tasks=(EvalTask("retrieval", "toy", SHARD, captions=("captions.en", "captions.de")),)),
+            eval=EvalConfig(tasks=(Retrieval(SHARD, captions=("captions.en", "captions.de"), name="toy"),)),
             checkpoint=CheckpointConfig(every_steps=10),
             log=LogConfig(every_steps=5),
         )
@@ -177,9 +178,13 @@ def test_zero_shot_classification_from_files(trained, tmp_path, capsys):
     assert run([*args, "--out", str(tmp_path / "out.json")]) == 0
     (result,) = json.loads((tmp_path / "out.json").read_text())
     assert result["task"] == "zeroshot_classification"
-    assert set(result["metrics"]) == {"acc1", "acc5", "mean_per_class_recall"}
-    fails([*args, "--label", "colour"], capsys, "colour=None, which is neither a number nor one of the 6 class names")
-    fails(base, capsys, "needs classes")
+    assert set(result["metrics"]) == {"acc1", "acc5", "mean_per_class_recall", "tied_fraction"}
+    fails(
+        [*args, "--label", "colour"],
+        capsys,
+        "labelled.tar has no field 'colour'; name the field of the labels with --label",
+    )
+    fails(base, capsys, "--classes")
 
 
 def test_the_shipped_tokenizer_can_be_remade(tmp_path):
@@ -224,7 +229,7 @@ def test_mistakes_in_data_and_model(recipe, capsys, tmp_path):
     fails([*train, "--mesh.fsdp", "3"], capsys, "does not cover 8 devices")
     text = recipe.read_text()
     for old, new, message in (
-        ('EvalTask("retrieval", "toy", SHARD', 'EvalTask("retrieval", "toy", "no-eval.tar"', r"no-eval\.tar"),
+        ("Retrieval(SHARD", 'Retrieval("no-eval.tar"', r"no-eval\.tar"),
         ('captions=("captions.en", "captions.de")', 'captions=("captions.xx",)', "none of the caption fields"),
     ):
         recipe.write_text(text.replace(old, new))

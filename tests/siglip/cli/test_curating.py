@@ -13,8 +13,7 @@ import pytest
 from data_pipelines.image_ops import decode_image, resize
 from data_pipelines.sources.webdataset import TarSource
 from siglip.cli import run
-from siglip.cli.evaluation import tower_of
-from siglip.encoder import load
+from siglip.cli.evaluation import embedder_of
 from siglip.formats import big_vision
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, init_params
 
@@ -50,11 +49,11 @@ def test_with_a_model_a_preset_and_new_shards(shard, tmp_path, capsys):
     assert run(["data", "curate", str(shard), "--out", str(out), "--against", str(held), *flags]) == 0
     assert "pairs kept" in capsys.readouterr().out
     rows = pq.read_table(out / "manifest.parquet").to_pylist()
-    tower = tower_of(load(tmp_path / "m.npz"), tokenizer=SPIECE, batch_size=16)
+    embedder = embedder_of(tmp_path / "m.npz", tokenizer=SPIECE, batch_size=16)
     pairs = list(TarSource(shard))
     images = np.stack([resize(decode_image(pair.image, max_pixels=1 << 20), (16, 16)) for pair in pairs])
-    zimg = np.concatenate([tower.images(images[start : start + 8]) for start in range(0, 40, 8)])
-    ztxt = tower.embed_texts([pair.fields["txt"] for pair in pairs])
+    zimg = embedder.embed_images(images)
+    ztxt = embedder.embed_texts([pair.fields["txt"] for pair in pairs])
     np.testing.assert_allclose([row["score"] for row in rows], (zimg * ztxt).sum(1), rtol=0, atol=1e-5)
     assert {row["reason"] for row in rows} <= {None, "low_score", "near_duplicate"}
     for language in {row["language"] for row in rows}:

@@ -61,7 +61,8 @@ def folder(tmp_path_factory) -> Path:
 RECIPE = """
 from data_pipelines.loader import DataConfig
 from data_pipelines.order.mixture import SourceConfig
-from siglip.training.config import EvalConfig, EvalTask, TrainConfig
+from siglip.evaluation.retrieval import Retrieval
+from siglip.training.config import EvalConfig, TrainConfig
 from siglip.training.warm_start import InitConfig, SourceModel
 from siglip.workdir.metrics import LogConfig
 from siglip.models.two_tower import TextConfig
@@ -76,7 +77,7 @@ def get_config():
         batch_size=16,
         workdir="unused",
         optim=OptimConfig(lr=3e-3, warmup_steps=2, lr_mults=(("img/.*", 0.0),)),
-        eval=EvalConfig(tasks=(EvalTask("retrieval", "toy", "{folder}/shard.tar", captions=("captions.en",)),)),
+        eval=EvalConfig(tasks=(Retrieval("{folder}/shard.tar", captions=("captions.en",), name="toy"),)),
         log=LogConfig(every_steps=1, progress=False),
     )
 """

@@ -3,8 +3,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siglip.evaluation.retrieval import mean_of, retrieval
-from siglip.evaluation.zeroshot import canonicalize, class_embeddings, classification, make_prompts
+from siglip.evaluation.ranking import rank_right_candidates
+from siglip.evaluation.retrieval import Retrieval, mean_of, retrieval
+from siglip.evaluation.zeroshot import (
+    ZeroShot,
+    canonicalize,
+    class_embeddings,
+    classification,
+    make_prompts,
+    read_names,
+    read_templates,
+)
 
 
 def unit(z):
@@ -42,7 +51,10 @@ def test_perfect_and_collapsed_encoders():
     assert perfect["image_retrieval_median_rank"] == 1
     same = np.ones((12, 3))
     collapsed = retrieval(same, same, np.arange(12))
-    assert collapsed["image_retrieval_recall@10"] == 0 and collapsed["text_retrieval_median_rank"] == 12
+    assert perfect["tied_fraction"] == 0 and collapsed["tied_fraction"] == 1
+    for side in ("text", "image"):  # chance: the right one is the first of twelve once, among the first ten ten times
+        assert collapsed[f"{side}_retrieval_recall@1"] == pytest.approx(1 / 12)
+        assert collapsed[f"{side}_retrieval_recall@10"] == pytest.approx(10 / 12)
 
 
 def test_median_rank_by_hand():
@@ -54,7 +66,7 @@ def test_median_rank_by_hand():
 
 
 def test_a_caption_without_a_picture_is_an_error():
-    with pytest.raises(ValueError, match="must name one of 2 pictures"):
+    with pytest.raises(ValueError, match="must name one of 2 images"):
         retrieval(np.eye(2), np.eye(2), np.array([0, 2]))
 
 
@@ -73,6 +85,7 @@ def test_classification_by_hand():
         "acc1": 0.5,
         "acc5": 0.75,
         "mean_per_class_recall": pytest.approx((1 / 3 + 1) / 2),
+        "tied_fraction": 0.0,
     }
 
 
@@ -89,16 +102,133 @@ def test_class_embedding_is_the_normalised_mean_of_normalised_prompts():
         seen.extend(prompts)
         return np.array([[3.0, 0], [0, 1], [2, 0], [5, 0]])
 
-    classes = class_embeddings(embed, ["Cat", "polar_bear"], ["{}", "a photo of a {}."])
+    classes = class_embeddings(embed, make_prompts(["Cat", "polar_bear"], ["{}", "a photo of a {}."]))
     assert seen == ["cat", "a photo of a cat", "polar bear", "a photo of a polar bear"]
     np.testing.assert_allclose(classes, [[np.sqrt(0.5), np.sqrt(0.5)], [1, 0]], atol=1e-6)
 
 
 def test_canonical_text_and_templates():
     assert canonicalize("  Polar_Bear's,  (big)! ") == "polar bears big"
-    assert make_prompts("dog", ["a {c}"]) == ["a dog"]
+    assert make_prompts(["dog", "T-shirt"], ["a {c}"]) == [["a dog"], ["a tshirt"]]
     with pytest.raises(ValueError, match="has no {}"):
-        make_prompts("dog", ["a photo"])
+        make_prompts(["dog"], ["a photo"])
+
+
+def test_prompts_of_each_class():
+    own = {"dog": ["A {} barks.", "man's best friend"], "cat": ["It purrs"]}
+    assert make_prompts(["cat", "dog"], own) == [["it purrs"], ["a dog barks", "mans best friend"]]
+    with pytest.raises(ValueError, match="no prompts for class 'cats'; did you mean 'cat'"):
+        make_prompts(["cats"], own)
+    classes = class_embeddings(lambda prompts: np.eye(3), make_prompts(["cat", "dog"], own))
+    np.testing.assert_allclose(classes, [[1, 0, 0], [0, np.sqrt(0.5), np.sqrt(0.5)]], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("a {}\n\n the {c} \n", ["a {}", "the {c}"]),
+        ('["a {}", "the {}"]', ["a {}", "the {}"]),
+        ('{"cat": ["a {}"]}', {"cat": ["a {}"]}),
+        ('{\n "imagenet1k": {"cat": ["a {}"]}}', {"cat": ["a {}"]}),
+        ("lambda c: f'a photo of a {c}.',", "is Python code; write the template alone"),
+        ('{"a": {"cat": ["x"]}, "b": {"cat": ["y"]}}', "templates of 2 data sets: a, b"),
+        ('["a {}"', "starts like JSON but is not"),
+        ("[]", "holds no templates"),
+        ('{"cat": [3]}', "holds no templates"),
+    ],
+)
+def test_files_of_templates(tmp_path, content, expected):
+    path = tmp_path / "templates"
+    path.write_text(content)
+    if not isinstance(expected, str):
+        assert read_templates(str(path)) == expected
+        return
+    with pytest.raises(ValueError, match=expected):
+        read_templates(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("tabby, tabby cat\npolar_bear\n", ["tabby, tabby cat", "polar_bear"]),
+        ('{"0": "tabby", "1": "bear"}', ["tabby", "bear"]),
+        ('{"1": "tabby", "2": "bear"}', 'must have the keys "0" to "1"'),
+        ('["a", 3]', "holds no class names"),
+        ("\n", "holds no class names"),
+    ],
+)
+def test_files_of_class_names(tmp_path, content, expected):
+    path = tmp_path / "classes"
+    path.write_text(content)
+    if not isinstance(expected, str):
+        assert read_names(str(path)) == expected
+        return
+    with pytest.raises(ValueError, match=expected):
+        read_names(str(path))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000))
+def test_the_first_of_equal_scores_wins_as_in_a_stable_sort(seed):
+    rng = np.random.default_rng(seed)
+    # Whole numbers: products are exact, so that equal scores are equal in any order of summation.
+    zimg, ztxt = rng.integers(-1, 2, (9, 2)).astype(float), rng.integers(-1, 2, (18, 2)).astype(float)
+    image_of_text = rng.permutation(np.repeat(np.arange(9), 2))
+    metrics = retrieval(zimg, ztxt, image_of_text)
+    texts_of_image = [np.flatnonzero(image_of_text == i) for i in range(9)]
+    for k in (1, 5, 10):
+        assert metrics[f"text_retrieval_recall@{k}"] == pytest.approx(reference_recall(zimg, ztxt, texts_of_image, k))
+        assert metrics[f"image_retrieval_recall@{k}"] == pytest.approx(
+            reference_recall(ztxt, zimg, image_of_text[:, None], k)
+        )
+    labels, classes = image_of_text, zimg
+    right = np.argmax(ztxt @ classes.T, axis=1) == labels
+    assert classification(ztxt, classes, labels)["acc1"] == pytest.approx(np.mean(right))
+
+
+def test_equal_captions_and_class_names_are_no_tie_of_the_encoders():
+    # Two images with one caption: the first of the two captions wins, right for one image of the two.
+    eye = np.eye(6)
+    ztxt, texts = eye[[0, 0, 2, 3, 4, 5]], ["cat", "cat", "dog", "cow", "hen", "pig"]
+    zimg = eye[[0, 0, 2, 3, 4, 5]] + 0.1 * eye[[1, 5, 1, 1, 1, 1]]
+    metrics = retrieval(zimg, ztxt, np.arange(6), texts=texts)
+    assert metrics["text_retrieval_recall@1"] == pytest.approx(5 / 6) and metrics["text_retrieval_recall@5"] == 1
+    assert metrics["tied_fraction"] == pytest.approx(2 / 12)  # both captions, between two different images
+    assert retrieval(zimg, ztxt, np.arange(6))["tied_fraction"] == pytest.approx(4 / 12)  # and as texts that differ
+
+    names = ["missile", "sunglass", "missile", "dog", "cat"]
+    classes = np.eye(5)[[0, 1, 0, 3, 4]]
+    result = classification(classes, classes, np.arange(5), texts=names)
+    assert result["acc1"] == 0.8 and result["acc5"] == 1 and result["tied_fraction"] == 0
+    assert classification(classes, classes, np.arange(5))["tied_fraction"] == 0.4
+
+
+def test_equal_candidates_score_alike_wherever_they_stand():
+    # Columns at the edge of a block of a matrix product may be rounded otherwise: whatever the shape, equal rows must tie.
+    rng = np.random.default_rng(0)
+    for count in (3, 7, 13, 37, 101):
+        queries, candidate = (unit(rng.normal(size=(n, 97))).astype(np.float32) for n in (count, 1))
+        ranks, tied = rank_right_candidates(queries, np.repeat(candidate, count, 0), np.arange(count), np.arange(count))
+        np.testing.assert_array_equal(ranks, 1 + np.arange(count))
+        assert tied.all()
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("sets/coco-test-{000..009}.tar", "coco-test"),
+        ("emoji-heldout-*.tar", "emoji-heldout"),
+        ("sets/cifar10/00000.tar", "cifar10"),
+        ("imagenet2012/5.1.0", "imagenet2012"),
+        ("https://host/x/toy_00000.tar?token=1", "toy"),
+        ("x/cars.v2-00000.parquet", "cars"),
+        ("vtab/stl10-train.tfrecord-00000-of-00010", "stl10-train"),
+        ("0000.tar", "data"),
+    ],
+)
+def test_the_name_of_a_data_set_follows_its_shards(data, name):
+    assert Retrieval(data).dataset == ZeroShot(data, "classes.txt").dataset == name
+    assert Retrieval(data, name="mine").dataset == "mine"
 
 
 def test_a_diverged_encoder_has_no_score():

@@ -12,9 +12,10 @@ import pytest
 
 from siglip import trees
 from siglip.errors import RunFailed, UserError
+from siglip.evaluation.retrieval import Retrieval
 from siglip.parallel import launch
 from siglip.parallel.sharding import MeshConfig, put_batch
-from siglip.training.config import EvalConfig, EvalTask
+from siglip.training.config import EvalConfig
 from siglip.training.loop import Interrupted, NonFiniteLoss, make_program, train
 from siglip.training.objective import LossConfig
 from siglip.training.optim import OptimConfig
@@ -88,7 +89,7 @@ def test_stopped_and_resumed_is_bit_equal_to_uninterrupted(tmp_path, signum):
 
 
 def with_task(**kwargs):
-    return {"eval": EvalConfig(tasks=(EvalTask("retrieval", "toy", "unused.tar"),), **kwargs)}
+    return {"eval": EvalConfig(tasks=(Retrieval("unused.tar", name="toy"),), **kwargs)}
 
 
 def test_a_signal_during_an_evaluation_saves_and_the_run_goes_on(tmp_path):
@@ -229,7 +230,7 @@ def test_the_last_k_and_the_best_checkpoint_are_kept(tmp_path):
     scores = iter([0.1, 0.9, 0.2, 0.3])
     config = tiny_config(
         tmp_path,
-        eval=EvalConfig(tasks=(EvalTask("retrieval", "toy", "unused.tar"),), every_steps=2),
+        eval=EvalConfig(tasks=(Retrieval("unused.tar", name="toy"),), every_steps=2),
         checkpoint=CheckpointConfig(every_steps=1, keep=2, best_metric="eval/retrieval/toy/score"),
     )
     train_toy(config, TinyBatches(), evaluate=lambda params: {"eval/retrieval/toy/score": next(scores)})
