@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from data_pipelines.errors import RunFailed
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -29,7 +31,7 @@ class Pair:
     problems: tuple[str, ...] = ()
 
 
-class ShardLost(ValueError):
+class ShardLost(RunFailed):
     """A shard that was there when its source was opened is gone or has been replaced: no fault of one pair, so it stops."""
 
 

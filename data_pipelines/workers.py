@@ -31,6 +31,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+from data_pipelines.errors import RunFailed
+
 MAX_DEATHS = 3
 SILENCE_S = 1200.0  # Longer than a pair takes whose storage stalls in every retry, of a long read and then of its own.
 _ALIGNMENT_BYTES = 64
@@ -45,7 +47,7 @@ class Batches(Protocol):
     def __getitem__(self, index: int) -> dict: ...
 
 
-class WorkerLost(RuntimeError):
+class WorkerLost(RunFailed):
     """Workers die or fall silent at one and the same batch."""
 
 

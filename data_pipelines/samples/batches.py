@@ -26,11 +26,11 @@ import numpy as np
 
 from data_pipelines import augment, image_ops, text_ops
 from data_pipelines.counter_rng import Draws, Rng
-from data_pipelines.errors import UserError
+from data_pipelines.errors import RunFailed
 from data_pipelines.image_embeddings import ImageEmbeddings
 from data_pipelines.order.mixture import Mixture
 from data_pipelines.records import Pair, Source
-from data_pipelines.samples.batches import noise
+from data_pipelines.samples import noise
 from data_pipelines.sources.blocks import Block, BlockCache
 from data_pipelines.tokenizers import SentencePieceTokenizer
 
@@ -209,7 +209,7 @@ class BatchSource:
             except BrokenPair as error:
                 first_reason = first_reason or error.reason
             place = Place(place.source, int(substitutes.random() * len(self.sources[place.source])))
-        raise UserError(
+        raise RunFailed(
             f"{MAX_TRIES} pairs drawn from source {place.source} cannot be used, the first for {first_reason!r}; "
             f"check its shards, and that they have one of captions={tuple(self.spec.captions[place.source])}"
         )

@@ -115,7 +115,7 @@ def exists(path: str) -> bool:
         return os.path.isfile(path)
     try:
         return remote.stat(path).size > 0
-    except (FileNotFoundError, PermissionError, ValueError):
+    except (FileNotFoundError, PermissionError, UserError):
         return False
 
 
@@ -154,9 +154,7 @@ class Reader:
             opened = self._file(file)  # Held by this name while its descriptor is used.
         except FileNotFoundError as error:
             raise ShardLost(f"shard {path!r} vanished while it was in use; put it back and resume") from error
-        except ShardLost:
-            raise
-        except (PermissionError, ValueError) as error:
+        except (PermissionError, UserError) as error:
             raise ShardLost(f"shard {path!r} cannot be read any more: {error}") from error
         data = os.pread(opened.fileno(), size, offset)
         if len(data) != size:

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from data_pipelines.errors import UserError
 from data_pipelines.records import Pair, ShardLost
 from data_pipelines.sources import blocks, files, index_file
 from data_pipelines.sources.blocks import Block, BlockCache
@@ -95,7 +96,7 @@ class ShardedSource(abc.ABC):
             return tables
         try:
             again = index_file.open_index(path, self._kind, self._build)
-        except (FileNotFoundError, PermissionError, ValueError) as error:
+        except (FileNotFoundError, PermissionError, UserError) as error:
             raise ShardLost(f"shard {path!r} cannot be read any more: {error}") from error
         tables = again.load()
         if again.header.digest != index.header.digest or tables is None:

@@ -30,7 +30,7 @@ from data_pipelines.image_embeddings import ImageEmbeddings, make_key, open_imag
 from data_pipelines.loader import Loader
 from siglip import trees
 from siglip.cli.evaluation import embed_in_batches
-from siglip.errors import UserError
+from siglip.errors import RunFailed, UserError
 from siglip.models.two_tower import ModelConfig, param_shapes
 from siglip.parallel import collectives, sharding
 from siglip.parallel.peers import Alone
@@ -220,7 +220,7 @@ class _Computation:
         rows[[record - records.start for record in broken]] = 0.0
         bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
         if bad.size:
-            raise RuntimeError(
+            raise RunFailed(
                 f"the image tower makes NaN of pair {records[bad[0]]} of {self.shards}; look at that picture and the tower"
             )
         if records:

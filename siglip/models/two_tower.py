@@ -93,7 +93,7 @@ class TwoTower(nn.Module):
                 zimg, out["img/norm"] = _normalise(zimg)
         if text is not None:
             if config.text is None:
-                raise UserError("this model has no text tower, only the image tower; pass text=None")
+                raise ValueError("this model has no text tower, only the image tower; pass text=None")
             tower = TextTransformer(config.text, text_dim, text_attention, placement, name="txt")
             ztxt, extras = tower(text, train=train)
             out |= {f"txt/{name}": value for name, value in extras.items()}

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from data_pipelines import errors as data_errors
 from data_pipelines.augment import AugmentConfig
 from data_pipelines.loader import DataConfig
 from data_pipelines.order.mixture import SourceConfig
@@ -135,6 +136,8 @@ class TrainConfig:
                 "init.only and init.skip say what of init.src is taken, but there is none; use --init.src SRC"
             )
 
+
+BAD_INPUT = (UserError, data_errors.UserError)
 
 CONFIG_CLASSES = (
     TrainConfig, EvalConfig, EvalTask, DataConfig, SourceConfig, AugmentConfig, BlockShuffle, NoiseConfig,

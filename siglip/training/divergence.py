@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 
+from siglip.errors import RunFailed
 from siglip.parallel.peers import Alone
 from siglip.workdir.files import write_atomically
 
 BAD_BATCH_FILE = "non_finite_batch.json"
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(RunFailed):
     """The run diverged; the message names the step and where the batch's keys are."""
 
 

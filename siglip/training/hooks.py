@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from siglip.errors import RunFailed
 from siglip.parallel.peers import Alone
 from siglip.training import flops
 from siglip.training.config import TrainConfig, to_json
@@ -169,7 +170,7 @@ class Bookkeeping:
         failures = [f"process {i}: {one['failure']}" for i, one in enumerate(everyones) if one["failure"] is not None]
         if failures:
             self.save(step, state)
-            raise failure or RuntimeError(f"the evaluation failed in {failures[0]}")
+            raise failure or RunFailed(f"the evaluation failed in {failures[0]}")
         return everyones[0]["results"]
 
 

@@ -20,12 +20,12 @@ import jax
 import numpy as np
 import optax
 
-from siglip.errors import UserError
+from siglip.errors import RunFailed
 from siglip.models.two_tower import param_shapes
 from siglip.parallel import sharding
 from siglip.parallel.peers import Alone
 from siglip.training import optim, warm_start
-from siglip.training.config import TrainConfig, resolve, to_json
+from siglip.training.config import BAD_INPUT, TrainConfig, resolve, to_json
 from siglip.training.divergence import NonFiniteLoss
 from siglip.training.hooks import Batches, Bookkeeping, Evaluate
 from siglip.training.signals import Interrupted, SignalFlag
@@ -69,7 +69,7 @@ def train(
     """
     peers = Alone() if peers is None else peers
     if jax.process_count() != peers.count:
-        raise UserError(
+        raise ValueError(
             f"jax runs on {jax.process_count()} processes; train needs peers=, from siglip.parallel.launch.joined"
         )
     config, workdir = resolve(config), Path(config.workdir)
@@ -90,9 +90,9 @@ def train(
             state = _steps(config, program, state, start_step, batches, book, signals, peers)
         except (Interrupted, NonFiniteLoss) as error:
             agreed = error  # the other processes raise it at the same step
-        except (ValueError, OSError) as error:
+        except (*BAD_INPUT, OSError) as error:
             # What was good enough to start with is not bad input now: whoever starts failed jobs again is to do so.
-            raise RuntimeError(str(error)) from error
+            raise RunFailed(str(error)) from error
         finally:
             book.close()
         peers.finish()
@@ -134,7 +134,7 @@ def _steps(
             with book.throughput.waiting_for_data():
                 batch = dict(next(batches))
         except StopIteration:
-            raise RuntimeError(f"the data ended before step {step} of {config.total_steps}") from None
+            raise RunFailed(f"the data ended before step {step} of {config.total_steps}") from None
         except Exception:
             # A terminal sends Ctrl-C to data workers too: their death is then no failure of the run.
             if signals.received is None or peers.count > 1:

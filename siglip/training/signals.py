@@ -9,12 +9,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from siglip.errors import RunFailed
 
-class Interrupted(RuntimeError):
+
+class Interrupted(RunFailed):
     """SIGTERM or SIGINT arrived; everything up to `step` is saved."""
 
     def __init__(self, signum: int, step: int, workdir: Path) -> None:
-        self.signum = signum
+        self.signum, self.exit_code = signum, 128 + signum
         super().__init__(
             f"stopped by {signal.Signals(signum).name} at step {step}, which is saved; "
             f"the same command goes on from there (workdir {workdir})"
