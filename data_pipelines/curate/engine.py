@@ -20,6 +20,7 @@ from multiprocessing import forkserver
 from typing import Any, Protocol, TypeVar
 
 from data_pipelines.errors import RunFailed, UserError
+from data_pipelines.sources.shards import usable_cores
 
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 Item = TypeVar("Item")
@@ -48,7 +49,7 @@ class LocalEngine:
     def __init__(self, workers: int = 0):
         if workers < 0:
             raise UserError(f"workers={workers} must be at least 0 (0: every core)")
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = workers or usable_cores()
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "LocalEngine":

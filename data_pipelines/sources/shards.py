@@ -241,7 +241,7 @@ def _index_in_processes(paths: Sequence[str], kind: str, build: Callable[[str, F
 
     Not a multiprocessing pool: that imports the user's script again, and worker processes may not have one.
     """
-    workers = min(len(os.sched_getaffinity(0)), len(paths) // _SHARDS_PER_PROCESS)
+    workers = min(usable_cores(), len(paths) // _SHARDS_PER_PROCESS)
     if workers < 2:
         return
     command = [sys.executable, "-c", "from data_pipelines.sources import shards; shards.index_from_stdin()"]
@@ -257,6 +257,11 @@ def _index_in_processes(paths: Sequence[str], kind: str, build: Callable[[str, F
         for process in processes:
             process.kill()
             process.wait()
+
+
+def usable_cores() -> int:
+    """How many cores this process may use; where the system does not tell (macOS), how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def index_from_stdin() -> None:
