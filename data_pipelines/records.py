@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from data_pipelines.errors import RunFailed
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -19,8 +21,8 @@ class Pair:
       image: the encoded file, or None when the pair has no image member.
       fields: `txt` and `cls` when the pair has these members, and every field of its `json`; of the other formats
         every column or feature but the image. A field with several captions is a list.
-      problems: what could not be read: "invalid_utf8" (a text), "invalid_json", "invalid_row" (of a list),
-        "missing_file" (the picture that a list names).
+      problems: what could not be read: "invalid_utf8" (a text), "invalid_json", "missing_image" (the file that a list
+        names).
     """
 
     key: str
@@ -29,7 +31,7 @@ class Pair:
     problems: tuple[str, ...] = ()
 
 
-class ShardLost(ValueError):
+class ShardLost(RunFailed):
     """A shard that was there when its source was opened is gone or has been replaced: no fault of one pair, so it stops."""
 
 

@@ -19,6 +19,7 @@ from data_pipelines.counter_rng import Rng
 from data_pipelines.errors import UserError
 
 MAX_KEYWORDS = 4
+ALL_FIELDS = ("txt", "caption", "captions.*", "keywords")  # the usual ones
 CaptionSpec = Sequence[tuple[str, float]]
 
 
@@ -76,13 +77,15 @@ def captions_of(fields: Mapping[str, object], field: str) -> list[str]:
     return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
 
-def iter_captions(pairs: Iterable[HasFields], *, repeat: Mapping[str, int] | None = None) -> Iterator[str]:
-    """Every text of every pair in turn, once a pair: what a tokenizer is trained on. A `Source` is iterable.
+def iter_captions(
+    pairs: Iterable[HasFields], *, fields: Sequence[str] = ALL_FIELDS, repeat: Mapping[str, int] | None = None
+) -> Iterator[str]:
+    """Every text that some fields of every pair hold, once a pair: what a tokenizer is trained on. A `Source` is iterable.
 
     repeat: field -> how often its texts come in all, so that a language among many gets pieces of its own.
     """
     for pair in pairs:
-        texts = [captions_of(pair.fields, field) for field in ("txt", "caption", "captions.*", "keywords")]
+        texts = [captions_of(pair.fields, field) for field in fields]
         yield from dict.fromkeys(itertools.chain.from_iterable(texts))
         for field, times in (repeat or {}).items():
             yield from captions_of(pair.fields, field) * (times - 1)

@@ -12,12 +12,14 @@ never use it. Padding with 0 gives the tower a last token that it never saw.
 
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
+from data_pipelines.atomic import new_file
 from data_pipelines.errors import UserError
 
 
@@ -69,29 +71,45 @@ class SentencePieceTokenizer:
         return tokens
 
 
-def train_tokenizer(texts: Iterable[str], out: str | os.PathLike, *, vocab_size: int) -> None:
+def train_tokenizer(
+    texts: Iterable[str], out: str | os.PathLike, *, vocab_size: int, max_texts: int = 2_000_000, threads: int = 1
+) -> None:
     """Trains a unigram SentencePiece model with byte fallback on lower-cased texts and writes it to `out`.
 
-    Ids as in the published models: `<pad>` 0, `</s>` 1, `<unk>` 2, then the 256 bytes. One thread, so the same texts in
-    the same order give the same file with the same version of sentencepiece.
+    Ids as in the published models: `<pad>` 0, `</s>` 1, `<unk>` 2, then the 256 bytes. The same texts in the same order and
+    the same number of threads give the same file with the same version of sentencepiece.
+
+    Args:
+      texts: passed through once; of more than `max_texts`, so many are drawn, each as likely as any other.
+      threads: more are faster, and add up in another order: scores differ in their last digits.
 
     Raises:
-      ValueError: no texts, or a vocabulary that these texts cannot fill or that cannot hold their characters.
+      UserError: no texts, or a vocabulary that these texts cannot fill or that cannot hold their characters.
     """
-    texts = [text.lower() for text in texts]
-    if not texts:
-        raise UserError("no texts to train a tokenizer on; the shards hold no captions")
+    count, failures = 0, []
+
+    def lowered() -> Iterator[str]:
+        nonlocal count
+        try:
+            for text in texts:
+                count += 1
+                yield text.lower()
+        except Exception as error:  # sentencepiece would make one of its own of it
+            failures.append(error)
+            raise
+
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
+            sentence_iterator=lowered(),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="unigram",
             normalization_rule_name="nmt_nfkc",
             byte_fallback=True,
             character_coverage=0.9995,
-            num_threads=1,
+            input_sentence_size=max_texts,
+            num_threads=threads,
             pad_id=0,
             eos_id=1,
             unk_id=2,
@@ -99,7 +117,19 @@ def train_tokenizer(texts: Iterable[str], out: str | os.PathLike, *, vocab_size:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(f"vocab_size={vocab_size} does not fit {len(texts)} texts: {error}") from error
-    partial = Path(f"{os.fspath(out)}.{os.getpid()}.partial")
-    partial.write_bytes(model.getvalue())
-    os.replace(partial, out)
+        if failures:
+            raise failures[0] from None
+        if not count:
+            raise UserError("no texts to train a tokenizer on; the shards hold no captions in these fields") from None
+        reason = str(error).rpartition("] ")[2]  # behind the place in its source and the condition
+        raise UserError(f"vocab_size={vocab_size} does not fit {count} texts: {reason}") from error
+    with new_file(Path(out)) as partial:
+        partial.write_bytes(_without_the_limit(model.getvalue(), unless=count > max_texts))
+
+
+def _without_the_limit(model: bytes, *, unless: bool) -> bytes:
+    """The model as if no number of texts had been set: whether that could have been reached does not change it."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    if not unless:
+        proto.trainer_spec.ClearField("input_sentence_size")
+    return proto.SerializeToString()

@@ -40,6 +40,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data_pipelines.errors import RunFailed
+
 MAX_DEATHS = 3
 SILENCE_S = 1200.0  # Longer than a pair takes whose storage stalls in every retry, of a long read and then of its own.
 MAX_PREFETCHED_BYTES = 1 << 34
@@ -75,7 +77,7 @@ class Batches(Protocol):
         """The batch. notes: all that `fill` returned for it, in any order."""
 
 
-class WorkerLost(RuntimeError):
+class WorkerLost(RunFailed):
     """Workers die or fall silent at one and the same batch."""
 
 

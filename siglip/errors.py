@@ -1,4 +1,4 @@
-"""What is told in one line instead of a traceback: bad input, and a run that failed for a reason outside the program."""
+"""What the command line tells in one line; any other exception is a bug and keeps its traceback."""
 
 
 class UserError(ValueError):
@@ -8,5 +8,7 @@ class UserError(ValueError):
 class RunFailed(RuntimeError):
     """A run that started well and cannot go on (a worker killed, a non-finite loss): one line and exit code 1.
 
-    Starting it again may help; whatever else is raised is a bug and keeps its traceback.
+    Starting it again may help, so launchers do.
     """
+
+    exit_code = 1

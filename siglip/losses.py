@@ -26,7 +26,6 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from siglip.array_types import Array, Float
-from siglip.errors import UserError
 from siglip.parallel import topology
 
 Impl = Literal["auto", "all_gather", "ring"]
@@ -129,14 +128,14 @@ class _Sums(NamedTuple):
 def _make_plan(pairs: int, mesh: Mesh, axes: tuple[str, ...], chunk_size: int | None, impl: str) -> _Plan:
     unknown = [name for name in axes if name not in mesh.shape]
     if unknown:
-        raise UserError(f"axis {unknown[0]!r} is not an axis of the mesh; it has {', '.join(mesh.shape)}")
+        raise ValueError(f"axis {unknown[0]!r} is not an axis of the mesh; it has {', '.join(mesh.shape)}")
     count = math.prod(mesh.shape[name] for name in axes)
     if pairs % count:
-        raise UserError(f"batch of {pairs} pairs does not divide over {count} devices; pad or shrink it")
+        raise ValueError(f"batch of {pairs} pairs does not divide over {count} devices; pad or shrink it")
     if chunk_size is not None and chunk_size < 1:
-        raise UserError(f"chunk_size={chunk_size} must be at least 1, or None to have it chosen")
+        raise ValueError(f"chunk_size={chunk_size} must be at least 1, or None to have it chosen")
     if impl not in ("auto", "all_gather", "ring"):
-        raise UserError(f"impl={impl!r} is none of 'auto', 'all_gather', 'ring'")
+        raise ValueError(f"impl={impl!r} is none of 'auto', 'all_gather', 'ring'")
     # The devices along `axes`, with every other axis held at its first place: those repeat the same pattern.
     order = [mesh.axis_names.index(name) for name in axes]
     others = [i for i in range(mesh.devices.ndim) if i not in order]

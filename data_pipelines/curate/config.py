@@ -23,8 +23,6 @@ from data_pipelines.errors import UserError
 
 INTEGRITY = (
     "unreadable",
-    "invalid_row",
-    "missing_file",
     "missing_image",
     "empty_image",
     "not_an_image",

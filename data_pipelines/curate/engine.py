@@ -19,13 +19,14 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from typing import Any, Protocol, TypeVar
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import RunFailed, UserError
+from data_pipelines.sources.shards import usable_cores
 
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 Item = TypeVar("Item")
 
 
-class WorkerDied(RuntimeError):
+class WorkerDied(RunFailed):
     """The process that computed this item was killed, twice."""
 
 
@@ -48,7 +49,7 @@ class LocalEngine:
     def __init__(self, workers: int = 0):
         if workers < 0:
             raise UserError(f"workers={workers} must be at least 0 (0: every core)")
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = workers or usable_cores()
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "LocalEngine":

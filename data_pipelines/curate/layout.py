@@ -52,7 +52,14 @@ class Layout:
     pairs: tuple[int, ...]
 
     def members(self, group: int) -> list[int]:
-        return [shard for shard, of in enumerate(self.groups) if of == group]
+        return self._members[group]
+
+    @functools.cached_property
+    def _members(self) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for shard, group in enumerate(self.groups):
+            found.setdefault(group, []).append(shard)
+        return found
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from typing import Any
 
 from data_pipelines.curate.engine import Item, WorkerDied, use_one_thread
 from data_pipelines.errors import UserError
+from data_pipelines.sources.shards import usable_cores
 
 _ANSWER_S, _NODE_S, _RECOUNT_S = 30, 60, 5
 _TASKS_PER_CPU = 2  # one runs, one is on its way
@@ -65,7 +66,7 @@ class RayEngine:
         if gpus_per_task < 0:
             raise UserError(f"gpus_per_task={gpus_per_task} must be at least 0 (0: none)")
         self._folder, self._address, self._gpus_per_task = folder, address, gpus_per_task
-        self._workers = workers or len(os.sched_getaffinity(0))
+        self._workers = workers or usable_cores()
         self._marker = folder.absolute() / f"{_MARKER}{uuid.uuid4().hex[:12]}"
         self._cleanup = contextlib.ExitStack()
 

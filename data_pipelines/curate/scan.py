@@ -20,7 +20,8 @@ from data_pipelines import text_ops
 from data_pipelines.curate import captions, pictures
 from data_pipelines.curate.config import NO_IMAGE, RULES, CurateConfig
 from data_pipelines.curate.tables import SCAN_SCHEMA, SLOTS, read_metadata, write_table
-from data_pipelines.records import Pair
+from data_pipelines.errors import UserError
+from data_pipelines.records import Pair, ShardLost
 from data_pipelines.sources import files
 from data_pipelines.sources.blocks import InOrder
 from data_pipelines.sources.opening import open_source
@@ -96,7 +97,7 @@ def _open(shard: str) -> tuple[ShardedSource | None, str | None]:
         warnings.simplefilter("ignore")  # a cut shard is told in `problem`
         try:
             source = open_source(shard)
-        except ValueError as error:
+        except (UserError, ShardLost) as error:
             return None, str(error)
     if source.truncated_shards:
         return source, f"shard {shard!r} is cut off: its {len(source)} whole pairs are used; fetch it again"
@@ -108,7 +109,7 @@ def _digest(task: ScanTask, source: ShardedSource | None) -> str:
     try:
         stat = files.stat(task.shard)
         version = [stat.size, stat.version]
-    except ValueError:  # empty, or a folder: told in `problem`
+    except UserError:  # empty, or a folder: told in `problem`
         version = []
     content = source.fingerprint if source is not None else ""
     asked = [_VERSION, task.config.digest(_SCAN_FIELDS), task.crops, version, content]

@@ -11,6 +11,7 @@ from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.engine import Engine
 from data_pipelines.curate.manifest import side_label
 from data_pipelines.curate.scan import ScanTask, scan_shard
+from data_pipelines.errors import UserError
 from data_pipelines.sources.files import expand_shards
 
 _MANY_WORDS = 20
@@ -19,21 +20,23 @@ _MANY_WORDS = 20
 def describe(
     shards: str | Sequence[str],
     *,
+    captions: Sequence[str] = ("txt",),
     engine: Engine,
     progress: Callable[[str, int, int], None] = lambda stage, done, of: None,
 ) -> dict:
     """Counts over every pair: {pairs, shards, problems, formats, languages, sides_px, words, faults}.
 
+    captions: fields to take the caption from, the first that a pair has.
+
     Raises:
       FileNotFoundError: a pattern matches nothing, or a shard is gone.
+      UserError: no pair can be read.
     """
-    names = expand_shards(shards)
+    names, config = expand_shards(shards), CurateConfig(captions=tuple(captions))
     counts = {name: collections.Counter() for name in ("formats", "languages", "sides_px", "words", "faults")}
     pairs, problems = 0, {}
     with tempfile.TemporaryDirectory(prefix="siglip-stats-") as folder:
-        tasks = [
-            ScanTask(name, Path(folder) / f"{number}.parquet", CurateConfig()) for number, name in enumerate(names)
-        ]
+        tasks = [ScanTask(name, Path(folder) / f"{number}.parquet", config) for number, name in enumerate(names)]
         for done, (task, result) in enumerate(engine.map(scan_shard, tasks), 1):
             progress("scan", done, len(tasks))
             if isinstance(result, Exception):
@@ -43,6 +46,8 @@ def describe(
                 problems[task.shard] = result.problem
             _count(counts, task.out)
             task.out.unlink()
+    if not pairs:
+        raise UserError(f"no pair in {len(names)} shards can be read: {problems[names[0]]}")
     counted = {name: dict(counter) for name, counter in counts.items()}
     return {"pairs": pairs, "shards": len(names), "problems": [problems[n] for n in names if n in problems]} | counted
 

@@ -9,9 +9,19 @@ from data_pipelines.errors import UserError
 
 def did_you_mean(name: str, candidates: Collection[str]) -> str:
     """ "; there are a, b, c" and, when one of them is close, which was meant."""
-    close = difflib.get_close_matches(name, candidates, 1, 0.5)
+    close = difflib.get_close_matches(name, set(candidates) - {name}, 1, 0.5)
     meant = f", did you mean {close[0]!r}?" if close else ""
     return f"; there are {', '.join(sorted(candidates)) or 'none'}{meant}"
+
+
+def _how_to_have_one(columns: Collection[str]) -> str:
+    """What to do about the columns of a file of which none holds the images."""
+    told = f"; there are {', '.join(sorted(columns)) or 'none'}"
+    for separator in ";\t|":
+        if len(columns) == 1 and separator in min(columns):
+            return f"{told}: separate columns with commas, or with tabs in a file called .tsv"
+    close = difflib.get_close_matches("image", set(columns) - {"image"}, 1, 0.5)
+    return f"{told}; rename {close[0]!r} to 'image'" if close else told
 
 
 def check_image(path: str, notes: Mapping[str, object], image: str | None) -> str:
@@ -30,5 +40,5 @@ def check_image(path: str, notes: Mapping[str, object], image: str | None) -> st
         raise UserError(f"shard {os.fspath(path)!r} has no image column {image!r}{did_you_mean(image, columns)}")
     found = image or notes["image"]
     if found is None:
-        raise UserError(f"shard {os.fspath(path)!r} has no column with pictures{did_you_mean('image', columns)}")
+        raise UserError(f"shard {os.fspath(path)!r} has no column with pictures{_how_to_have_one(columns)}")
     return found

@@ -37,7 +37,7 @@ def local_copy(path: str, size: int, version: str) -> Iterator[str]:
     copy = files.cache_path(path, f".{hashlib.sha256(f'{size} {version}'.encode()).hexdigest()[:8]}.copy", "copies")
     os.makedirs(os.path.dirname(copy), exist_ok=True)
     while (held := _hold_whole(copy, size)) is None:
-        _fetch(path, size, copy)
+        _fetch(path, size, version, copy)
     with held:
         now = time.time_ns()
         os.utime(held.fileno(), ns=(now, now))
@@ -84,7 +84,7 @@ def _hold_whole(copy: str, size: int):
     return None
 
 
-def _fetch(path: str, size: int, copy: str) -> None:
+def _fetch(path: str, size: int, version: str, copy: str) -> None:
     """Leaves the copy in its place, or finds it there once the lock is ours."""
     partial = f"{copy.removesuffix('.copy')}.partial"
     with _hold(partial, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX) as file:
@@ -96,7 +96,8 @@ def _fetch(path: str, size: int, copy: str) -> None:
             _make_room(os.path.dirname(copy), size)
             file.truncate()  # What is there is of one who was killed.
             for offset in range(0, size, _FETCHED_BYTES):
-                file.write(remote.read_range(path, offset, min(_FETCHED_BYTES, size - offset), total=size))
+                wanted = min(_FETCHED_BYTES, size - offset)
+                file.write(remote.read_range(path, offset, wanted, total=size, version=version))
             if (written := file.tell()) != size:  # A disk that is full takes a part, without an error.
                 raise OSError(
                     f"only {written} of {size} bytes of {path!r} fit into {os.path.dirname(copy)!r}; make room there"

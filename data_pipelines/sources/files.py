@@ -115,15 +115,15 @@ def exists(path: str) -> bool:
         return os.path.isfile(path)
     try:
         return remote.stat(path).size > 0
-    except (FileNotFoundError, PermissionError, ValueError):
+    except (FileNotFoundError, PermissionError, UserError):
         return False
 
 
 def read_whole(path: str) -> bytes:
     """A small file. Raises as `stat`, or OSError."""
     if is_remote(path):
-        size = remote.stat(path).size
-        return remote.read_range(path, 0, size, total=size)
+        found = remote.stat(path)
+        return remote.read_range(path, 0, found.size, total=found.size, version=found.version)
     with open(path, "rb") as file:
         return file.read()
 
@@ -150,13 +150,12 @@ class Reader:
         path = self._paths[file]
         try:
             if self._remote[file]:
-                return remote.read_range(path, offset, size, total=self._sizes[file])
+                version = self._versions[file] if self._versions else ""
+                return remote.read_range(path, offset, size, total=self._sizes[file], version=version)
             opened = self._file(file)  # Held by this name while its descriptor is used.
         except FileNotFoundError as error:
             raise ShardLost(f"shard {path!r} vanished while it was in use; put it back and resume") from error
-        except ShardLost:
-            raise
-        except (PermissionError, ValueError) as error:
+        except (PermissionError, UserError) as error:
             raise ShardLost(f"shard {path!r} cannot be read any more: {error}") from error
         data = os.pread(opened.fileno(), size, offset)
         if len(data) != size:

@@ -31,6 +31,7 @@ FIRST_WAIT_S = 0.25
 LONGEST_WAIT_S = 20.0
 STALL_S = 20.0  # without a byte, or without an answer
 SLOWEST_BYTES_PER_S = 1 << 18
+LOOK_AGAIN_S = 60.0  # between two looks at the version of a file whose reads do not tell it
 _CHUNK_BYTES = 1 << 20
 _TRANSIENT_STATUS = frozenset((408, 425, 429))
 _VERSION_FIELDS = (
@@ -52,6 +53,7 @@ _CLIENT_ERRORS = {
 _NO_CREDENTIALS = re.compile("Credential|Token|SSO")
 _jitter = random.SystemRandom()  # Worker processes forked from one parent must not wait in step.
 _warned_hosts: set[str] = set()
+_looked_at: dict[str, float] = {}
 
 
 class RemoteError(OSError):
@@ -87,30 +89,32 @@ def stat(url: str) -> FileStat:
             size = int(whole[1]) if whole else response.content_length
             if size is None:
                 raise BadAnswer("the answer does not tell the size")
-            return FileStat(size, response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
-
-    def over_others(info: dict) -> FileStat:
-        if info.get("type") == "directory" or info.get("size") is None:
-            raise UserError(f"{url!r} is a folder; name its files, e.g. '{url.rstrip('/')}/*.tar'")
-        return FileStat(info["size"], str(next((info[name] for name in _VERSION_FIELDS if info.get(name)), "")))
+            return FileStat(size, _version_of(response))
 
     def attempt() -> FileStat:
         fs, path = _open(url)
-        if _is_http(fs):
-            return _run(fs, over_http(fs), STALL_S)
-        fs.invalidate_cache(path)  # A listing that this process made before tells old versions.
-        return over_others(_run(fs, fs._info(path), STALL_S) if _is_async(fs) else fs.info(path))
+        return _run(fs, over_http(fs), STALL_S) if _is_http(fs) else _stat_over_others(fs, url, path)
 
     return _retried(attempt, f"asking for the size of {url!r}")
 
 
-def read_range(url: str, offset: int, size: int, *, total: int) -> bytes:
-    """Exactly `size` bytes from `offset` of a file of `total` bytes.
+def _stat_over_others(fs, url: str, path: str) -> FileStat:
+    fs.invalidate_cache(path)  # A listing that this process made before tells old versions.
+    info = _run(fs, fs._info(path), STALL_S) if _is_async(fs) else fs.info(path)
+    if info.get("type") == "directory" or info.get("size") is None:
+        raise UserError(f"{url!r} is a folder; name its files, e.g. '{url.rstrip('/')}/*.tar'")
+    return FileStat(info["size"], str(next((info[name] for name in _VERSION_FIELDS if info.get(name)), "")))
+
+
+def read_range(url: str, offset: int, size: int, *, total: int, version: str = "") -> bytes:
+    """Exactly `size` bytes from `offset` of a file of `total` bytes and this version, as `stat` tells it ("": any).
+
+    HTTP tells the version with every answer; elsewhere it is asked for after the first read, then every `LOOK_AGAIN_S`.
 
     Raises:
       FileNotFoundError, PermissionError: it is gone, or not to be read.
       RemoteError: it could not be read after every retry.
-      ValueError: it has another size by now, or the URL cannot be.
+      UserError: it has another size or version by now, or the URL cannot be.
     """
     if size == 0:
         return b""
@@ -119,11 +123,15 @@ def read_range(url: str, offset: int, size: int, *, total: int) -> bytes:
     def attempt() -> bytes:
         fs, path = _open(url)
         if _is_http(fs):
-            return _run(fs, _http_range(fs, url, offset, size, total), deadline_s + total / SLOWEST_BYTES_PER_S)
+            answer = _http_range(fs, url, offset, size, FileStat(total, version))
+            return _run(fs, answer, deadline_s + total / SLOWEST_BYTES_PER_S)
         ends = {"start": offset, "end": offset + size}
         data = _run(fs, fs._cat_file(path, **ends), deadline_s) if _is_async(fs) else fs.cat_file(path, **ends)
         if len(data) != size:
             raise BadAnswer(f"{len(data)} bytes came, {size} were due")
+        if version and time.monotonic() > _looked_at.get(url, -LOOK_AGAIN_S) + LOOK_AGAIN_S:
+            _check_version(url, version, _stat_over_others(fs, url, path).version)
+            _looked_at[url] = time.monotonic()
         return data
 
     return _retried(attempt, f"reading bytes {offset} to {offset + size - 1} of {url!r}")
@@ -143,7 +151,7 @@ def listing(pattern: str) -> list[str]:
     return _retried(attempt, f"listing {pattern!r}")
 
 
-async def _http_range(fs, url: str, offset: int, size: int, total: int) -> bytes:
+async def _http_range(fs, url: str, offset: int, size: int, whole: FileStat) -> bytes:
     async with _get(fs, url, f"bytes={offset}-{offset + size - 1}") as response:
         _check_status(response)
         skip = 0
@@ -151,11 +159,12 @@ async def _http_range(fs, url: str, offset: int, size: int, total: int) -> bytes
             told = response.headers.get("Content-Range", "")
             if not told.startswith(f"bytes {offset}-"):
                 raise BadAnswer(f"the answer is for another range ({told!r})", status=206)
-            if told.rpartition("/")[2] not in ("*", str(total)):
-                raise UserError(f"{url!r} had {total} bytes when it was opened, now it is {told!r}; start again")
+            if told.rpartition("/")[2] not in ("*", str(whole.size)):
+                raise UserError(f"{url!r} had {whole.size} bytes when it was opened, now it is {told!r}; start again")
         else:
             skip = offset
             _warn_no_ranges(url)
+        _check_version(url, whole.version, _version_of(response))
         data = bytearray()
         while len(data) < size:
             chunk = await asyncio.wait_for(response.content.read(_CHUNK_BYTES), STALL_S)
@@ -185,6 +194,17 @@ def _check_status(response) -> None:
     asked = response.headers.get("Retry-After", "")
     wait_s = float(asked) if asked.isdecimal() else None
     raise BadAnswer(f"{response.status} {response.reason}", status=response.status, retry_after_s=wait_s)
+
+
+def _version_of(response) -> str:
+    return response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+
+
+def _check_version(url: str, opened: str, now: str) -> None:
+    if opened and now and now != opened:
+        raise UserError(
+            f"{url!r} was replaced: its version was {opened} when it was opened, now it is {now}; start again"
+        )
 
 
 def _warn_no_ranges(url: str) -> None:

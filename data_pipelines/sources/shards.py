@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from data_pipelines.errors import UserError
 from data_pipelines.records import Pair, ShardLost
 from data_pipelines.sources import blocks, files, index_file
 from data_pipelines.sources.blocks import Block, BlockCache
@@ -95,7 +96,7 @@ class ShardedSource(abc.ABC):
             return tables
         try:
             again = index_file.open_index(path, self._kind, self._build)
-        except (FileNotFoundError, PermissionError, ValueError) as error:
+        except (FileNotFoundError, PermissionError, UserError) as error:
             raise ShardLost(f"shard {path!r} cannot be read any more: {error}") from error
         tables = again.load()
         if again.header.digest != index.header.digest or tables is None:
@@ -240,7 +241,7 @@ def _index_in_processes(paths: Sequence[str], kind: str, build: Callable[[str, F
 
     Not a multiprocessing pool: that imports the user's script again, and worker processes may not have one.
     """
-    workers = min(len(os.sched_getaffinity(0)), len(paths) // _SHARDS_PER_PROCESS)
+    workers = min(usable_cores(), len(paths) // _SHARDS_PER_PROCESS)
     if workers < 2:
         return
     command = [sys.executable, "-c", "from data_pipelines.sources import shards; shards.index_from_stdin()"]
@@ -256,6 +257,11 @@ def _index_in_processes(paths: Sequence[str], kind: str, build: Callable[[str, F
         for process in processes:
             process.kill()
             process.wait()
+
+
+def usable_cores() -> int:
+    """How many cores this process may use; where the system does not tell (macOS), how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def index_from_stdin() -> None:

@@ -1,17 +1,20 @@
 """The command line: the only composition root, and the only place that joins siglip and data_pipelines.
 
-Exit codes: 0 on success, 1 on a failed run, 2 on bad input, 128 + the signal's number when a signal stopped a run whose
-state was then saved. Bad input is one line that says what is wrong and how to mend it; SIGLIP_TRACEBACK=1 shows where.
+Exit codes: 0 on success, 2 on bad input, 1 on a failed run, 128 + the signal's number when a signal stopped a run whose
+state was then saved. Bad input and failed runs are one line that says what is wrong and how to fix it (SIGLIP_TRACEBACK=1
+shows where as well); anything else is a bug, of ours or of whoever changed the code: a traceback, and exit code 1.
 
 The trap: importing jax takes seconds, so nothing here imports a command before it is called; `siglip --help` stays quick.
 """
 
+import importlib.util
 import logging
 import os
 import sys
 import traceback
 
-from siglip.errors import UserError
+from data_pipelines import errors as data_errors
+from siglip.errors import RunFailed, UserError
 from siglip.trees import did_you_mean
 
 HELP = """usage: siglip COMMAND …
@@ -27,15 +30,12 @@ SRC is a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging 
 `siglip COMMAND --help` explains a command, `siglip train CONFIG --help` lists every config field.
 """
 
-BAD_INPUT = (
-    ValueError,
-    FileNotFoundError,
-    FileExistsError,
-    PermissionError,
-    NotADirectoryError,
-    IsADirectoryError,
-)
-EXPECTED = (*BAD_INPUT, OSError, RuntimeError, ImportError, KeyboardInterrupt)
+# Paths that a user names wrongly. Other OSErrors (a full disk, a network that is down) are the machine's: exit code 1.
+BAD_PATH = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+BAD_INPUT = (UserError, data_errors.UserError, *BAD_PATH)
+FAILED = (RunFailed, data_errors.RunFailed, OSError)
+# What jax says of the machine, not of the code: no GPU where JAX_PLATFORMS asks for one, no memory left on a device.
+_MACHINE = ("Unable to initialize backend", "RESOURCE_EXHAUSTED")
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def run(args: list[str]) -> int:
     _prepare_environment()
     try:
         _dispatch(args[0], args[1:])
-    except EXPECTED as error:
+    except (Exception, KeyboardInterrupt) as error:
         code, line = describe(error)
         print(f"siglip: error: {line}", file=sys.stderr)
         return code
@@ -107,24 +107,28 @@ def _dispatch(command: str, args: list[str]) -> None:
 
 
 def describe(error: BaseException) -> tuple[int, str]:
-    """The exit code and the line for an error; an unexpected one, or any when asked to, is printed with its traceback."""
-    if os.environ.get("SIGLIP_TRACEBACK") or not isinstance(error, EXPECTED):
-        traceback.print_exception(error)
-    message = str(error) or type(error).__name__
-    if isinstance(error, ImportError):
-        message += f"; install that package: python -m pip install {error.name}"
-    elif isinstance(error, OSError) and error.strerror and error.filename and error.errno:
-        message = f"{error.filename}: {error.strerror}"
-    return _exit_code_of(error), " ".join(message.split())
-
-
-def _exit_code_of(error: BaseException) -> int:
+    """The exit code and the line for an error; a bug, or any error when asked to, is printed with its traceback."""
+    message, code = str(error) or type(error).__name__, 1
+    expected = True
     if isinstance(error, BAD_INPUT):
-        return 2
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    if isinstance(error, RuntimeError):
-        from siglip.training.signals import Interrupted
+        code = 2
+    elif isinstance(error, KeyboardInterrupt):
+        code = 130
+    elif isinstance(error, FAILED):
+        code = getattr(error, "exit_code", 1)
+    elif package := _missing_package(error):
+        message += f"; install that package: python -m pip install {package}"
+    elif not (isinstance(error, RuntimeError) and message.startswith(_MACHINE)):
+        expected, message = False, f"{type(error).__name__}: {message}"
+    if not expected or os.environ.get("SIGLIP_TRACEBACK"):
+        traceback.print_exception(error)
+    if isinstance(error, OSError) and error.strerror and error.filename and error.errno:
+        message = f"{error.filename}: {error.strerror}"
+    return code, " ".join(message.split())
 
-        return 128 + error.signum if isinstance(error, Interrupted) else 1
-    return 1
+
+def _missing_package(error: BaseException) -> str | None:
+    """The package that is not installed; None if something else is wrong with an import, such as a module of ours."""
+    name = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else None
+    ours = name in (None, "siglip", "data_pipelines") or importlib.util.find_spec(name) is not None
+    return None if ours else name

@@ -71,9 +71,11 @@ class StatsArgs:
 
     Attributes:
         places: the folder of a curation, or shards.
+        captions: fields to take the caption from, the first that a pair has.
     """
 
     places: tyro.conf.Positional[tuple[str, ...]]
+    captions: tuple[str, ...] = ("txt",)
 
 
 def curate_command(args: list[str]) -> None:
@@ -119,10 +121,14 @@ def stats_command(args: list[str]) -> None:
     if not options.places:
         raise UserError("no place given; name the folder of a curation, or shards")
     if len(options.places) == 1 and (Path(options.places[0]) / FUNNEL_FILE).is_file():
-        print(format_funnel(json.loads((Path(options.places[0]) / FUNNEL_FILE).read_text())))
+        path = Path(options.places[0]) / FUNNEL_FILE
+        try:
+            print(format_funnel(json.loads(path.read_text())))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not the funnel of a curation ({error!r}); curate again") from error
         return
     with Watch() as watch, LocalEngine() as engine:
-        stats = describe(options.places, engine=engine, progress=watch)
+        stats = describe(options.places, captions=options.captions, engine=engine, progress=watch)
     print(format_stats(stats))
 
 

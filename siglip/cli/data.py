@@ -6,16 +6,16 @@ import tyro
 
 from data_pipelines.records import Source
 from data_pipelines.sources.opening import open_source
-from data_pipelines.text_ops import iter_captions
+from data_pipelines.text_ops import ALL_FIELDS, iter_captions
 from data_pipelines.tokenizers import SentencePieceTokenizer, train_tokenizer
 from siglip.cli.arguments import parse
 from siglip.errors import UserError
 from siglip.trees import did_you_mean
 
 USAGE = """usage: siglip data index SHARDS…
-       siglip data tokenizer SHARDS… --out FILE [--vocab-size N] [--repeat FIELD N …]
+       siglip data tokenizer SHARDS… --out FILE [--vocab-size N] [--captions FIELD …] [--repeat FIELD N …]
        siglip data curate SHARDS… --out DIR [--against SHARDS…] [--preset NAME] [--model SRC] [--materialize tar|arrayrecord] …
-       siglip data stats DIR|SHARDS…
+       siglip data stats DIR|SHARDS… [--captions FIELD …]
 """
 
 
@@ -32,19 +32,25 @@ class IndexArgs:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerArgs:
-    """Train a SentencePiece tokenizer on every caption of some shards: lower case, byte fallback, </s> at id 1.
+    """Train a SentencePiece tokenizer on the captions of some shards: lower case, byte fallback, </s> at id 1.
 
     Attributes:
         shards: paths or URLs of tar, Parquet, ArrayRecord, TFRecord, CSV or JSONL files; *, {00000..00009} and {a,b} expand.
         out: the model file to write, for instance spiece.model.
         vocab_size: pieces in all.
+        captions: fields to take the texts from.
         repeat: FIELD N pairs: texts of that field count N times, so that a language among many gets pieces of its own.
+        max_texts: of more texts than this, so many are drawn.
+        threads: more are faster; the same number gives the same file.
     """
 
     shards: tyro.conf.Positional[tuple[str, ...]]
     out: str
     vocab_size: int = 4000
+    captions: tuple[str, ...] = ALL_FIELDS
     repeat: tuple[tuple[str, int], ...] = ()
+    max_texts: int = 2_000_000
+    threads: int = 1
 
 
 def data_command(args: list[str]) -> None:
@@ -80,8 +86,11 @@ def tokenizer_command(args: list[str]) -> None:
     options = parse(TokenizerArgs, args, prog="siglip data tokenizer")
     if any(times < 1 for _, times in options.repeat):
         raise UserError(f"--repeat {options.repeat}: a field counts at least once; leave it out instead")
-    texts = iter_captions(_open(options.shards), repeat=dict(options.repeat))
-    train_tokenizer(texts, options.out, vocab_size=options.vocab_size)
+    if min(options.max_texts, options.threads, options.vocab_size) < 1 or not options.captions:
+        raise UserError("--max-texts, --threads and --vocab-size must be at least 1, and --captions must name a field")
+    texts = iter_captions(_open(options.shards), fields=options.captions, repeat=dict(options.repeat))
+    sizes = {"vocab_size": options.vocab_size, "max_texts": options.max_texts, "threads": options.threads}
+    train_tokenizer(texts, options.out, **sizes)
     print(f"{SentencePieceTokenizer(options.out).vocab_size} pieces -> {options.out}")
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from data_pipelines.image_embeddings import ImageEmbeddings, make_key, open_image_embeddings
 from data_pipelines.loader import Loader
 from siglip import trees
-from siglip.errors import UserError
+from siglip.errors import RunFailed, UserError
 from siglip.evaluation.embed import embed_rows, make_embed_fns, rows_per_process
 from siglip.models.two_tower import ModelConfig
 from siglip.parallel import sharding
@@ -216,7 +216,7 @@ class _Computation:
         rows[[record - records.start for record in broken]] = 0.0
         bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
         if bad.size:
-            raise RuntimeError(
+            raise RunFailed(
                 f"the image tower makes NaN of pair {records[bad[0]]} of {self.shards}; look at that picture and the tower"
             )
         if records:

@@ -21,6 +21,7 @@ import numpy as np
 
 from siglip.array_types import Array
 from siglip.encoder import Encoder
+from siglip.errors import RunFailed
 from siglip.models.two_tower import ModelConfig, make_model
 
 Outputs = dict[str, np.ndarray]
@@ -34,7 +35,7 @@ _PIXEL_ROUNDING = 3e-7
 ROWS = 6  # pictures, and texts; the same for noise and for samples, so that one program serves both
 
 
-class ExportMismatch(RuntimeError):
+class ExportMismatch(RunFailed):
     """What was written does not read back as its source: a failed run, not a user's mistake."""
 
 

@@ -8,11 +8,12 @@ The trap: an npz says nothing about its model but the shapes, and those do not t
 `write` puts a config file beside such an npz, and `read` looks for it. Untrusted files are never unpickled.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +49,20 @@ def read(
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or does not hold exactly the arrays of one model; every bad key is named.
     """
+    with _opened(path, config, image_size) as (arrays, config):
+        return unflatten({key: array.read() for key, array in arrays.items()}), config
+
+
+def read_config(path: str | Path, *, image_size: tuple[int, int] | None = None) -> ModelConfig:
+    """The architecture alone, from the headers of the arrays. Args, Raises: as `read`."""
+    with _opened(path, None, image_size) as (_, config):
+        return config
+
+
+@contextlib.contextmanager
+def _opened(
+    path: str | Path, config: ModelConfig | None, image_size: tuple[int, int] | None
+) -> Iterator[tuple[dict[str, LazyArray], ModelConfig]]:
     file, subtree = split_subtree(path)
     source = str(path)
     if config is None and sidecar(file).is_file():
@@ -62,7 +77,7 @@ def read(
         config = _in_layout_of(inferred.config, arrays, source)
         expected = expected_shapes(config) | inferred.unclear
         key_maps.check_arrays(arrays, expected, source=source, problems=inferred.problems)
-        return unflatten({key: array.read() for key, array in arrays.items()}), config
+        yield arrays, config
 
 
 def write(path: Path, params: Mapping[str, Any], config: ModelConfig, *, layout: Layout = "loop") -> None:

@@ -48,9 +48,8 @@ def read(folder: str | Path) -> tuple[dict[str, Any], ModelConfig]:
         FileNotFoundError: config.json or the safetensors weights are missing.
         ValueError: another kind of model, or weights that do not fit the config; every bad key is named.
     """
-    folder = Path(folder)
+    folder, config = Path(folder), read_config(folder)
     tree = _read_json(folder / "config.json")
-    config = model_config(tree, source=str(folder / "config.json"))
     with open_safetensors(_weight_files(folder)) as stored:
         state = {key: array for key, array in stored.items() if not key.endswith(".position_ids")}
         if tree["model_type"] == pali_gemma.MODEL_TYPE:
@@ -63,6 +62,12 @@ def read(folder: str | Path) -> tuple[dict[str, Any], ModelConfig]:
         ours = expected_shapes(config)
         key_maps.check_arrays(state, _their_shapes(ours), source=str(folder))
         return unflatten({path: _ours(state, path, shape) for path, shape in ours.items()}), config
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The architecture alone. Raises as `read`, but for the weights, which it does not open."""
+    path = Path(folder) / "config.json"
+    return model_config(_read_json(path), source=str(path))
 
 
 def _ours(state: Mapping[str, LazyArray], path: str, shape: key_maps.Shape) -> np.ndarray:

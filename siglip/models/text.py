@@ -81,7 +81,7 @@ class TextTransformer(nn.Module):
         config, spec, dtype = self.config, self.config.spec, jnp.dtype(self.config.dtype)
         if text.ndim != 2 or text.shape[1] != config.length:
             got = "x".join(map(str, text.shape))
-            raise UserError(f"texts are {got} but the model takes bx{config.length}; pad or cut them to that length")
+            raise ValueError(f"texts are {got} but the model takes bx{config.length}; pad or cut them to that length")
         normal = nn.initializers.normal(spec.width**-0.5)
         embed_init = normal if config.embed_std is None else nn.initializers.normal(config.embed_std)
         rows = nn.Embed(config.vocab_size, spec.width, embedding_init=embed_init, name="Embed_0")

@@ -96,7 +96,7 @@ class TwoTower(nn.Module):
                 zimg, out["img/norm"] = _normalise(zimg)
         if "text" in batch:
             if config.text is None:
-                raise UserError("this model has no text tower, only the image tower; pass a batch without 'text'")
+                raise ValueError("this model has no text tower, only the image tower; pass a batch without 'text'")
             tower = TextTransformer(config.text, text_dim, text_attention, layout, name="txt")
             ztxt, extras = tower(batch["text"], train=train)
             out |= {f"txt/{name}": value for name, value in extras.items()}

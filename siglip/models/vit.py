@@ -148,7 +148,7 @@ class ViT(nn.Module):
         if image.ndim != 4 or image.shape[1:] != (*config.image_size, 3):
             want = "x".join(map(str, ("b", *config.image_size, 3)))
             got = "x".join(map(str, image.shape))
-            raise UserError(f"images are {got} but the model takes {want}; resize them, or load it with image_size=…")
+            raise ValueError(f"images are {got} but the model takes {want}; resize them, or load it with image_size=…")
         out, image = {}, normalize_pixels(image) if image.dtype == jnp.uint8 else image
         keep = self._some_patches(image.shape[0]) if train and config.patch_dropout else None
         x = PatchEmbed(config.patch, spec.width, dtype, name="embedding")(image, keep)

@@ -23,10 +23,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from siglip import trees
+from siglip import model_source, trees
 from siglip.errors import UserError
 from siglip.formats import key_maps
-from siglip.model_source import read_model
 from siglip.models.attention import Attention
 from siglip.models.layers import Remat
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, param_shapes
@@ -143,8 +142,7 @@ def read_base(src: str, *, workdir: Path, image_size: tuple[int, int] | None) ->
         tree = read_config(workdir).get("model", {})
         model = trees.build_dataclass(ModelConfig, tree, where=f"{path}: model")
         return model, tokenizer if tokenizer.is_file() else None, str(path)
-    _, model, tokenizer = read_model(src, image_size)
-    return model, tokenizer, f"init.src={src!r}"
+    return *model_source.read_config(src, image_size), f"init.src={src!r}"
 
 
 def read_initial(init: InitConfig, model: ModelConfig, *, tokenizer: bytes | None = None) -> dict[str, np.ndarray]:
@@ -160,10 +158,10 @@ def read_initial(init: InitConfig, model: ModelConfig, *, tokenizer: bytes | Non
     """
     assert init.src is not None
     image = model.image
-    # The size of the pictures is a hint for files that do not tell theirs; together with a patch size it would be none.
-    params, theirs, their_tokenizer = read_model(init.src, image.image_size)
-    if theirs.image.patch != image.patch:
-        params, theirs, their_tokenizer = read_model(init.src, image.image_size, patch_size=image.patch)
+    theirs, _ = model_source.read_config(init.src, image.image_size)
+    # The size of the images is a hint for files that do not tell theirs; together with a patch size it would not be one.
+    patch_size = None if theirs.image.patch == image.patch else image.patch
+    params, theirs, their_tokenizer = model_source.read_model(init.src, image.image_size, patch_size=patch_size)
     found = _in_layout_of(model, trees.flatten(params))
     shapes = key_maps.flat_shapes(trees.flatten(param_shapes(model)))
     taken, excluded = _select(init, found, shapes)

@@ -1,4 +1,4 @@
-"""A run's workdir on disk, and checkpoints that are whole or absent.
+"""A run's checkpoints, which are whole or absent.
 
     workdir/checkpoints/STEP/     orbax: state, data (the loader's position), config: one atomic unit
 

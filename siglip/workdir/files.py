@@ -3,8 +3,8 @@
     config.json         the settings; those that change the parameters or the pairs must be the same at every start
     tokenizer.model     its SentencePiece model, so that the run can be evaluated and exported on its own
 
-The trap: a run that goes on with other settings is neither run. Only where it runs and what it reports may differ; what files
-hold is compared by content, so they may lie elsewhere.
+The trap: a run that goes on with other settings is neither run. Only where it runs, what it reports, and the weights of its
+sources may differ; what files hold is compared by content, so they may lie elsewhere.
 """
 
 import functools
@@ -28,22 +28,24 @@ from siglip.parallel.launch import in_all_or_none
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.model"
 
+_LOADER = "workers|threads|prefetch|cache_bytes|block_bytes"
 # Fields (patterns of their paths) that neither change the parameters nor the pairs: where it runs, how often it reports, where
-# files lie. What the files hold is compared by content: the loader's fingerprint, and the tokenizer in the workdir.
+# files lie. What the files hold is compared by content: the loader's fingerprint, and the tokenizer in the workdir. Weights
+# do change the pairs to come: the loader goes on from the count that each source has reached.
 FREE_FIELDS = (
     "workdir",
     "(mesh|log|checkpoint|eval|distributed)(/.*)?",
     "loss/(impl|chunk_size|micro_batch_size)",
     "model/(image|text)/(attention|remat)",
-    "data/(workers|threads|prefetch|cache_bytes|tokenizer|image_embeddings)",
-    r"data/sources/\d+/shards",
+    f"data/({_LOADER}|tokenizer|image_embeddings)",
+    r"data/sources/\d+/(shards|manifest|weight)",
 )
 # Fields in which the processes of one run may differ: who they are, and what a host can and where it has its files.
 OWN_FIELDS = (
     "workdir",
     "distributed(/.*)?",
-    "data/(workers|threads|prefetch|cache_bytes|tokenizer|image_embeddings)",
-    r"data/sources/\d+/shards",
+    f"data/({_LOADER}|tokenizer|image_embeddings)",
+    r"data/sources/\d+/(shards|manifest)",
 )
 _SHARED_FILE_S = 5.0  # a network folder may be slow to show what another host wrote
 

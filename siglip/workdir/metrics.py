@@ -1,7 +1,8 @@
 """What a run tells: metrics.jsonl (always), a progress bar or plain lines, wandb when asked.
 
 metrics.jsonl has one JSON object per line, each with `step`. When a run goes on from an earlier checkpoint, the lines
-after that checkpoint are dropped first, so the file never tells one step twice.
+after that checkpoint are dropped first, so the file never tells one step twice. wandb goes on in the same run, whose id the
+workdir keeps.
 
 The trap: a logging service must never stop a run. wandb is offline unless asked, is never given the chance to prompt for
 a login, and any error of it is one warning.
@@ -14,14 +15,17 @@ import math
 import os
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from siglip.atomic import new_file
 from siglip.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
+WANDB_ID_FILE = "wandb_id.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +139,18 @@ def _start_wandb(workdir: Path, config: LogConfig, run_config: Mapping[str, Any]
     with _warn_only("wandb.init"):
         import wandb
 
-        settings = wandb.Settings(silent=True, console="off")
+        path = workdir / WANDB_ID_FILE
+        if not path.exists():
+            with new_file(path) as partial:
+                partial.write_text(uuid.uuid4().hex)
         return wandb.init(
-            project=config.wandb_project, mode=mode, dir=str(workdir), config=dict(run_config), settings=settings
+            project=config.wandb_project,
+            id=path.read_text().strip(),
+            resume="allow",
+            mode=mode,
+            dir=str(workdir),
+            config=dict(run_config),
+            settings=wandb.Settings(silent=True, console="off"),
         )
     return None
 

@@ -13,7 +13,7 @@ Fault = Callable[["Handler", bytes, int], bool]
 
 class Server(http.server.ThreadingHTTPServer):
     """faults: one for each request to come (None: no fault), after these `always`; requests: what was asked for, each answered
-    after latency_s.
+    after latency_s; validator: the header that tells a file's version.
     """
 
     daemon_threads = True
@@ -25,6 +25,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.faults: list[Fault | None] = []
         self.always: Fault | None = None
         self.latency_s = 0.0
+        self.validator = "ETag"
         self._contents: dict[tuple[Path, str], bytes] = {}
         self.requests: list[tuple[str, str | None]] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -66,7 +67,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if asked and first > last:
             return self.answer(416, b"", {"Content-Range": f"bytes */{len(data)}"})
         told = {"Content-Range": f"bytes {first}-{last}/{len(data)}"} if asked else {}
-        self.answer(206 if asked else 200, data[first : last + 1], told | {"ETag": version})
+        self.answer(206 if asked else 200, data[first : last + 1], told | {self.server.validator: version})
 
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, *, html: bool = False) -> None:
         self.send_response(status)

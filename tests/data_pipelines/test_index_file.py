@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from shards import keys, write_pairs
 
+from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.sources import tar_index
 from data_pipelines.sources.webdataset import TarSource
 
@@ -114,3 +115,10 @@ def test_many_shards_are_indexed_by_several_processes_within_the_limit_of_open_f
         assert keys(source) == [f"{number:06d}" for number in range(400)]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_many_shards_are_indexed_where_the_system_tells_no_affinity(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    shards = [str(write_pairs(tmp_path / f"{n:02d}.tar", 1, first=n)) for n in range(32)]
+    assert len(TarSource(shards)) == 32
+    assert LocalEngine().workers == os.cpu_count()

@@ -1,12 +1,15 @@
 """Remote files: a real HTTP server that stalls, drops, lies and answers 503; other file systems; threads, forks, pickles."""
 
 import multiprocessing
+import os
 import pickle
 import sys
 import time
 import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
+from pathlib import Path
 
 import fsspec
 import http_server
@@ -15,7 +18,7 @@ from http_server import Server, serving
 from shards import write_pairs
 
 from data_pipelines.records import ShardLost
-from data_pipelines.sources import files, remote
+from data_pipelines.sources import copies, files, remote
 from data_pipelines.sources.opening import open_source
 from data_pipelines.sources.webdataset import TarSource
 
@@ -207,6 +210,57 @@ def test_a_shard_that_vanishes_or_changes_stops_the_run(server):
     server.always = http_server.refuse(403)
     with pytest.raises(ShardLost, match="not permitted"):
         forbidden[0]
+
+
+def replace_by_one_of_equal_size(shard: Path) -> None:
+    size, before = shard.stat().st_size, shard.stat().st_mtime_ns
+    write_pairs(shard, 3, first=500)
+    os.utime(shard, ns=(before + 10**9, before + 10**9))
+    assert shard.stat().st_size == size
+
+
+@pytest.mark.parametrize("validator", ["ETag", "Last-Modified"])
+def test_a_shard_replaced_by_one_of_equal_size_is_noticed(server, validator):
+    server.validator = validator
+    url, shard = f"{server.url}/a.tar", write_pairs(server.folder / "a.tar", 3)
+    opened = open_source(url)
+    assert [pair.key for pair in opened] == ["000000", "000001", "000002"]
+    replace_by_one_of_equal_size(shard)
+    for source in (opened, pickle.loads(pickle.dumps(opened))):
+        with pytest.raises(ShardLost, match=rf"{url}' was replaced: its version was"):
+            source[0]
+    assert [pair.key for pair in open_source(url)] == ["000500", "000501", "000502"]
+
+
+def test_a_server_without_versions_is_read_all_the_same(server):
+    server.validator = "X-Nothing"
+    source = open_source(f"{server.url}/{write_pairs(server.folder / 'a.tar', 3).name}")
+    assert source[2].key == "000002"
+
+
+def test_a_copy_is_of_the_version_that_was_asked_for(server):
+    path = server.folder / "file"
+    opened = remote.stat(f"{server.url}/file")
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ValueError, match="was replaced"), copies.local_copy(f"{server.url}/file", *astuple(opened)):
+        pass
+
+
+def test_other_file_systems_are_asked_for_the_version_now_and_then(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "_looked_at", {})
+    memory, shard = fsspec.filesystem("memory"), write_pairs(tmp_path / "a.tar", 3)
+    memory.pipe("/replaced/a.tar", shard.read_bytes())
+    asked, info = [], type(memory).info
+    monkeypatch.setattr(type(memory), "info", lambda self, path, **more: asked.append(path) or info(self, path, **more))
+    source = open_source("memory://replaced/a.tar")
+    asked.clear()
+    assert [source[n].key for n in (0, 1, 2)] == ["000000", "000001", "000002"] and len(asked) == 1
+    replace_by_one_of_equal_size(shard)
+    memory.pipe("/replaced/a.tar", shard.read_bytes())
+    monkeypatch.setattr(remote, "LOOK_AGAIN_S", 0.0)
+    with pytest.raises(ShardLost, match="memory://.*replaced/a.tar' was replaced"):
+        source[0]
 
 
 def test_bad_remote_shards(server):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shards import SAMPLE_TRAIN, SPIECE
 
+from data_pipelines.records import ShardLost
 from data_pipelines.sources.webdataset import TarSource
 from data_pipelines.text_ops import iter_captions
 from data_pipelines.tokenizers import SentencePieceTokenizer, train_tokenizer
@@ -56,6 +57,49 @@ def test_training_again_gives_the_same_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["again.model"]
 
 
+def test_of_more_texts_some_are_drawn_and_none_is_kept(tmp_path):
+    """One half of the texts has a "g", the other a "z"."""
+    alive = [0]
+
+    class Text(str):
+        def __init__(self, *_):
+            alive[0] += 1
+
+        def __del__(self):
+            alive[0] -= 1
+
+        def lower(self):
+            assert alive[0] < 100  # a list of all would hold them
+            return super().lower()
+
+    def texts():
+        return (Text(f"a dog on {n} roads" if n < 5000 else f"zebra number {n}") for n in range(10_000))
+
+    for name in "ab":
+        train_tokenizer(texts(), tmp_path / name, vocab_size=310, max_texts=500, threads=2)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    processor = SentencePieceTokenizer(tmp_path / "a")._processor
+    letters = set("".join(processor.id_to_piece(n) for n in range(259, 310)))
+    assert {"g", "z"} <= letters
+
+
+def test_a_limit_that_is_not_reached_changes_nothing(tmp_path):
+    texts = [f"a dog on {n} roads" for n in range(2000)]
+    for name, limit in (("a", 2000), ("b", 10**6)):
+        train_tokenizer(texts, tmp_path / name, vocab_size=300, max_texts=limit)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_what_reading_the_texts_raises_is_raised(tmp_path):
+    def texts():
+        yield "a dog"
+        raise ShardLost("shard a.tar vanished")
+
+    with pytest.raises(ShardLost, match="^shard a.tar vanished$"):
+        train_tokenizer(texts(), tmp_path / "x.model", vocab_size=300)
+    assert not list(tmp_path.iterdir())
+
+
 def test_pickles(tokenizer):
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert (copy.encode("dog", 8) == tokenizer.encode("dog", 8)).all()
@@ -77,6 +121,8 @@ def test_bad_training(tmp_path):
         train_tokenizer([], tmp_path / "x.model", vocab_size=300)
     with pytest.raises(ValueError, match="vocab_size=100000 does not fit 1 texts"):
         train_tokenizer(["a dog"], tmp_path / "x.model", vocab_size=100_000)
+    with pytest.raises(ValueError, match="vocab_size=20 does not fit 1 texts: Vocabulary size is smaller"):
+        train_tokenizer(["a dog"], tmp_path / "x.model", vocab_size=20)
     assert not list(tmp_path.iterdir())
 
 

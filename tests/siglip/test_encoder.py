@@ -115,5 +115,5 @@ def test_sources_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing at"):
         load(tmp_path / "absent")
     for src in ("file.bin", "folder"):
-        with pytest.raises(ValueError, match="is no model; a model is a run's workdir"):
+        with pytest.raises(ValueError, match="is not a model; a model is a run's workdir"):
             load(tmp_path / src)

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from siglip import trees
@@ -276,6 +278,28 @@ def test_where_and_how_fast_a_run_computes_may_change_between_starts(trained, re
         "--distributed.timeout-s", "7", "--mesh.fsdp", "2", "--mesh.fsdp-min-size-bytes", "1024", "--log.every-steps", "1",
     ]  # fmt: skip
     assert run([*args, *free]) == 0
+
+
+def test_weights_and_places_of_sources_may_change_between_starts(shard, recipe, tmp_path, capsys, monkeypatch):
+    """Positions 0 to 31 are dealt out 1:1, those up to 63 3:1, so the first source gives 16 + 24 pairs."""
+    use_devices(monkeypatch, 2)
+    assert run(["data", "curate", str(shard), "--out", str(tmp_path / "curated"), "--workers", "1"]) == 0
+    manifest, sources = tmp_path / "curated" / "manifest.parquet", "(SourceConfig(SHARD, captions="
+    more = f'SourceConfig(SHARD, manifest="{manifest}", captions=(("captions.en", 1.0),)), '
+    recipe.write_text(recipe.read_text().replace(sources, f"({more}{sources[1:]}"))
+    train = ["train", str(recipe), "--total-steps", "8", "--checkpoint.every-steps", "4", "--log.every-steps", "4"]
+    assert run(train) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+    manifest = manifest.rename(tmp_path / "moved.parquet")
+    moved = ["--data.sources.0.manifest", str(manifest), "--data.block-bytes", "1024"]
+    assert run([*train, *moved, "--data.sources.0.weight", "3"]) == 0
+    pairs = [line["data/source_0/pairs"] for line in read_metrics(tmp_path / "run") if "data/source_0/pairs" in line]
+    assert pairs == [16, 40]
+    rows = pq.read_table(manifest)
+    keep = pa.array([n != 5 for n in range(40)])
+    pq.write_table(rows.set_column(rows.column_names.index("keep"), "keep", keep), manifest)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+    fails([*train, *moved], capsys, "the data (changed|position was saved)")
 
 
 def test_an_export_never_overwrites_and_leaves_nothing_when_it_fails(trained, capsys, tmp_path):

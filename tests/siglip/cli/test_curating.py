@@ -75,7 +75,9 @@ def test_with_a_model_a_preset_and_new_shards(shard, tmp_path, capsys):
 def test_stats_of_shards(shard, capsys):
     assert run(["data", "stats", str(shard)]) == 0
     told = capsys.readouterr().out
-    assert "40 pairs in 1 shards" in told and "sides_px   64 40" in told
+    assert "40 pairs in 1 shards" in told and "sides_px   64 40" in told and "missing_text" not in told
+    assert run(["data", "stats", str(shard), "--captions", "alt"]) == 0
+    assert "missing_text 40" in capsys.readouterr().out
 
 
 def test_mistakes(shard, tmp_path, capsys):
@@ -99,7 +101,14 @@ def test_mistakes(shard, tmp_path, capsys):
         (["curate", str(shard), *out, "--workers", "-1"], "workers=-1"),
         (["curated"], "curate"),
         (["stats"], "no place given"),
+        (["stats", str(tmp_path / "text.tar")], "no pair in 1 shards can be read: shard"),
+        (["stats", str(tmp_path / "curated")], "funnel.json is not the funnel of a curation"),
+        (["tokenizer", str(shard), "--out", str(tmp_path / "x"), "--captions", "nix"], "no captions in these fields"),
+        (["tokenizer", str(shard), "--out", str(tmp_path / "x"), "--threads", "0"], "--threads"),
     ]
+    (tmp_path / "text.tar").write_text("not a tar" * 1000)
+    (tmp_path / "curated").mkdir()
+    (tmp_path / "curated" / "funnel.json").write_text("{}")
     for arguments, message in cases:
         assert run(["data", *arguments]) == 2, arguments
         told = capsys.readouterr().err

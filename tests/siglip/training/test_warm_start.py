@@ -12,7 +12,7 @@ import pytest
 import siglip.training.loop
 from siglip import trees
 from siglip.encoder import Encoder
-from siglip.formats import big_vision, hugging_face
+from siglip.formats import big_vision, containers, hugging_face
 from siglip.models.two_tower import ModelConfig, TextConfig, param_shapes
 from siglip.parallel.sharding import MeshConfig, make_mesh
 from siglip.training import warm_start
@@ -133,6 +133,28 @@ def test_another_resolution_and_patch_equal_what_load_makes_of_them(tmp_path, ki
             params = read_initial(found.init, found.model)
             expected = siglip.load(str(src), image_size, patch_size=patch_size)
             assert_equal(params, trees.flatten(jax.tree.map(np.asarray, expected.params)))
+
+
+@pytest.mark.parametrize("kind", [big_vision, hugging_face], ids=["npz", "folder"])
+def test_the_arrays_of_a_source_are_read_once(tmp_path, monkeypatch, kind):
+    config, arrays, wholes = square_model(), [], []
+    if kind is big_vision:
+        big_vision.write(src := tmp_path / "m.npz", random_params(config), config)
+    else:
+        (src := tmp_path / "folder").mkdir()
+        hugging_face.write(src, random_params(config), config)
+    init, read = containers.LazyArray.__init__, kind.read
+
+    def counting(self, shape, make, dtype="float32"):
+        init(self, shape, lambda: arrays.append(shape) or make(), dtype)
+
+    monkeypatch.setattr(containers.LazyArray, "__init__", counting)
+    monkeypatch.setattr(kind, "read", lambda *args, **more: wholes.append(args) or read(*args, **more))
+    model = SourceModel(SourceImage(patch_size=(4, 4)))  # another patch size than the source's
+    found = resolve(tiny_config("new", model=model, init=InitConfig(str(src))))
+    assert found.model.image.patch == (4, 4) and not arrays
+    read_initial(found.init, found.model)
+    assert arrays and len(wholes) == 1
 
 
 def test_a_run_starts_with_its_sources_outputs(trained):

@@ -1,0 +1,92 @@
+"""What ends in one line and what keeps its traceback, through the real command line."""
+
+import inspect
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from data_pipelines import errors as data_errors
+from data_pipelines.records import ShardLost
+from siglip import cli, losses
+from siglip.errors import RunFailed, UserError
+from siglip.training.signals import Interrupted
+from tests.siglip.cli.test_commands import fails, recipe, shard  # noqa: F401
+from tests.siglip.tiny_run import use_devices
+
+
+def mismatched(zimg, ztxt, positive_row, temperature, bias):
+    return zimg + jnp.zeros(3)
+
+
+def test_the_shape_error_of_a_new_loss_is_seen_with_its_line(recipe, capsys, monkeypatch):  # noqa: F811
+    use_devices(monkeypatch, 2)
+    monkeypatch.setattr(losses, "_tile", mismatched)
+    assert cli.run(["train", str(recipe)]) == 1
+    error = capsys.readouterr().err
+    line = inspect.getsourcelines(mismatched)[1] + 1
+    assert f'{__file__}", line {line}, in mismatched' in error
+    assert "zimg + jnp.zeros(3)" in error and "Traceback" in error and "shapes" in error
+
+
+def raising(error: BaseException):
+    def command(*_):
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("x=1 must be 2"), 2),
+        (data_errors.UserError("x=1 must be 2"), 2),
+        (FileNotFoundError("no shard at x"), 2),
+        (PermissionError(13, "Permission denied", "x"), 2),
+        (OSError(28, "No space left on device", "x"), 1),
+        (RunFailed("the loss is nan at step 3"), 1),
+        (ShardLost("shard x vanished"), 1),
+        (Interrupted(15, 7, Path("runs/x")), 143),
+        (KeyboardInterrupt(), 130),
+        (ModuleNotFoundError("No module named 'notinstalled'", name="notinstalled.sub"), 1),
+        (RuntimeError("Unable to initialize backend 'cuda': no GPU"), 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
+)
+def test_what_is_expected_is_one_line(error, code, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_dispatch", raising(error))
+    fails(["train"], capsys, code=code)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("Incompatible shapes for broadcasting: (8, 32) and (3,)"),
+        RuntimeError("generator raised StopIteration"),
+        TypeError("unsupported operand"),
+        KeyError("image"),
+        AssertionError(),
+        ModuleNotFoundError("No module named 'siglip.training.term'", name="siglip.training.term"),
+        ModuleNotFoundError("No module named 'jax.gone'", name="jax.gone"),
+        ImportError("cannot import name 'gone' from 'jax'", name="jax"),
+    ],
+    ids=repr,
+)
+def test_anything_else_keeps_its_traceback(error, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_dispatch", raising(error))
+    assert cli.run(["train"]) == 1
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed and "in command" in printed and type(error).__name__ in printed
+
+
+def test_a_missing_package_is_named_with_its_command(capsys, monkeypatch):
+    error = ModuleNotFoundError("No module named 'notinstalled'", name="notinstalled.sub")
+    monkeypatch.setattr(cli, "_dispatch", raising(error))
+    fails(["eval"], capsys, "python -m pip install notinstalled$", code=1)
+
+
+def test_the_traceback_of_bad_input_on_request(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_dispatch", raising(UserError("x=1 must be 2")))
+    monkeypatch.setenv("SIGLIP_TRACEBACK", "1")
+    assert cli.run(["train"]) == 2
+    assert "in command" in capsys.readouterr().err
