@@ -30,7 +30,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.image_embeddings import ImageEmbeddings
 from data_pipelines.order.mixture import Mixture
 from data_pipelines.records import Pair, Source
-from data_pipelines.samples.batches import noise
+from data_pipelines.samples import noise
 from data_pipelines.sources.blocks import Block, BlockCache
 from data_pipelines.tokenizers import SentencePieceTokenizer
 

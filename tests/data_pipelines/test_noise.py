@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.samples.batches import noise
+from data_pipelines.samples import noise
 from data_pipelines.samples.noise import NoiseConfig
 
 POSITIONS = np.arange(10**9, 10**9 + 20_000)
