@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from data_pipelines.atomic import new_file
 from data_pipelines.errors import UserError
 
 
@@ -100,6 +101,5 @@ def train_tokenizer(texts: Iterable[str], out: str | os.PathLike, *, vocab_size:
         )
     except RuntimeError as error:
         raise UserError(f"vocab_size={vocab_size} does not fit {len(texts)} texts: {error}") from error
-    partial = Path(f"{os.fspath(out)}.{os.getpid()}.partial")
-    partial.write_bytes(model.getvalue())
-    os.replace(partial, out)
+    with new_file(Path(out)) as partial:
+        partial.write_bytes(model.getvalue())

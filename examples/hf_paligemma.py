@@ -27,7 +27,8 @@ from siglip.cli import EXPECTED, describe
 from siglip.cli.arguments import parse
 from siglip.encoder import ImageEncoder, load_encoder
 from siglip.exporting.export import export
-from siglip.exporting.verification import check_all_loaded, compare
+from siglip.exporting.verification import compare
+from siglip.formats.hf_export import check_all_loaded
 from siglip.training.step import normalize_pixels
 
 NEW_TOKENS = 8

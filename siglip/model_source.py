@@ -16,7 +16,6 @@ from siglip.models.two_tower import ModelConfig
 from siglip.trees import build_dataclass
 from siglip.workdir.files import CONFIG_FILE, TOKENIZER_FILE
 
-EXPORTED_NPZ = "model.npz"
 SOURCES = (
     "a run's workdir, a checkpoint inside it, FILE.npz, FILE.npz:img, a Hugging Face folder, or an exported folder"
 )
@@ -48,10 +47,12 @@ def _read(src: str | Path, image_size: tuple[int, int] | None) -> tuple[dict[str
     folder = Path(src)
     if not folder.is_dir():
         if folder.exists():
-            raise UserError(f"{str(src)!r} is no model; a model is {SOURCES}")
+            raise UserError(f"{str(src)!r} is not a model; a model is {SOURCES}")
         raise FileNotFoundError(f"nothing at {str(src)!r}; a model is {SOURCES}")
-    if (folder / EXPORTED_NPZ).is_file():
-        return *big_vision.read(folder / EXPORTED_NPZ, image_size=image_size), folder / hugging_face.TOKENIZER_FILE
+    if (folder / big_vision.EXPORTED_NPZ).is_file():
+        return *big_vision.read(
+            folder / big_vision.EXPORTED_NPZ, image_size=image_size
+        ), folder / hugging_face.TOKENIZER_FILE
 
     # Orbax is slow to import, and only runs need it.
     from siglip.workdir import checkpoint
@@ -63,4 +64,4 @@ def _read(src: str | Path, image_size: tuple[int, int] | None) -> tuple[dict[str
         return params, model, workdir / TOKENIZER_FILE
     if (folder / "config.json").is_file():
         return *hugging_face.read(folder), folder / hugging_face.TOKENIZER_FILE
-    raise UserError(f"folder {str(src)!r} is no model; a model is {SOURCES}")
+    raise UserError(f"folder {str(src)!r} is not a model; a model is {SOURCES}")

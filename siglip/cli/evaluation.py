@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -15,6 +15,7 @@ from data_pipelines.loader import make_eval_batches
 from data_pipelines.sources.opening import open_source
 from data_pipelines.text_ops import captions_of, lookup
 from data_pipelines.tokenizers import SentencePieceTokenizer
+from siglip.atomic import new_file, write_atomically
 from siglip.cli.arguments import parse
 from siglip.encoder import Encoder, load
 from siglip.errors import UserError
@@ -23,7 +24,6 @@ from siglip.evaluation.retrieval import mean_of, retrieval
 from siglip.parallel.collectives import gather_records, gather_rows
 from siglip.training.config import EvalTask
 from siglip.training.step import normalize_pixels
-from siglip.workdir.files import write_atomically
 from siglip.workdir.metrics import format_value, short_name
 
 TASK_NAMES = {"retrieval": "zeroshot_retrieval", "zeroshot": "zeroshot_classification"}
@@ -340,15 +340,11 @@ def embed_command(args: list[str]) -> None:
         image_size=encoder.config.image.image_size,
         batch_size=options.batch_size,
     )
-    partial = out.with_name(f".partial-{out.name}")
-    try:
+    with new_file(out) as partial, partial.open("wb") as file:
         if out.suffix == ".npz":
-            np.savez(partial, key=np.asarray(keys), embedding=z)
+            np.savez(file, key=np.asarray(keys), embedding=z)
         else:
-            _write_parquet(partial, keys, z)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+            _write_parquet(file, keys, z)
     print(f"{len(keys)} pictures -> {out}")
 
 
@@ -356,9 +352,9 @@ def _image_function(encoder: Encoder) -> Callable[[np.ndarray], Any]:
     return lambda images: encoder.embed_images(normalize_pixels(images))
 
 
-def _write_parquet(path: Path, keys: list[str], z: np.ndarray) -> None:
+def _write_parquet(file: BinaryIO, keys: list[str], z: np.ndarray) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(z.reshape(-1)), z.shape[1])
-    pq.write_table(pa.table({"key": pa.array(keys, pa.string()), "embedding": vectors}), path)
+    pq.write_table(pa.table({"key": pa.array(keys, pa.string()), "embedding": vectors}), file)

@@ -19,8 +19,9 @@ from data_pipelines.text_ops import iter_captions
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.cli.arguments import parse
 from siglip.errors import UserError
-from siglip.exporting.export import export
-from siglip.exporting.verification import ROWS, Inputs, random_inputs
+from siglip.exporting.export import FORMATS, export
+from siglip.exporting.verification import ROWS, random_inputs
+from siglip.formats.export_format import Inputs
 from siglip.models.two_tower import ModelConfig
 
 _MAX_PIXELS = 1 << 26
@@ -46,7 +47,7 @@ class ExportArgs:
     """
 
     src: tyro.conf.Positional[str]
-    format: Literal["hf", "bigvision", "stablehlo", "savedmodel"]
+    format: Literal[*FORMATS]
     out: str
     tower: Literal["image", "both"] = "image"
     image_size: tuple[int, ...] = ()

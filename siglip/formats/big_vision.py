@@ -14,19 +14,20 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from siglip.atomic import new_file
 from siglip.errors import UserError
 from siglip.formats import key_maps, old_names, pali_gemma
 from siglip.formats.containers import LazyArray, open_npz, write_npz
+from siglip.formats.export_format import TOKENIZER_FILE, ExportFormat, Layout
 from siglip.formats.infer_config import Inferred, expected_shapes, infer_config
 from siglip.models.two_tower import ModelConfig
 from siglip.trees import build_dataclass, flatten, unflatten
 
-Layout = Literal["loop", "scan"]
-
+EXPORTED_NPZ = "model.npz"
 _PREFIXES = ("params/", "opt/target/")
 _TOWERS = ("img/", "txt/", "llm/")
 
@@ -73,15 +74,33 @@ def write(path: Path, params: Mapping[str, Any], config: ModelConfig, *, layout:
     Args:
         layout: "loop", as SigLIP was published, or "scan", as PaliGemma was. The reference's image tower loads both
             into either, its text tower only its own.
+
+    Raises:
+        UserError: `params` are not exactly those of `config`; every bad key is named, and nothing is written.
     """
     flat = key_maps.unstack_blocks({key: np.asarray(leaf, np.float32) for key, leaf in flatten(params).items()})
     shapes = key_maps.flat_shapes(flat)
     arrays = {key: LazyArray(array.shape, functools.partial(np.asarray, array)) for key, array in flat.items()}
+    _check_whole(arrays, config, path)
     if layout == "scan":
         arrays = key_maps.stack_blocks(arrays, stack=_lazily_stacked)
-    write_npz(path, {f"params/{key}": array for key, array in arrays.items()})
+    # First the config file: without it, or beside another model's, the npz would be read as what it is not.
+    sidecar(path).unlink(missing_ok=True)
     if not _shapes_tell(shapes, config):
-        sidecar(path).write_text(json.dumps({"model": dataclasses.asdict(config)}, indent=1) + "\n")
+        with new_file(sidecar(path)) as partial:
+            partial.write_text(json.dumps({"model": dataclasses.asdict(config)}, indent=1) + "\n")
+    write_npz(path, {f"params/{key}": array for key, array in arrays.items()})
+
+
+def _check_whole(arrays: Mapping[str, LazyArray], config: ModelConfig, path: Path) -> None:
+    """Raises UserError if these are not the arrays of the whole model, in the loop layout: no reader would take the file."""
+    norm = "img/Transformer/encoder_norm/scale"
+    if norm not in arrays:
+        raise UserError(
+            f"{path} is not written: the image tower lacks {norm}, as one that was loaded with an earlier layer does; "
+            f"write the tower of layer=-1, and cut it when it is read: load_encoder({path.name!r}, layer=-2)"
+        )
+    key_maps.check_arrays(arrays, key_maps.unstack_shapes(expected_shapes(config)), source=f"the tree for {path}")
 
 
 def image_only(config: ModelConfig) -> ModelConfig:
@@ -222,3 +241,33 @@ def _read_sidecar(path: Path) -> ModelConfig:
         raise UserError(
             f"{path} is not a model's config: {error!r}; remove it to infer the model from the shapes"
         ) from None
+
+
+def _export(
+    folder: Path, params: Mapping[str, Any], config: ModelConfig, *, tokenizer: Path | None, layout: Layout
+) -> None:
+    write(folder / EXPORTED_NPZ, params, config, layout=layout)
+    if tokenizer is not None:
+        (folder / TOKENIZER_FILE).write_bytes(tokenizer.read_bytes())
+
+
+_EXAMPLE = """
+Run in this folder; `model.npz` also loads in big_vision, as `model.npz` or `model.npz:img`.
+
+```python
+import numpy as np
+import siglip
+
+model = siglip.load("model.npz")
+images = np.zeros((1, HEIGHT, WIDTH, 3), np.float32)
+print(model.image_tokens(images).shape)
+```
+"""
+
+EXPORT = ExportFormat(
+    library="big_vision",
+    write=_export,
+    example=lambda config, has_tokenizer: _EXAMPLE,
+    layouts=("loop", "scan"),
+    lone_file=EXPORTED_NPZ,
+)

@@ -19,6 +19,7 @@ import numpy as np
 from siglip.errors import UserError
 from siglip.formats import key_maps, pali_gemma
 from siglip.formats.containers import LazyArray, aligned_float32, open_safetensors, write_safetensors
+from siglip.formats.export_format import TOKENIZER_FILE
 from siglip.formats.hf_tokenizer import convert
 from siglip.formats.infer_config import expected_shapes
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
@@ -26,7 +27,6 @@ from siglip.models.variants import Variant, name_of
 from siglip.models.vit import sincos2d
 from siglip.trees import flatten, unflatten
 
-TOKENIZER_FILE = "spiece.model"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _VISION_TYPE = "siglip_vision_model"
@@ -36,7 +36,6 @@ _SIZES = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12
 _VISION_DEFAULTS = _SIZES | {"image_size": 224, "patch_size": 16, "num_channels": 3, "vision_use_head": True}
 _TEXT_DEFAULTS = _SIZES | {"vocab_size": 32_000, "max_position_embeddings": 64}
 _FIXED = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "attention_dropout": 0.0}
-_PIPELINE_LENGTH = 64
 
 
 def read(folder: str | Path) -> tuple[dict[str, Any], ModelConfig]:
@@ -119,16 +118,6 @@ def check_expressible(config: ModelConfig) -> None:
         raise UserError(
             f"Hugging Face's SigLIP pools texts at the last token, not {text.pool!r}; {instead} or --tower image"
         )
-
-
-def pipeline_length_warning(config: ModelConfig) -> str:
-    """A warning where transformers' zero-shot pipeline, which makes every text 64 tokens long, cannot be used; else empty."""
-    if config.text is None or config.text.length == _PIPELINE_LENGTH:
-        return ""
-    return (
-        f"texts have {config.text.length} tokens, but pipeline('zero-shot-image-classification') pads or cuts them to "
-        f"{_PIPELINE_LENGTH}; call the tokenizer and the model directly"
-    )
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:

@@ -29,7 +29,8 @@ import numpy as np
 from siglip.errors import UserError
 from siglip.formats import tf_pixels, tf_tokens
 from siglip.formats.big_vision import image_only
-from siglip.formats.hf_tokenizer.convert import read_sentencepiece
+from siglip.formats.export_format import ExportFormat
+from siglip.formats.hf_tokenizer.convert import read_pieces, read_sentencepiece
 from siglip.models.two_tower import ModelConfig, make_model
 
 _PLATFORMS = ("cpu", "cuda", "tpu")
@@ -41,7 +42,8 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, token
     Raises:
         ValueError: there is a text tower but no tokenizer for it, or one with more pieces than the tower has.
     """
-    pieces = None if config.text is None else _sentencepiece(tokenizer, config)
+    _check(config, tokenizer is not None)
+    pieces = None if config.text is None else read_pieces(tokenizer, room=config.text.vocab_size)
     tf, _ = _tensorflow()
     module = tf.Module()
     with jax.default_matmul_precision("highest"):
@@ -192,17 +194,12 @@ def _lower(
     )
 
 
-def _sentencepiece(tokenizer: Path | None, config: ModelConfig) -> bytes:
-    if tokenizer is None:
+def _check(config: ModelConfig, has_tokenizer: bool) -> None:
+    if config.text is not None and not has_tokenizer:
         raise UserError(
-            "a SavedModel takes raw texts, but the source brings no tokenizer; put its spiece.model beside it, "
+            "a SavedModel takes raw texts, but the source has no tokenizer; put its spiece.model beside it, "
             "or export with --tower image"
         )
-    pieces = tokenizer.read_bytes()
-    count, room = len(read_sentencepiece(pieces, source=str(tokenizer)).pieces), config.text.vocab_size
-    if count > room:
-        raise UserError(f"tokenizer {str(tokenizer)!r} has {count} pieces, the text tower room for {room}; use its own")
-    return pieces
 
 
 def _tensorflow() -> tuple[Any, Any]:
@@ -215,3 +212,44 @@ def _tensorflow() -> tuple[Any, Any]:
     except RuntimeError:  # It is running already; what it took, it has.
         pass
     return tf, tf_text
+
+
+_CONTRACT = (
+    "- all of it happens inside the graph: it takes encoded files (JPEG, PNG, WebP, GIF's first frame, 24-bit BMP; EXIF turned "
+    "but in WebP, transparency over white but in GIF) and raw UTF-8 texts; a damaged file is an InvalidArgumentError",
+)
+_EXAMPLE_IMAGES = """
+Run in this folder, with `pip install tensorflow`.
+
+```python
+import tensorflow as tf
+
+model = tf.saved_model.load(".")
+image = tf.io.encode_png(tf.zeros((480, 640, 3), tf.uint8))
+outputs = model.signatures["serving_default"](images=tf.stack([image]))
+print(outputs["image_tokens"].shape)
+```
+"""
+_EXAMPLE_BOTH = """
+Run in this folder, with `pip install tensorflow tensorflow-text`; the second one is imported for its ops.
+
+```python
+import tensorflow as tf
+import tensorflow_text
+
+model = tf.saved_model.load(".")
+image = tf.io.encode_png(tf.zeros((480, 640, 3), tf.uint8))
+outputs = model.signatures["serving_default"](images=tf.stack([image]), texts=tf.constant(["a red wall", "two cats"]))
+print(outputs["probabilities"].numpy())
+```
+"""
+
+EXPORT = ExportFormat(
+    library="tensorflow",
+    write=lambda folder, params, config, *, tokenizer, layout: write(folder, params, config, tokenizer=tokenizer),
+    example=lambda config, has_tokenizer: _EXAMPLE_IMAGES if config.text is None else _EXAMPLE_BOTH,
+    outputs=lambda folder, cases: [outputs(folder, case.files, case.texts) for case in cases],
+    check=_check,
+    contract=lambda config, has_tokenizer: _CONTRACT,
+    takes_files=True,
+)

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from siglip.atomic import write_atomically
 from siglip.parallel.peers import Alone
-from siglip.workdir.files import write_atomically
 
 BAD_BATCH_FILE = "non_finite_batch.json"
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from siglip.array_types import Float, UInt8
-from siglip.workdir.files import write_atomically
+from siglip.atomic import write_atomically
 from siglip.workdir.metrics import format_value, read_metrics, short_name
 
 CURVES = (

@@ -16,6 +16,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from siglip.errors import UserError
@@ -118,6 +119,19 @@ def read_sentencepiece(model: bytes, *, source: str) -> Any:
     if not 0 <= proto.trainer_spec.eos_id < len(proto.pieces):
         raise UserError(f"tokenizer {source!r} has no end token </s>; train it with an eos_id")
     return proto
+
+
+def read_pieces(tokenizer: Path, *, room: int) -> bytes:
+    """The bytes of a SentencePiece file for a text tower with `room` embeddings.
+
+    Raises:
+        UserError: it is not a SentencePiece model, or has more pieces than the tower has embeddings.
+    """
+    model = tokenizer.read_bytes()
+    count = len(read_sentencepiece(model, source=str(tokenizer)).pieces)
+    if count > room:
+        raise UserError(f"tokenizer {tokenizer} has {count} pieces, the text tower room for {room}; put its own there")
+    return model
 
 
 def _check_supported(proto: Any, table: Mapping[str, str], *, source: str) -> None:

@@ -147,7 +147,7 @@ def test_damaged_pictures_are_errors_that_say_so(written, files):
 
 def test_texts_need_their_tokenizer(tmp_path):
     params = random_params(config())
-    with pytest.raises(ValueError, match="brings no tokenizer.*--tower image"):
+    with pytest.raises(ValueError, match="has no tokenizer.*--tower image"):
         saved_model.write(tmp_path, params, config(), tokenizer=None)
     small = square_model(text={"vocab_size": 61})
     with pytest.raises(ValueError, match="has 4000 pieces, the text tower room for 61"):
