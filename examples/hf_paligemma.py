@@ -28,12 +28,13 @@ from siglip.cli.arguments import parse
 from siglip.encoder import ImageEncoder, load_encoder
 from siglip.exporting.export import export
 from siglip.exporting.verification import compare
+from siglip.formats.export_format import ExportMismatch
 from siglip.formats.hf_export import check_all_loaded
 from siglip.training.step import normalize_pixels
 
 NEW_TOKENS = 8
 
-_PICTURES = 4
+_IMAGES = 4
 _VOCAB = 1024
 _BEGIN = 2
 _PROMPT = (_BEGIN, 17, 23, 108)
@@ -117,7 +118,7 @@ def expected_features(encoder: ImageEncoder, model: Any, images: np.ndarray) -> 
 
 
 def generate(model: Any, images: np.ndarray) -> np.ndarray:
-    """float32 [b, h, w, 3] -> int [b, NEW_TOKENS]: what it writes after the pictures and a prompt; babble."""
+    """float32 [b, h, w, 3] -> int [b, NEW_TOKENS]: what it writes after the images and a prompt; babble."""
     import torch
 
     tokens = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
@@ -190,7 +191,7 @@ def run(args: PaliGemmaArgs) -> None:
         RuntimeError: the two sides differ, or transformers does not load all weights.
     """
     encoder = load_encoder(args.src, args.image_size)
-    heldout = read_heldout(f"{SAMPLE}/emoji-heldout-*.tar", image_size=encoder.spec.image_size, limit=_PICTURES)
+    heldout = read_heldout(f"{SAMPLE}/emoji-heldout-*.tar", image_size=encoder.spec.image_size, limit=_IMAGES)
     images = np.asarray(normalize_pixels(heldout.images))
     with new_folder(Path(args.out)) as out:
         export(args.src, format="hf", out=out / "tower", tower="image", head=False, image_size=args.image_size)
@@ -203,7 +204,7 @@ def run(args: PaliGemmaArgs) -> None:
         compare(expected, image_features(again, images))
         written = generate(again, images)
         if not np.array_equal(written, generate(model, images)):
-            raise RuntimeError("the saved PaliGemma writes other tokens than the one that was saved")
+            raise ExportMismatch("the saved PaliGemma writes other tokens than the one that was saved")
         tokens = load_encoder(out / "paligemma").tokens(images)
         compare({"image_tokens": expected["image_tokens"]}, {"image_tokens": np.asarray(tokens)})
     print(f"wrote {args.out}: the same after loading it again, in transformers and in siglip")

@@ -19,13 +19,13 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from typing import Any, Protocol, TypeVar
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import RunFailed, UserError
 
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 Item = TypeVar("Item")
 
 
-class WorkerDied(RuntimeError):
+class WorkerDied(RunFailed):
     """The process that computed this item was killed, twice."""
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from siglip.array_types import Array, Float, Int
+from siglip.errors import UserError
 
 Params = Mapping[str, Any]
 Cache = tuple[Array, Array]  # keys and values, each [layer, b, t, k]
@@ -51,9 +52,9 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < 1:
-                raise ValueError(f"decoder.{field.name}={getattr(self, field.name)} must be at least 1")
+                raise UserError(f"decoder.{field.name}={getattr(self, field.name)} must be at least 1")
         if self.head_dim % 2:
-            raise ValueError(f"decoder.head_dim={self.head_dim} must be even: positions rotate pairs of channels")
+            raise UserError(f"decoder.head_dim={self.head_dim} must be even: positions rotate pairs of channels")
 
 
 @functools.partial(jax.jit, static_argnums=0)

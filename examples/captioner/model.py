@@ -1,10 +1,10 @@
 """The captioner: an encoder's tokens, a linear connector that starts at zero, a prefix language model.
 
     [ image tokens W + b | begin | prompt | separator ] suffix … end        full attention | causal
-    loss = mean over suffix tokens, the end token included, of -log p(token | picture, prompt, tokens before it)
+    loss = mean over suffix tokens, the end token included, of -log p(token | image, prompt, tokens before it)
 
 PaliGemma (arXiv:2407.07726): W = b = 0 at the start, so the decoder begins as the language model that it was, and the
-picture enters as fast as it helps.
+image enters as fast as it helps.
 
 The trap: a `Captioner` holds the encoder's parameters as leaves, and is an argument of every jitted function here. Whether
 they are trained is the encoder's `frozen` and the optimizer's business.

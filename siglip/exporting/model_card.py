@@ -1,6 +1,6 @@
-"""The README.md of an export: what it is, where it comes from, what it wants to be fed, how far it was checked, how to call it.
+"""The README.md of an export: what it is, where it comes from, what to feed it, how far it was checked, how to call it.
 
-Its head is the YAML that model hubs read. What is not known is said to be unknown: a card is no place for guesses.
+Its head is the YAML that model hubs read. What is not known is said to be unknown; the card does not guess.
 
 The trap: what a consumer gets wrong most often is the range and resize of pixels, and the lower case, end token and padding of
 texts. Every card spells them out.
@@ -26,9 +26,9 @@ class Provenance:
     """Where a model comes from.
 
     Attributes:
-        name: of the source.
+        name: the name of the source.
         licence: an SPDX identifier or a name; None when the exporter was not told.
-        config: the run's config.json, or {} when the source is no run.
+        config: the run's config.json, or {} when the source is not a run.
         metrics: the run's last evaluation, {"eval/<task>/<name>/<metric>": value}.
         step: the checkpoint's step, or None.
     """

@@ -1,11 +1,11 @@
 """big_vision's `.npz`: flat arrays named "params/img/Transformer/encoderblock_0/…", the layout SigLIP was published in.
 
-Reads the loop and the scan layout, keys with and without `params/`, the old `opt/target/` prefix and older names yet,
-bfloat16 kept as raw 2-byte values, `FILE.npz:img`, one tower of a file, and the vision tower of a PaliGemma. Whatever
-else lies beside the parameters, an optimizer's state for one, is not looked at.
+Reads the loop and the scan layout, keys with and without `params/`, the old `opt/target/` prefix, still older names,
+bfloat16 kept as raw 2-byte values, `FILE.npz:img`, one tower of a file, and the vision tower of a PaliGemma. Anything
+else in the file, such as an optimizer's state, is ignored.
 
-The trap: an npz says nothing about its model but the shapes, and those do not tell all (`architecture` has the list).
-`write` puts a config file beside such an npz, and `read` looks for it. Untrusted files are never unpickled.
+The trap: shapes are all that an npz says about its model, and some models share their shapes (infer_config.py has the
+list). For these `write` puts a config file beside the npz, and `read` looks for it. Nothing is ever unpickled.
 """
 
 import dataclasses
@@ -35,19 +35,18 @@ _TOWERS = ("img/", "txt/", "llm/")
 def read(
     path: str | Path, *, config: ModelConfig | None = None, image_size: tuple[int, int] | None = None
 ) -> tuple[dict[str, Any], ModelConfig]:
-    """Parameters (nested dict of float32 arrays, in the layout of the file) and the architecture they belong to.
+    """Parameters (nested dict of float32 arrays, in the layout of the file) and their architecture.
 
-    Of a PaliGemma it reads the vision tower: neither the language model nor the connector to it (img/head).
+    From a PaliGemma it reads the vision tower only, without the language model and the connector to it (img/head).
 
     Args:
         path: "FILE.npz", or "FILE.npz:img" for its image tower alone.
-        config: the architecture, when it is known; else it comes from the config file beside the npz, else from the
-            shapes.
-        image_size: (height, width) in pixels, for files from which it cannot be inferred; ignored where it can.
+        config: the architecture; None takes it from the config file beside the npz, or else from the shapes.
+        image_size: (height, width) in pixels, needed where shapes do not determine it, ignored elsewhere.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or does not hold exactly the arrays of one model; every bad key is named.
+        UserError: the file is damaged, or does not hold exactly the arrays of one model; every bad key is named.
     """
     file, subtree = split_subtree(path)
     source = str(path)
@@ -112,7 +111,7 @@ def without_head(params: Mapping[str, Any], config: ModelConfig) -> tuple[dict[s
     """The same model whose image tower ends at its last LayerNorm, with neither pooling nor a linear head.
 
     Raises:
-        ValueError: it pools by a class token, which the other tokens were trained beside.
+        UserError: it pools by a class token: the other tokens were trained with that one in the sequence.
     """
     if config.image.pool == "tok":
         raise UserError(
@@ -137,7 +136,7 @@ def sidecar(path: Path) -> Path:
 
 
 def _parameters(stored: Mapping[str, LazyArray], source: str) -> dict[str, LazyArray]:
-    """The parameters of a checkpoint that may hold an optimizer state and more beside them."""
+    """The parameters in a checkpoint that may also hold an optimizer state and more."""
     prefixes = [prefix for prefix in _PREFIXES if any(key.startswith(prefix) for key in stored)]
     bare = next((key for key in stored if key.startswith(_TOWERS)), None)
     models = [*prefixes, *([bare] if bare else [])]
@@ -167,7 +166,7 @@ def _only_subtree(arrays: dict[str, LazyArray], subtree: str | None, source: str
 def _patches(
     arrays: Mapping[str, LazyArray], config: ModelConfig | None, image_size: tuple[int, int] | None
 ) -> int | None:
-    """How many patches a picture has, where the caller or the config file says so."""
+    """How many patches an image has, or None if neither the caller nor the config file says so."""
     if config is not None:
         return config.image.grid[0] * config.image.grid[1]
     kernel = arrays.get("img/embedding/kernel")
@@ -183,7 +182,7 @@ def _refuse_other_models(arrays: Mapping[str, LazyArray], source: str) -> None:
         shape = positions and positions.shape
         raise UserError(
             f"{source} is a NaFlex model (img/embedding/kernel {kernel.shape}, img/pos_embedding {shape}), which takes "
-            f"pictures of any aspect ratio; only those of one size can be read: take the fixed-resolution checkpoint"
+            f"images of any aspect ratio; only those of one size can be read: take the fixed-resolution checkpoint"
         )
     pickled = sorted(key for key, array in arrays.items() if array.dtype == "object")
     if pickled and not any(key.startswith("img/") for key in arrays):
@@ -199,7 +198,7 @@ def _refuse_other_models(arrays: Mapping[str, LazyArray], source: str) -> None:
 
 
 def _given(config: ModelConfig, shapes: Mapping[str, key_maps.Shape]) -> Inferred:
-    """A config that the file need not tell; without the text tower if the file has none."""
+    """The config that the caller or the config file gave, without the text tower if the file has none."""
     if not any(key.startswith("txt/") for key in shapes):
         config = image_only(config)
     return Inferred(config, unclear={}, problems=[])
@@ -224,7 +223,7 @@ def _lazily_stacked(layers: list[LazyArray]) -> LazyArray:
 
 
 def _shapes_tell(shapes: Mapping[str, key_maps.Shape], config: ModelConfig) -> bool:
-    """Whether `infer_config` finds the same function again."""
+    """Whether `infer_config` finds the same architecture from the shapes alone."""
     inferred = infer_config(shapes)
 
     def key(c: ModelConfig) -> tuple:

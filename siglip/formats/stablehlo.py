@@ -11,8 +11,8 @@ Embeddings are L2-normalised. Each program runs on CPU, CUDA and TPU and for any
 that every device gives the numbers that were verified (jax.export, and its promise of compatibility: programs can be called by
 every jax of the six months after the one that wrote them).
 
-The trap: a program with its weights inside would be a flatbuffer, which ends at 2 GiB, and every process that calls it would
-compile the weights in as constants. So they are an argument and lie beside it.
+The trap: a program that contained its weights would be a flatbuffer, which cannot exceed 2 GiB, and every process that calls it
+would compile them in as constants. So the weights are an argument, in a file beside it.
 """
 
 from collections.abc import Callable, Mapping
@@ -57,7 +57,7 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig) -> None:
 
 
 def outputs(folder: Path, images: np.ndarray, tokens: np.ndarray | None) -> dict[str, np.ndarray]:
-    """What the programs in a folder give for pictures and token ids, with the logits of every pair."""
+    """What the programs in a folder give for images and token ids, with the logits of every pair."""
     found = _call(folder, IMAGE, images)
     if tokens is None:
         return found

@@ -1,4 +1,4 @@
-"""report.html: a run in one self-contained page, with curves, tables and the pictures that queries found.
+"""report.html: a run in one self-contained page, with curves, tables and the images that queries found.
 
 Everything is inlined (plots and thumbnails as data URLs), so the file can be mailed.
 
@@ -26,7 +26,7 @@ CURVES = (
     ("train/grad_norm", "gradient norm"),
     ("train/schedule", "schedule"),
 )
-TOP = 8  # pictures shown per query
+TOP = 8  # images shown per query
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1160px; margin: 2rem auto; padding: 0 1rem; color: #1d2433; }
@@ -44,11 +44,11 @@ img.plot { width: 100% }
 
 
 class Gallery(NamedTuple):
-    """Pictures to find and what to look for.
+    """Images to find and what to look for.
 
     Attributes:
         images: uint8 [n, h, w, 3], as shown. zimg: their embeddings [n, e].
-        queries: (language, text, index of the right picture) each. ztxt: their embeddings, in the same order.
+        queries: (language, text, index of the right image) each. ztxt: their embeddings, in the same order.
     """
 
     images: UInt8[np.ndarray, "n h w 3"]
@@ -63,7 +63,7 @@ def write_report(
     """Writes WORKDIR/report.html from metrics.jsonl and returns its path.
 
     Args:
-        gallery: pictures found; None leaves that section out.
+        gallery: images found; None leaves that section out.
         baselines: rows of other models for the table, {name: {metric: value}}.
 
     Raises:
@@ -72,7 +72,7 @@ def write_report(
     lines = read_metrics(workdir)
     sections = [_head(workdir, lines), _results(lines, baselines or {}), _curves(lines)]
     if gallery is not None:
-        sections.append(_pictures(gallery))
+        sections.append(_images(gallery))
     page = (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(workdir.name)}</title>"
         f"<style>{_STYLE}</style><body>{''.join(sections)}</body></html>\n"
@@ -143,7 +143,7 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> str:
     return f"<h2>Curves</h2><img class='plot' alt='training curves' src='{_data_url(buffer.getvalue(), 'svg+xml')}'>"
 
 
-def _pictures(gallery: Gallery) -> str:
+def _images(gallery: Gallery) -> str:
     rows = []
     for (language, text, wanted), z in zip(gallery.queries, gallery.ztxt, strict=True):
         scores = gallery.zimg @ z
@@ -156,8 +156,8 @@ def _pictures(gallery: Gallery) -> str:
             f"<span class='rank'>no. {rank}</span>{found}</div>"
         )
     return (
-        f"<h2>What queries find</h2><p class='muted'>On the left the query, the picture that it describes "
-        f"and the place at which the model ranks it; on the right the {TOP} pictures that come first, of "
+        f"<h2>What queries find</h2><p class='muted'>On the left the query, the image that it describes "
+        f"and the place at which the model ranks it; on the right the {TOP} images that come first, of "
         f"{len(gallery.images)}. The right one is framed.</p>{''.join(rows)}"
     )
 

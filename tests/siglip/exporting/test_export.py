@@ -89,9 +89,9 @@ def test_stacked_blocks_and_towers_without_a_head(tmp_path, source):
         assert not any("MAPHead" in key or "/head/" in key for key in stored)
     model = load(tmp_path / "scan")
     assert model.config.image.pool == "none" and model.config.image.image_size == (48, 48)
-    pictures = random_inputs(model.config)[0]
-    expected = load(source, 48, patch_size=12).image_tokens(pictures)
-    np.testing.assert_allclose(model.image_tokens(pictures), expected, rtol=0, atol=1e-6)
+    images = random_inputs(model.config)[0]
+    expected = load(source, 48, patch_size=12).image_tokens(images)
+    np.testing.assert_allclose(model.image_tokens(images), expected, rtol=0, atol=1e-6)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def samples(config, tokenizer):
 
 
 @pytest.mark.parametrize("format", ["bigvision", "stablehlo"])
-def test_real_pictures_and_texts_are_compared_too(tmp_path, real_source, format):
+def test_real_images_and_texts_are_compared_too(tmp_path, real_source, format):
     report = export(real_source, format=format, out=tmp_path / "out", tower="both", samples=samples)
     assert list(report.differences) == ["random", "sample"]
     for found in report.differences.values():
@@ -140,7 +140,7 @@ def test_both_towers_without_a_tokenizer(tmp_path, monkeypatch, capsys):
     assert "[1, 16, 36]" in run_example(tmp_path / "hf", monkeypatch, capsys)
 
 
-def test_pictures_that_consumers_prepare_otherwise_are_no_samples(tmp_path):
+def test_images_that_consumers_prepare_otherwise_are_no_samples(tmp_path):
     def member(mode, format, **options):
         file = io.BytesIO()
         Image.new(mode, (9, 7), 200 if mode == "L" else (1, 2, 3, 4)[: len(mode)]).save(file, format, **options)
@@ -148,7 +148,7 @@ def test_pictures_that_consumers_prepare_otherwise_are_no_samples(tmp_path):
 
     turned = Image.Exif()
     turned[0x0112] = 6
-    pictures = [
+    images = [
         b"none",
         member("RGB", "JPEG", exif=turned),
         member("RGBA", "PNG"),
@@ -156,13 +156,13 @@ def test_pictures_that_consumers_prepare_otherwise_are_no_samples(tmp_path):
         member("L", "PNG"),
     ]
     with tarfile.open(tmp_path / "few.tar", "w") as tar:
-        for number, content in enumerate(pictures):
+        for number, content in enumerate(images):
             info = tarfile.TarInfo(f"{number}.jpg")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     pairs = TarSource(str(tmp_path / "few.tar"))
-    assert list(sample_inputs(pairs, image_only(square_model()), None).files) == pictures[3:]
-    with pytest.raises(ValueError, match="have pictures but no captions"):
+    assert list(sample_inputs(pairs, image_only(square_model()), None).files) == images[3:]
+    with pytest.raises(ValueError, match="have images but no captions"):
         sample_inputs(pairs, square_model(), SAMPLE / "spiece.model")
 
 
