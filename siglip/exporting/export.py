@@ -93,12 +93,10 @@ def export(
         read_pieces(tokenizer, room=config.text.vocab_size)
     cases = [] if chosen.takes_files else [random_inputs(config)]  # noise has no encoded files
     cases += [] if samples is None else [samples(config, tokenizer)]
-    model = Encoder(params, config)
-    expected = [expected_outputs(model, case) for case in cases]
-    del model  # Weights are held once while they are written, and once while they are read back.
+    expected = [expected_outputs(Encoder(params, config), case) for case in cases]
     with new_folder(out, publish=_publish_npz if out.suffix == ".npz" else os.rename) as partial:
         chosen.write(partial, params, config, tokenizer=tokenizer, layout=layout)
-        del params
+        del params  # held once while they are written, and once while they are read back
         verified = all(find_spec(package) for package in chosen.needs)
         found = chosen.outputs(partial, cases) if chosen.outputs and verified else _own_outputs(partial, cases)
         differences = {case.name: compare(*pair) for case, *pair in zip(cases, expected, found, strict=True)}
