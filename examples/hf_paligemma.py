@@ -5,7 +5,7 @@
     features = projector(tower(pixels))       tower(pixels) = our tokens: after the last LayerNorm, without pooling head
 
 SRC's image tower is exported for transformers without its pooling head and read back by it (`siglip.exporting`), put into the
-`vision_tower` of a PaliGemma whose Gemma is small and random, and held against ours. The whole model is then saved, loaded
+`vision_tower` of a PaliGemma whose Gemma is small and random, and compared with ours. The whole model is then saved, loaded
 again by transformers and, its tower alone, by `siglip.load_encoder`. Needs the `interop` extra (torch, transformers 4.57 or 5).
 
 The trap: transformers fills weights that it does not find with random numbers and warns. transformers 5 saves the tower as
@@ -61,7 +61,7 @@ def build(tower: str | Path, *, seed: int = 0) -> Any:
     """A PaliGemma with a small random Gemma and projector, and the vision tower of an exported folder.
 
     Raises:
-        RuntimeError: the tower's keys are not those of the folder.
+        ExportMismatch: the tower's keys are not those of the folder.
     """
     import torch
     import transformers
@@ -118,7 +118,7 @@ def expected_features(encoder: ImageEncoder, model: Any, images: np.ndarray) -> 
 
 
 def generate(model: Any, images: np.ndarray) -> np.ndarray:
-    """float32 [b, h, w, 3] -> int [b, NEW_TOKENS]: what it writes after the images and a prompt; babble."""
+    """float32 [b, h, w, 3] -> int [b, NEW_TOKENS]: the tokens after the image and a prompt; nonsense, as Gemma is random."""
     import torch
 
     tokens = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
@@ -151,7 +151,7 @@ def load(folder: str | Path) -> Any:
     """The whole model again.
 
     Raises:
-        RuntimeError: transformers did not find a weight, or found one that it does not know.
+        ExportMismatch: transformers did not find a weight, or found one that it does not know.
     """
     import transformers
 
@@ -187,8 +187,8 @@ def run(args: PaliGemmaArgs) -> None:
 
     Raises:
         FileExistsError: `out` exists.
-        FileNotFoundError, ValueError: no encoder, or one that PaliGemma cannot have.
-        RuntimeError: the two sides differ, or transformers does not load all weights.
+        FileNotFoundError, UserError: no encoder, or one that PaliGemma cannot have.
+        ExportMismatch: the two sides differ, or transformers does not load all weights.
     """
     encoder = load_encoder(args.src, args.image_size)
     heldout = read_heldout(f"{SAMPLE}/emoji-heldout-*.tar", image_size=encoder.spec.image_size, limit=_IMAGES)
@@ -212,7 +212,7 @@ def run(args: PaliGemmaArgs) -> None:
 
 def main(args: list[str]) -> int:
     """Returns the exit code: 0, 1 for a failed run, 2 for bad input."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells much about itself
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs much
     try:
         run(parse(PaliGemmaArgs, args, prog="python -m examples.hf_paligemma"))
     except EXPECTED as error:

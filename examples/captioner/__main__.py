@@ -38,13 +38,13 @@ class CaptionerArgs:
     Attributes:
         src: a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
         out: folder to make; must not exist.
-        image_size: side of stage 2's images in pixels; 0 makes it half as many patches again as in stage 1.
+        image_size: side of stage 2's images in pixels; 0 takes 1.5 times the patches of stage 1 on each side.
         stage1: connector and decoder learn, the encoder is frozen.
         stage2: everything learns, the encoder slowly.
-        batch_size: pairs of a step, shared by all devices.
-        seed: of the decoder's start and of the order of pairs.
+        batch_size: pairs per step, split over all devices.
+        seed: seed of the decoder's first parameters and of the order of pairs.
         train: tar shards with English captions.
-        heldout: tar shards that are measured on.
+        heldout: tar shards to measure on.
     """
 
     src: tyro.conf.Positional[str]
@@ -66,7 +66,7 @@ class CaptionerArgs:
 
 def main(args: list[str]) -> int:
     """Returns the exit code: 0, 1 for a failed run, 2 for bad input."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells much about itself
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs much
     try:
         run(parse(CaptionerArgs, args, prog="python -m examples.captioner"))
     except EXPECTED as error:
@@ -144,7 +144,7 @@ class Measured:
 
 
 def _half_again(config: Any) -> tuple[int, int]:
-    """(height, width) in pixels of a grid with half as many patches again on each side."""
+    """(height, width) in pixels of a grid with 1.5 times the patches on each side."""
     return tuple(patch * (side + max(1, side // 2)) for side, patch in zip(config.grid, config.patch, strict=True))
 
 

@@ -5,7 +5,7 @@
 The decoder's tokenizer has nothing to do with the encoder's: here it is the one of the shipped sample, whatever the encoder
 was trained with. PaliGemma's is Gemma's, SigLIP's was another.
 
-The trap: a newline is white space to SentencePiece, which drops it, so the separator is put in by its id.
+The trap: SentencePiece drops a newline as white space, so the separator is put in by its id.
 """
 
 import dataclasses
@@ -50,35 +50,35 @@ class Heldout:
 
 
 def prompt_tokens(prompt: str) -> np.ndarray:
-    """int32 [p]: what stands between the image and its caption."""
+    """int32 [p]: the tokens between the image and its caption."""
     processor = _processor()
     ids = [BEGIN, *processor.encode(prompt.lower()), processor.piece_to_id(_SEPARATOR)]
     return np.asarray(ids, np.int32)
 
 
 def vocab_size() -> int:
-    """Token ids of the decoder."""
+    """How many token ids the decoder has."""
     return _processor().vocab_size()
 
 
 def texts_of(tokens: np.ndarray) -> list[str]:
-    """int [b, l] -> what stands before the first end token of each."""
+    """int [b, l] -> the text before the first end token of each row."""
     rows = [row[: row.index(END)] if END in row else row for row in tokens.tolist()]
     return _processor().decode(rows)
 
 
 def training_batches(shards: str, *, image_size: tuple[int, int], batch_size: int, seed: int) -> Loader:
-    """An endless stream of {"image": uint8 [b, h, w, 3], "text": int32 [b, l], …}, images varied a little."""
+    """An endless stream of {"image": uint8 [b, h, w, 3], "text": int32 [b, l], …}, slightly augmented."""
     source = SourceConfig(shards, captions=((FIELD, 1.0),))
     config = DataConfig(sources=(source,), tokenizer=str(TOKENIZER), augment=_AUGMENT, threads=1)
     return make_loader(config, batch_size=batch_size, image_size=image_size, text_length=CAPTION_LENGTH, seed=seed)
 
 
 def read_heldout(shards: str, *, image_size: tuple[int, int], limit: int | None = None) -> Heldout:
-    """The images of some shards that have a caption, in order, as they are.
+    """The images of some shards that have a caption, in order and unchanged.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     tokenizer = SentencePieceTokenizer(str(TOKENIZER))
     images, suffix = [], []

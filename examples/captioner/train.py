@@ -5,8 +5,8 @@
 
 AdamW, each part with its own schedule and its own gradient clipping: linear from 0, then a cosine to 0.
 
-The trap: a decoder that has not learnt to read images sends gradients into the encoder that have nothing to do with what
-is wrong with the encoder. Warmed up at the decoder's pace, the encoder moves before these make sense.
+The trap: while the decoder has not learnt to read images, its gradients say nothing about the encoder. An encoder that is
+warmed up as fast as the decoder is changed by them. Hence its own, slower warm-up.
 """
 
 import dataclasses
@@ -33,14 +33,14 @@ _CLIP_NORM = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """A stretch of training.
+    """One stage of training.
 
     Attributes:
-        steps: batches.
+        steps: number of batches.
         lr: peak learning rate of the decoder and the connector.
-        warmup_steps: of that learning rate, linear from 0.
+        warmup_steps: over which lr rises linearly from 0.
         encoder_lr: peak learning rate of the encoder; 0 keeps it frozen.
-        encoder_warmup_steps: of the encoder's.
+        encoder_warmup_steps: over which encoder_lr rises linearly from 0.
     """
 
     steps: int
@@ -102,7 +102,7 @@ def train_stage(
     Args:
         captioner: with its encoder frozen or not, as the stage has it.
         batches: as `training_batches` gives them.
-        mesh: of the devices that share each batch; every device holds all parameters.
+        mesh: the devices that share each batch; every device holds all parameters.
         blind: leave the images out: what a decoder learns from the captions alone.
         log_every: steps between two printed lines; 0 for none.
 
@@ -156,7 +156,7 @@ def evaluate(
     pairs = list(zip(written, heldout.captions, strict=True))
     metrics = {
         "loss": mean_loss(heldout.images),
-        # By half the set: neighbours may be variants of one thing.
+        # Shifted by half the set: neighbours may be variants of one thing.
         "wrong_image": mean_loss(np.roll(heldout.images, len(heldout.images) // 2, axis=0)),
         "first_word": float(np.mean([ours.split()[:1] == theirs.split()[:1] for ours, theirs in pairs])),
         "exact": float(np.mean([ours == theirs for ours, theirs in pairs])),

@@ -2,7 +2,7 @@
 
 Everything is inlined (plots and thumbnails as data URLs), so the file can be mailed.
 
-The trap: captions are other people's text; every string is escaped before it becomes HTML.
+Captions are other people's text: every string is escaped before it becomes HTML.
 """
 
 import base64
@@ -44,7 +44,7 @@ img.plot { width: 100% }
 
 
 class Gallery(NamedTuple):
-    """Images to find and what to look for.
+    """Images to find, and the queries.
 
     Attributes:
         images: uint8 [n, h, w, 3], as shown. zimg: their embeddings [n, e].
