@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all.
+"""Files that appear whole or not at all: a file that a killed run left half-written must not be taken for a result.
 
-The trap: a name that a killed run left half-written would be taken for a result. Only `os.replace` gives a file its name.
+siglip/atomic.py is its twin; the two sides share no code.
 """
 
 import contextlib
@@ -12,7 +12,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; it takes the name when the block ends, and vanishes when it fails."""
+    """A temporary path beside `path`; it replaces `path` when the block succeeds and is removed when it fails.
+
+    The folder is made where it does not exist.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")  # hosts may share the folder
     try:

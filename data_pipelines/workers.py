@@ -389,7 +389,7 @@ def _meaning(code: int | None) -> str:
 
 
 def usable_cores() -> int:
-    """That this process may use."""
+    """How many cores this process may use; where the system does not tell (macOS), how many there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

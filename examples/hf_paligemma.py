@@ -5,7 +5,7 @@
     features = projector(tower(pixels))       tower(pixels) = our tokens: after the last LayerNorm, without pooling head
 
 SRC's image tower is exported for transformers without its pooling head and read back by it (`siglip.exporting`), put into the
-`vision_tower` of a PaliGemma whose Gemma is small and random, and held against ours. The whole model is then saved, loaded
+`vision_tower` of a PaliGemma whose Gemma is small and random, and compared with ours. The whole model is then saved, loaded
 again by transformers and, its tower alone, by `siglip.load_encoder`. Needs the `interop` extra (torch, transformers 4.57 or 5).
 
 The trap: transformers fills weights that it does not find with random numbers and warns. transformers 5 saves the tower as
@@ -27,12 +27,14 @@ from siglip.cli import EXPECTED, describe
 from siglip.cli.arguments import parse
 from siglip.encoder import ImageEncoder, load_encoder
 from siglip.exporting.export import export
-from siglip.exporting.verification import check_all_loaded, compare
+from siglip.exporting.verification import compare
+from siglip.formats.export_format import ExportMismatch
+from siglip.formats.hf_export import check_all_loaded
 from siglip.models.vit import normalize_pixels
 
 NEW_TOKENS = 8
 
-_PICTURES = 4
+_IMAGES = 4
 _VOCAB = 1024
 _BEGIN = 2
 _PROMPT = (_BEGIN, 17, 23, 108)
@@ -59,7 +61,7 @@ def build(tower: str | Path, *, seed: int = 0) -> Any:
     """A PaliGemma with a small random Gemma and projector, and the vision tower of an exported folder.
 
     Raises:
-        RuntimeError: the tower's keys are not those of the folder.
+        ExportMismatch: the tower's keys are not those of the folder.
     """
     import torch
     import transformers
@@ -116,7 +118,7 @@ def expected_features(encoder: ImageEncoder, model: Any, images: np.ndarray) -> 
 
 
 def generate(model: Any, images: np.ndarray) -> np.ndarray:
-    """float32 [b, h, w, 3] -> int [b, NEW_TOKENS]: what it writes after the pictures and a prompt; babble."""
+    """float32 [b, h, w, 3] -> int [b, NEW_TOKENS]: the tokens after the image and a prompt; nonsense, as Gemma is random."""
     import torch
 
     tokens = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
@@ -149,7 +151,7 @@ def load(folder: str | Path) -> Any:
     """The whole model again.
 
     Raises:
-        RuntimeError: transformers did not find a weight, or found one that it does not know.
+        ExportMismatch: transformers did not find a weight, or found one that it does not know.
     """
     import transformers
 
@@ -185,11 +187,11 @@ def run(args: PaliGemmaArgs) -> None:
 
     Raises:
         FileExistsError: `out` exists.
-        FileNotFoundError, ValueError: no encoder, or one that PaliGemma cannot have.
-        RuntimeError: the two sides differ, or transformers does not load all weights.
+        FileNotFoundError, UserError: no encoder, or one that PaliGemma cannot have.
+        ExportMismatch: the two sides differ, or transformers does not load all weights.
     """
     encoder = load_encoder(args.src, args.image_size)
-    heldout = read_heldout(f"{SAMPLE}/emoji-heldout-*.tar", image_size=encoder.spec.image_size, limit=_PICTURES)
+    heldout = read_heldout(f"{SAMPLE}/emoji-heldout-*.tar", image_size=encoder.spec.image_size, limit=_IMAGES)
     images = np.asarray(normalize_pixels(heldout.images))
     with new_folder(Path(args.out)) as out:
         export(args.src, format="hf", out=out / "tower", tower="image", head=False, image_size=args.image_size)
@@ -202,7 +204,7 @@ def run(args: PaliGemmaArgs) -> None:
         compare(expected, image_features(again, images))
         written = generate(again, images)
         if not np.array_equal(written, generate(model, images)):
-            raise RuntimeError("the saved PaliGemma writes other tokens than the one that was saved")
+            raise ExportMismatch("the saved PaliGemma writes other tokens than the one that was saved")
         tokens = load_encoder(out / "paligemma").tokens(images)
         compare({"image_tokens": expected["image_tokens"]}, {"image_tokens": np.asarray(tokens)})
     print(f"wrote {args.out}: the same after loading it again, in transformers and in siglip")
@@ -210,7 +212,7 @@ def run(args: PaliGemmaArgs) -> None:
 
 def main(args: list[str]) -> int:
     """Returns the exit code: 0, 1 for a failed run, 2 for bad input."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells much about itself
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs much
     try:
         run(parse(PaliGemmaArgs, args, prog="python -m examples.hf_paligemma"))
     except EXPECTED as error:

@@ -1,7 +1,6 @@
-"""Files and folders that appear whole or not at all.
+"""Files and folders that appear whole or not at all; data_pipelines/atomic.py is its twin.
 
-The trap: a process that is killed cannot clean up. What it leaves has a name that starts with a dot, beside the place it was
-to get.
+A process that is killed cannot clean up. What it leaves has a name that starts with a dot, beside the file it would have become.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its name, in place of what had it, when the block succeeds; else it is gone."""
+    """A temporary path beside `path`; it replaces `path` when the block succeeds and is removed when it fails."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")  # hosts may share the folder
     try:
         yield partial
@@ -24,12 +23,18 @@ def new_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Readers of the file see the old content or the new, nothing between."""
+    with new_file(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 @contextlib.contextmanager
 def new_folder(out: Path, *, publish: Callable[[Path, Path], None] = os.rename) -> Iterator[Path]:
-    """A temporary folder beside `out` that gets its name when the block succeeds; else nothing is left, parents included.
+    """A temporary folder beside `out` that is renamed to it when the block succeeds; else nothing is left, parents included.
 
     Args:
-        publish: (temporary folder, out) -> None: gives it its name.
+        publish: (temporary folder, out) -> None: the renaming.
 
     Raises:
         FileExistsError: `out` exists.

@@ -22,7 +22,6 @@ from siglip.workdir.files import read_config as read_run_config
 
 Size = tuple[int, int]
 
-EXPORTED_NPZ = "model.npz"
 SOURCES = (
     "a run's workdir, a checkpoint inside it, FILE.npz, FILE.npz:img, a Hugging Face folder, or an exported folder"
 )
@@ -73,8 +72,8 @@ def _locate(src: str | Path) -> _Source:
         if folder.exists():
             raise UserError(f"{str(src)!r} is not a model; a model is {SOURCES}")
         raise FileNotFoundError(f"nothing at {str(src)!r}; a model is {SOURCES}")
-    if (folder / EXPORTED_NPZ).is_file():
-        return _npz(folder / EXPORTED_NPZ, folder / hugging_face.TOKENIZER_FILE)
+    if (folder / big_vision.EXPORTED_NPZ).is_file():
+        return _npz(folder / big_vision.EXPORTED_NPZ, folder / hugging_face.TOKENIZER_FILE)
 
     # Orbax is slow to import, and only runs need it.
     from siglip.workdir import checkpoint

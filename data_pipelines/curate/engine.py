@@ -20,7 +20,7 @@ from multiprocessing import forkserver
 from typing import Any, Protocol, TypeVar
 
 from data_pipelines.errors import RunFailed, UserError
-from data_pipelines.sources.shards import usable_cores
+from data_pipelines.workers import usable_cores
 
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 Item = TypeVar("Item")

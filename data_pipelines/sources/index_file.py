@@ -15,8 +15,6 @@ may have. So an opened index is only a header; its tables are mapped on demand, 
 
 import hashlib
 import json
-import os
-import threading
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipelines.atomic import new_file
 from data_pipelines.sources import files
 from data_pipelines.sources.remote import FileStat
 
@@ -151,18 +150,11 @@ def _map(place: str) -> tuple[Header, dict[str, np.ndarray]] | None:
 
 def _write(place: Path, line: bytes, tables: Mapping[str, np.ndarray]) -> bool:
     """Whether the index could be written; a folder that is read-only or full is no reason to stop."""
-    partial = place.with_name(f"{place.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with new_file(place) as partial, partial.open("wb") as file:
             file.write(line)
             for table in tables.values():
                 file.write(table)
-        os.replace(partial, place)
     except OSError:
-        try:
-            partial.unlink(missing_ok=True)
-        except OSError:
-            pass
         return False
     return True

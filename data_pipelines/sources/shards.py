@@ -29,6 +29,7 @@ from data_pipelines.sources.blocks import Block, BlockCache
 from data_pipelines.sources.columns import check_image
 from data_pipelines.sources.index_file import Contents, Index
 from data_pipelines.sources.remote import FileStat
+from data_pipelines.workers import usable_cores
 
 _OPEN_TABLES = 128
 _PLANNED_BLOCKS = 1024
@@ -257,11 +258,6 @@ def _index_in_processes(paths: Sequence[str], kind: str, build: Callable[[str, F
         for process in processes:
             process.kill()
             process.wait()
-
-
-def usable_cores() -> int:
-    """How many cores this process may use; where the system does not tell (macOS), how many there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def index_from_stdin() -> None:

@@ -5,16 +5,18 @@
 
 What is written reads back as the same pairs. The same pairs give the same bytes: no times, no users.
 
-The trap: a shard that is being written must not be taken for one. It has another name until it is whole and on disk;
-after an error nothing stays behind.
+A shard appears under its name when it is whole and on disk; after an error nothing stays behind.
 """
 
+import contextlib
 import io
 import json
 import os
 import tarfile
 from collections.abc import Mapping
+from pathlib import Path
 
+from data_pipelines.atomic import new_file
 from data_pipelines.records import Pair
 from data_pipelines.sources import examples
 
@@ -27,22 +29,22 @@ class _ShardWriter:
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
-        self._partial = f"{self.path}.{os.getpid()}.partial"
 
     def __enter__(self):
-        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-        self._begin()
+        with contextlib.ExitStack() as stack:
+            self._partial = os.fspath(stack.enter_context(new_file(Path(self.path))))
+            self._begin()
+            stack.push(self._close)
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
-        try:
-            self._end()
-            if kind is None:
-                _sync(self._partial)
-                os.replace(self._partial, self.path)
-        finally:
-            if os.path.exists(self._partial):
-                os.unlink(self._partial)
+    def __exit__(self, *raised) -> None:
+        self._stack.__exit__(*raised)
+
+    def _close(self, kind, error, traceback) -> None:
+        self._end()
+        if kind is None:
+            _sync(self._partial)
 
 
 class TarWriter(_ShardWriter):

@@ -1,8 +1,8 @@
 """python -m examples.captioner SRC --out DIR: both stages on the shipped sample, and the captions that come of it.
 
-blind     the decoder alone, on captions without pictures: what a caption's beginning says about its end
-stage 1   pictures as large as the encoder knows them, the encoder frozen
-stage 2   larger pictures, positions resampled, everything trained
+blind     the decoder alone, on captions without images: what a caption's beginning says about its end
+stage 1   images as large as the encoder knows them, the encoder frozen
+stage 2   larger images, positions resampled, everything trained
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from examples.captioner.train import StageConfig, evaluate, train_stage
 from siglip.cli import EXPECTED, describe
 from siglip.cli.arguments import parse
 from siglip.encoder import load_encoder
+from siglip.errors import UserError
 from siglip.parallel.sharding import MeshConfig, check_batch_size, make_mesh
 
 PROMPT = "caption en"
@@ -37,13 +38,13 @@ class CaptionerArgs:
     Attributes:
         src: a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
         out: folder to make; must not exist.
-        image_size: side of stage 2's pictures in pixels; 0 makes it half as many patches again as in stage 1.
+        image_size: side of stage 2's images in pixels; 0 takes 1.5 times the patches of stage 1 on each side.
         stage1: connector and decoder learn, the encoder is frozen.
         stage2: everything learns, the encoder slowly.
-        batch_size: pairs of a step, shared by all devices.
-        seed: of the decoder's start and of the order of pairs.
+        batch_size: pairs per step, split over all devices.
+        seed: seed of the decoder's first parameters and of the order of pairs.
         train: tar shards with English captions.
-        heldout: tar shards that are measured on.
+        heldout: tar shards to measure on.
     """
 
     src: tyro.conf.Positional[str]
@@ -58,14 +59,14 @@ class CaptionerArgs:
 
     def __post_init__(self) -> None:
         if self.stage1.encoder_lr or not self.stage2.encoder_lr:
-            raise ValueError(
+            raise UserError(
                 "stage 1 keeps the encoder frozen, stage 2 trains it: --stage1.encoder-lr 0, --stage2.… above 0"
             )
 
 
 def main(args: list[str]) -> int:
     """Returns the exit code: 0, 1 for a failed run, 2 for bad input."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells much about itself
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs much
     try:
         run(parse(CaptionerArgs, args, prog="python -m examples.captioner"))
     except EXPECTED as error:
@@ -110,7 +111,7 @@ class Measured:
         self.captions: list[tuple[str, str]] = []
 
     def stage(self, name: str, captioner: Captioner, stage: StageConfig, *, blind: bool = False) -> Captioner:
-        """One stage at the resolution of the captioner's encoder, and its numbers on the held-out pictures."""
+        """One stage at the resolution of the captioner's encoder, and its numbers on the held-out images."""
         args, spec = self.args, captioner.encoder.spec
         print(f"{name}: {stage.steps} steps" + ("" if blind else f", {spec.image_size} px, {spec.tokens} image tokens"))
         heldout = data.read_heldout(args.heldout, image_size=spec.image_size)
@@ -132,7 +133,7 @@ class Measured:
         return captioner
 
     def show(self) -> None:
-        """The table, and what the last stage wrote for some held-out pictures."""
+        """The table, and what the last stage wrote for some held-out images."""
         print(f"\n{'held out':<10}" + "".join(f"{name:>15}" for name in next(iter(self.metrics.values()))))
         for name, found in self.metrics.items():
             print(f"{name:<10}" + "".join(f"{value:>15.3f}" for value in found.values()))
@@ -143,7 +144,7 @@ class Measured:
 
 
 def _half_again(config: Any) -> tuple[int, int]:
-    """(height, width) in pixels of a grid with half as many patches again on each side."""
+    """(height, width) in pixels of a grid with 1.5 times the patches on each side."""
     return tuple(patch * (side + max(1, side // 2)) for side, patch in zip(config.grid, config.patch, strict=True))
 
 

@@ -1,11 +1,11 @@
-"""Pictures and captions for the captioner, from the toolkit's own pipeline.
+"""Images and captions for the captioner, from the toolkit's own pipeline.
 
     prompt = [begin] + pieces("caption en") + [newline];   suffix = (pieces(caption) + [end])[:l], padded with end
 
 The decoder's tokenizer has nothing to do with the encoder's: here it is the one of the shipped sample, whatever the encoder
 was trained with. PaliGemma's is Gemma's, SigLIP's was another.
 
-The trap: a newline is white space to SentencePiece, which drops it, so the separator is put in by its id.
+The trap: SentencePiece drops a newline as white space, so the separator is put in by its id.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from data_pipelines.sources.webdataset import TarSource
 from data_pipelines.text_ops import captions_of
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from examples.captioner.model import BEGIN, END
+from siglip.errors import UserError
 
 SAMPLE = Path(sample.__file__).parent
 TOKENIZER = SAMPLE / "spiece.model"
@@ -35,7 +36,7 @@ _SEPARATOR = "<0x0A>"
 
 @dataclasses.dataclass(frozen=True)
 class Heldout:
-    """Pictures that are not trained on.
+    """Images that are not trained on.
 
     Attributes:
         images: uint8 [m, h, w, 3].
@@ -49,35 +50,35 @@ class Heldout:
 
 
 def prompt_tokens(prompt: str) -> np.ndarray:
-    """int32 [p]: what stands between the picture and its caption."""
+    """int32 [p]: the tokens between the image and its caption."""
     processor = _processor()
     ids = [BEGIN, *processor.encode(prompt.lower()), processor.piece_to_id(_SEPARATOR)]
     return np.asarray(ids, np.int32)
 
 
 def vocab_size() -> int:
-    """Token ids of the decoder."""
+    """How many token ids the decoder has."""
     return _processor().vocab_size()
 
 
 def texts_of(tokens: np.ndarray) -> list[str]:
-    """int [b, l] -> what stands before the first end token of each."""
+    """int [b, l] -> the text before the first end token of each row."""
     rows = [row[: row.index(END)] if END in row else row for row in tokens.tolist()]
     return _processor().decode(rows)
 
 
 def training_batches(shards: str, *, image_size: tuple[int, int], batch_size: int, seed: int) -> Loader:
-    """An endless stream of {"image": uint8 [b, h, w, 3], "text": int32 [b, l], …}, pictures varied a little."""
+    """An endless stream of {"image": uint8 [b, h, w, 3], "text": int32 [b, l], …}, slightly augmented."""
     source = SourceConfig(shards, captions=((FIELD, 1.0),))
     config = DataConfig(sources=(source,), tokenizer=str(TOKENIZER), augment=_AUGMENT, threads=1)
     return make_loader(config, batch_size=batch_size, image_size=image_size, text_length=CAPTION_LENGTH, seed=seed)
 
 
 def read_heldout(shards: str, *, image_size: tuple[int, int], limit: int | None = None) -> Heldout:
-    """The pictures of some shards that have a caption, in order, as they are.
+    """The images of some shards that have a caption, in order and unchanged.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     tokenizer = SentencePieceTokenizer(str(TOKENIZER))
     images, suffix = [], []
@@ -87,7 +88,7 @@ def read_heldout(shards: str, *, image_size: tuple[int, int], limit: int | None 
                 images.append(image)
                 suffix.append(tokenizer.encode(caption[0], CAPTION_LENGTH))
     if not images:
-        raise ValueError(f"{shards!r} holds no picture with {FIELD}; name other shards")
+        raise UserError(f"{shards!r} holds no image with {FIELD}; name other shards")
     tokens = np.stack(suffix[:limit])
     return Heldout(np.stack(images[:limit]), tokens, texts_of(tokens))
 

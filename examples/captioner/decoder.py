@@ -4,10 +4,9 @@
     norm(x) = (1 + scale) * x / rms(x);   token i sees token j  <=>  j < prefix or j <= i
 
 Multi-query attention with rotary positions and a GeGLU, its embeddings E tied to the output, as in Gemma (arXiv:2403.08295);
-what comes before the text it writes sees itself in both directions, as in PaliGemma (arXiv:2407.07726, figure 2).
+the prefix attends to itself in both directions, as in PaliGemma (arXiv:2407.07726, figure 2).
 
-The trap: Gemma multiplies what it looks up in E by sqrt(d), and that alone: vectors from elsewhere, such as image tokens,
-join after it and stay as they are.
+The trap: Gemma scales by sqrt(d) only what it looks up in E. Image tokens join after that and are not scaled.
 """
 
 import dataclasses
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from siglip.array_types import Array, Float, Int
+from siglip.errors import UserError
 
 Params = Mapping[str, Any]
 Cache = tuple[Array, Array]  # keys and values, each [layer, b, t, k]
@@ -33,9 +33,9 @@ class DecoderConfig:
     """Sizes of the decoder.
 
     Attributes:
-        vocab_size: token ids.
-        width: of the tokens.
-        depth: blocks.
+        vocab_size: number of token ids.
+        width: width of the tokens.
+        depth: number of blocks.
         mlp_dim: hidden units of the GeGLU.
         num_heads: query heads, which share one head of keys and values.
         head_dim: width of a head; even, since positions rotate pairs.
@@ -51,9 +51,9 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < 1:
-                raise ValueError(f"decoder.{field.name}={getattr(self, field.name)} must be at least 1")
+                raise UserError(f"decoder.{field.name}={getattr(self, field.name)} must be at least 1")
         if self.head_dim % 2:
-            raise ValueError(f"decoder.head_dim={self.head_dim} must be even: positions rotate pairs of channels")
+            raise UserError(f"decoder.head_dim={self.head_dim} must be even: positions rotate pairs of channels")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -79,13 +79,13 @@ def init_decoder(config: DecoderConfig, key: jax.Array) -> dict[str, Any]:
 
 
 def embed(params: Params, tokens: Int[Array, "*b l"]) -> Float[Array, "*b l d"]:
-    """Token ids -> what the blocks take."""
+    """Token ids -> inputs of the blocks."""
     table = params["embedding"]
     return table[tokens] * table.shape[1] ** 0.5
 
 
 def logits(params: Params, x: Float[Array, "b l d"]) -> Float[Array, "b l v"]:
-    """What the blocks return -> a score for every token of the vocabulary."""
+    """Outputs of the blocks -> a score for every token of the vocabulary."""
     return _norm(x, params["norm"]) @ params["embedding"].T
 
 
@@ -108,10 +108,10 @@ def run_blocks(
     Args:
         x: the tokens at the positions start, start + 1, …
         mask: bool [s, t]: what each of them sees; without a cache t = s, with one its length.
-        cache: keys and values of the whole sequence as far as it is known; those of `x` are put in at `start`.
+        cache: keys and values of the sequence so far; those of `x` are put in at `start`.
 
     Returns:
-        The tokens after the last block, and the cache with theirs in it, or None when there was none.
+        The tokens after the last block, and the cache with their keys and values, or None if there was none.
     """
     rotation = _rotation(start + jnp.arange(x.shape[1]), params["blocks"]["key"].shape[-1])
 

@@ -1,13 +1,13 @@
 """The captioner: an encoder's tokens, a linear connector that starts at zero, a prefix language model.
 
     [ image tokens W + b | begin | prompt | separator ] suffix … end        full attention | causal
-    loss = mean over suffix tokens, the end token included, of -log p(token | picture, prompt, tokens before it)
+    loss = mean over suffix tokens, the end token included, of -log p(token | image, prompt, tokens before it)
 
-PaliGemma (arXiv:2407.07726): W = b = 0 at the start, so the decoder begins as the language model that it was, and the
-picture enters as fast as it helps.
+PaliGemma (arXiv:2407.07726): W = b = 0 at the start, so the decoder starts as the language model it was and learns to use the
+image.
 
-The trap: a `Captioner` holds the encoder's parameters as leaves, and is an argument of every jitted function here. Whether
-they are trained is the encoder's `frozen` and the optimizer's business.
+A `Captioner` holds the encoder's parameters as leaves, and is an argument of every jitted function here. The encoder's
+`frozen` and the optimizer decide whether they are trained.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class Captioner:
         encoder: its tokens are [b, n, e].
         connector: {"kernel": [e, d], "bias": [d]}.
         decoder: as `init_decoder` makes it.
-        config: of the decoder.
+        config: sizes of the decoder.
     """
 
     encoder: ImageEncoder
@@ -95,7 +95,7 @@ def caption_losses(
 
 
 def caption_loss(captioner: Captioner, images: Any, prompt: Array, suffix: Array) -> Float[Array, ""]:
-    """The mean over the batch's tokens: what is trained."""
+    """The mean over the batch's tokens: the loss that is minimised."""
     nats, tokens = caption_losses(captioner, images, prompt, suffix)
     return nats.sum() / tokens.sum()
 

@@ -4,7 +4,7 @@
     decoder.safetensors   "decoder/…" and "connector/…"
     captioner.json        the decoder's sizes, the prompt, and what was measured
 
-The trap: the encoder that a stage 2 has trained is no longer the one that it was loaded from, so it belongs to the captioner.
+Stage 2 changes the encoder, so it is saved with the captioner.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def save_captioner(folder: Path, captioner: Captioner, *, prompt: str, metrics: 
     """Writes a new folder, whole or not at all.
 
     Raises:
-        FileExistsError: there is one.
+        FileExistsError: the folder exists.
     """
     captioner = jax.device_get(captioner)
     encoder = captioner.encoder
@@ -51,7 +51,7 @@ def load_captioner(folder: str | Path) -> tuple[Captioner, str]:
 
     Raises:
         FileNotFoundError: there is none in the folder.
-        ValueError: its encoder is damaged.
+        UserError: its encoder is damaged.
     """
     folder = Path(folder)
     if not (folder / _CONFIG).is_file():

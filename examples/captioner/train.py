@@ -5,8 +5,8 @@
 
 AdamW, each part with its own schedule and its own gradient clipping: linear from 0, then a cosine to 0.
 
-The trap: a decoder that has not learnt to read pictures sends gradients into the encoder that have nothing to do with what
-is wrong with the encoder. Warmed up at the decoder's pace, the encoder moves before these make sense.
+The trap: while the decoder has not learnt to read images, its gradients say nothing about the encoder. An encoder that is
+warmed up as fast as the decoder is changed by them. Hence its own, slower warm-up.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from examples.captioner.data import CAPTION_LENGTH, Heldout, texts_of
 from examples.captioner.model import Captioner, caption_loss, caption_losses, write_captions
+from siglip.errors import UserError
 from siglip.parallel.sharding import P_REPLICATED, put_batch
 
 _WEIGHT_DECAY = 0.05
@@ -32,14 +33,14 @@ _CLIP_NORM = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """A stretch of training.
+    """One stage of training.
 
     Attributes:
-        steps: batches.
+        steps: number of batches.
         lr: peak learning rate of the decoder and the connector.
-        warmup_steps: of that learning rate, linear from 0.
+        warmup_steps: over which lr rises linearly from 0.
         encoder_lr: peak learning rate of the encoder; 0 keeps it frozen.
-        encoder_warmup_steps: of the encoder's.
+        encoder_warmup_steps: over which encoder_lr rises linearly from 0.
     """
 
     steps: int
@@ -50,12 +51,12 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be at least 1")
+            raise UserError(f"steps={self.steps} must be at least 1")
         if not self.lr > 0 or not self.encoder_lr >= 0:
-            raise ValueError(f"lr={self.lr} must be positive and encoder_lr={self.encoder_lr} not negative")
+            raise UserError(f"lr={self.lr} must be positive and encoder_lr={self.encoder_lr} not negative")
         for name in ("warmup_steps", "encoder_warmup_steps"):
             if not 0 <= getattr(self, name) < self.steps:
-                raise ValueError(f"{name}={getattr(self, name)} must be less than steps={self.steps}")
+                raise UserError(f"{name}={getattr(self, name)} must be less than steps={self.steps}")
 
 
 def make_optimizer(stage: StageConfig, captioner: Captioner) -> optax.GradientTransformation:
@@ -101,18 +102,16 @@ def train_stage(
     Args:
         captioner: with its encoder frozen or not, as the stage has it.
         batches: as `training_batches` gives them.
-        mesh: of the devices that share each batch; every device holds all parameters.
-        blind: leave the pictures out: what a decoder learns from the captions alone.
+        mesh: the devices that share each batch; every device holds all parameters.
+        blind: leave the images out: what a decoder learns from the captions alone.
         log_every: steps between two printed lines; 0 for none.
 
     Raises:
-        ValueError: the stage trains an encoder that is frozen, or the other way round.
+        UserError: the stage trains an encoder that is frozen, or the other way round.
     """
     if captioner.encoder.frozen != (stage.encoder_lr == 0):
         state = "frozen" if captioner.encoder.frozen else "not frozen"
-        raise ValueError(
-            f"encoder_lr={stage.encoder_lr} but the encoder is {state}; use encoder.unfrozen() to train it"
-        )
+        raise UserError(f"encoder_lr={stage.encoder_lr} but the encoder is {state}; use encoder.unfrozen() to train it")
     # A copy: the step consumes its arguments, and the caller's encoder may be in use elsewhere.
     captioner = jax.device_put(jax.tree.map(jnp.copy, captioner), NamedSharding(mesh, P_REPLICATED))
     optimizer = make_optimizer(stage, captioner)
@@ -132,9 +131,9 @@ def train_stage(
 def evaluate(
     captioner: Captioner, heldout: Heldout, prompt: np.ndarray, *, mesh: Mesh, batch_size: int, blind: bool = False
 ) -> tuple[dict[str, float], list[str]]:
-    """Numbers on pictures that were not trained on, and the captions written for them.
+    """Numbers on images that were not trained on, and the captions written for them.
 
-    "loss": nats a token. "wrong_picture": the same with each picture exchanged for another's. "first_word", "exact": how
+    "loss": nats a token. "wrong_image": the same with each image exchanged for another's. "first_word", "exact": how
     many captions begin with the right word, or are right altogether.
     """
     losses = jax.jit(caption_losses)
@@ -150,15 +149,15 @@ def evaluate(
 
     written = []
     for image, _ in _in_batches(heldout.images, heldout.suffix, batch_size):
-        pictures = put_batch({"image": image}, mesh)["image"]
-        tokens = write_captions(captioner, None if blind else pictures, prompt, batch=batch_size, length=CAPTION_LENGTH)
+        shown = put_batch({"image": image}, mesh)["image"]
+        tokens = write_captions(captioner, None if blind else shown, prompt, batch=batch_size, length=CAPTION_LENGTH)
         written += texts_of(np.asarray(tokens))
     written = written[: len(heldout.captions)]
     pairs = list(zip(written, heldout.captions, strict=True))
     metrics = {
         "loss": mean_loss(heldout.images),
-        # By half the set: neighbours may be variants of one thing.
-        "wrong_picture": mean_loss(np.roll(heldout.images, len(heldout.images) // 2, axis=0)),
+        # Shifted by half the set: neighbours may be variants of one thing.
+        "wrong_image": mean_loss(np.roll(heldout.images, len(heldout.images) // 2, axis=0)),
         "first_word": float(np.mean([ours.split()[:1] == theirs.split()[:1] for ours, theirs in pairs])),
         "exact": float(np.mean([ours == theirs for ours, theirs in pairs])),
     }

@@ -21,7 +21,7 @@ HELP = """usage: siglip COMMAND …
 
   train   CONFIG [--workdir DIR] [--total-steps N] [--batch-size N] …     pretrain; any config field is a flag
   eval    SRC --task TASK --data SHARDS [--out FILE.json]                 evaluate zero-shot
-  export  SRC --format hf|bigvision|stablehlo|savedmodel --out DIR …       hand the encoder over, verified
+  export  SRC --format hf|bigvision|… --out DIR …                         hand the encoder over, verified
   embed   SRC --data SHARDS --out FILE.npz|FILE.parquet                   embed images
   report  WORKDIR                                                         report.html: curves, tables, pictures found
   data    index | tokenizer | stats SHARDS… | curate SHARDS… --out DIR    prepare data

@@ -42,10 +42,12 @@ class CurateArgs:
         tokenizer: SentencePiece model, where the model brings none.
         concepts: file of concepts for --concept-cap, one a line or a JSON list.
         batch_size: pairs per forward pass of the model.
-        workers: processes; 0 is one per core.
-        engine: local computes on this machine, ray on a cluster; --out is then on storage that all its machines share.
-        address: of the cluster's head, HOST:PORT, auto on one of its machines, or ray://HOST:PORT; without it, ray starts here.
-        gpus_per_task: of a cluster, for each task that uses the model; with 0 about one task a machine.
+        workers: processes on this machine; 0 is one per core.
+        engine: local computes on this machine, ray on a running Ray cluster; --out is then on storage that all its machines
+            share.
+        address: of the cluster's head: HOST:PORT, ray://HOST:PORT from outside the cluster, or auto (the default) on one of
+            its machines.
+        gpus_per_task: GPUs of the cluster for each task that uses the model; with 0, about one task runs on each machine.
         materialize: also write the kept pairs as shards into DIR/shards.
     """
 
@@ -134,10 +136,12 @@ def stats_command(args: list[str]) -> None:
 
 def _engine(options: CurateArgs) -> LocalEngine | RayEngine:
     if options.engine == "ray":
-        if options.address is not None and options.workers:
-            raise UserError(f"--workers {options.workers} is of this machine; those of --address have their own number")
-        gpus = options.gpus_per_task
-        return RayEngine(Path(options.out), address=options.address, workers=options.workers, gpus_per_task=gpus)
+        if options.workers:
+            raise UserError(
+                f"--workers {options.workers} is for this machine; a Ray cluster has its own number of them"
+            )
+        address = options.address or "auto"
+        return RayEngine(Path(options.out), address=address, gpus_per_task=options.gpus_per_task)
     for flag, value in (("--address", options.address), ("--gpus-per-task", options.gpus_per_task)):
         if value:
             raise UserError(f"{flag} {value} is for a cluster; add --engine ray")

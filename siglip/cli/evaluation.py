@@ -3,10 +3,9 @@
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +16,7 @@ from data_pipelines.loader import make_eval_batches
 from data_pipelines.sources.opening import open_source
 from data_pipelines.text_ops import captions_of, lookup
 from data_pipelines.tokenizers import SentencePieceTokenizer
+from siglip.atomic import new_file, write_atomically
 from siglip.cli import describe
 from siglip.cli.arguments import find_flag, parse
 from siglip.errors import UserError
@@ -27,7 +27,6 @@ from siglip.models.two_tower import ModelConfig
 from siglip.parallel import launch, sharding
 from siglip.parallel.launch import DistributedConfig
 from siglip.trees import did_you_mean
-from siglip.workdir.files import write_atomically
 from siglip.workdir.metrics import format_value, short_name
 
 MAX_IMAGE_PIXELS = 1 << 26
@@ -93,12 +92,12 @@ class ShardImages:
     def __init__(
         self, data: str, fields: Sequence[str], *, rows: int, image_size: tuple[int, int], threads: int, workers: int
     ) -> None:
-        source = _open(data, fields)
-        self.pairs, self._fields = len(source), fields
-        # The one place where a pass over an evaluation set is made; `make_eval_batches` has no worker processes yet.
+        source, self._fields = _open(data, fields), fields
+        self.pairs = len(source)
         self._batches = make_eval_batches(
             source, batch_size=rows, image_size=image_size, max_image_pixels=MAX_IMAGE_PIXELS,
-            threads=threads or usable_cores(), process_index=jax.process_index(), process_count=jax.process_count(),
+            threads=threads or None, workers=workers, fields=_columns(fields), process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )  # fmt: skip
 
     @property
@@ -113,7 +112,11 @@ class ShardImages:
 
 
 def _open(data: str, fields: Sequence[str]) -> Any:
-    return open_source(data, fields={field.split(".")[0] for field in fields})
+    return open_source(data, fields=_columns(fields))
+
+
+def _columns(fields: Sequence[str]) -> set[str]:
+    return {field.split(".")[0] for field in fields}
 
 
 def first_values(data: str, fields: Sequence[str]) -> dict[str, list[Value]]:
@@ -141,11 +144,6 @@ def _plain(value: Any) -> Value:
     if isinstance(value, int | float):
         return value
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def usable_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def embedder_of(src: str | Path, *, tokenizer: str | None = None, with_texts: bool = True, **settings: int) -> Embedder:
@@ -258,20 +256,16 @@ def embed_command(args: list[str]) -> None:
 
 
 def _write_embeddings(out: Path, keys: list[str], z: np.ndarray) -> None:
-    partial = out.with_name(f".partial-{out.name}")
-    try:
+    with new_file(out) as partial, partial.open("wb") as file:
         if out.suffix == ".npz":
-            np.savez(partial, key=np.asarray(keys), embedding=z)
+            np.savez(file, key=np.asarray(keys), embedding=z)
         else:
-            _write_parquet(partial, keys, z)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+            _write_parquet(file, keys, z)
 
 
-def _write_parquet(path: Path, keys: list[str], z: np.ndarray) -> None:
+def _write_parquet(file: BinaryIO, keys: list[str], z: np.ndarray) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(z.reshape(-1)), z.shape[1])
-    pq.write_table(pa.table({"key": pa.array(keys, pa.string()), "embedding": vectors}), path)
+    pq.write_table(pa.table({"key": pa.array(keys, pa.string()), "embedding": vectors}), file)

@@ -19,8 +19,9 @@ from data_pipelines.text_ops import iter_captions
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.cli.arguments import parse
 from siglip.errors import UserError
-from siglip.exporting.export import export
-from siglip.exporting.verification import ROWS, Inputs, random_inputs
+from siglip.exporting.export import FORMATS, export
+from siglip.exporting.verification import ROWS, random_inputs
+from siglip.formats.export_format import Inputs
 from siglip.models.two_tower import ModelConfig
 
 _MAX_PIXELS = 1 << 26
@@ -34,19 +35,19 @@ class ExportArgs:
     Attributes:
         src: a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
         format: hf (folder for transformers), bigvision (npz under the published names), stablehlo (programs that jax calls
-            without this package) or savedmodel (TensorFlow: encoded pictures and raw texts in).
+            without this package) or savedmodel (TensorFlow: encoded images and raw texts in).
         out: folder to make; must not exist.
         tower: the image tower alone, or both with the tokenizer.
         image_size: side in pixels, or height and width; positions are resampled to it.
         patch_size: likewise; the patch kernel is resampled.
-        head: False leaves the pooling head away, as vision-language models take the tower.
-        layout: of bigvision: blocks one by one (loop), or stacked (scan).
-        licence: of the weights, for the model card.
-        samples: shards whose first pictures and texts are compared too; the shipped sample by default.
+        head: False leaves the pooling head away: vision-language models do not use it.
+        layout: for bigvision: blocks one by one (loop), or stacked (scan).
+        licence: licence of the weights, for the model card.
+        samples: shards whose first images and texts are compared as well; the shipped sample by default.
     """
 
     src: tyro.conf.Positional[str]
-    format: Literal["hf", "bigvision", "stablehlo", "savedmodel"]
+    format: Literal[*FORMATS]
     out: str
     tower: Literal["image", "both"] = "image"
     image_size: tuple[int, ...] = ()
@@ -58,7 +59,7 @@ class ExportArgs:
 
 
 def export_command(args: list[str]) -> None:
-    """Prints the largest difference of every output, on noise and on real pictures."""
+    """Prints the largest difference of every output, on noise and on real images."""
     options = parse(ExportArgs, args, prog="siglip export")
     # Ended from outside, it leaves nothing behind either.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -83,14 +84,14 @@ def export_command(args: list[str]) -> None:
 
 
 def sample_inputs(pairs: Source, config: ModelConfig, tokenizer: Path | None) -> Inputs:
-    """The first pictures and texts of a source that are what the format's own preprocessing takes as ours does, raw and prepared.
+    """The first images and texts of a source that every format's own preprocessing treats as ours does, raw and prepared.
 
     Raises:
-        ValueError: no pair has such a picture, or such a text.
+        UserError: no pair has such an image, or such a text.
     """
     # By Pillow itself: training may take a faster resize that is 1/255 off here and there, consumers do not.
     (height, width), bilinear = config.image.image_size, Image.Resampling.BILINEAR
-    files, pictures, texts = [], [], []
+    files, pixels, texts = [], [], []
     for index in range(len(pairs)):
         pair = pairs[index]
         if len(files) == ROWS:
@@ -98,32 +99,32 @@ def sample_inputs(pairs: Source, config: ModelConfig, tokenizer: Path | None) ->
         if pair.image is None or not _is_plain(pair.image):
             continue
         try:
-            picture = decode_image(pair.image, max_pixels=_MAX_PIXELS)
+            image = decode_image(pair.image, max_pixels=_MAX_PIXELS)
         except DecodeError:
             continue
         files.append(pair.image)
-        pictures.append(np.asarray(picture.resize((width, height), bilinear)))
+        pixels.append(np.asarray(image.resize((width, height), bilinear)))
         texts += iter_captions([pair])
     if not files:
-        raise UserError("--samples: no pair has an upright, opaque picture that can be decoded; name other shards")
-    images = np.stack(pictures).astype(np.float32) / np.float32(127.5) - 1
+        raise UserError("--samples: no pair has an upright, opaque image that can be decoded; name other shards")
+    images = np.stack(pixels).astype(np.float32) / np.float32(127.5) - 1
     if config.text is None:
         return Inputs("sample", images, None, files)
     if tokenizer is None:
         return Inputs("sample", images, random_inputs(config).tokens, files)
     texts = list(dict.fromkeys(texts))[:ROWS]
     if not texts:
-        raise UserError("--samples: the pairs have pictures but no captions; name other shards, or use --tower image")
+        raise UserError("--samples: the pairs have images but no captions; name other shards, or use --tower image")
     encode = SentencePieceTokenizer(str(tokenizer)).encode
     tokens = np.stack([encode(text, config.text.length) for text in texts])
     return Inputs("sample", images, tokens.astype(np.int32), files, texts)
 
 
 def _is_plain(file: bytes) -> bool:
-    """An upright, opaque 8-bit picture: of others our consumers' preprocessors say that they are their callers' affair."""
+    """Whether it is an upright, opaque 8-bit image: the others must be prepared by the caller of a consumer's preprocessor."""
     try:
-        picture = Image.open(io.BytesIO(file), formats=("JPEG", "PNG"))
-        upright = picture.getexif().get(_ORIENTATION_TAG, 1) == 1
+        image = Image.open(io.BytesIO(file), formats=("JPEG", "PNG"))
+        upright = image.getexif().get(_ORIENTATION_TAG, 1) == 1
     except Exception:  # decoders raise anything on damaged files
         return False
-    return upright and picture.mode in ("RGB", "L") and not picture.has_transparency_data
+    return upright and image.mode in ("RGB", "L") and not image.has_transparency_data

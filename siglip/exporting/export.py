@@ -1,8 +1,10 @@
 """Exports: write, read back, compare, and only then let the folder appear under its name.
 
-What was written is read back the way its users will read it (Hugging Face's by `transformers` where that is installed) and fed
-noise and, where the caller has them, real images and texts (siglip/exporting/verification.py). A failed export leaves nothing
-behind.
+What was written is read back by the reader that its users have (Hugging Face's by `transformers` where that is installed) and
+fed noise and, where the caller has them, real images and texts (siglip/exporting/verification.py). A failed export leaves
+nothing behind.
+
+A format describes itself (siglip/formats/export_format.py). A new one is a module in siglip/formats and a line in `FORMATS`.
 """
 
 import dataclasses
@@ -15,16 +17,21 @@ from typing import Any, Literal, get_args
 from siglip.atomic import new_folder
 from siglip.encoder import Encoder
 from siglip.errors import UserError
-from siglip.exporting import verification
-from siglip.exporting.model_card import Format, model_card, provenance
-from siglip.exporting.verification import Inputs, Outputs, compare, expected_outputs, model_outputs, random_inputs
-from siglip.formats import big_vision, hugging_face, saved_model, stablehlo
-from siglip.formats.hf_tokenizer.convert import read_sentencepiece
-from siglip.model_source import EXPORTED_NPZ, read_model
+from siglip.exporting.model_card import model_card, provenance
+from siglip.exporting.verification import compare, expected_outputs, model_outputs, random_inputs
+from siglip.formats import big_vision, hf_export, saved_model, stablehlo
+from siglip.formats.export_format import ExportFormat, Inputs, Layout, Outputs
+from siglip.formats.hf_tokenizer.convert import read_pieces
+from siglip.model_source import read_model
 from siglip.models.two_tower import ModelConfig
 
+FORMATS = {
+    "hf": hf_export.EXPORT,
+    "bigvision": big_vision.EXPORT,
+    "stablehlo": stablehlo.EXPORT,
+    "savedmodel": saved_model.EXPORT,
+}
 Tower = Literal["image", "both"]
-Layout = Literal["loop", "scan"]
 Samples = Callable[[ModelConfig, Path | None], Inputs]
 
 
@@ -35,7 +42,7 @@ class ExportReport:
     Attributes:
         path: the folder, or the npz.
         differences: {inputs: {output: largest absolute difference}}; inputs are "random" and "sample".
-        verified: whether the reader its users have read it back; False when `transformers` is not installed.
+        verified: whether the reader that its users have read it back; False when that one is not installed.
         message: one line for a person, warnings included.
     """
 
@@ -48,7 +55,7 @@ class ExportReport:
 def export(
     src: str | Path,
     *,
-    format: Format,
+    format: str,
     out: str | Path,
     tower: Tower = "image",
     image_size: int | tuple[int, int] | None = None,
@@ -62,83 +69,82 @@ def export(
 
     Args:
         src: any source that `siglip.load` reads.
-        format: "bigvision" (a folder with model.npz, or the npz alone when `out` ends in .npz), "hf", "stablehlo" or
-            "savedmodel".
-        out: where to; must not exist yet.
+        format: one of `FORMATS`.
+        out: the folder to make, or with "bigvision" an .npz; must not exist yet.
         tower: the image tower alone, or both.
         image_size, patch_size: pixels; positions and the patch kernel are resampled. None keeps the source's.
-        head: False leaves the pooling head away, which a vision-language model has no use for; of the image tower alone.
-        layout: of "bigvision": blocks one by one, or stacked.
+        head: False leaves the pooling head away, which a vision-language model does not use; for the image tower alone.
+        layout: for "bigvision": blocks one by one, or stacked.
         licence: for the model card.
-        samples: (config, tokenizer file) -> real pictures and texts as our pipeline prepares them, to compare with as well.
-            "savedmodel" with both towers needs them: it takes texts, and tokenizing is no part of this package.
+        samples: (config, tokenizer file) -> real images and texts as our pipeline prepares them, to compare with as well.
+            "savedmodel" needs them: it takes encoded images and raw texts, which this package does not prepare.
 
     Raises:
         FileExistsError: `out` exists.
         FileNotFoundError: there is nothing at `src`.
-        ValueError: the format cannot express this model.
+        UserError: the format cannot express this model.
         ExportMismatch: the written file does not give the same outputs; nothing is left of it.
     """
     out = Path(out)
-    _check_request(out, format=format, tower=tower, layout=layout, samples=samples)
+    chosen = _check_request(out, format=format, tower=tower, layout=layout, samples=samples)
     params, config, tokenizer = _model(src, tower=tower, head=head, image_size=image_size, patch_size=patch_size)
-    _check_model(src, config, tokenizer, format=format)
-    # Noise as encoded files would be another question: what takes files is asked with real ones only.
-    cases = [] if format == "savedmodel" else [random_inputs(config)]
+    chosen.check(config, tokenizer is not None)
+    if tokenizer is not None and chosen.holds_tokenizer:
+        read_pieces(tokenizer, room=config.text.vocab_size)
+    cases = [] if chosen.takes_files else [random_inputs(config)]  # noise has no encoded files
     cases += [] if samples is None else [samples(config, tokenizer)]
-    model = Encoder(params, config)
-    expected = [expected_outputs(model, case) for case in cases]
-    del model  # Weights are held once while they are written, and once while they are read back.
+    expected = [expected_outputs(Encoder(params, config), case) for case in cases]
     with new_folder(out, publish=_publish_npz if out.suffix == ".npz" else os.rename) as partial:
-        written = _write(partial, params, config, tokenizer, format=format, layout=layout)
-        del params
-        found = written.read_back(cases)
+        chosen.write(partial, params, config, tokenizer=tokenizer, layout=layout)
+        del params  # held once while they are written, and once while they are read back
+        verified = all(find_spec(package) for package in chosen.needs)
+        found = chosen.outputs(partial, cases) if chosen.outputs and verified else _own_outputs(partial, cases)
         differences = {case.name: compare(*pair) for case, *pair in zip(cases, expected, found, strict=True)}
-        origin = provenance(src, licence=licence)
         card = model_card(
-            config, format=format, origin=origin, differences=differences, has_tokenizer=tokenizer is not None
+            config,
+            library=chosen.library,
+            contract=chosen.contract(config, tokenizer is not None),
+            example=chosen.example(config, tokenizer is not None),
+            origin=provenance(src, licence=licence),
+            differences=differences,
         )
         (partial / "README.md").write_text(card)
+    return ExportReport(out, differences, verified, _message(out, chosen, config, tokenizer, differences, verified))
+
+
+def _message(
+    out: Path,
+    chosen: ExportFormat,
+    config: ModelConfig,
+    tokenizer: Path | None,
+    differences: Mapping[str, Mapping[str, float]],
+    verified: bool,
+) -> str:
     worst = max(value for found in differences.values() for value in found.values())
     count = len({name for found in differences.values() for name in found})
-    message = f"wrote {out}: {count} outputs agree, largest difference {worst:.1e}"
-    return ExportReport(out, differences, written.verified, "; ".join(filter(None, (message, *written.warnings))))
+    parts = [f"wrote {out}: {count} outputs agree, largest difference {worst:.1e}"]
+    parts += chosen.warnings(config, tokenizer is not None)
+    if not verified:
+        parts.append(f"verified with our own reader only; for {chosen.library}: pip install 'siglip-stage0[interop]'")
+    return "; ".join(filter(None, parts))
 
 
-def _check_request(out: Path, *, format: Format, tower: Tower, layout: Layout, samples: Samples | None) -> None:
-    for name, value, choices in (("format", format, Format), ("tower", tower, Tower), ("layout", layout, Layout)):
-        if value not in get_args(choices):
-            raise UserError(f"{name}={value!r} is none of {', '.join(get_args(choices))}")
-    if out.suffix == ".npz" and format != "bigvision":
+def _check_request(out: Path, *, format: str, tower: Tower, layout: Layout, samples: Samples | None) -> ExportFormat:
+    if format not in FORMATS:
+        raise UserError(f"format={format!r} is not one of {', '.join(FORMATS)}")
+    chosen = FORMATS[format]
+    for name, value, choices in (("tower", tower, get_args(Tower)), ("layout", layout, chosen.layouts)):
+        if value not in choices:
+            raise UserError(f"{name}={value!r}: --format {format} has {', '.join(choices)}; take one of these")
+    if out.suffix == ".npz" and chosen.lone_file is None:
         raise UserError(f"--out {out}: only --format bigvision writes a lone npz; name a folder")
     # A config file that is left from another npz would be believed.
     for path in (out, big_vision.sidecar(out)) if out.suffix == ".npz" else (out,):
         if path.exists():
             raise FileExistsError(f"{str(path)!r} exists; export to a new name, or remove it first")
-    if format == "savedmodel" and samples is None:
-        raise UserError(
-            "a SavedModel takes encoded pictures and raw texts, so it is verified with some: pass samples=…"
-        )
-
-
-def _check_model(src: str | Path, config: ModelConfig, tokenizer: Path | None, *, format: Format) -> None:
-    if format == "hf":
-        hugging_face.check_expressible(config)
-    if config.text is None:
-        return
-    if tokenizer is None and format == "savedmodel":
-        raise UserError(
-            f"{str(src)!r} has no tokenizer, and a SavedModel takes raw text; put spiece.model beside it, or use --tower image"
-        )
-    if tokenizer is not None and format != "stablehlo":
-        pieces, room = (
-            len(read_sentencepiece(tokenizer.read_bytes(), source=str(tokenizer)).pieces),
-            config.text.vocab_size,
-        )
-        if pieces > room:
-            raise UserError(
-                f"tokenizer {tokenizer} has {pieces} pieces, the text tower room for {room}; put its own there"
-            )
+    if chosen.takes_files and samples is None:
+        raise UserError(f"{format} takes encoded images and raw texts, so it is verified with some: pass samples=…")
+    return chosen
 
 
 def _model(
@@ -159,55 +165,6 @@ def _model(
     return params, dataclasses.replace(config, image=image, text=text), tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
-class _Written:
-    """How to read back what was written."""
-
-    read_back: Callable[[Sequence[Inputs]], list[Outputs]]
-    verified: bool = True
-    warnings: tuple[str, ...] = ()
-
-
-def _write(
-    folder: Path,
-    params: Mapping[str, Any],
-    config: ModelConfig,
-    tokenizer: Path | None,
-    *,
-    format: Format,
-    layout: Layout,
-) -> _Written:
-    match format:
-        case "bigvision":
-            npz = folder / EXPORTED_NPZ
-            big_vision.write(npz, params, config, layout=layout)
-            if tokenizer:
-                (folder / hugging_face.TOKENIZER_FILE).write_bytes(tokenizer.read_bytes())
-            return _Written(lambda cases: _own_outputs(npz, cases))
-        case "hf":
-            hugging_face.write(folder, params, config, tokenizer=tokenizer)
-            return _hugging_face_written(folder, config, tokenizer)
-        case "stablehlo":
-            stablehlo.write(folder, params, config)
-            return _Written(lambda cases: [stablehlo.outputs(folder, case.images, case.tokens) for case in cases])
-        case "savedmodel":
-            saved_model.write(folder, params, config, tokenizer=tokenizer)
-            return _Written(lambda cases: [saved_model.outputs(folder, case.files, case.texts) for case in cases])
-
-
-def _hugging_face_written(folder: Path, config: ModelConfig, tokenizer: Path | None) -> _Written:
-    warnings = [hugging_face.pipeline_length_warning(config)]
-    if config.text is not None and tokenizer is None:
-        warnings.append("the source has no tokenizer, so the folder has none")
-    if find_spec("transformers") and find_spec("torch"):
-        pooled = config.image.pool == "map"
-        return _Written(
-            lambda cases: verification.transformers_outputs(folder, cases, pooled=pooled), warnings=tuple(warnings)
-        )
-    warnings.append("verified with our own reader only; for transformers: pip install 'siglip-stage0[interop]'")
-    return _Written(lambda cases: _own_outputs(folder, cases), verified=False, warnings=tuple(warnings))
-
-
 def _own_outputs(src: Path, cases: Sequence[Inputs]) -> list[Outputs]:
     params, config, _ = read_model(src)
     model = Encoder(params, config)
@@ -216,7 +173,7 @@ def _own_outputs(src: Path, cases: Sequence[Inputs]) -> list[Outputs]:
 
 def _publish_npz(partial: Path, out: Path) -> None:
     """The file alone; its config file, if it needs one, goes first, so that the npz is never read without."""
-    npz, described = partial / EXPORTED_NPZ, big_vision.sidecar(partial / EXPORTED_NPZ).exists()
+    npz, described = partial / big_vision.EXPORTED_NPZ, big_vision.sidecar(partial / big_vision.EXPORTED_NPZ).exists()
     if described:
         os.rename(big_vision.sidecar(npz), big_vision.sidecar(out))
     try:

@@ -1,18 +1,17 @@
-"""The README.md of an export: what it is, where it comes from, what it wants to be fed, how far it was checked, how to call it.
+"""The README.md of an export: what it is, where it comes from, what to feed it, how far it was checked, how to call it.
 
-Its head is the YAML that model hubs read. What is not known is said to be unknown: a card is no place for guesses.
+Its head is the YAML that model hubs read. What is not known is said to be unknown; the card does not guess.
 
-The trap: the two contracts that are lost most often on the way to a consumer are the range and resize of pixels, and the lower
-case, end token and padding of texts. Both are spelt out here, in every format.
+The trap: what a consumer gets wrong most often is the range and resize of pixels, and the lower case, end token and padding of
+texts. Every card spells them out.
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from siglip.formats import hugging_face
 from siglip.models.two_tower import ModelConfig
 from siglip.workdir.files import read_config
 from siglip.workdir.metrics import format_value, read_metrics
@@ -21,17 +20,15 @@ _HUB_LICENCES = (
     "apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "gpl-3.0", "gemma",
 )  # fmt: skip
 
-Format = Literal["bigvision", "hf", "stablehlo", "savedmodel"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
     """Where a model comes from.
 
     Attributes:
-        name: of the source.
+        name: the name of the source.
         licence: an SPDX identifier or a name; None when the exporter was not told.
-        config: the run's config.json, or {} when the source is no run.
+        config: the run's config.json, or {} when the source is not a run.
         metrics: the run's last evaluation, {"eval/<task>/<name>/<metric>": value}.
         step: the checkpoint's step, or None.
     """
@@ -64,29 +61,36 @@ def provenance(src: str | Path, *, licence: str | None = None) -> Provenance:
 def model_card(
     config: ModelConfig,
     *,
-    format: Format,
+    library: str,
+    contract: Sequence[str],
+    example: str,
     origin: Provenance,
     differences: Mapping[str, Mapping[str, float]],
-    has_tokenizer: bool,
 ) -> str:
-    """The card. differences: {inputs: {output: largest difference}}, as the export's own check found them."""
+    """The card.
+
+    Args:
+        library: what loads the export, as model hubs call it.
+        contract: the format's own lines on what to feed.
+        example: text and code; HEIGHT, WIDTH and LENGTH become the model's numbers.
+        differences: {inputs: {output: largest difference}}, as the export's own check found them.
+    """
     both = config.text is not None
     parts = [
-        _front_matter(origin, format=format, both=both),
+        _front_matter(origin, library=library, both=both),
         f"# SigLIP {'image and text towers' if both else 'image tower'}",
         _origin(origin),
         "## Architecture\n\n" + _architecture(config),
-        "## What it takes\n\n" + _contract(config, format=format, has_tokenizer=has_tokenizer),
+        "## What it takes\n\n" + "\n".join([*_contract(config), *contract]),
         "## Data and recipe\n\n" + _recipe(origin),
         "## Evaluation\n\n" + _evaluation(origin),
         "## How far it was checked\n\n" + _differences(differences),
-        "## Example\n\n" + _example(config, format=format, has_tokenizer=has_tokenizer),
+        "## Example\n\n" + _example(config, example),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(origin: Provenance, *, format: Format, both: bool) -> str:
-    library = {"hf": "transformers", "bigvision": "big_vision", "stablehlo": "jax", "savedmodel": "tensorflow"}[format]
+def _front_matter(origin: Provenance, *, library: str, both: bool) -> str:
     tag = "zero-shot-image-classification" if both else "image-feature-extraction"
     # Hubs know a list of identifiers; everything else is "other" with a name.
     known = origin.licence in _HUB_LICENCES
@@ -120,10 +124,10 @@ def _architecture(config: ModelConfig) -> str:
     return "\n".join(lines)
 
 
-def _contract(config: ModelConfig, *, format: Format, has_tokenizer: bool) -> str:
+def _contract(config: ModelConfig) -> list[str]:
     image, text, (height, width), (down, across) = config.image, config.text, config.image.image_size, config.image.grid
     lines = [
-        f"- pictures: upright RGB, transparent parts over white, resized to {height} x {width} px (bilinear with antialias, as "
+        f"- images: upright RGB, transparent parts over white, resized to {height} x {width} px (bilinear with antialias, as "
         "Pillow does; the aspect ratio is not kept), then x / 127.5 - 1: values in [-1, 1]",
         f"- they become {down * across} tokens ({down} x {across}, row by row) of width {image.spec.width}"
         + (", with a class token before them" if image.pool == "tok" else ""),
@@ -133,28 +137,7 @@ def _contract(config: ModelConfig, *, format: Format, has_tokenizer: bool) -> st
             f"- texts: lower-cased as Python's `str.lower` does, SentencePiece, cut to {text.length - 1} pieces, then filled up "
             f"to exactly {text.length} with the end token `</s>`; punctuation stays, pads are attended to, there is no mask"
         )
-    if format == "hf":
-        lines.append(_HF_PICTURES)
-        lines += [_HF_TEXTS if has_tokenizer else _NO_TOKENIZER] if text else []
-        lines += [f"- note: {warning}"] if (warning := hugging_face.pipeline_length_warning(config)) else []
-    if format == "savedmodel":
-        lines.append(_SAVED_MODEL)
-    return "\n".join(lines)
-
-
-_HF_PICTURES = (
-    "- the preprocessor here resizes and scales to the same pixels, but only calls `convert('RGB')` before: turn pictures "
-    "upright (`ImageOps.exif_transpose`), put transparent ones over white and scale 16-bit grey to 8 bits yourself"
-)
-_HF_TEXTS = (
-    "- the tokenizer here gives the ids of training with `padding='max_length', truncation=True`; a `</s>` typed in a text is "
-    "text"
-)
-_NO_TOKENIZER = "- no tokenizer is here, because the source had none: use that of training"
-_SAVED_MODEL = (
-    "- all of it happens inside the graph: it takes encoded files (JPEG, PNG, WebP, GIF's first frame, 24-bit BMP; EXIF turned "
-    "but in WebP, transparency over white but in GIF) and raw UTF-8 texts; a damaged file is an InvalidArgumentError"
-)
+    return lines
 
 
 def _recipe(origin: Provenance) -> str:
@@ -216,138 +199,9 @@ def _differences(differences: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(["Read back and fed the same inputs as its source:", "", *head, *rows])
 
 
-def _example(config: ModelConfig, *, format: Format, has_tokenizer: bool) -> str:
-    name = format
-    if format == "hf" and config.text is not None and has_tokenizer:
-        name = "hf_both" if hugging_face.pipeline_length_warning(config) else "hf_pipeline"
-    elif format in ("stablehlo", "savedmodel") and config.text is not None:
-        name = f"{format}_both"
+def _example(config: ModelConfig, example: str) -> str:
     height, width = config.image.image_size
-    return (
-        _EXAMPLES[name]
-        .strip()
-        .replace("HEIGHT", str(height))
-        .replace("WIDTH", str(width))
-        .replace("LENGTH", str(config.text.length if config.text else 0))
-    )
-
-
-_EXAMPLES = {
-    "bigvision": """
-Run in this folder; `model.npz` also loads in big_vision, as `model.npz` or `model.npz:img`.
-
-```python
-import numpy as np
-import siglip
-
-model = siglip.load("model.npz")
-pictures = np.zeros((1, HEIGHT, WIDTH, 3), np.float32)
-print(model.image_tokens(pictures).shape)
-```
-""",
-    "hf": """
-Run in this folder, with `pip install transformers torch pillow`.
-
-```python
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, SiglipVisionModel
-
-processor = AutoImageProcessor.from_pretrained(".")
-model = SiglipVisionModel.from_pretrained(".")
-picture = Image.new("RGB", (640, 480))
-with torch.no_grad():
-    tokens = model(**processor(picture, return_tensors="pt")).last_hidden_state
-print(tokens.shape)
-```
-""",
-    "hf_pipeline": """
-Run in this folder, with `pip install transformers torch pillow`.
-
-```python
-from PIL import Image
-from transformers import pipeline
-
-classify = pipeline("zero-shot-image-classification", model=".")
-picture = Image.new("RGB", (640, 480), "red")
-print(classify(picture, candidate_labels=["a red wall", "two cats"]))
-```
-""",
-    "hf_both": """
-Run in this folder, with `pip install transformers torch pillow`.
-
-```python
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, SiglipModel
-
-processor, tokenizer = AutoImageProcessor.from_pretrained("."), AutoTokenizer.from_pretrained(".")
-model = SiglipModel.from_pretrained(".")
-picture = Image.new("RGB", (640, 480), "red")
-texts = tokenizer(["a red wall", "two cats"], padding="max_length", truncation=True, return_tensors="pt")
-with torch.no_grad():
-    logits = model(**processor(picture, return_tensors="pt"), **texts).logits_per_image
-print(torch.sigmoid(logits))
-```
-""",
-    "stablehlo": """
-Run in this folder, with `pip install jax numpy`; the program runs on CPU, CUDA and TPU, for any number of rows.
-
-```python
-import jax.export
-import numpy as np
-
-program = jax.export.deserialize(bytearray(open("image.stablehlo", "rb").read()))
-weights = dict(np.load("image.npz"))
-pictures = np.zeros((1, HEIGHT, WIDTH, 3), np.float32)
-outputs = program.call(weights, pictures)
-print(outputs["image_tokens"].shape)
-```
-""",
-    "stablehlo_both": """
-Run in this folder, with `pip install jax numpy`; the programs run on CPU, CUDA and TPU, for any number of rows.
-
-```python
-import jax.export
-import numpy as np
-
-
-def load(name):
-    program = jax.export.deserialize(bytearray(open(f"{name}.stablehlo", "rb").read()))
-    return program.call, dict(np.load(f"{name}.npz"))
-
-
-embed_images, image_weights = load("image")
-embed_texts, text_weights = load("text")
-zimg = embed_images(image_weights, np.zeros((1, HEIGHT, WIDTH, 3), np.float32))["image_embedding"]
-ztxt = embed_texts(text_weights, np.ones((2, LENGTH), np.int32))["text_embedding"]
-logits = np.exp(text_weights["params/t"]) * zimg @ ztxt.T + text_weights["params/b"]
-print(1 / (1 + np.exp(-logits)))
-```
-""",
-    "savedmodel": """
-Run in this folder, with `pip install tensorflow`.
-
-```python
-import tensorflow as tf
-
-model = tf.saved_model.load(".")
-picture = tf.io.encode_png(tf.zeros((480, 640, 3), tf.uint8))
-outputs = model.signatures["serving_default"](images=tf.stack([picture]))
-print(outputs["image_tokens"].shape)
-```
-""",
-    "savedmodel_both": """
-Run in this folder, with `pip install tensorflow tensorflow-text`; the second one is imported for its ops.
-
-```python
-import tensorflow as tf
-import tensorflow_text
-
-model = tf.saved_model.load(".")
-picture = tf.io.encode_png(tf.zeros((480, 640, 3), tf.uint8))
-outputs = model.signatures["serving_default"](images=tf.stack([picture]), texts=tf.constant(["a red wall", "two cats"]))
-print(outputs["probabilities"].numpy())
-```
-""",
-}
+    numbers = {"HEIGHT": height, "WIDTH": width, "LENGTH": config.text.length if config.text else 0}
+    for name, number in numbers.items():
+        example = example.replace(name, str(number))
+    return example.strip()

@@ -1,4 +1,5 @@
 """Checkpoint formats: one file each, reader and writer side by side.
 
-containers.py holds arrays in files, names.py the key maps, architecture.py what shapes tell of a model.
+containers.py reads and writes arrays in files, key_maps.py translates their names, infer_config.py finds the model behind their
+shapes. export_format.py is what a format that `siglip export` writes says about itself.
 """

@@ -1,11 +1,11 @@
 """big_vision's `.npz`: flat arrays named "params/img/Transformer/encoderblock_0/…", the layout SigLIP was published in.
 
-Reads the loop and the scan layout, keys with and without `params/`, the old `opt/target/` prefix and older names yet,
-bfloat16 kept as raw 2-byte values, `FILE.npz:img`, one tower of a file, and the vision tower of a PaliGemma. Whatever
-else lies beside the parameters, an optimizer's state for one, is not looked at.
+Reads the loop and the scan layout, keys with and without `params/`, the old `opt/target/` prefix, still older names,
+bfloat16 kept as raw 2-byte values, `FILE.npz:img`, one tower of a file, and the vision tower of a PaliGemma. Anything
+else in the file, such as an optimizer's state, is ignored.
 
-The trap: an npz says nothing about its model but the shapes, and those do not tell all (`architecture` has the list).
-`write` puts a config file beside such an npz, and `read` looks for it. Untrusted files are never unpickled.
+The trap: shapes are all that an npz says about its model, and some models share their shapes (infer_config.py has the
+list). For these `write` puts a config file beside the npz, and `read` looks for it. Nothing is ever unpickled.
 """
 
 import contextlib
@@ -15,19 +15,20 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from siglip.atomic import new_file
 from siglip.errors import UserError
 from siglip.formats import key_maps, old_names, pali_gemma
 from siglip.formats.containers import LazyArray, open_npz, write_npz
+from siglip.formats.export_format import TOKENIZER_FILE, ExportFormat, Layout
 from siglip.formats.infer_config import Inferred, expected_shapes, infer_config
 from siglip.models.two_tower import ModelConfig
 from siglip.trees import build_dataclass, flatten, unflatten
 
-Layout = Literal["loop", "scan"]
-
+EXPORTED_NPZ = "model.npz"
 _PREFIXES = ("params/", "opt/target/")
 _TOWERS = ("img/", "txt/", "llm/")
 
@@ -35,19 +36,18 @@ _TOWERS = ("img/", "txt/", "llm/")
 def read(
     path: str | Path, *, config: ModelConfig | None = None, image_size: tuple[int, int] | None = None
 ) -> tuple[dict[str, Any], ModelConfig]:
-    """Parameters (nested dict of float32 arrays, in the layout of the file) and the architecture they belong to.
+    """Parameters (nested dict of float32 arrays, in the layout of the file) and their architecture.
 
-    Of a PaliGemma it reads the vision tower: neither the language model nor the connector to it (img/head).
+    From a PaliGemma it reads the vision tower only, without the language model and the connector to it (img/head).
 
     Args:
         path: "FILE.npz", or "FILE.npz:img" for its image tower alone.
-        config: the architecture, when it is known; else it comes from the config file beside the npz, else from the
-            shapes.
-        image_size: (height, width) in pixels, for files from which it cannot be inferred; ignored where it can.
+        config: the architecture; None takes it from the config file beside the npz, or else from the shapes.
+        image_size: (height, width) in pixels, needed where shapes do not determine it, ignored elsewhere.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or does not hold exactly the arrays of one model; every bad key is named.
+        UserError: the file is damaged, or does not hold exactly the arrays of one model; every bad key is named.
     """
     with _opened(path, config, image_size) as (arrays, config):
         return unflatten({key: array.read() for key, array in arrays.items()}), config
@@ -88,15 +88,33 @@ def write(path: Path, params: Mapping[str, Any], config: ModelConfig, *, layout:
     Args:
         layout: "loop", as SigLIP was published, or "scan", as PaliGemma was. The reference's image tower loads both
             into either, its text tower only its own.
+
+    Raises:
+        UserError: `params` are not exactly those of `config`; every bad key is named, and nothing is written.
     """
     flat = key_maps.unstack_blocks({key: np.asarray(leaf, np.float32) for key, leaf in flatten(params).items()})
     shapes = key_maps.flat_shapes(flat)
     arrays = {key: LazyArray(array.shape, functools.partial(np.asarray, array)) for key, array in flat.items()}
+    _check_whole(arrays, config, path)
     if layout == "scan":
         arrays = key_maps.stack_blocks(arrays, stack=_lazily_stacked)
-    write_npz(path, {f"params/{key}": array for key, array in arrays.items()})
+    # First the config file: without it, or beside another model's, the npz would be read as what it is not.
+    sidecar(path).unlink(missing_ok=True)
     if not _shapes_tell(shapes, config):
-        sidecar(path).write_text(json.dumps({"model": dataclasses.asdict(config)}, indent=1) + "\n")
+        with new_file(sidecar(path)) as partial:
+            partial.write_text(json.dumps({"model": dataclasses.asdict(config)}, indent=1) + "\n")
+    write_npz(path, {f"params/{key}": array for key, array in arrays.items()})
+
+
+def _check_whole(arrays: Mapping[str, LazyArray], config: ModelConfig, path: Path) -> None:
+    """Raises UserError if these are not the arrays of the whole model, in the loop layout: no reader would take the file."""
+    norm = "img/Transformer/encoder_norm/scale"
+    if norm not in arrays:
+        raise UserError(
+            f"{path} is not written: the image tower lacks {norm}, as one that was loaded with an earlier layer does; "
+            f"write the tower of layer=-1, and cut it when it is read: load_encoder({path.name!r}, layer=-2)"
+        )
+    key_maps.check_arrays(arrays, key_maps.unstack_shapes(expected_shapes(config)), source=f"the tree for {path}")
 
 
 def image_only(config: ModelConfig) -> ModelConfig:
@@ -108,7 +126,7 @@ def without_head(params: Mapping[str, Any], config: ModelConfig) -> tuple[dict[s
     """The same model whose image tower ends at its last LayerNorm, with neither pooling nor a linear head.
 
     Raises:
-        ValueError: it pools by a class token, which the other tokens were trained beside.
+        UserError: it pools by a class token: the other tokens were trained with that one in the sequence.
     """
     if config.image.pool == "tok":
         raise UserError(
@@ -133,7 +151,7 @@ def sidecar(path: Path) -> Path:
 
 
 def _parameters(stored: Mapping[str, LazyArray], source: str) -> dict[str, LazyArray]:
-    """The parameters of a checkpoint that may hold an optimizer state and more beside them."""
+    """The parameters in a checkpoint that may also hold an optimizer state and more."""
     prefixes = [prefix for prefix in _PREFIXES if any(key.startswith(prefix) for key in stored)]
     bare = next((key for key in stored if key.startswith(_TOWERS)), None)
     models = [*prefixes, *([bare] if bare else [])]
@@ -163,7 +181,7 @@ def _only_subtree(arrays: dict[str, LazyArray], subtree: str | None, source: str
 def _patches(
     arrays: Mapping[str, LazyArray], config: ModelConfig | None, image_size: tuple[int, int] | None
 ) -> int | None:
-    """How many patches a picture has, where the caller or the config file says so."""
+    """How many patches an image has, or None if neither the caller nor the config file says so."""
     if config is not None:
         return config.image.grid[0] * config.image.grid[1]
     kernel = arrays.get("img/embedding/kernel")
@@ -179,7 +197,7 @@ def _refuse_other_models(arrays: Mapping[str, LazyArray], source: str) -> None:
         shape = positions and positions.shape
         raise UserError(
             f"{source} is a NaFlex model (img/embedding/kernel {kernel.shape}, img/pos_embedding {shape}), which takes "
-            f"pictures of any aspect ratio; only those of one size can be read: take the fixed-resolution checkpoint"
+            f"images of any aspect ratio; only those of one size can be read: take the fixed-resolution checkpoint"
         )
     pickled = sorted(key for key, array in arrays.items() if array.dtype == "object")
     if pickled and not any(key.startswith("img/") for key in arrays):
@@ -195,7 +213,7 @@ def _refuse_other_models(arrays: Mapping[str, LazyArray], source: str) -> None:
 
 
 def _given(config: ModelConfig, shapes: Mapping[str, key_maps.Shape]) -> Inferred:
-    """A config that the file need not tell; without the text tower if the file has none."""
+    """The config that the caller or the config file gave, without the text tower if the file has none."""
     if not any(key.startswith("txt/") for key in shapes):
         config = image_only(config)
     return Inferred(config, unclear={}, problems=[])
@@ -220,7 +238,7 @@ def _lazily_stacked(layers: list[LazyArray]) -> LazyArray:
 
 
 def _shapes_tell(shapes: Mapping[str, key_maps.Shape], config: ModelConfig) -> bool:
-    """Whether `infer_config` finds the same function again."""
+    """Whether `infer_config` finds the same architecture from the shapes alone."""
     inferred = infer_config(shapes)
 
     def key(c: ModelConfig) -> tuple:
@@ -237,3 +255,33 @@ def _read_sidecar(path: Path) -> ModelConfig:
         raise UserError(
             f"{path} is not a model's config: {error!r}; remove it to infer the model from the shapes"
         ) from None
+
+
+def _export(
+    folder: Path, params: Mapping[str, Any], config: ModelConfig, *, tokenizer: Path | None, layout: Layout
+) -> None:
+    write(folder / EXPORTED_NPZ, params, config, layout=layout)
+    if tokenizer is not None:
+        (folder / TOKENIZER_FILE).write_bytes(tokenizer.read_bytes())
+
+
+_EXAMPLE = """
+Run in this folder; `model.npz` also loads in big_vision, as `model.npz` or `model.npz:img`.
+
+```python
+import numpy as np
+import siglip
+
+model = siglip.load("model.npz")
+images = np.zeros((1, HEIGHT, WIDTH, 3), np.float32)
+print(model.image_tokens(images).shape)
+```
+"""
+
+EXPORT = ExportFormat(
+    library="big_vision",
+    write=_export,
+    example=lambda config, has_tokenizer: _EXAMPLE,
+    layouts=("loop", "scan"),
+    lone_file=EXPORTED_NPZ,
+)

@@ -1,13 +1,13 @@
-"""The two containers of checkpoints, npz and safetensors: arrays are described first, then read or written one at a time.
+"""The two file formats that hold checkpoints, npz and safetensors. Arrays are described first, then read or written one by one.
 
     npz           a zip file of .npy files, each a header (type, shape) and the bytes
     safetensors   the header's length (8 bytes), a JSON header {name: {dtype, shape, data_offsets}}, the bytes
 
-So a tower can be taken out of a file many times its size, and a model written without a second copy of it in memory.
+So one tower can be read from a file many times its size, and a model is written without a second copy of it in memory.
 
-The trap: files come from strangers and over bad lines. Nothing is ever unpickled, no shape is believed before it is held
-against the bytes that are there, and whatever is wrong with a file is a ValueError of one line. An npz has checksums; a
-bit that flips among the numbers of a safetensors file goes unnoticed.
+The trap: files come from strangers and over bad connections. Nothing is ever unpickled, every shape is checked against the
+bytes that are there, and whatever is wrong with a file is a UserError of one line. An npz has checksums; a flipped bit in
+the numbers of a safetensors file goes unnoticed.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ _ALIGNMENT_BYTES = 64
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array that is made when it is needed: `read()` returns it in float32, with `shape`; `dtype` is the stored type."""
+    """An array that is read when it is needed: `read()` returns float32 of shape `shape`; `dtype` is the stored type."""
 
     shape: Shape
     read: Callable[[], np.ndarray]
@@ -77,7 +77,7 @@ def open_npz(file: Path) -> Iterator[dict[str, LazyArray]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or holds a key twice.
+        UserError: it is damaged, or holds a key twice.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no file {str(file)!r}")
@@ -88,7 +88,7 @@ def open_npz(file: Path) -> Iterator[dict[str, LazyArray]]:
         for member in archive.infolist():
             key = member.filename.removesuffix(".npy")
             if key in arrays:
-                raise UserError(f"{file} holds {key} twice, and which one counts is anyone's guess; save it again")
+                raise UserError(f"{file} holds {key} twice; save it again with one of them")
             with _one_line(file, key):
                 arrays[key] = _describe_npy(archive, member, file)
         yield arrays
@@ -103,7 +103,7 @@ def _describe_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, file: Path)
         try:
             shape, fortran_order, dtype = header(stream)
         except TypeError:
-            raise UserError("a header of no array") from None
+            raise UserError("a header that does not describe an array") from None
         start = stream.tell()
     name = "bfloat16" if dtype == np.dtype("V2") else dtype.name
     if not dtype.hasobject and (
@@ -133,7 +133,7 @@ def open_safetensors(files: Sequence[Path]) -> Iterator[dict[str, LazyArray]]:
     """The arrays of one model in one or several safetensors files; they can be read while the context lasts.
 
     Raises:
-        ValueError: a file is damaged, or two hold the same key.
+        UserError: a file is damaged, or two hold the same key.
     """
     with contextlib.ExitStack() as stack:
         arrays: dict[str, LazyArray] = {}
@@ -217,7 +217,7 @@ def _read_array(stream: io.BufferedIOBase, shape: Shape, dtype: np.dtype) -> np.
 
 
 def aligned_float32(array: np.ndarray) -> np.ndarray:
-    """A copy in float32, row by row, at an address that XLA's CPU client takes without another copy."""
+    """A float32 copy in row-major order, at an address that XLA's CPU client uses without copying again."""
     out = _aligned(array.shape, np.dtype(np.float32))
     out[...] = array
     return out

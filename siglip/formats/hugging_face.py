@@ -2,10 +2,10 @@
 
 Written with the key names of transformers 4 (`vision_model.…`), which both 4.57 and 5.x load whole. Read in that
 layout and in the one that transformers 5 writes for a lone vision tower, without the prefix; also from several
-safetensors shards, and out of a PaliGemma folder (its vision tower alone; the rest is not even read).
+safetensors shards, and from a PaliGemma folder (its vision tower alone; the rest is not read).
 
 The trap: a vision tower in the version 5 layout loads into version 4 as random weights, with a warning only. So the
-names are always version 4's, and an export is proved by loading it back.
+names are always version 4's, and every export is loaded back.
 """
 
 import functools
@@ -19,6 +19,7 @@ import numpy as np
 from siglip.errors import UserError
 from siglip.formats import key_maps, pali_gemma
 from siglip.formats.containers import LazyArray, aligned_float32, open_safetensors, write_safetensors
+from siglip.formats.export_format import TOKENIZER_FILE
 from siglip.formats.hf_tokenizer import convert
 from siglip.formats.infer_config import expected_shapes
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
@@ -26,7 +27,6 @@ from siglip.models.variants import Variant, name_of
 from siglip.models.vit import sincos2d
 from siglip.trees import flatten, unflatten
 
-TOKENIZER_FILE = "spiece.model"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _VISION_TYPE = "siglip_vision_model"
@@ -36,17 +36,16 @@ _SIZES = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12
 _VISION_DEFAULTS = _SIZES | {"image_size": 224, "patch_size": 16, "num_channels": 3, "vision_use_head": True}
 _TEXT_DEFAULTS = _SIZES | {"vocab_size": 32_000, "max_position_embeddings": 64}
 _FIXED = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "attention_dropout": 0.0}
-_PIPELINE_LENGTH = 64
 
 
 def read(folder: str | Path) -> tuple[dict[str, Any], ModelConfig]:
     """Parameters (nested dict of float32 arrays, loop layout) and the architecture of a SigLIP folder.
 
-    Of a PaliGemma it reads the vision tower: neither the language model nor the connector to it.
+    From a PaliGemma it reads the vision tower only, without the language model and the connector to it.
 
     Raises:
         FileNotFoundError: config.json or the safetensors weights are missing.
-        ValueError: another kind of model, or weights that do not fit the config; every bad key is named.
+        UserError: another kind of model, or weights that do not fit the config; every bad key is named.
     """
     folder, config = Path(folder), read_config(folder)
     tree = _read_json(folder / "config.json")
@@ -83,7 +82,7 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, token
         tokenizer: SentencePiece model of the text tower; without one the folder has no tokenizer.
 
     Raises:
-        ValueError: Hugging Face's SigLIP cannot express this model.
+        UserError: Hugging Face's SigLIP cannot express this model.
     """
     check_expressible(config)
     flat = key_maps.unstack_blocks({path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()})
@@ -101,11 +100,7 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, token
 
 
 def check_expressible(config: ModelConfig) -> None:
-    """Refuses what Hugging Face's SigLIP has no parameters for.
-
-    Raises:
-        ValueError: in one line, what it is and what to do instead.
-    """
+    """Raises UserError, with what to do instead, for a model that Hugging Face's SigLIP has no parameters for."""
     image, text, instead = config.image, config.text, "export with --format bigvision"
     if config.out_dim[0] is not None:
         raise UserError(f"Hugging Face's SigLIP has no linear image head (out_dim[0]={config.out_dim[0]}); {instead}")
@@ -126,18 +121,8 @@ def check_expressible(config: ModelConfig) -> None:
         )
 
 
-def pipeline_length_warning(config: ModelConfig) -> str:
-    """A warning where transformers' zero-shot pipeline, which makes every text 64 tokens long, cannot be used; else empty."""
-    if config.text is None or config.text.length == _PIPELINE_LENGTH:
-        return ""
-    return (
-        f"texts have {config.text.length} tokens, but pipeline('zero-shot-image-classification') pads or cuts them to "
-        f"{_PIPELINE_LENGTH}; call the tokenizer and the model directly"
-    )
-
-
 def config_json(config: ModelConfig) -> dict[str, Any]:
-    """What goes into config.json."""
+    """The content of config.json."""
     image, text = config.image, config.text
     vision = {
         "model_type": _VISION_TYPE,
@@ -171,10 +156,10 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def model_config(tree: Mapping[str, Any], *, source: str) -> ModelConfig:
-    """The architecture that a config.json describes; of a PaliGemma, its vision tower's.
+    """The architecture that a config.json describes; for a PaliGemma, its vision tower's.
 
     Raises:
-        ValueError: it is no fixed-resolution SigLIP, or one with other activations or norms than the published ones.
+        UserError: it is not a fixed-resolution SigLIP, or its activations or norms are not the published ones.
     """
     vision, text = _parts(tree, source)
     _check_fields(vision, text, source)
@@ -201,7 +186,7 @@ def model_config(tree: Mapping[str, Any], *, source: str) -> ModelConfig:
 
 
 def _parts(tree: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """(vision config, text config or None), what config.json leaves out filled in."""
+    """(vision config, text config or None), with transformers' defaults for what config.json leaves out."""
     kind = tree.get("model_type")
     if kind == "siglip":
         vision, text = (tree.get(name) or {} for name in ("vision_config", "text_config"))
@@ -231,7 +216,7 @@ def _check_fields(vision: Mapping[str, Any], text: Mapping[str, Any] | None, sou
                 bad.append(f"{kind} {field}={part[field]!r} is not supported, only {only!r}")
         sizes = [field for field, default in defaults.items() if type(default) is int]
         bad += [
-            f"{kind} {f}={part[f]!r} is no positive number" for f in sizes if type(part[f]) is not int or part[f] < 1
+            f"{kind} {f}={part[f]!r} is not a positive number" for f in sizes if type(part[f]) is not int or part[f] < 1
         ]
     if bad:
         raise UserError(f"{source}: {'; '.join(bad)}")
@@ -310,7 +295,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise UserError(f"{folder / _INDEX} has no weight_map {{key: file}}; copy it again")
         files = sorted(set(shards.values()))
-    # A name with a path in it would read files from outside of the folder.
+    # A name with a path in it would read files outside the folder.
     missing = [name for name in files if Path(name).name != name or not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -327,7 +312,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON ({error})") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no JSON object")
+        raise UserError(f"{path} does not hold a JSON object")
     return tree
 
 

@@ -1,13 +1,13 @@
-"""The architecture behind the shapes of a big_vision tree, which says nothing else about its model.
+"""The architecture of a big_vision tree, inferred from the shapes of its arrays.
 
     img/Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel (768, 3072)   ->   width 768, MLP 3072
 
-Every array votes on the sizes that its axes tell, so one that is missing, misnamed or misshapen is found out instead of
-believed, and all of them can be named at once.
+Every array votes on the sizes of its axes. So an array that is missing, misnamed or of the wrong shape is found, and all
+bad ones can be named at once.
 
-The trap: four things cannot be read from shapes. A text tower may pool "last", "first", "mean" or "max", an image tower
-"gap", "0" or not at all, a grid may be 2 x 8 as well as 4 x 4, and fixed positions leave no trace of the image size.
-What published models do is assumed; `big_vision` writes a config file beside the others.
+The trap: four things cannot be inferred from shapes. A text tower may pool "last", "first", "mean" or "max", an image tower
+"gap", "0" or not at all, a grid may be 2 x 8 as well as 4 x 4, and fixed positions do not show the image size. We assume
+what published models do; `big_vision.write` puts a config file beside an npz of another model.
 """
 
 import dataclasses
@@ -58,12 +58,12 @@ _ARRAYS_PER_LAYER = 16
 
 @dataclasses.dataclass(frozen=True)
 class Inferred:
-    """What shapes tell.
+    """What the shapes determine.
 
     Attributes:
         config: the architecture; where something is missing, any that fits the rest.
-        unclear: arrays whose shape the file leaves open, with what is known of it, to be put into an error.
-        problems: what the shapes leave open and the caller has to say, each the rest of a sentence that starts with "it".
+        unclear: arrays whose shape the file does not determine, with what is known of it, for an error message.
+        problems: what the caller has to say because shapes do not, each the rest of a sentence that starts with "it".
     """
 
     config: ModelConfig
@@ -97,10 +97,10 @@ def infer_config(
     """The architecture behind the shapes of a flat tree ("img/…", "txt/…", "t", "b").
 
     Args:
-        image_size: (height, width) in pixels, where it cannot be inferred; ignored where it can.
+        image_size: (height, width) in pixels, needed where shapes do not determine it, ignored elsewhere.
 
     Raises:
-        ValueError: it is no image tower at all, or sizes that fit no model.
+        UserError: there is no image tower, or the sizes fit no model.
     """
     towers = {tower: _sizes(shapes, tower) for tower in ("img", "txt")}
     if "W" not in towers["img"]:
@@ -127,7 +127,7 @@ def _any(shapes: Mapping[str, Shape], prefix: str) -> bool:
 
 
 def _sizes(shapes: Mapping[str, Shape], tower: str) -> dict[str, int]:
-    """The size of every axis that the tower's arrays name: that of the most arrays."""
+    """The size of every axis in the tower's arrays: the one that most arrays have."""
     votes: dict[str, Counter[int]] = {}
     layers: Counter[int] = Counter()
     for path, shape in shapes.items():
@@ -141,7 +141,7 @@ def _sizes(shapes: Mapping[str, Shape], tower: str) -> dict[str, int]:
             for axis, size in zip(axes, shape, strict=True):
                 votes.setdefault(axis, Counter())[size] += 1
     sizes = {axis: counter.most_common(1)[0][0] for axis, counter in votes.items()}
-    # A few arrays with a number far off are misnamed; half of a layer is a layer that has lost some.
+    # A few arrays with a layer number far too high are misnamed; half a layer is a layer that lost arrays.
     whole = [index for index, arrays in layers.items() if 2 * arrays >= _ARRAYS_PER_LAYER]
     return sizes | ({"L": 1 + max(whole)} if whole else {})
 
@@ -200,7 +200,7 @@ def _infer_image_size(
         what = "lacks img/pos_embedding (or its positions are fixed)"
     given = f"; image_size={hint} does not give that many patches of {patch} px" if hint else ""
     if positions or not learned:
-        problems.append(f"{what}{given}; pass image_size=(height, width) of the pictures it was trained on")
+        problems.append(f"{what}{given}; pass image_size=(height, width) of the images it was trained on")
     return patch[0], patch[1] * (positions or 1)
 
 

@@ -23,8 +23,8 @@ from siglip.trees import did_you_mean
 _STACKED = re.compile(r"(.*/)encoderblock/(.+)")
 _SINGLE = re.compile(r"(.*/)encoderblock_(\d+)/(.+)")
 _LAYER = re.compile(r"(.*(?:/encoderblock_|encoder\.layers\.))(\d+)[/.].+")
-# Suggestions cost a comparison with every key; a file that is wrong throughout would wait for them.
-_MOST_SUGGESTIONS = 20
+# A suggestion is a comparison with every key: a file in which every key is wrong would take long.
+_MAX_SUGGESTIONS = 20
 
 
 def unstack_blocks(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,12 +93,12 @@ def check_arrays(
 
 def _unknown(unknown: list[str], missing: list[str], expected: Mapping[str, Any]) -> list[str]:
     items, candidates = _by_layer(unknown, [*expected, *unknown]), missing or list(expected)
-    hints = [did_you_mean(key, candidates) if key in unknown else "" for key in items[:_MOST_SUGGESTIONS]]
+    hints = [did_you_mean(key, candidates) if key in unknown else "" for key in items[:_MAX_SUGGESTIONS]]
     return [item + hint for item, hint in itertools.zip_longest(items, hints, fillvalue="")]
 
 
 def _by_layer(keys: list[str], everything: Iterable[str], *, of_how_many: bool = False) -> list[str]:
-    """The keys one by one, but those of layers that are in `keys` as a whole in one item: "layer 3 of 12 (…)"."""
+    """The keys one by one; layers all of whose keys are in `keys` become one item: "layer 3 of 12 (…)"."""
     layers: dict[str, dict[int, list[str]]] = {}
     for key in everything:
         if match := _LAYER.fullmatch(key):
@@ -139,8 +139,7 @@ def _listing(items: list[str]) -> str:
 class HuggingFaceEntry(NamedTuple):
     """Where one of our arrays lives in a Hugging Face state dict.
 
-    `kind` is how it is laid out there; `part` is its third of a stacked query-key-value tensor, None for a whole
-    tensor.
+    `kind` is its layout there; `part` is its third of a stacked query-key-value tensor, None for a whole tensor.
     """
 
     key: str
@@ -182,7 +181,7 @@ _PARTS = {"query": 0, "key": 1, "value": 2}
 
 
 def hugging_face_entry(path: str) -> HuggingFaceEntry:
-    """The place of one of our (loop layout) paths; every path of a model that Hugging Face can express has one."""
+    """Where one of our paths (loop layout) lives there; every path of a model that Hugging Face can express has an entry."""
     for pattern, template, kind in _HUGGING_FACE_RULES:
         if match := re.fullmatch(pattern, path):
             key = re.sub(r"\.(kernel|scale)$", ".weight", match.expand(template))

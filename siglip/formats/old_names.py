@@ -1,4 +1,4 @@
-"""Where the older checkpoints of big_vision keep what has another place today.
+"""Older checkpoints of big_vision: their names for arrays, translated to today's.
 
     Transformer/posembed_input/pos_embedding, Transformer/pos_embedding   ->  pos_embedding
     probe, MlpBlock_0/…, …                                                ->  MAPHead_0/…
@@ -6,10 +6,10 @@
     positions of the class token and the patches in one array             ->  the first is added to cls
     txt/Encoder_0/pos_embedding, positions that were added twice          ->  added to txt/pos_embedding
 
-They are told apart by their names, as that project's own loaders do (models/vit.py, text_transformer.py).
+The names tell which is which, as in that project's own loaders (models/vit.py, text_transformer.py).
 
-The trap: 10 positions are a class token and 3 x 3 patches in an old file, 2 x 5 patches in a new one. They are taken for the
-former only beside a class token, and where the picture's size does not say otherwise.
+The trap: 10 positions are a class token and 3 x 3 patches in an old file, 2 x 5 patches in a new one. They are read as the
+former only where there is a class token and the image size does not say otherwise.
 """
 
 import math
@@ -32,10 +32,10 @@ def modernise(arrays: Mapping[str, LazyArray], *, patches: int | None, source: s
     """The same arrays under today's paths.
 
     Args:
-        patches: in a picture, where that is known.
+        patches: how many an image has, or None if that is unknown.
 
     Raises:
-        ValueError: an array is there under its old and its new name.
+        UserError: an array is there under both its old and its new name.
     """
     moved: dict[str, LazyArray] = {}
     origin: dict[str, str] = {}

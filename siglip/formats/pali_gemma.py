@@ -6,7 +6,7 @@ In big_vision's npz the tower is img/…, beside llm/…; in Hugging Face's fold
 transformers 4 writes it) or `vision_tower.…` (version 5), beside `language_model.…`.
 
 The trap: the connector after the tower (img/head in the npz, `multi_modal_projector` in the folder) maps the tokens into one
-particular language model. It is no part of the tower and is left out: the tokens are those before it.
+particular language model. It is not part of the tower and is left out: the tokens are those before it.
 """
 
 import re
@@ -24,22 +24,22 @@ _TOWER = re.compile(r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)")
 
 
 def is_pali_gemma(arrays: Mapping[str, LazyArray]) -> bool:
-    """Whether a flat big_vision tree is one."""
+    """Whether a flat big_vision tree is a PaliGemma."""
     return any(path.startswith(_LANGUAGE_MODEL) for path in arrays)
 
 
 def image_tower(arrays: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
-    """The tower of a flat big_vision tree, under img/."""
+    """The vision tower of a flat big_vision tree, under img/."""
     return {
         path: array for path, array in arrays.items() if path.startswith("img/") and not path.startswith(_CONNECTOR)
     }
 
 
 def hugging_face_tower(state: Mapping[str, LazyArray], *, source: str) -> dict[str, LazyArray]:
-    """The tower of a Hugging Face state dict, under `vision_model.`
+    """The vision tower of a Hugging Face state dict, under `vision_model.`
 
     Raises:
-        ValueError: it is there twice.
+        UserError: an array of the tower is there twice.
     """
     tower: dict[str, LazyArray] = {}
     for key, array in state.items():
@@ -54,12 +54,12 @@ def hugging_face_tower(state: Mapping[str, LazyArray], *, source: str) -> dict[s
 
 
 def vision_config(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A `siglip_vision_model` config out of a PaliGemma's: the tower has no pooling head unless the config says so.
+    """A `siglip_vision_model` config from a PaliGemma's: without a pooling head unless the config says otherwise.
 
     Raises:
-        ValueError: the config is damaged.
+        UserError: the config is damaged.
     """
     vision = tree.get("vision_config") or {}
     if not isinstance(vision, dict):
-        raise UserError("vision_config is no object in this PaliGemma's config.json; copy it again")
+        raise UserError("vision_config is not an object in this PaliGemma's config.json; copy it again")
     return {"vision_use_head": False} | vision | {"model_type": "siglip_vision_model"}

@@ -1,4 +1,4 @@
-"""TensorFlow SavedModel: encoded pictures and raw text in, embeddings and probabilities out; everything between is in the graph.
+"""TensorFlow SavedModel: encoded images and raw text in, embeddings and probabilities out; everything between is in the graph.
 
     serving_default   images: string [b], texts: string [k] -> probabilities, logits [b, k], image_embedding, text_embedding
     embed_images      images -> image_embedding [b, e]           embed_texts   texts -> text_embedding [k, e]
@@ -9,10 +9,10 @@
     model = tf.saved_model.load(folder)
     model.signatures["serving_default"](images=tf.constant([jpeg]), texts=tf.constant(["a dog"]))["probabilities"]
 
-Of an image tower alone, `serving_default` is images -> image_tokens and, where it pools, image_embedding. Pictures are decoded
+For an image tower alone, `serving_default` is images -> image_tokens and, where it pools, image_embedding. Images are decoded
 and resized as Pillow does it (siglip.formats.tf_pixels), texts lower-cased and tokenized as in training (tf_tokens). The towers
-are StableHLO for CPU, CUDA and TPU with float32 products (jax2tf), for any b and k above 0; whoever loads them needs neither jax
-nor us.
+are StableHLO for CPU, CUDA and TPU with float32 products (jax2tf), for any b and k above 0; loading them needs neither jax nor
+this package.
 
 The trap: weights that a traced function merely closes over become constants of the graph, which ends at 2 GiB, once for each
 signature. Here they are variables, stored once and handed to every call.
@@ -29,7 +29,8 @@ import numpy as np
 from siglip.errors import UserError
 from siglip.formats import tf_pixels, tf_tokens
 from siglip.formats.big_vision import image_only
-from siglip.formats.hf_tokenizer.convert import read_sentencepiece
+from siglip.formats.export_format import ExportFormat
+from siglip.formats.hf_tokenizer.convert import read_pieces, read_sentencepiece
 from siglip.models.two_tower import ModelConfig, make_model
 
 _PLATFORMS = ("cpu", "cuda", "tpu")
@@ -39,9 +40,10 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, token
     """Writes both towers with the tokenizer in the graph, or the image tower alone when `config.text` is None.
 
     Raises:
-        ValueError: there is a text tower but no tokenizer for it, or one with more pieces than the tower has.
+        UserError: there is a text tower but no tokenizer for it, or one with more pieces than the tower has.
     """
-    pieces = None if config.text is None else _sentencepiece(tokenizer, config)
+    _check(config, tokenizer is not None)
+    pieces = None if config.text is None else read_pieces(tokenizer, room=config.text.vocab_size)
     tf, _ = _tensorflow()
     module = tf.Module()
     with jax.default_matmul_precision("highest"):
@@ -56,9 +58,9 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, token
 
 
 def outputs(folder: Path, files: Sequence[bytes], texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """Everything that a written model gives for pictures and texts: what the signatures return, probabilities included.
+    """Everything that a written model gives for images and texts: what the signatures return, probabilities included.
 
-    `pixels` come as the tower takes them, float32 in [-1, 1]; without texts or without files, what needs them is left out.
+    `pixels` come as the tower takes them, float32 in [-1, 1]. Outputs that need texts, or files, are left out without them.
     """
     tf, _ = _tensorflow()
     model = tf.saved_model.load(str(folder))
@@ -133,7 +135,7 @@ def _text_graphs(module: Any, params: Mapping[str, Any], config: ModelConfig, *,
 
 
 def _default(module: Any, params: Mapping[str, Any], config: ModelConfig, graphs: Mapping[str, _Graph]) -> _Graph:
-    """Pairs of pictures and texts where both have embeddings, else what the image tower gives."""
+    """Pairs of images and texts if both have embeddings, else the outputs of the image tower."""
     import tensorflow as tf
 
     if not {"embed_images", "embed_texts"} <= graphs.keys():
@@ -158,7 +160,7 @@ def _default(module: Any, params: Mapping[str, Any], config: ModelConfig, graphs
 
 
 def _strings(*names: str) -> Callable[[Callable[..., Any]], Any]:
-    """Makes a function of some lists of strings one of the graph: stored once, whoever calls it."""
+    """Makes a function of lists of strings a function of the graph: stored once, however often it is called."""
     import tensorflow as tf
 
     signature = [tf.TensorSpec([None], tf.string, name) for name in names]
@@ -192,26 +194,62 @@ def _lower(
     )
 
 
-def _sentencepiece(tokenizer: Path | None, config: ModelConfig) -> bytes:
-    if tokenizer is None:
+def _check(config: ModelConfig, has_tokenizer: bool) -> None:
+    if config.text is not None and not has_tokenizer:
         raise UserError(
-            "a SavedModel takes raw texts, but the source brings no tokenizer; put its spiece.model beside it, "
+            "a SavedModel takes raw texts, but the source has no tokenizer; put its spiece.model beside it, "
             "or export with --tower image"
         )
-    pieces = tokenizer.read_bytes()
-    count, room = len(read_sentencepiece(pieces, source=str(tokenizer)).pieces), config.text.vocab_size
-    if count > room:
-        raise UserError(f"tokenizer {str(tokenizer)!r} has {count} pieces, the text tower room for {room}; use its own")
-    return pieces
 
 
 def _tensorflow() -> tuple[Any, Any]:
-    """TensorFlow and its text ops, on the CPU: an export needs no accelerator, and jax may have taken them."""
+    """TensorFlow and its text ops, on the CPU: an export needs no accelerator, and jax may have taken it."""
     import tensorflow as tf
     import tensorflow_text as tf_text
 
     try:
         tf.config.set_visible_devices([], "GPU")
-    except RuntimeError:  # It is running already; what it took, it has.
+    except RuntimeError:  # TensorFlow is running already and has taken its devices.
         pass
     return tf, tf_text
+
+
+_CONTRACT = (
+    "- all of it happens inside the graph: it takes encoded files (JPEG, PNG, WebP, GIF's first frame, 24-bit BMP; EXIF turned "
+    "but in WebP, transparency over white but in GIF) and raw UTF-8 texts; a damaged file is an InvalidArgumentError",
+)
+_EXAMPLE_IMAGES = """
+Run in this folder, with `pip install tensorflow`.
+
+```python
+import tensorflow as tf
+
+model = tf.saved_model.load(".")
+image = tf.io.encode_png(tf.zeros((480, 640, 3), tf.uint8))
+outputs = model.signatures["serving_default"](images=tf.stack([image]))
+print(outputs["image_tokens"].shape)
+```
+"""
+_EXAMPLE_BOTH = """
+Run in this folder, with `pip install tensorflow tensorflow-text`; the second one is imported for its ops.
+
+```python
+import tensorflow as tf
+import tensorflow_text
+
+model = tf.saved_model.load(".")
+image = tf.io.encode_png(tf.zeros((480, 640, 3), tf.uint8))
+outputs = model.signatures["serving_default"](images=tf.stack([image]), texts=tf.constant(["a red wall", "two cats"]))
+print(outputs["probabilities"].numpy())
+```
+"""
+
+EXPORT = ExportFormat(
+    library="tensorflow",
+    write=lambda folder, params, config, *, tokenizer, layout: write(folder, params, config, tokenizer=tokenizer),
+    example=lambda config, has_tokenizer: _EXAMPLE_IMAGES if config.text is None else _EXAMPLE_BOTH,
+    outputs=lambda folder, cases: [outputs(folder, case.files, case.texts) for case in cases],
+    check=_check,
+    contract=lambda config, has_tokenizer: _CONTRACT,
+    takes_files=True,
+)

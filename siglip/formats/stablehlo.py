@@ -11,8 +11,8 @@ Embeddings are L2-normalised. Each program runs on CPU, CUDA and TPU and for any
 that every device gives the numbers that were verified (jax.export, and its promise of compatibility: programs can be called by
 every jax of the six months after the one that wrote them).
 
-The trap: a program with its weights inside would be a flatbuffer, which ends at 2 GiB, and every process that calls it would
-compile the weights in as constants. So they are an argument and lie beside it.
+The trap: a program that contained its weights would be a flatbuffer, which cannot exceed 2 GiB, and every process that calls it
+would compile them in as constants. So the weights are an argument, in a file beside it.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,6 +26,7 @@ from jax import export
 
 from siglip import trees
 from siglip.formats.big_vision import image_only
+from siglip.formats.export_format import ExportFormat
 from siglip.models.two_tower import ModelConfig, make_model
 
 IMAGE, TEXT = "image", "text"
@@ -56,7 +57,7 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig) -> None:
 
 
 def outputs(folder: Path, images: np.ndarray, tokens: np.ndarray | None) -> dict[str, np.ndarray]:
-    """What the programs in a folder give for pictures and token ids, with the logits of every pair."""
+    """What the programs in a folder give for images and token ids, with the logits of every pair."""
     found = _call(folder, IMAGE, images)
     if tokens is None:
         return found
@@ -91,3 +92,48 @@ def _call(folder: Path, name: str, batch: np.ndarray) -> dict[str, np.ndarray]:
 
 def _tree(weights: Mapping[str, jax.Array]) -> dict[str, Any]:
     return trees.unflatten({path.removeprefix(_PREFIX): array for path, array in weights.items()})
+
+
+_EXAMPLE_IMAGES = """
+Run in this folder, with `pip install jax numpy`; the program runs on CPU, CUDA and TPU, for any number of rows.
+
+```python
+import jax.export
+import numpy as np
+
+program = jax.export.deserialize(bytearray(open("image.stablehlo", "rb").read()))
+weights = dict(np.load("image.npz"))
+images = np.zeros((1, HEIGHT, WIDTH, 3), np.float32)
+outputs = program.call(weights, images)
+print(outputs["image_tokens"].shape)
+```
+"""
+_EXAMPLE_BOTH = """
+Run in this folder, with `pip install jax numpy`; the programs run on CPU, CUDA and TPU, for any number of rows.
+
+```python
+import jax.export
+import numpy as np
+
+
+def load(name):
+    program = jax.export.deserialize(bytearray(open(f"{name}.stablehlo", "rb").read()))
+    return program.call, dict(np.load(f"{name}.npz"))
+
+
+embed_images, image_weights = load("image")
+embed_texts, text_weights = load("text")
+zimg = embed_images(image_weights, np.zeros((1, HEIGHT, WIDTH, 3), np.float32))["image_embedding"]
+ztxt = embed_texts(text_weights, np.ones((2, LENGTH), np.int32))["text_embedding"]
+logits = np.exp(text_weights["params/t"]) * zimg @ ztxt.T + text_weights["params/b"]
+print(1 / (1 + np.exp(-logits)))
+```
+"""
+
+EXPORT = ExportFormat(
+    library="jax",
+    write=lambda folder, params, config, *, tokenizer, layout: write(folder, params, config),
+    example=lambda config, has_tokenizer: _EXAMPLE_IMAGES if config.text is None else _EXAMPLE_BOTH,
+    outputs=lambda folder, cases: [outputs(folder, case.images, case.tokens) for case in cases],
+    holds_tokenizer=False,
+)

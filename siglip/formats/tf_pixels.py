@@ -1,4 +1,4 @@
-"""Encoded pictures to the pixels of training, in TensorFlow ops: for graphs that run where there is neither Pillow nor us.
+"""Encoded images to the pixels of training, in TensorFlow ops: for graphs that run without Pillow and without this package.
 
     JPEG, PNG, WebP, GIF or BMP -> upright (EXIF) -> over white -> RGB -> uint8 [h, w, 3], bilinear with antialias
 
@@ -9,7 +9,7 @@ BMP of other than 24 bits are refused.
 
 The trap: `tf.image.resize(antialias=True)` does not round between the passes and is off by one in many pixels; TensorFlow's
 JPEG decoder defaults to a faster and less accurate transform than everyone else's; and its PNG decoder calls the opaque pixels of
-pictures with less than 8 bits nearly transparent.
+images with less than 8 bits nearly transparent.
 """
 
 from typing import TYPE_CHECKING
@@ -24,19 +24,19 @@ _APP1, _SCAN = 0xE1, 0xDA
 
 
 def pixels(data: "tf.Tensor", size_px: tuple[int, int]) -> "tf.Tensor":
-    """One encoded picture, a string scalar -> uint8 [h, w, 3]. What is none fails with InvalidArgumentError when run."""
+    """One encoded image, a string scalar -> uint8 [h, w, 3]. Other bytes fail with InvalidArgumentError when the graph runs."""
     return resize(decode(data), size_px)
 
 
 def decode(data: "tf.Tensor") -> "tf.Tensor":
-    """One encoded picture, a string scalar -> upright RGB over white, uint8 [h, w, 3]."""
+    """One encoded image, a string scalar -> upright RGB over white, uint8 [h, w, 3]."""
     import tensorflow as tf
 
     def has(magic: bytes, at: int = 0) -> tf.Tensor:
         return tf.equal(tf.strings.substr(tf.strings.join([data, bytes(32)]), at, len(magic)), magic)
 
     def unknown() -> tf.Tensor:
-        message = "a picture is neither JPEG, PNG, WebP, GIF nor BMP of 24 bits; its bytes are so many:"
+        message = "an image is neither JPEG, PNG, WebP, GIF nor BMP of 24 bits; its bytes are so many:"
         with tf.control_dependencies([tf.debugging.Assert(False, [message, tf.strings.length(data)])]):
             return tf.zeros((1, 1, 3), tf.uint8)
 
@@ -50,31 +50,31 @@ def decode(data: "tf.Tensor") -> "tf.Tensor":
     return tf.ensure_shape(tf.case(kinds, default=unknown), (None, None, 3))
 
 
-def resize(picture: "tf.Tensor", size_px: tuple[int, int]) -> "tf.Tensor":
+def resize(image: "tf.Tensor", size_px: tuple[int, int]) -> "tf.Tensor":
     """uint8 [any height, any width, 3] -> uint8 [h, w, 3]."""
     import tensorflow as tf
 
     h, w = size_px
-    picture = tf.cast(picture, tf.int32)
-    height, width = tf.unstack(tf.shape(picture)[:2])
+    image = tf.cast(image, tf.int32)
+    height, width = tf.unstack(tf.shape(image)[:2])
     shrinks_more = (height > h) & (height - h > 2 * (width - w))
     resized = tf.cond(
         shrinks_more,
-        lambda: _columns(_rows(picture, h), w),
-        lambda: _rows(_columns(picture, w), h),
+        lambda: _columns(_rows(image, h), w),
+        lambda: _rows(_columns(image, w), h),
     )
     return tf.ensure_shape(tf.cast(resized, tf.uint8), (h, w, 3))
 
 
-def _rows(picture: "tf.Tensor", h: int) -> "tf.Tensor":
+def _rows(image: "tf.Tensor", h: int) -> "tf.Tensor":
     import tensorflow as tf
 
-    height, width = tf.unstack(tf.shape(picture)[:2])
-    return tf.reshape(_resample(tf.reshape(picture, (1, height, width * 3)), h), (h, width, 3))
+    height, width = tf.unstack(tf.shape(image)[:2])
+    return tf.reshape(_resample(tf.reshape(image, (1, height, width * 3)), h), (h, width, 3))
 
 
-def _columns(picture: "tf.Tensor", w: int) -> "tf.Tensor":
-    return _resample(picture, w)
+def _columns(image: "tf.Tensor", w: int) -> "tf.Tensor":
+    return _resample(image, w)
 
 
 def _resample(lines: "tf.Tensor", out: int) -> "tf.Tensor":
@@ -110,55 +110,55 @@ def _weights(size: "tf.Tensor", out: int) -> tuple["tf.Tensor", "tf.Tensor"]:
     return first, tf.cast(share * float(1 << _PRECISION_BITS) + 0.5, tf.int32)
 
 
-def _over_white(picture: "tf.Tensor") -> "tf.Tensor":
+def _over_white(image: "tf.Tensor") -> "tf.Tensor":
     """RGBA -> RGB as Pillow blends: a product of two bytes divided by 255 is rounded."""
     import tensorflow as tf
 
-    picture = tf.cast(picture, tf.int32)
-    colour, alpha = picture[..., :3], picture[..., 3:]
+    image = tf.cast(image, tf.int32)
+    colour, alpha = image[..., :3], image[..., 3:]
     blended = colour * alpha + 255 * (255 - alpha) + 128
     return tf.cast((blended + blended // 256) // 256, tf.uint8)
 
 
 def _png(data: "tf.Tensor") -> "tf.Tensor":
-    """16-bit grey by value, other 16-bit pictures by their high byte."""
+    """16-bit grey by value, other 16-bit images by their high byte."""
     import tensorflow as tf
 
     header = tf.cast(tf.io.decode_raw(tf.strings.substr(data, 24, 2), tf.uint8), tf.int32)
 
     def deep_grey() -> tf.Tensor:
-        picture = tf.cast(tf.io.decode_png(data, channels=4, dtype=tf.uint16), tf.int32)
-        shown = tf.where(tf.equal(picture[..., 3:], 0), 255, (picture[..., :3] + 128) // 257)
+        image = tf.cast(tf.io.decode_png(data, channels=4, dtype=tf.uint16), tf.int32)
+        shown = tf.where(tf.equal(image[..., 3:], 0), 255, (image[..., :3] + 128) // 257)
         return tf.cast(shown, tf.uint8)
 
     def shallow() -> tf.Tensor:
-        picture = tf.io.decode_png(data, channels=4)
+        image = tf.io.decode_png(data, channels=4)
         # The decoder fills in an opaque alpha in the file's own bits: 1, 3 or 15 of 255.
         filled = tf.cast(tf.bitwise.left_shift(1, tf.minimum(header[0], 8)) - 1, tf.uint8)
-        opaque = tf.reduce_all(tf.equal(picture[..., 3], filled))
-        return tf.cond(opaque, lambda: picture[..., :3], lambda: _over_white(picture))
+        opaque = tf.reduce_all(tf.equal(image[..., 3], filled))
+        return tf.cond(opaque, lambda: image[..., :3], lambda: _over_white(image))
 
-    picture = tf.cond(tf.reduce_all(tf.equal(header, [16, 0])), deep_grey, shallow)
+    image = tf.cond(tf.reduce_all(tf.equal(header, [16, 0])), deep_grey, shallow)
     content = _bytes(data)
 
     def more(place: tf.Tensor) -> tf.Tensor:
         return (place + 12 < tf.size(content)) & ~_matches(content, place + 4, b"eXIf")
 
     chunk = tf.while_loop(more, lambda place: [place + 12 + _number(content, place, 4)], [tf.constant(8)])[0]
-    return _upright(picture, tf.where(_matches(content, chunk + 4, b"eXIf"), _orientation(content, chunk + 8), 0))
+    return _upright(image, tf.where(_matches(content, chunk + 4, b"eXIf"), _orientation(content, chunk + 8), 0))
 
 
 def _webp(data: "tf.Tensor") -> "tf.Tensor":
     import tensorflow as tf
 
-    picture = tf.io.decode_webp(data)[0]
-    return tf.cond(tf.equal(tf.shape(picture)[-1], 4), lambda: _over_white(picture), lambda: picture[..., :3])
+    image = tf.io.decode_webp(data)[0]
+    return tf.cond(tf.equal(tf.shape(image)[-1], 4), lambda: _over_white(image), lambda: image[..., :3])
 
 
 def _jpeg(data: "tf.Tensor") -> "tf.Tensor":
     import tensorflow as tf
 
-    picture = tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE", fancy_upscaling=True)
+    image = tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE", fancy_upscaling=True)
     content = _bytes(data)
 
     def is_exif(place: tf.Tensor) -> tf.Tensor:
@@ -169,21 +169,21 @@ def _jpeg(data: "tf.Tensor") -> "tf.Tensor":
         return is_marker & ~_matches(content, place + 1, bytes([_SCAN])) & ~is_exif(place)
 
     segment = tf.while_loop(more, lambda place: [place + 2 + _number(content, place + 2, 2)], [tf.constant(2)])[0]
-    return _upright(picture, tf.where(is_exif(segment), _orientation(content, segment + 10), 0))
+    return _upright(image, tf.where(is_exif(segment), _orientation(content, segment + 10), 0))
 
 
-def _upright(picture: "tf.Tensor", orientation: "tf.Tensor") -> "tf.Tensor":
+def _upright(image: "tf.Tensor", orientation: "tf.Tensor") -> "tf.Tensor":
     """Undoes an EXIF orientation, 1 … 8; any other number is none."""
     import tensorflow as tf
 
     def across() -> tf.Tensor:
-        return tf.transpose(picture, (1, 0, 2))
+        return tf.transpose(image, (1, 0, 2))
 
     turned = [
-        lambda: picture,
-        lambda: tf.reverse(picture, [1]),
-        lambda: tf.reverse(picture, [0, 1]),
-        lambda: tf.reverse(picture, [0]),
+        lambda: image,
+        lambda: tf.reverse(image, [1]),
+        lambda: tf.reverse(image, [0, 1]),
+        lambda: tf.reverse(image, [0]),
         across,
         lambda: tf.reverse(across(), [1]),
         lambda: tf.reverse(across(), [0, 1]),

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from siglip.atomic import write_atomically
 from siglip.errors import RunFailed
 from siglip.parallel.collectives import gather_records
-from siglip.workdir.files import write_atomically
 
 BAD_BATCH_FILE = "non_finite_batch.json"
 

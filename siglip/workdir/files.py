@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from siglip.atomic import new_file
+from siglip.atomic import write_atomically
 from siglip.errors import UserError
 from siglip.parallel.collectives import gather_records
 from siglip.parallel.launch import in_all_or_none
@@ -186,9 +186,3 @@ def read_config(workdir: Path, *, fields: Sequence[str] = ()) -> dict[str, Any]:
         what = f"lacks {', '.join(lacks)}" if isinstance(tree, dict) else "is no object"
         raise UserError(f"{path} is no run's config, it {what}; restore it from a checkpoint's config/")
     return tree
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Readers of a file see the old one or the new one, nothing between."""
-    with new_file(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from siglip.atomic import new_file
+from siglip.atomic import write_atomically
 from siglip.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -122,9 +122,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in _whole_lines(path) if line["step"] <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    partial.replace(path)
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _start_wandb(workdir: Path, config: LogConfig, run_config: Mapping[str, Any]) -> Any:
@@ -141,8 +139,7 @@ def _start_wandb(workdir: Path, config: LogConfig, run_config: Mapping[str, Any]
 
         path = workdir / WANDB_ID_FILE
         if not path.exists():
-            with new_file(path) as partial:
-                partial.write_text(uuid.uuid4().hex)
+            write_atomically(path, uuid.uuid4().hex)
         return wandb.init(
             project=config.wandb_project,
             id=path.read_text().strip(),

@@ -2,7 +2,7 @@
 
 Everything is inlined (plots and thumbnails as data URLs), so the file can be mailed.
 
-The trap: captions are other people's text; every string is escaped before it becomes HTML.
+Captions are other people's text: every string is escaped before it becomes HTML.
 """
 
 import base64
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from siglip.array_types import Float, UInt8
-from siglip.workdir.files import write_atomically
+from siglip.atomic import write_atomically
 from siglip.workdir.metrics import format_value, read_metrics, short_name
 
 CURVES = (

@@ -1,42 +1,45 @@
 """Curation through Ray: the same bytes as on one machine, and what happens when processes and machines die."""
 
-import contextlib
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections import deque
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray_cluster
 from noisy import make_corpus
 
-from data_pipelines.curate import ray_engine
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.engine import LocalEngine, WorkerDied
 from data_pipelines.curate.ray_engine import RayEngine
 from data_pipelines.curate.run import curate
 from data_pipelines.curate.scoring import closest
+from data_pipelines.errors import UserError
 
-# Not imported here: Ray reads its settings once, and the engine makes them.
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed")
 ROOT = Path(__file__).parents[2]
 WRITTEN = ("manifest.parquet", "funnel.json", "report.html")
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
+def cluster():
     """Ray on this machine, started once. Its processes find this file's functions through PYTHONPATH."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-        with RayEngine(tmp_path_factory.mktemp("cluster"), workers=2) as engine:
-            yield engine
+        with ray_cluster.running(cpus=2) as cluster:
+            yield cluster
+
+
+@pytest.fixture(scope="module")
+def engine(cluster, tmp_path_factory):
+    with RayEngine(tmp_path_factory.mktemp("shared"), address=cluster.address) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def corpus(tmp_path_factory):
 
 
 class Brightness:
-    """Embeds pictures by how bright they are, captions by how long: scores of every value, made without a model."""
+    """Embeds images by how bright they are, captions by how long: scores of every value, made without a model."""
 
     image_size = (8, 8)
     fingerprint = "brightness"
@@ -83,7 +86,7 @@ def test_a_cluster_writes_the_same_bytes(corpus, engine, tmp_path):
     assert funnel["kept"] > 5
 
 
-def test_the_closest_picture_does_not_depend_on_how_the_product_is_shared_out():
+def test_the_closest_image_does_not_depend_on_how_the_product_is_shared_out():
     random = np.random.default_rng(0)
     against = random.normal(size=(700, 48)).astype(np.float32)
     zimg = np.concatenate([against[:40], random.normal(size=(500, 48)).astype(np.float32)])
@@ -121,27 +124,24 @@ def test_a_task_that_raises_or_kills_its_process_costs_nobody_else(engine, tmp_p
     assert capfd.readouterr() == ("", "")
 
 
-def sleep(seconds: float) -> float:
-    time.sleep(seconds)
-    return seconds
+@pytest.mark.slow
+def test_a_machine_that_does_not_share_the_folder_is_named(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_marker", "/elsewhere/.cluster-1")
+    with pytest.raises(UserError, match=f"machine {socket.gethostname()} does not see '/elsewhere/.cluster-1'; --out"):
+        list(engine.map(len, ["a", "bc"]))
 
 
 @pytest.mark.slow
-def test_a_cluster_without_machines_is_told_of_once(engine, monkeypatch):
-    monkeypatch.setattr(ray_engine, "_RECOUNT_S", 0.01)
-    monkeypatch.setattr(ray_engine, "_NODE_S", 0.05)
-    with pytest.warns(UserWarning, match="0.05 s without a machine that can take a task; start one") as told:
-        assert list(engine._run(sleep, deque([0.2, 0.1]), {"num_cpus": 1}, lambda: 0)) == [(0.2, 0.2), (0.1, 0.1)]
-    assert len(told) == 1
-
-
-def test_folders_that_killed_drivers_left_are_removed():
-    with contextlib.ExitStack() as cleanup:
-        used = ray_engine._make_folder(cleanup)
-        left = tempfile.mkdtemp(prefix=ray_engine._TEMPORARY, dir="/tmp")
-        other = ray_engine._make_folder(cleanup)
-        assert os.path.exists(used) and os.path.exists(other) and not os.path.exists(left)
-    assert not os.path.exists(used) and not os.path.exists(other)
+def test_the_marker_goes_and_the_cluster_stays(engine):
+    assert Path(engine._marker).exists()
+    program = (
+        "import sys; from pathlib import Path; from data_pipelines.curate.ray_engine import RayEngine\n"
+        "with RayEngine(Path(sys.argv[1]), address=sys.argv[2]) as engine: assert list(Path(sys.argv[1]).iterdir())"
+    )
+    folder = Path(engine._marker).parent / "other"
+    for _ in range(2):  # the first one leaves a cluster for the second
+        subprocess.run([sys.executable, "-c", program, str(folder), engine._address], cwd=ROOT, check=True)
+        assert folder.is_dir() and not list(folder.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -161,55 +161,52 @@ def test_nobody_at_the_address(tmp_path, address, message):
 
 
 @pytest.mark.slow
-def test_somebody_else_at_the_address(tmp_path):
+def test_somebody_else_at_the_address(corpus, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(ValueError, match="no Ray cluster answers at .* within 30 s"):
-            RayEngine(tmp_path, address=address).__enter__()
+        process = _curate(corpus, tmp_path / "out", address)
+        _, told = process.communicate(timeout=120)  # Ray tries for 40 s, and says so in lines of its own
+    assert process.returncode == 2
+    assert f"no Ray cluster answers at '{address}'" in told.splitlines()[-1] and "start --head" in told
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
 def test_what_was_scanned_before_a_kill_is_not_scanned_again(corpus, engine, tmp_path):
-    arguments = [*corpus.shards, "--out", str(tmp_path), "--engine", "ray", "--workers", "1"]
-    command = [sys.executable, "-m", "siglip.cli", "data", "curate", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = _curate(corpus, tmp_path, engine._address)
     _wait_for(lambda: list(tmp_path.glob("scan/noisy-*.parquet")), process)
-    (session,) = Path("/tmp").glob(f"{ray_engine._TEMPORARY}*/session_*_{process.pid}")
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not (tmp_path / "manifest.parquet").exists()
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("scan/noisy-*.parquet")}
     assert finished
     curate(corpus.shards, tmp_path, config=CurateConfig(), engine=engine)
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in finished.items())
     assert (tmp_path / "manifest.parquet").exists() and not list(tmp_path.glob(".work-*"))
-    with contextlib.ExitStack() as cleanup:
-        ray_engine._make_folder(cleanup)  # as the next driver that starts a cluster does
-    assert not session.parent.exists()
 
 
 @pytest.mark.slow
 def test_a_machine_is_lost_in_the_middle(corpus, tmp_path):
-    from ray.cluster_utils import Cluster
-
     curate(corpus.shards, tmp_path / "local", config=CurateConfig(), engine=LocalEngine(1), against=corpus.against)
-    machine = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=machine)
-    try:
+    with ray_cluster.running(cpus=1) as cluster:
         second = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
         out = tmp_path / "ray"
-        arguments = [*corpus.shards, "--out", str(out), "--engine", "ray", "--address", cluster.address]
-        command = [sys.executable, "-m", "siglip.cli", "data", "curate", *arguments, "--against", corpus.against]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = _curate(corpus, out, cluster.address, "--against", corpus.against)
         _wait_for(lambda: list(out.glob(".work-*/windows/*.arrow")), process)
         cluster.remove_node(second, allow_graceful=False)
         told, warned = process.communicate(timeout=200)
-    finally:
-        cluster.shutdown()
     assert process.returncode == 0 and not _but_progress(warned)
     assert "pairs kept" in told.splitlines()[-3] and "raylet" not in told
     for name in WRITTEN:
         assert (out / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+
+
+def _curate(corpus, out, address, *flags):
+    """`siglip data curate` on a cluster, in a process of its own."""
+    arguments = [*corpus.shards, "--out", str(out), "--engine", "ray", "--address", address, *flags]
+    command = [sys.executable, "-m", "siglip.cli", "data", "curate", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
 def _but_progress(stderr):

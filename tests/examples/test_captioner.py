@@ -181,7 +181,7 @@ def test_blind_decoders_see_captions_alone(source, mesh):
     assert not np.any(captioner.connector["kernel"])
     heldout = data.read_heldout(SHARDS, image_size=captioner.encoder.spec.image_size, limit=9)
     metrics, written = train.evaluate(captioner, heldout, prompt(), mesh=mesh, batch_size=8, blind=True)
-    assert metrics["loss"] == metrics["wrong_picture"] and len(written) == 9 and len(set(written)) == 1
+    assert metrics["loss"] == metrics["wrong_image"] and len(written) == 9 and len(set(written)) == 1
 
 
 def test_measured_over_all_pictures_whatever_the_batch(stage_1, mesh):

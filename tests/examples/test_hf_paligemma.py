@@ -44,7 +44,7 @@ def test_features_are_ours(source, built):
     assert found["image_tokens"].shape == (2, 36, 36) and np.abs(found["features"]).max() > 0.1
 
 
-def test_what_it_writes_depends_on_the_picture(built):
+def test_what_it_writes_depends_on_the_image(built):
     import torch
 
     model = hf_paligemma.load(built / "paligemma")

@@ -27,7 +27,7 @@ def read_charsmap(blob: bytes) -> dict[str, str]:
     """The map in a `precompiled_charsmap`; empty for an empty blob.
 
     Raises:
-        ValueError: it is cut short.
+        UserError: it is cut short.
     """
     if not blob:
         return {}
@@ -49,7 +49,7 @@ def read_charsmap(blob: bytes) -> dict[str, str]:
 
 
 def _children(units: np.ndarray) -> dict[int, list[int]]:
-    """Position of a node -> places of the units that continue it: those whose byte leads from it to where they lie."""
+    """Position of a node -> positions of its children: the units whose byte leads from the node to their own position."""
     places = np.flatnonzero((units & _VALUE == 0) & (units & 0xFF != 0))
     parents = places ^ (units[places] & 0xFF)
     children = {}

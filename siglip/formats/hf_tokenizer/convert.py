@@ -16,6 +16,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from siglip.errors import UserError
@@ -38,7 +39,7 @@ def tokenizer_json(model: bytes, *, source: str) -> dict[str, Any]:
         source: its name, for errors.
 
     Raises:
-        ValueError: it is no such model, or one that `tokenizers` has no means for.
+        UserError: it is not such a model, or `tokenizers` cannot express it.
     """
     proto = read_sentencepiece(model, source=source)
     pieces, normalizer, trainer = proto.pieces, proto.normalizer_spec, proto.trainer_spec
@@ -80,7 +81,7 @@ def tokenizer_json(model: bytes, *, source: str) -> dict[str, Any]:
 
 
 def tokenizer_config(model: bytes, *, length: int, source: str) -> dict[str, Any]:
-    """The content of tokenizer_config.json beside it: padded with the end token, which no text can spell."""
+    """The content of tokenizer_config.json: texts are padded with the end token, which no text can contain."""
     proto = read_sentencepiece(model, source=source)
     eos, unk = (proto.pieces[i].piece for i in (proto.trainer_spec.eos_id, proto.trainer_spec.unk_id))
     return {
@@ -103,7 +104,7 @@ def read_sentencepiece(model: bytes, *, source: str) -> Any:
     """The ModelProto in the bytes of a .model file.
 
     Raises:
-        ValueError: they hold none, or one without an end token.
+        UserError: they do not hold one, or it has no end token.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
@@ -114,10 +115,23 @@ def read_sentencepiece(model: bytes, *, source: str) -> Any:
     except DecodeError:
         proto.Clear()
     if not proto.pieces:
-        raise UserError(f"tokenizer {source!r} is no SentencePiece model; use a spiece.model")
+        raise UserError(f"tokenizer {source!r} is not a SentencePiece model; use a spiece.model")
     if not 0 <= proto.trainer_spec.eos_id < len(proto.pieces):
         raise UserError(f"tokenizer {source!r} has no end token </s>; train it with an eos_id")
     return proto
+
+
+def read_pieces(tokenizer: Path, *, room: int) -> bytes:
+    """The bytes of a SentencePiece file for a text tower with `room` embeddings.
+
+    Raises:
+        UserError: it is not a SentencePiece model, or has more pieces than the tower has embeddings.
+    """
+    model = tokenizer.read_bytes()
+    count = len(read_sentencepiece(model, source=str(tokenizer)).pieces)
+    if count > room:
+        raise UserError(f"tokenizer {tokenizer} has {count} pieces, the text tower room for {room}; put its own there")
+    return model
 
 
 def _check_supported(proto: Any, table: Mapping[str, str], *, source: str) -> None:
@@ -141,7 +155,7 @@ def _symbols(proto: Any) -> list[str]:
 
 
 def _lower() -> list[dict[str, Any]]:
-    """Python's `str.lower`: a map of characters, but for the final sigma."""
+    """Python's `str.lower`: a map of single characters, except for the final sigma."""
     rules = lower_case_rules()
     between, pairs = "\x01", {c: low for c, low in rules.mapping.items() if len(low) > 1}
     single = {c: low for c, low in rules.mapping.items() if len(low) == 1}
@@ -185,7 +199,7 @@ def _apply(table: Mapping[str, str], symbols: Iterable[str]) -> list[dict[str, A
 
 
 def _composes(apart: str, composed: str) -> bool:
-    """Whether NFC does it, in the oldest Unicode at hand as in the newest: then in every one between."""
+    """Whether NFC composes it in the oldest Unicode at hand and in the newest: then it does in every version between."""
     return all(form.normalize("NFC", apart) == composed for form in (unicodedata, unicodedata.ucd_3_2_0))
 
 
@@ -224,10 +238,10 @@ def _spaces(normalizer: Any) -> list[dict[str, Any]]:
 
 
 def _cuts(pieces: Any, *, source: str) -> dict[str, Any] | None:
-    """Splits texts inside every piece that no text may spell, at a place that no other piece spans.
+    """Splits texts inside every piece that no text may contain, at a place that no other piece spans.
 
     Raises:
-        ValueError: there is no such place in one of them.
+        UserError: one of these pieces has no such place.
     """
     spelt = [piece.piece for piece in pieces if piece.type in (_NORMAL, _USER_DEFINED)]
     spanned = {pair for piece in spelt for pair in zip(piece, piece[1:], strict=False)}

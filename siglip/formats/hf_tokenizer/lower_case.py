@@ -1,9 +1,9 @@
 """Python's `str.lower`, as data: for graphs and files that have to lower-case as training did, without Python.
 
-Every character has its lower-case form, whatever stands around it, but one: the capital sigma becomes "ς" when a cased
-character comes before it and none after it, case-ignorable characters left out of account (Unicode 3.13, Final_Sigma).
+The lower-case form of a character does not depend on its neighbours, with one exception: the capital sigma becomes "ς" when a
+cased character comes before it and none after it, case-ignorable characters not counted (Unicode 3.13, Final_Sigma).
 
-The trap: ICU, Rust and Python each follow their own version of Unicode. These rules are asked of the Python that runs.
+The trap: ICU, Rust and Python each follow their own version of Unicode. These rules come from the Python that runs.
 """
 
 import dataclasses

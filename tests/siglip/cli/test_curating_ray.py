@@ -14,6 +14,7 @@ from siglip.cli import curating, run
 from siglip.cli.curating import ModelScorer
 from siglip.formats import big_vision
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, init_params
+from tests.data_pipelines import ray_cluster
 
 SAMPLE = Path(__file__).parents[3] / "data_pipelines" / "sample"
 SPIECE, HELD = str(SAMPLE / "spiece.model"), str(SAMPLE / "emoji-heldout-00000.tar")
@@ -48,12 +49,14 @@ def test_a_scorer_travels_as_what_it_was_made_from(weights):
 def test_workers_score_as_the_driver_does(weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(curating, "_SECONDS_BETWEEN_LINES", float("inf"))  # on a slow machine there would be lines
     flags = ["--preset", "pali-top-10", "--top-share", "0.5", "--against", HELD, "--batch-size", "16"]
-    flags += ["--model", weights, "--tokenizer", SPIECE, "--workers", "1", "--leak-similarity", "0.9999"]
+    flags += ["--model", weights, "--tokenizer", SPIECE, "--leak-similarity", "0.9999"]
     shard = str(SAMPLE / "emoji-train-00000.tar")
-    for engine in ("local", "ray"):
-        assert run(["data", "curate", shard, "--out", str(tmp_path / engine), "--engine", engine, *flags]) == 0
-        told = capsys.readouterr()
-        assert "pairs kept" in told.out and told.err == ""
+    with ray_cluster.running(cpus=1) as cluster:
+        for engine, where in (("local", ["--workers", "1"]), ("ray", ["--address", cluster.address])):
+            out = str(tmp_path / engine)
+            assert run(["data", "curate", shard, "--out", out, "--engine", engine, *where, *flags]) == 0
+            told = capsys.readouterr()
+            assert "pairs kept" in told.out and told.err == ""
     local, ray = tmp_path / "local" / "manifest.parquet", tmp_path / "ray" / "manifest.parquet"
     assert ray.read_bytes() == local.read_bytes()
     assert np.isfinite(pq.read_table(ray)["leak_similarity"].to_numpy()).all()
@@ -65,9 +68,9 @@ def test_mistakes(tmp_path, capsys, monkeypatch):
         (["--address", "head:6379"], "--address head:6379 is for a cluster; add --engine ray"),
         (["--gpus-per-task", "1"], "--gpus-per-task 1.0 is for a cluster; add --engine ray"),
         (["--engine", "spark"], "local"),
-        (["--engine", "ray", "--address", "head:6379", "--workers", "3"], "--workers 3"),
+        (["--engine", "ray", "--workers", "3"], "--workers 3 is for this machine; a Ray cluster has its own"),
         (["--engine", "ray", "--gpus-per-task", "-1"], "gpus_per_task=-1"),
-        (["--engine", "ray", "--workers", "-1"], "workers=-1"),
+        (["--workers", "-1"], "workers=-1"),
         (["--engine", "ray", "--address", "127.0.0.1:9"], "no Ray cluster answers at '127.0.0.1:9'"),
     ]
     for arguments, message in cases if find_spec("ray") else cases[:-1]:

@@ -1,23 +1,27 @@
 """Exports appear whole and verified, or not at all."""
 
+import contextlib
+import dataclasses
 import importlib.util
 import io
 import re
 import tarfile
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_pipelines.sources.webdataset import TarSource
-from siglip.cli.exporting import sample_inputs
+from siglip.cli.exporting import ExportArgs, sample_inputs
 from siglip.encoder import load
 from siglip.exporting import export as export_module
-from siglip.exporting.export import export
-from siglip.exporting.verification import ExportMismatch, compare
+from siglip.exporting.export import FORMATS, export
+from siglip.exporting.verification import compare, model_outputs
 from siglip.formats import big_vision, hugging_face
 from siglip.formats.big_vision import image_only
+from siglip.formats.export_format import ExportFormat, ExportMismatch
 from siglip.models.two_tower import ModelConfig
 from siglip.training.loop import train
 from tests.siglip.tiny import random_inputs, random_params, square_model
@@ -85,9 +89,9 @@ def test_stacked_blocks_and_towers_without_a_head(tmp_path, source):
         assert not any("MAPHead" in key or "/head/" in key for key in stored)
     model = load(tmp_path / "scan")
     assert model.config.image.pool == "none" and model.config.image.image_size == (48, 48)
-    pictures = random_inputs(model.config)[0]
-    expected = load(source, 48, patch_size=12).image_tokens(pictures)
-    np.testing.assert_allclose(model.image_tokens(pictures), expected, rtol=0, atol=1e-6)
+    images = random_inputs(model.config)[0]
+    expected = load(source, 48, patch_size=12).image_tokens(images)
+    np.testing.assert_allclose(model.image_tokens(images), expected, rtol=0, atol=1e-6)
 
 
 @pytest.fixture
@@ -104,7 +108,7 @@ def samples(config, tokenizer):
 
 
 @pytest.mark.parametrize("format", ["bigvision", "stablehlo"])
-def test_real_pictures_and_texts_are_compared_too(tmp_path, real_source, format):
+def test_real_images_and_texts_are_compared_too(tmp_path, real_source, format):
     report = export(real_source, format=format, out=tmp_path / "out", tower="both", samples=samples)
     assert list(report.differences) == ["random", "sample"]
     for found in report.differences.values():
@@ -136,7 +140,7 @@ def test_both_towers_without_a_tokenizer(tmp_path, monkeypatch, capsys):
     assert "[1, 16, 36]" in run_example(tmp_path / "hf", monkeypatch, capsys)
 
 
-def test_pictures_that_consumers_prepare_otherwise_are_no_samples(tmp_path):
+def test_images_that_consumers_prepare_otherwise_are_no_samples(tmp_path):
     def member(mode, format, **options):
         file = io.BytesIO()
         Image.new(mode, (9, 7), 200 if mode == "L" else (1, 2, 3, 4)[: len(mode)]).save(file, format, **options)
@@ -144,7 +148,7 @@ def test_pictures_that_consumers_prepare_otherwise_are_no_samples(tmp_path):
 
     turned = Image.Exif()
     turned[0x0112] = 6
-    pictures = [
+    images = [
         b"none",
         member("RGB", "JPEG", exif=turned),
         member("RGBA", "PNG"),
@@ -152,13 +156,13 @@ def test_pictures_that_consumers_prepare_otherwise_are_no_samples(tmp_path):
         member("L", "PNG"),
     ]
     with tarfile.open(tmp_path / "few.tar", "w") as tar:
-        for number, content in enumerate(pictures):
+        for number, content in enumerate(images):
             info = tarfile.TarInfo(f"{number}.jpg")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     pairs = TarSource(str(tmp_path / "few.tar"))
-    assert list(sample_inputs(pairs, image_only(square_model()), None).files) == pictures[3:]
-    with pytest.raises(ValueError, match="have pictures but no captions"):
+    assert list(sample_inputs(pairs, image_only(square_model()), None).files) == images[3:]
+    with pytest.raises(ValueError, match="have images but no captions"):
         sample_inputs(pairs, square_model(), SAMPLE / "spiece.model")
 
 
@@ -169,7 +173,7 @@ def test_a_saved_model_is_compared_on_files_and_strings(tmp_path, real_source):
     with pytest.raises(ValueError, match="pass samples="):
         export(real_source, format="savedmodel", out=tmp_path / "other")
     (real_source.parent / "spiece.model").unlink()
-    with pytest.raises(ValueError, match="has no tokenizer, and a SavedModel takes raw text"):
+    with pytest.raises(ValueError, match="a SavedModel takes raw texts, but the source has no tokenizer"):
         export(real_source, format="savedmodel", out=tmp_path / "other", tower="both", samples=samples)
 
 
@@ -204,17 +208,64 @@ def test_nothing_stays_behind(tmp_path, source, monkeypatch):
         export(source, format="hf", out=tmp_path / "source")
     with pytest.raises(ValueError, match="only --format bigvision writes a lone npz"):
         export(source, format="hf", out=tmp_path / "x.npz")
+    with pytest.raises(ValueError, match="layout='scan': --format hf has loop"):
+        export(source, format="hf", out=tmp_path / "x", layout="scan")
+    with pytest.raises(ValueError, match="format='onnx' is not one of hf, bigvision, stablehlo, savedmodel"):
+        export(source, format="onnx", out=tmp_path / "x")
     # A config file that is left from another npz would be believed.
     (tmp_path / "x.config.json").touch()
     with pytest.raises(FileExistsError, match="x.config.json"):
         export(source, format="bigvision", out=tmp_path / "x.npz")
     (tmp_path / "x.config.json").unlink()
 
-    real = hugging_face.names.to_hugging_face
-    monkeypatch.setattr(hugging_face.names, "to_hugging_face", lambda a, kind: real(a * np.float32(1.001), kind))
+    real = hugging_face.key_maps.to_hugging_face
+    monkeypatch.setattr(hugging_face.key_maps, "to_hugging_face", lambda a, kind: real(a * np.float32(1.001), kind))
     with pytest.raises(ExportMismatch, match="image_tokens differs from its source by"):
         export(source, format="hf", out=tmp_path / "x" / "y", tower="image")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_new_format_is_a_description_and_a_line_in_the_list(tmp_path, source, monkeypatch):
+    """What a contributor writes: how it is written, how its users read it, and an example."""
+
+    def write(folder, params, config, *, tokenizer, layout):
+        np.save(folder / "kernel.npy", params["img"]["embedding"]["kernel"])
+
+    def outputs(folder, cases):
+        found = [model_outputs(load(source), image_alone(case)) for case in cases]
+        return [{name: array * scale for name, array in case.items()} for case in found]
+
+    def example(config, has_tokenizer):
+        return f"```python\nimport numpy\n\nprint(numpy.load('kernel.npy').shape, HEIGHT, WIDTH, {has_tokenizer})\n```"
+
+    toy = ExportFormat("numpy", write, example, outputs, contract=lambda config, has_tokenizer: ["- only a kernel"])
+    monkeypatch.setitem(FORMATS, "toy", toy)
+    scale = 1
+    report = export(source, format="toy", out=tmp_path / "out")
+    assert report.verified and report.differences == {"random": {"image_tokens": 0, "image_embedding": 0}}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: numpy" in card and "- only a kernel" in card
+    monkeypatch.chdir(tmp_path / "out")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(re.search(r"```python\n(.*?)```", card, re.S)[1], {})
+    assert out.getvalue() == "(8, 8, 3, 36) 32 32 False\n"
+
+    scale = 1 + 1e-4  # what its users read is held against the source, as for every other format
+    with pytest.raises(ExportMismatch, match="image_tokens differs"):
+        export(source, format="toy", out=tmp_path / "other")
+    scale = 1
+    monkeypatch.setitem(FORMATS, "toy", dataclasses.replace(toy, needs=("no_such_package",)))
+    with pytest.raises(ValueError, match="is not a model"):  # then our own reader has to read it
+        export(source, format="toy", out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def image_alone(case):
+    return dataclasses.replace(case, tokens=None)
+
+
+def test_the_command_line_offers_every_format():
+    assert get_args(get_type_hints(ExportArgs)["format"]) == tuple(FORMATS)
 
 
 def test_not_a_number_does_not_pass():

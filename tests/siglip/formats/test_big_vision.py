@@ -10,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from siglip.encoder import load_encoder
+from siglip.errors import UserError
 from siglip.formats import big_vision, key_maps
+from siglip.formats.big_vision import image_only
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, make_model, param_shapes
 from siglip.trees import flatten
 from tests.siglip import numpy_model
@@ -170,6 +173,37 @@ def test_shapes_that_tell_all_need_no_file_beside(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m.npz"]
     with np.load(tmp_path / "m.npz") as stored:
         assert set(stored) == {f"params/{path}" for path in flatten(param_shapes(config))}
+
+
+def test_a_tree_of_another_model_is_refused_and_leaves_no_file(tmp_path):
+    config = square_model()
+    params = random_params(config)
+    del params["img"]["Transformer"]["encoderblock_1"]
+    params["img"]["extra"] = np.zeros(3, np.float32)
+    with pytest.raises(UserError, match="does not fit the model .* lacks .*encoderblock_1.* has unknown img/extra"):
+        big_vision.write(tmp_path / "ft.npz", params, config)
+    with pytest.raises(UserError, match="lacks 9 keys: .*txt/head/kernel"):
+        big_vision.write(tmp_path / "ft.npz", {"img": random_params(config)["img"]}, config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tower_that_was_cut_is_refused_because_no_reader_would_take_it(tmp_path):
+    config = image_only(square_model())
+    big_vision.write(tmp_path / "m.npz", random_params(config), config)
+    cut = load_encoder(tmp_path / "m.npz", layer=-2)
+    cut_config = ModelConfig(cut.config, text=None, out_dim=(cut.head_dim, None))
+    with pytest.raises(UserError, match=r"cut.npz is not written: .*encoder_norm.*load_encoder\('cut.npz', layer=-2\)"):
+        big_vision.write(tmp_path / "cut.npz", {"img": cut.params}, cut_config)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.npz"]
+
+
+def test_the_config_file_of_another_model_does_not_stay_beside_a_new_one(tmp_path):
+    odd, square = square_model(image={"image_size": (16, 24)}), square_model()
+    big_vision.write(tmp_path / "m.npz", random_params(odd), odd)
+    assert (tmp_path / "m.config.json").exists()
+    big_vision.write(tmp_path / "m.npz", random_params(square), square)
+    assert big_vision.read(tmp_path / "m.npz")[1].image.image_size == (32, 32)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.npz"]
 
 
 def test_stacking_is_the_inverse_of_unstacking():

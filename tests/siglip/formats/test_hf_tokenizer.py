@@ -131,8 +131,8 @@ def files():
 
 def our_pixels(file: bytes, size: int) -> np.ndarray:
     """As Pillow resizes; what the training pipeline does may be 1/255 off where it has a faster resizer."""
-    picture = decode_image(file, max_pixels=1 << 25).resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(picture).astype(np.float32) / 127.5 - 1
+    image = decode_image(file, max_pixels=1 << 25).resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image).astype(np.float32) / 127.5 - 1
 
 
 @pytest.mark.interop
@@ -208,7 +208,7 @@ def test_models_that_cannot_be_expressed_are_refused(model_file):
     refused("before words", trainer_spec__treat_whitespace_as_suffix=True)
     refused("no end token", trainer_spec__eos_id=-1)
     for bytes_ in (b"pieces", b""):
-        with pytest.raises(ValueError, match="'x' is no SentencePiece model"):
+        with pytest.raises(ValueError, match="'x' is not a SentencePiece model"):
             convert.tokenizer_json(bytes_, source="x")
 
 

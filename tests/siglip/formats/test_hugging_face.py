@@ -153,7 +153,10 @@ def test_a_config_in_the_style_of_siglip_2(tmp_path):
         ({"model_type": "clip"}, "'siglip', 'siglip_vision_model' and 'paligemma' can"),
         ({}, "model_type=None cannot be read"),
         ({"model_type": "siglip", "vision_config": [768]}, "vision_config and text_config are objects"),
-        ({"model_type": "paligemma", "vision_config": {"image_size": 224.5}}, "image_size=224.5 is no positive number"),
+        (
+            {"model_type": "paligemma", "vision_config": {"image_size": 224.5}},
+            "image_size=224.5 is not a positive number",
+        ),
         (
             {
                 "model_type": "siglip_vision_model",
@@ -162,8 +165,8 @@ def test_a_config_in_the_style_of_siglip_2(tmp_path):
                 "hidden_size": "768",
                 "patch_size": 0,
             },
-            "vision hidden_act='gelu' is .*; vision num_channels=1 is not supported, only 3; vision hidden_size='768' is no "
-            "positive number; vision patch_size=0 is no positive number",
+            "vision hidden_act='gelu' is .*; vision num_channels=1 is not supported, only 3; vision hidden_size='768' is not a "
+            "positive number; vision patch_size=0 is not a positive number",
         ),
         ({"model_type": "siglip_vision_model", "num_attention_heads": 7}, "width=768 does not divide into num_heads=7"),
         (

@@ -54,8 +54,8 @@ def written(tmp_path_factory):
 
 def resized(file: bytes, size: tuple[int, int]) -> np.ndarray:
     """As Pillow resizes; what the training pipeline does may be 1/255 off where it has a faster resizer."""
-    picture = decode_image(file, max_pixels=1 << 25)
-    return np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
+    image = decode_image(file, max_pixels=1 << 25)
+    return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR))
 
 
 def check_outputs(params: dict, files: list[bytes], found: dict[str, np.ndarray]) -> None:
@@ -137,7 +137,7 @@ def test_the_image_tower_alone(tmp_path, files, pool):
     np.testing.assert_allclose(found["image_tokens"], np.asarray(expected), rtol=0, atol=1e-5)
 
 
-def test_damaged_pictures_are_errors_that_say_so(written, files):
+def test_damaged_images_are_errors_that_say_so(written, files):
     run = tf.saved_model.load(str(written[0])).signatures["pixels"]
     cases = ((b"", "neither JPEG"), (b"hello", "neither JPEG"), (files[0][:-300], "Invalid JPEG data"))
     for data, words in cases:
@@ -147,7 +147,7 @@ def test_damaged_pictures_are_errors_that_say_so(written, files):
 
 def test_texts_need_their_tokenizer(tmp_path):
     params = random_params(config())
-    with pytest.raises(ValueError, match="brings no tokenizer.*--tower image"):
+    with pytest.raises(ValueError, match="has no tokenizer.*--tower image"):
         saved_model.write(tmp_path, params, config(), tokenizer=None)
     small = square_model(text={"vocab_size": 61})
     with pytest.raises(ValueError, match="has 4000 pieces, the text tower room for 61"):
@@ -200,7 +200,7 @@ def pixels():
     return run
 
 
-def picture(height: int, width: int, channels: int = 3) -> Image.Image:
+def image(height: int, width: int, channels: int = 3) -> Image.Image:
     """Soft blobs: neither flat, nor noise that JPEG would only destroy."""
     small = np.random.default_rng(height * width).integers(
         0, 256, (height // 8 + 2, width // 8 + 2, channels), np.uint8
@@ -235,8 +235,8 @@ def png(rows: np.ndarray, depth: int, colour: int, *chunks: tuple[bytes, bytes])
 
 
 def encoded_files() -> dict[str, bytes]:
-    rgb, rng = picture(60, 75), np.random.default_rng(0)
-    rgba = Image.merge("RGBA", [*rgb.split(), picture(60, 75, 1)])
+    rgb, rng = image(60, 75), np.random.default_rng(0)
+    rgba = Image.merge("RGBA", [*rgb.split(), image(60, 75, 1)])
     noise = rng.integers(0, 256, (24, 48), np.uint8)
     palette = (b"PLTE", noise.tobytes()[:768])
     files = {
@@ -292,6 +292,6 @@ def test_resizing_is_pillows_to_the_bit(pixels, height, width, size):
 
 
 def test_what_the_docstring_refuses_is_refused(pixels):
-    for file in (saved(picture(9, 9).quantize(16), "BMP"), saved(picture(9, 9), "AVIF"), saved(picture(9, 9), "TIFF")):
+    for file in (saved(image(9, 9).quantize(16), "BMP"), saved(image(9, 9), "AVIF"), saved(image(9, 9), "TIFF")):
         with pytest.raises(tf.errors.InvalidArgumentError, match="neither JPEG, PNG, WebP, GIF nor BMP of 24 bits"):
             pixels(file, (24, 30))

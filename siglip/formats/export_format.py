@@ -1,0 +1,80 @@
+"""What an export has to know about a format. Each format describes itself in its own module, as `EXPORT`;
+siglip/exporting/export.py lists them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from siglip.errors import RunFailed
+from siglip.models.two_tower import ModelConfig
+
+TOKENIZER_FILE = "spiece.model"  # beside every model whose texts it encodes
+Layout = Literal["loop", "scan"]
+Outputs = dict[str, np.ndarray]
+
+
+class ExportMismatch(RunFailed):
+    """What was written does not read back as its source."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What the source and its export are both fed.
+
+    Attributes:
+        name: "random" or "sample".
+        images: float32 [b, h, w, 3] in [-1, 1], as our pipeline prepares them.
+        tokens: int32 [k, l], likewise, or None for an image tower alone.
+        files: the images as encoded files, for a format that decodes them itself.
+        texts: the texts, for a format that tokenizes them itself; () where there is no tokenizer.
+    """
+
+    name: str
+    images: np.ndarray
+    tokens: np.ndarray | None
+    files: Sequence[bytes] = ()
+    texts: Sequence[str] = ()
+
+
+def _nothing(config: ModelConfig, has_tokenizer: bool) -> Sequence[str]:
+    return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportFormat:
+    """A format that describes itself.
+
+    Attributes:
+        library: what loads it, as model hubs call it.
+        write: (folder, params, config, *, tokenizer: Path | None, layout) -> None: writes the model into an empty folder.
+            Raises UserError where the format cannot express it.
+        example: (config, has tokenizer) -> text and code for the model card, run in the folder; HEIGHT, WIDTH and LENGTH in it
+            become the model's numbers.
+        outputs: (folder, inputs) -> what the written model gives, through the reader that its users have; None where that is
+            `siglip.load`. Raises ExportMismatch.
+        needs: packages of that reader; without them `siglip.load` reads the export back, and the report says so.
+        check: (config, has tokenizer) -> None: raises UserError before anything is computed.
+        contract: (config, has tokenizer) -> further lines for the model card on what to feed.
+        warnings: (config, has tokenizer) -> what whoever exports should know.
+        takes_files: it takes encoded images and raw texts, so noise cannot be fed to it.
+        holds_tokenizer: it writes the tokenizer that it is given.
+        layouts: of the transformer's blocks, one by one or stacked.
+        lone_file: the file in the folder that is a model without the rest, so that --out may name it.
+    """
+
+    library: str
+    write: Callable[..., None]
+    example: Callable[[ModelConfig, bool], str]
+    outputs: Callable[[Path, Sequence[Inputs]], list[Outputs]] | None = None
+    needs: Sequence[str] = ()
+    check: Callable[[ModelConfig, bool], Any] = _nothing
+    contract: Callable[[ModelConfig, bool], Sequence[str]] = _nothing
+    warnings: Callable[[ModelConfig, bool], Sequence[str]] = _nothing
+    takes_files: bool = False
+    holds_tokenizer: bool = True
+    layouts: tuple[Layout, ...] = ("loop",)
+    lone_file: str | None = None

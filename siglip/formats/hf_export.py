@@ -1,0 +1,175 @@
+"""The export for `transformers`: what it is fed, how it is read back, and the examples of its model card.
+
+The trap: a checkpoint that loads need not be right. transformers fills a weight that it does not find with random numbers
+and warns, so missing and unexpected keys fail an export.
+"""
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from siglip.formats import hugging_face
+from siglip.formats.export_format import ExportFormat, ExportMismatch, Inputs, Outputs
+from siglip.models.two_tower import ModelConfig
+
+_PIPELINE_LENGTH = 64
+_UPRIGHT = (
+    "- the preprocessor here resizes and scales to the same pixels, but only calls `convert('RGB')` before: turn images "
+    "upright (`ImageOps.exif_transpose`), put transparent ones over white and scale 16-bit grey to 8 bits yourself"
+)
+_TOKENIZER = (
+    "- the tokenizer here gives the ids of training with `padding='max_length', truncation=True`; a `</s>` typed in a text is "
+    "text"
+)
+_NO_TOKENIZER = "- no tokenizer is here, because the source had none: use that of training"
+_EXAMPLE_IMAGES = """
+Run in this folder, with `pip install transformers torch pillow`.
+
+```python
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, SiglipVisionModel
+
+processor = AutoImageProcessor.from_pretrained(".")
+model = SiglipVisionModel.from_pretrained(".")
+image = Image.new("RGB", (640, 480))
+with torch.no_grad():
+    tokens = model(**processor(image, return_tensors="pt")).last_hidden_state
+print(tokens.shape)
+```
+"""
+_EXAMPLE_PIPELINE = """
+Run in this folder, with `pip install transformers torch pillow`.
+
+```python
+from PIL import Image
+from transformers import pipeline
+
+classify = pipeline("zero-shot-image-classification", model=".")
+image = Image.new("RGB", (640, 480), "red")
+print(classify(image, candidate_labels=["a red wall", "two cats"]))
+```
+"""
+_EXAMPLE_BOTH = """
+Run in this folder, with `pip install transformers torch pillow`.
+
+```python
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, SiglipModel
+
+processor, tokenizer = AutoImageProcessor.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+model = SiglipModel.from_pretrained(".")
+image = Image.new("RGB", (640, 480), "red")
+texts = tokenizer(["a red wall", "two cats"], padding="max_length", truncation=True, return_tensors="pt")
+with torch.no_grad():
+    logits = model(**processor(image, return_tensors="pt"), **texts).logits_per_image
+print(torch.sigmoid(logits))
+```
+"""
+
+
+def outputs(folder: Path, cases: Sequence[Inputs]) -> list[Outputs]:
+    """What `transformers` gives, its preprocessor and tokenizer included where there are files and texts.
+
+    Raises:
+        ExportMismatch: it does not find every weight, or finds one it does not know.
+    """
+    # transformers 4 imports TensorFlow wherever it finds it, which costs seconds and half a gigabyte.
+    os.environ.setdefault("USE_TF", "0")
+    from transformers import AutoModel
+
+    model, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
+    check_all_loaded(loading)
+    model = model.float().eval()
+    return [_preprocessed(folder, case) | _torch_outputs(model, case) for case in cases]
+
+
+def check_all_loaded(loading: Mapping[str, Any]) -> None:
+    """Raises ExportMismatch if transformers' loading info has a key that is missing, unexpected or of another shape."""
+    bad = {kind: sorted(keys) for kind, keys in loading.items() if kind.endswith("_keys") and keys}
+    if bad:
+        raise ExportMismatch(f"transformers did not load the weights as they are: {bad}")
+
+
+def _torch_outputs(model: Any, inputs: Inputs) -> Outputs:
+    import torch
+
+    pixels = torch.from_numpy(np.ascontiguousarray(inputs.images.transpose(0, 3, 1, 2)))
+    with torch.no_grad():
+        if inputs.tokens is None:
+            vision = getattr(model, "vision_model", model)(pixel_values=pixels)
+        else:
+            both = model(pixel_values=pixels, input_ids=torch.from_numpy(inputs.tokens).long())
+            vision = both.vision_model_output
+    found = {"image_tokens": vision.last_hidden_state}
+    if inputs.tokens is not None:
+        found |= {"image_embedding": both.image_embeds, "text_embedding": both.text_embeds}
+        found |= {"logits": both.logits_per_image, "probabilities": torch.sigmoid(both.logits_per_image)}
+    elif vision.pooler_output is not None:
+        found["image_embedding"] = torch.nn.functional.normalize(vision.pooler_output)
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+def _preprocessed(folder: Path, inputs: Inputs) -> Outputs:
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    outputs: Outputs = {}
+    if inputs.files:
+        from PIL import Image
+
+        # The preprocessor of transformers neither turns images upright nor puts them over white: that is its caller's part.
+        images = [Image.open(io.BytesIO(file)) for file in inputs.files]
+        pixels = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="np")["pixel_values"]
+        outputs["pixels"] = np.asarray(pixels, np.float32).transpose(0, 2, 3, 1)
+    if inputs.texts:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer(list(inputs.texts), padding="max_length", truncation=True, return_tensors="np")["input_ids"]
+        outputs["tokens"] = np.asarray(ids, np.int32)
+    return outputs
+
+
+def pipeline_length_warning(config: ModelConfig) -> str:
+    """A warning where transformers' zero-shot pipeline, which makes every text 64 tokens long, cannot be used; else empty."""
+    if config.text is None or config.text.length == _PIPELINE_LENGTH:
+        return ""
+    return (
+        f"texts have {config.text.length} tokens, but pipeline('zero-shot-image-classification') pads or cuts them to "
+        f"{_PIPELINE_LENGTH}; call the tokenizer and the model directly"
+    )
+
+
+def _contract(config: ModelConfig, has_tokenizer: bool) -> list[str]:
+    if config.text is None:
+        return [_UPRIGHT]
+    warning = pipeline_length_warning(config)
+    return [_UPRIGHT, _TOKENIZER if has_tokenizer else _NO_TOKENIZER, *([f"- note: {warning}"] if warning else [])]
+
+
+def _warnings(config: ModelConfig, has_tokenizer: bool) -> list[str]:
+    lacking = config.text is not None and not has_tokenizer
+    return [pipeline_length_warning(config), "the source has no tokenizer, so the folder has none" if lacking else ""]
+
+
+def _example(config: ModelConfig, has_tokenizer: bool) -> str:
+    if config.text is None or not has_tokenizer:
+        return _EXAMPLE_IMAGES
+    return _EXAMPLE_BOTH if pipeline_length_warning(config) else _EXAMPLE_PIPELINE
+
+
+EXPORT = ExportFormat(
+    library="transformers",
+    write=lambda folder, params, config, *, tokenizer, layout: hugging_face.write(
+        folder, params, config, tokenizer=tokenizer
+    ),
+    example=_example,
+    outputs=outputs,
+    needs=("transformers", "torch"),
+    check=lambda config, has_tokenizer: hugging_face.check_expressible(config),
+    contract=_contract,
+    warnings=_warnings,
+)
