@@ -10,8 +10,7 @@ import pytest
 from siglip.encoder import Encoder, load
 from siglip.formats import big_vision, hugging_face
 from siglip.formats.big_vision import image_only
-
-from .tiny import random_inputs, random_params, square_model
+from tests.siglip.tiny import random_inputs, random_params, square_model
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,8 @@ from siglip import trees
 from siglip.encoder import EncoderSpec, ImageEncoder, load_encoder
 from siglip.formats import big_vision, key_maps
 from siglip.parallel import sharding
-
-from . import numpy_model
-from .tiny import random_inputs, random_params, square_model
+from tests.siglip import numpy_model
+from tests.siglip.tiny import random_inputs, random_params, square_model
 
 
 @pytest.fixture

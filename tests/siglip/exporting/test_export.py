@@ -20,9 +20,8 @@ from siglip.formats import big_vision, hugging_face
 from siglip.formats.big_vision import image_only
 from siglip.models.two_tower import ModelConfig
 from siglip.training.loop import train
-
-from .tiny import random_inputs, random_params, square_model
-from .tiny_run import TinyBatches, tiny_config, use_devices
+from tests.siglip.tiny import random_inputs, random_params, square_model
+from tests.siglip.tiny_run import TinyBatches, tiny_config, use_devices
 
 SAMPLE = Path(__file__).parents[3] / "data_pipelines" / "sample"
 HAS_TRANSFORMERS = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))

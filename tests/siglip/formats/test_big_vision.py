@@ -13,9 +13,8 @@ import pytest
 from siglip.formats import big_vision, key_maps
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, make_model, param_shapes
 from siglip.trees import flatten
-
-from . import numpy_model
-from .tiny import ODD_IMAGE, ODD_TEXT, random_inputs, random_params, square_model
+from tests.siglip import numpy_model
+from tests.siglip.tiny import ODD_IMAGE, ODD_TEXT, random_inputs, random_params, square_model
 
 
 def flat_params(config: ModelConfig) -> dict[str, np.ndarray]:

@@ -17,8 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from siglip.formats import big_vision, hugging_face
 from siglip.formats.containers import LazyArray, open_npz, open_safetensors, write_npz, write_safetensors
-
-from .tiny import random_params, square_model
+from tests.siglip.tiny import random_params, square_model
 
 RNG = np.random.default_rng(0)
 ARRAYS = {

@@ -19,9 +19,8 @@ from siglip.formats import hugging_face
 from siglip.formats.hf_tokenizer import convert
 from siglip.formats.hf_tokenizer.charsmap import read_charsmap, write_charsmap
 from siglip.formats.hf_tokenizer.lower_case import lower_case_rules
-
-from .texts import HAND_PICKED, SAMPLE, SPIECE, STRINGS, captions
-from .tiny import random_params, square_model
+from tests.siglip.texts import HAND_PICKED, SAMPLE, SPIECE, STRINGS, captions
+from tests.siglip.tiny import random_params, square_model
 
 LENGTH = 64
 # The sample's own, and the kinds that published models have: C4's and multilingual C4's, Gemma's, and what is left.

@@ -14,9 +14,8 @@ from siglip.formats.big_vision import image_only
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.models.vit import sincos2d
 from siglip.trees import flatten
-
-from .test_big_vision import same
-from .tiny import random_inputs, random_params, square_model
+from tests.siglip.formats.test_big_vision import same
+from tests.siglip.tiny import random_inputs, random_params, square_model
 
 TOKENIZER = Path(data_pipelines.sample.__file__).parent / "spiece.model"
 

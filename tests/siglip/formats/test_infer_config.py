@@ -11,8 +11,7 @@ from siglip.formats import big_vision, key_maps
 from siglip.formats.infer_config import expected_shapes, infer_config
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, param_shapes
 from siglip.trees import flatten
-
-from .tiny import ODD_IMAGE, ODD_TEXT, random_params, square_model
+from tests.siglip.tiny import ODD_IMAGE, ODD_TEXT, random_params, square_model
 
 
 def two_towers(variant: str, size: int, *, text: str, vocab_size: int = 32_000, length: int = 64, head: bool = True):

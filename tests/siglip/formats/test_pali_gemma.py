@@ -11,9 +11,8 @@ from siglip.encoder import Encoder
 from siglip.formats import big_vision, hugging_face, key_maps
 from siglip.models.two_tower import ImageConfig, ModelConfig
 from siglip.trees import flatten
-
-from .test_big_vision import same
-from .tiny import random_inputs, random_params
+from tests.siglip.formats.test_big_vision import same
+from tests.siglip.tiny import random_inputs, random_params
 
 TOWER = ModelConfig(
     ImageConfig("mu/14", width=36, depth=3, num_heads=4, image_size=(56, 56), pool="none", scan=True),

@@ -20,9 +20,8 @@ from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.encoder import Encoder
 from siglip.formats import saved_model, tf_pixels, tf_tokens
 from siglip.formats.big_vision import image_only
-
-from .texts import HAND_PICKED, SAMPLE, SPIECE, STRINGS, captions
-from .tiny import random_params, square_model
+from tests.siglip.texts import HAND_PICKED, SAMPLE, SPIECE, STRINGS, captions
+from tests.siglip.tiny import random_params, square_model
 
 # Importing TensorFlow alone takes longer than a fast test may.
 pytestmark = pytest.mark.slow

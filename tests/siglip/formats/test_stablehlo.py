@@ -13,9 +13,8 @@ from siglip.formats.big_vision import image_only
 from siglip.formats.key_maps import unstack_blocks
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.trees import flatten
-
-from . import numpy_model
-from .tiny import ODD_IMAGE, ODD_TEXT, random_inputs, random_params, square_model
+from tests.siglip import numpy_model
+from tests.siglip.tiny import ODD_IMAGE, ODD_TEXT, random_inputs, random_params, square_model
 
 ODD = ModelConfig(
     ImageConfig(**ODD_IMAGE, image_size=(20, 34), scan=True, pool="tok"), TextConfig(**ODD_TEXT, pool="map"), (21, 21)

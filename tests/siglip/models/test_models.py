@@ -12,9 +12,8 @@ from siglip.losses import sigmoid_loss
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, init_params, make_model, param_shapes
 from siglip.models.vit import sincos2d
 from siglip.trees import flatten, unflatten
-
-from . import numpy_model
-from .tiny import ODD_IMAGE, ODD_TEXT, random_inputs, random_params
+from tests.siglip import numpy_model
+from tests.siglip.tiny import ODD_IMAGE, ODD_TEXT, random_inputs, random_params
 
 # The reference numbers are float32, made on another machine: rounding alone reaches 3e-6.
 TOLERANCE = 1e-5

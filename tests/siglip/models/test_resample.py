@@ -6,8 +6,7 @@ import pytest
 
 from siglip.encoder import Encoder
 from siglip.models.resample import resample, resample_patches, resample_positions
-
-from .tiny import random_params, square_model
+from tests.siglip.tiny import random_params, square_model
 
 
 @pytest.mark.parametrize(
