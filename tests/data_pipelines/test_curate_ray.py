@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from noisy import make_corpus
 
 from data_pipelines.curate import ray_engine
 from data_pipelines.curate.config import CurateConfig
@@ -23,6 +22,7 @@ from data_pipelines.curate.engine import LocalEngine, WorkerDied
 from data_pipelines.curate.ray_engine import RayEngine
 from data_pipelines.curate.run import curate
 from data_pipelines.curate.scoring import closest
+from tests.data_pipelines.noisy import make_corpus
 
 # Not imported here: Ray reads its settings once, and the engine makes them.
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed")
@@ -34,7 +34,7 @@ WRITTEN = ("manifest.parquet", "funnel.json", "report.html")
 def engine(tmp_path_factory):
     """Ray on this machine, started once. Its processes find this file's functions through PYTHONPATH."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         with RayEngine(tmp_path_factory.mktemp("cluster"), workers=2) as engine:
             yield engine
 

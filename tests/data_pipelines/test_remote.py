@@ -9,15 +9,15 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
-import http_server
 import pytest
-from http_server import Server, serving
-from shards import write_pairs
 
 from data_pipelines.records import ShardLost
 from data_pipelines.sources import files, remote
 from data_pipelines.sources.opening import open_source
 from data_pipelines.sources.webdataset import TarSource
+from tests.data_pipelines import http_server
+from tests.data_pipelines.http_server import Server, serving
+from tests.data_pipelines.shards import write_pairs
 
 DATA = bytes(range(256)) * 40
 

@@ -156,7 +156,7 @@ def test_close_leaves_no_process_and_no_descriptor(tmp_path):
 def test_workers_follow_a_parent_that_was_killed(tmp_path):
     script = (
         "import os, pathlib, signal\n"
-        "from test_workers import Numbered, WorkerPool\n"
+        "from tests.data_pipelines.test_workers import Numbered, WorkerPool\n"
         "if __name__ == '__main__':\n"
         f"    pool = WorkerPool(Numbered(1000, pathlib.Path({str(tmp_path)!r})), workers=2, threads=1, prefetch=2)\n"
         "    next(pool)\n"
@@ -165,7 +165,7 @@ def test_workers_follow_a_parent_that_was_killed(tmp_path):
     )
     path = tmp_path / "parent.py"
     path.write_text(script)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True, timeout=60)
     pids = done.stdout.split()
     assert len(pids) == 2, done.stderr
