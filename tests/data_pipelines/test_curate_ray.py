@@ -25,7 +25,10 @@ from data_pipelines.curate.scoring import closest
 from tests.data_pipelines.noisy import make_corpus
 
 # Not imported here: Ray reads its settings once, and the engine makes them.
-pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed")
+pytestmark = [
+    pytest.mark.slow,  # starting Ray takes longer than a fast test may
+    pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed"),
+]
 ROOT = Path(__file__).parents[2]
 WRITTEN = ("manifest.parquet", "funnel.json", "report.html")
 
@@ -72,7 +75,6 @@ def curate_noisy(corpus, out, engine):
     )  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_cluster_writes_the_same_bytes(corpus, engine, tmp_path):
     funnel = curate_noisy(corpus, tmp_path / "local", LocalEngine(1))
     curate_noisy(corpus, tmp_path / "ray", engine)
@@ -110,7 +112,6 @@ def answer(task: tuple[int, str]) -> int:
     return value * value
 
 
-@pytest.mark.slow
 def test_a_task_that_raises_or_kills_its_process_costs_nobody_else(engine, tmp_path, capfd):
     found = {task[0]: result for task, result in engine.map(answer, [(n, str(tmp_path)) for n in range(12)])}
     raised, died = found.pop(3), found.pop(2)
@@ -126,7 +127,6 @@ def sleep(seconds: float) -> float:
     return seconds
 
 
-@pytest.mark.slow
 def test_a_cluster_without_machines_is_told_of_once(engine, monkeypatch):
     monkeypatch.setattr(ray_engine, "_RECOUNT_S", 0.01)
     monkeypatch.setattr(ray_engine, "_NODE_S", 0.05)
@@ -160,7 +160,6 @@ def test_nobody_at_the_address(tmp_path, address, message):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_somebody_else_at_the_address(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
@@ -168,7 +167,6 @@ def test_somebody_else_at_the_address(tmp_path):
             RayEngine(tmp_path, address=address).__enter__()
 
 
-@pytest.mark.slow
 def test_what_was_scanned_before_a_kill_is_not_scanned_again(corpus, engine, tmp_path):
     arguments = [*corpus.shards, "--out", str(tmp_path), "--engine", "ray", "--workers", "1"]
     command = [sys.executable, "-m", "siglip.cli", "data", "curate", *arguments]
@@ -188,7 +186,6 @@ def test_what_was_scanned_before_a_kill_is_not_scanned_again(corpus, engine, tmp
     assert not session.parent.exists()
 
 
-@pytest.mark.slow
 def test_a_machine_is_lost_in_the_middle(corpus, tmp_path):
     from ray.cluster_utils import Cluster
 
