@@ -62,14 +62,14 @@ def sigmoid_loss(
         t: log temperature, scalar or shape (1,).
         b: bias, scalar or shape (1,).
     """
-    logits = jnp.exp(t) * _matmul(zimg, ztxt.T) + b
+    logits = jnp.exp(t).reshape(()) * _matmul(zimg, ztxt.T) + b.reshape(())
     labels = 2 * jnp.eye(zimg.shape[0], dtype=logits.dtype) - 1
     return -jnp.sum(jax.nn.log_sigmoid(labels * logits)) / zimg.shape[0]
 
 
 def softmax_loss(zimg: Float[Array, "b e"], ztxt: Float[Array, "b e"], t: Float[Array, "..."]) -> Float[Array, ""]:
     """CLIP's loss (arXiv 2103.00020, Figure 3): mean cross-entropy of both directions; there is no bias."""
-    logits = jnp.exp(t) * _matmul(zimg, ztxt.T)
+    logits = jnp.exp(t).reshape(()) * _matmul(zimg, ztxt.T)
     image_to_text = jnp.diagonal(jax.nn.log_softmax(logits, axis=1))
     text_to_image = jnp.diagonal(jax.nn.log_softmax(logits, axis=0))
     return -(jnp.mean(image_to_text) + jnp.mean(text_to_image)) / 2

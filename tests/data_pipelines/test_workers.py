@@ -166,10 +166,10 @@ def test_workers_follow_a_parent_that_was_killed(tmp_path):
     path = tmp_path / "parent.py"
     path.write_text(script)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True, timeout=240)
     pids = done.stdout.split()
     assert len(pids) == 2, done.stderr
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120  # it takes as long as the machine takes, but not for ever
     while any(_running(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)
