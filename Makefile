@@ -7,10 +7,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SAMPLE := data_pipelines/sample
 RUN ?= runs/quickstart
 STEPS ?=
-# Whole files go to a process each: what a file makes once is made once.
+# Whole files go to a process each: what a file makes once is made once. Compiled programs are kept in .pytest_cache/xla.
 PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile --durations 10
+# What compares numbers that floating point rounds.
+NUMERICS := $(addprefix tests/siglip/, test_losses.py models training/test_accumulation.py training/test_optim.py \
+    parallel/test_sharding.py test_encoder.py test_image_encoder.py formats/test_big_vision.py formats/test_stablehlo.py evaluation)
+# The instruction sets of this processor that XLA knows by name; none where there is no /proc/cpuinfo.
+ISA ?= $(shell tr ' ' '\n' < /proc/cpuinfo 2> /dev/null \
+    | awk '/^sse4_2$$/ {a = "SSE4_2"} /^avx2$$/ {b = "AVX2"} /^avx512f$$/ {c = "AVX512"} END {print a, b, c}')
 
-.PHONY: quickstart test slow interop interop5 lint clean
+.PHONY: quickstart test isa slow interop interop5 lint clean
 
 # A .venv whose install was cut short is installed again: the stamp is written last.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
@@ -34,6 +40,14 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m 'not slow' -rs $(PARALLEL)
 
+# Every instruction set adds numbers in an order of its own: tests of numbers must hold for each.
+isa: $(VENV)/.installed
+	for isa in $(ISA); do \
+	    echo "--xla_cpu_max_isa=$$isa"; \
+	    XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_max_isa=$$isa" \
+	        $(BIN)/python -m pytest -m 'not interop' -rs $(PARALLEL) $(NUMERICS) || exit 1; \
+	done
+
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow -rs $(PARALLEL)
 
@@ -51,4 +65,4 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports --config setup.cfg
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .pytest_cache runs build *.egg-info

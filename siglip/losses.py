@@ -61,14 +61,14 @@ def sigmoid_loss(
         t: log temperature, scalar or shape (1,).
         b: bias, scalar or shape (1,).
     """
-    logits = jnp.exp(t) * _matmul(zimg, ztxt.T) + b
+    logits = jnp.exp(t).reshape(()) * _matmul(zimg, ztxt.T) + b.reshape(())
     labels = 2 * jnp.eye(zimg.shape[0], dtype=logits.dtype) - 1
     return -jnp.sum(jax.nn.log_sigmoid(labels * logits)) / zimg.shape[0]
 
 
 def softmax_loss(zimg: Float[Array, "b e"], ztxt: Float[Array, "b e"], t: Float[Array, "..."]) -> Float[Array, ""]:
     """CLIP's loss (arXiv 2103.00020, Figure 3): mean cross-entropy of both directions; there is no bias."""
-    logits = jnp.exp(t) * _matmul(zimg, ztxt.T)
+    logits = jnp.exp(t).reshape(()) * _matmul(zimg, ztxt.T)
     image_to_text = jnp.diagonal(jax.nn.log_softmax(logits, axis=1))
     text_to_image = jnp.diagonal(jax.nn.log_softmax(logits, axis=0))
     return -(jnp.mean(image_to_text) + jnp.mean(text_to_image)) / 2
@@ -189,11 +189,12 @@ def _value_and_grads(zimg, ztxt, t, b, mesh, plan):
     def per_device(zimg, ztxt, t, b):
         pairs = zimg.shape[0] * plan.devices
         temperature, bias = jnp.exp(t.reshape(())), b.reshape(())
-        sums = _Sums(jnp.float32(0), jnp.float32(0), jnp.zeros(zimg.shape, jnp.float32))
+        zero = jnp.zeros((), _sum_dtype(zimg))
+        sums = _Sums(zero, zero, jnp.zeros(zimg.shape, zero.dtype))
         sums, dztxt = walk(sums, zimg, ztxt, temperature, bias, plan)
         # logits = temperature * zimg @ ztxt.T + b gives sum(dlogits * (logits - b)) = sum(zimg * dzimg): dt costs no pass.
         scale = temperature / pairs
-        dt = scale * jnp.sum(zimg.astype(jnp.float32) * sums.dzimg)
+        dt = scale * jnp.sum(zimg.astype(sums.dzimg.dtype) * sums.dzimg)
         loss, dt, db = lax.psum((sums.loss / pairs, dt, sums.dbias / pairs), plan.axes)
         return (
             loss,
@@ -234,7 +235,7 @@ def _all_gather(sums, zimg, ztxt, temperature, bias, plan):
     gathered = gather(0, plan.chunk)
     done = []
     if whole > 1:
-        nothing = jnp.zeros(gathered.shape, jnp.float32)
+        nothing = jnp.zeros(gathered.shape, _sum_dtype(gathered))
         (sums, gathered, dlast), scattered = lax.scan(step, (sums, gathered, nothing), jnp.arange(whole - 1))
         # Every step hands out its predecessor's gradients; the first had none.
         done = [scattered.reshape(-1, ztxt.shape[1])[plan.chunk :], _scatter(dlast, plan)]
@@ -336,7 +337,7 @@ def _add_tile(sums: _Sums, zimg, ztxt, positive_row, temperature, bias, plan):
         loss, dbias, dimages, dztxt = _tile(images, ztxt, row, temperature, bias)
         return (loss_sum + loss, dbias_sum + dbias, dztxt_sum + dztxt), dimages
 
-    carry = (sums.loss, sums.dbias, jnp.zeros(ztxt.shape, jnp.float32))
+    carry = (sums.loss, sums.dbias, jnp.zeros(ztxt.shape, _sum_dtype(ztxt)))
     (loss, dbias, dztxt), dzimg = _over_chunks(step, carry, zimg.shape[0], plan.rows)
     return _Sums(loss, dbias, sums.dzimg + dzimg), dztxt
 
@@ -357,7 +358,11 @@ def _tile(zimg, ztxt, positive_row, temperature, bias):
 
 
 def _matmul(left, right):
-    """Multiplies in the operands' dtype and accumulates in float32."""
+    """Multiplies in the operands' dtype and accumulates in float32, or in float64 if that is theirs."""
     # Accelerators multiply float32 in fewer bits unless told otherwise.
     precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    return jnp.matmul(left, right, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.matmul(left, right, precision=precision, preferred_element_type=_sum_dtype(left))
+
+
+def _sum_dtype(rows) -> jnp.dtype:
+    return jnp.promote_types(rows.dtype, jnp.float32)

@@ -1,19 +1,16 @@
 """Every test sees eight CPU devices, exact float32 matmuls and no network account."""
 
-import atexit
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
-# Many tests, workers of pytest-xdist and processes that tests start compile the same: the second one finds it done.
+# Many tests, workers of pytest-xdist and processes that tests start compile the same, and so does the next run: the second one
+# finds it done. XLA's flags are part of a program's key, and the programs used longest ago make room beyond the size.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="siglip-tests-xla-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest

@@ -23,5 +23,5 @@ fi
 export PYTHONPATH="$overlay${PYTHONPATH:+:$PYTHONPATH}"
 "$python" -c 'import torch, transformers; assert transformers.__version__ == "5.23.0", transformers.__version__'
 exec "$python" -m pytest -m interop -rs \
-  tests/siglip/test_hugging_face.py tests/siglip/test_pali_gemma.py tests/siglip/test_export.py \
-  tests/siglip/test_hf_tokenizer.py tests/examples/test_hf_paligemma.py "${@:2}"
+  tests/siglip/formats/test_hugging_face.py tests/siglip/formats/test_pali_gemma.py tests/siglip/exporting/test_export.py \
+  tests/siglip/formats/test_hf_tokenizer.py tests/examples/test_hf_paligemma.py "${@:2}"

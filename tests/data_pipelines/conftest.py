@@ -1,7 +1,8 @@
 """Shards that several test files stream from."""
 
 import pytest
-from shards import write_pairs
+
+from tests.data_pipelines.shards import write_pairs
 
 
 @pytest.fixture

@@ -101,6 +101,17 @@ def stall(seconds: float) -> Fault:
     return fault
 
 
+def meet(others: threading.Barrier) -> Fault:
+    """No answer either, and not before as many requests are there as `others` waits for."""
+
+    def fault(handler: Handler, data: bytes, first: int) -> bool:
+        others.wait(timeout=60)
+        handler.close_connection = True
+        return True
+
+    return fault
+
+
 def be_silent(seconds: float) -> Fault:
     """Not even headers."""
 

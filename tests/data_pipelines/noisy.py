@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from shards import SAMPLE, encode, write_tar
 
 from data_pipelines.sources.webdataset import TarSource
+from tests.data_pipelines.shards import SAMPLE, encode, write_tar
 
 PAIRS_PER_SHARD = 60
 PER_FAULT = 4

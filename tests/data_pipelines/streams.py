@@ -3,11 +3,10 @@
 import itertools
 from dataclasses import replace
 
-from shards import SAMPLE_TRAIN, SPIECE
-
 from data_pipelines.augment import AugmentConfig
 from data_pipelines.loader import DataConfig, make_loader
 from data_pipelines.order.mixture import SourceConfig
+from tests.data_pipelines.shards import SAMPLE_TRAIN, SPIECE
 
 AUGMENT = AugmentConfig(scale=(0.7, 1.3), aspect=0.1, shift=0.1, brightness=0.1, color=0.1)
 CAPTIONS = (("captions.en", 0.4), ("captions.en+keywords", 0.4), ("captions.*", 0.2))

@@ -7,14 +7,10 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import http_server
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from http_server import serving
-from shards import SPIECE, write_pairs, write_tar
-from streams import assert_same, config_of, take
 
 from data_pipelines.loader import DataConfig
 from data_pipelines.order import permutation
@@ -26,6 +22,10 @@ from data_pipelines.sources.blocks import Block, BlockCache, InOrder
 from data_pipelines.sources.kept_pairs import KeptPairs
 from data_pipelines.sources.opening import open_source
 from data_pipelines.sources.webdataset import TarSource
+from tests.data_pipelines import http_server
+from tests.data_pipelines.http_server import serving
+from tests.data_pipelines.shards import SPIECE, write_pairs, write_tar
+from tests.data_pipelines.streams import assert_same, config_of, take
 
 PAIRS = 240
 BLOCKS = BlockShuffle(block_pairs=40, open_blocks=3)

@@ -6,11 +6,11 @@ import os
 import resource
 import time
 
-import http_server
 import pytest
-from http_server import serving
 
 from data_pipelines.sources import copies, remote
+from tests.data_pipelines import http_server
+from tests.data_pipelines.http_server import serving
 
 SIZE = 1 << 20
 

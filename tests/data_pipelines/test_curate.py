@@ -17,8 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from noisy import make_corpus
-from shards import SAMPLE, encode, write_pairs
 
 from data_pipelines.curate import layout
 from data_pipelines.curate.config import MENDING, PRESETS, RULES, CurateConfig
@@ -30,6 +28,8 @@ from data_pipelines.curate.stats import describe
 from data_pipelines.image_ops import decode_image
 from data_pipelines.sources.opening import open_source
 from data_pipelines.sources.webdataset import TarSource
+from tests.data_pipelines.noisy import make_corpus
+from tests.data_pipelines.shards import SAMPLE, encode, write_pairs
 
 ROOT = Path(__file__).parents[2]
 NAMED = set(RULES) - {"duplicate_bytes"}  # of two equal ones, either may be the copy

@@ -4,12 +4,12 @@ import re
 import time
 
 import pytest
-from shards import SAMPLE
 
 from data_pipelines.curate.boilerplate import _PATTERNS, is_boilerplate
 from data_pipelines.curate.captions import UNKNOWN, canonical, text_faults
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.sources.webdataset import TarSource
+from tests.data_pipelines.shards import SAMPLE
 
 FILES = """
 IMG_0042.JPG · img_20190412_103355.jpg · DSC_0042.NEF · my cat.jpeg · /images/cat.png · cat.jpg?width=300

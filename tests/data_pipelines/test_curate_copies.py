@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance
-from shards import encode, write_tar
 
 from data_pipelines.curate import duplicates, layout, pixel_match
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.curate.run import curate
+from tests.data_pipelines.shards import encode, write_tar
 
 
 def drawings(count: int, *, seed: int = 0) -> list[Image.Image]:

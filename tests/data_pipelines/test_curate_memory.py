@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from shards import encode, write_tar
+
+from tests.data_pipelines.shards import encode, write_tar
 
 ROOT = Path(__file__).parents[2]
 PAIRS_PER_SHARD = 200

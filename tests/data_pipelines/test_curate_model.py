@@ -5,12 +5,12 @@ import os
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from shards import SAMPLE, encode, write_pairs, write_tar
 
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.curate.run import curate
 from data_pipelines.sources.webdataset import TarSource
+from tests.data_pipelines.shards import SAMPLE, encode, write_pairs, write_tar
 
 
 class ColourScorer:

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 from scipy.fft import dctn
-from shards import SAMPLE, encode, quadrants
 
 from data_pipelines.curate import duplicates, pictures
 from data_pipelines.curate.pictures import CROPS, EVAL_CROPS, examine, perceptual_hashes, read_thumbnail
 from data_pipelines.curate.pixel_match import Tolerance, same_picture
 from data_pipelines.sources.webdataset import TarSource
+from tests.data_pipelines.shards import SAMPLE, encode, quadrants
 
 LIMIT = 1 << 20
 TOLERANCE = Tolerance(0.15, 40)

@@ -1,12 +1,7 @@
 """Curation of shards behind a URL: the same findings as on disk, from a server that is not always there."""
 
-import http_server
 import pyarrow.parquet as pq
 import pytest
-from http_server import OfEachFile, serving
-from noisy import make_corpus
-from shards import SPIECE, write_pairs
-from streams import take
 
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.engine import LocalEngine
@@ -19,6 +14,11 @@ from data_pipelines.order.permutation import BlockShuffle
 from data_pipelines.sources import remote
 from data_pipelines.sources.opening import open_source
 from siglip.cli import run
+from tests.data_pipelines import http_server
+from tests.data_pipelines.http_server import OfEachFile, serving
+from tests.data_pipelines.noisy import make_corpus
+from tests.data_pipelines.shards import SPIECE, write_pairs
+from tests.data_pipelines.streams import take
 
 
 @pytest.fixture

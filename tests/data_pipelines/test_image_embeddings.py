@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shards import SPIECE, encode, write_pairs
 
 from data_pipelines.image_embeddings import ImageEmbeddings, make_key, open_image_embeddings
 from data_pipelines.loader import DataConfig, make_loader
 from data_pipelines.order.mixture import SourceConfig
 from data_pipelines.sources.webdataset import TarSource
+from tests.data_pipelines.shards import SPIECE, encode, write_pairs
 
 SHAPES = {"batch_size": 8, "image_size": (4, 4), "text_length": 8, "seed": 0}
 WIDTH = 5

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from shards import encode, quadrants
 
 from data_pipelines import image_ops
 from data_pipelines.image_ops import DecodeError, decode_image, decode_pixels, resize
+from tests.data_pipelines.shards import encode, quadrants
 
 LIMIT = 1 << 20
 

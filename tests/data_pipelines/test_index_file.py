@@ -6,11 +6,11 @@ import resource
 from pathlib import Path
 
 import pytest
-from shards import keys, write_pairs
 
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.sources import tar_index
 from data_pipelines.sources.webdataset import TarSource
+from tests.data_pipelines.shards import keys, write_pairs
 
 
 def index_of(shard: Path) -> Path:

@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shards import encode, write_pairs, write_tar
 
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.curate.run import curate
 from data_pipelines.sources.kept_pairs import Kept, KeptPairs, read_manifest
 from data_pipelines.sources.webdataset import TarSource
+from tests.data_pipelines.shards import encode, write_pairs, write_tar
 
 
 @settings(max_examples=60, deadline=None)

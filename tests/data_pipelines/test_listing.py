@@ -7,14 +7,14 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from http_server import serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shards import encode, quadrants
 
 from data_pipelines.sources import files
 from data_pipelines.sources.listing import ListSource
 from data_pipelines.sources.opening import open_source
+from tests.data_pipelines.http_server import serving
+from tests.data_pipelines.shards import encode, quadrants
 
 PICTURE = encode(quadrants())
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)

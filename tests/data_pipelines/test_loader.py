@@ -8,8 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from shards import SAMPLE, SPIECE, encode, write_pairs, write_tar
-from streams import AUGMENT, SAMPLE_CONFIG, SHAPES, assert_same, config_of, take
 
 from data_pipelines.augment import AugmentConfig, apply_flip, apply_gain, draw_box, draw_flip
 from data_pipelines.counter_rng import Draws
@@ -18,6 +16,8 @@ from data_pipelines.loader import DataConfig, make_eval_batches, make_loader
 from data_pipelines.order.mixture import SourceConfig
 from data_pipelines.sources.webdataset import TarSource
 from data_pipelines.tokenizers import SentencePieceTokenizer
+from tests.data_pipelines.shards import SAMPLE, SPIECE, encode, write_pairs, write_tar
+from tests.data_pipelines.streams import AUGMENT, SAMPLE_CONFIG, SHAPES, assert_same, config_of, take
 
 
 def test_a_batch():

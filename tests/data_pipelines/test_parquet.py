@@ -10,12 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from http_server import serving
 
 from data_pipelines.records import ShardLost
 from data_pipelines.sources import files, parquet, remote
 from data_pipelines.sources.opening import open_source
 from data_pipelines.sources.parquet import ParquetSource
+from tests.data_pipelines.http_server import serving
 
 
 def rows(count: int, *, first: int = 0, image_bytes: int = 50) -> list[dict]:

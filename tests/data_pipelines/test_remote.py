@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import threading
 import time
 import types
 import warnings
@@ -12,15 +13,15 @@ from dataclasses import astuple
 from pathlib import Path
 
 import fsspec
-import http_server
 import pytest
-from http_server import Server, serving
-from shards import write_pairs
 
 from data_pipelines.records import ShardLost
 from data_pipelines.sources import copies, files, remote
 from data_pipelines.sources.opening import open_source
 from data_pipelines.sources.webdataset import TarSource
+from tests.data_pipelines import http_server
+from tests.data_pipelines.http_server import Server, serving
+from tests.data_pipelines.shards import write_pairs
 
 DATA = bytes(range(256)) * 40
 
@@ -172,14 +173,15 @@ def test_an_unreliable_server_costs_no_pair(server):
     assert not server.faults
 
 
-def test_a_slow_read_holds_no_other_up(server):
+def test_a_slow_read_holds_no_other_up(server, monkeypatch):
+    monkeypatch.setattr(remote, "STALL_S", 120.0)
     write_pairs(server.folder / "a.tar", 4)
     source = open_source(f"{server.url}/a.tar")
-    server.faults = [http_server.be_silent(1.0)] * 4 + [None] * 4
-    started_s = time.monotonic()
+    all_four = threading.Barrier(4)
+    server.faults = [http_server.meet(all_four)] * 4 + [None] * 4
     with ThreadPoolExecutor(4) as pool:
         assert len(list(pool.map(source.__getitem__, range(4)))) == 4
-    assert time.monotonic() - started_s < 3  # one after the other: 4 s
+    assert not all_four.broken  # one after the other they would never have met
 
 
 def count_keys(source) -> int:

@@ -16,14 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shards import SPIECE
-from streams import SAMPLE_CONFIG, SHAPES, assert_same, config_of, take
 
 from data_pipelines import workers
 from data_pipelines.loader import DataConfig, make_loader
 from data_pipelines.order.mixture import SourceConfig
 from data_pipelines.order.permutation import BlockShuffle
 from data_pipelines.samples.noise import NoiseConfig
+from tests.data_pipelines.shards import SPIECE
+from tests.data_pipelines.streams import SAMPLE_CONFIG, SHAPES, assert_same, config_of, take
 
 
 def keys_of(batches):

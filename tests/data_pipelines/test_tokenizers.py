@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shards import SAMPLE_TRAIN, SPIECE
 
 from data_pipelines.records import ShardLost
 from data_pipelines.sources.webdataset import TarSource
 from data_pipelines.text_ops import iter_captions
 from data_pipelines.tokenizers import SentencePieceTokenizer, train_tokenizer
+from tests.data_pipelines.shards import SAMPLE_TRAIN, SPIECE
 
 
 @pytest.fixture(scope="module")

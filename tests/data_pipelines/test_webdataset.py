@@ -12,13 +12,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from shards import SAMPLE, encode, keys, quadrants, write_pairs, write_tar
 
 from data_pipelines.image_ops import decode_image
 from data_pipelines.records import ShardLost
 from data_pipelines.samples.pairs import BrokenPair, read_pair
 from data_pipelines.sources.files import expand_shards
 from data_pipelines.sources.webdataset import TarSource
+from tests.data_pipelines.shards import SAMPLE, encode, keys, quadrants, write_pairs, write_tar
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def test_close_leaves_no_process_and_no_descriptor(tmp_path):
 def test_workers_follow_a_parent_that_was_killed(tmp_path):
     script = (
         "import os, pathlib, signal\n"
-        "from test_workers import Numbered, pool_of\n"
+        "from tests.data_pipelines.test_workers import Numbered, pool_of\n"
         "if __name__ == '__main__':\n"
         f"    pool = pool_of(Numbered(1000, pathlib.Path({str(tmp_path)!r})))\n"
         "    next(pool)\n"
@@ -236,11 +236,11 @@ def test_workers_follow_a_parent_that_was_killed(tmp_path):
     )
     path = tmp_path / "parent.py"
     path.write_text(script)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    done = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True, timeout=60)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True, timeout=240)
     pids = done.stdout.split()
     assert len(pids) == 2, done.stderr
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120  # it takes as long as the machine takes, but not for ever
     while any(_running(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -15,9 +15,9 @@ from siglip import trees
 from siglip.encoder import EncoderSpec, ImageEncoder, load_encoder
 from siglip.formats import big_vision, key_maps
 from siglip.parallel import sharding
-
-from . import numpy_model
-from .tiny import random_inputs, random_params, square_model
+from tests.siglip import numpy_model
+from tests.siglip.rounding import towers_apart
+from tests.siglip.tiny import random_inputs, random_params, square_model
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_spec_and_outputs_are_the_models(source):
     np.testing.assert_array_equal(encoder.tokens(images), model.image_tokens(images))
     pooled = encoder.pooled(images)
     unit = pooled / jnp.linalg.norm(pooled, axis=1, keepdims=True)
-    np.testing.assert_allclose(unit, model.embed_images(images), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(unit, model.embed_images(images), rtol=0, atol=towers_apart(model.config))
     assert not any(path.startswith("txt") for path in trees.flatten(encoder.params))
 
 
@@ -47,10 +47,12 @@ def test_tokens_are_big_visions(fixtures, name):
     stored = np.load(fixtures / f"bv_tiny_{name}.npz")
     encoder = load_encoder(fixtures / f"bv_tiny_{name}.npz")
     tokens = encoder.tokens(stored["input/image"])
-    np.testing.assert_allclose(tokens, stored["out/img_tokens"], rtol=0, atol=1e-5)
+    atol = towers_apart(siglip.load(fixtures / f"bv_tiny_{name}.npz").config, stored["out/img_tokens"])
+    np.testing.assert_allclose(tokens, stored["out/img_tokens"], rtol=0, atol=atol)
     assert tokens.shape[1:] == (encoder.spec.tokens, encoder.spec.width)
     pooled = encoder.pooled(stored["input/image"])
-    np.testing.assert_allclose(jnp.linalg.norm(pooled, axis=1, keepdims=True), stored["out/img_norm"], rtol=1e-5)
+    norms = jnp.linalg.norm(pooled, axis=1, keepdims=True)
+    np.testing.assert_allclose(norms, stored["out/img_norm"], rtol=0, atol=atol * pooled.shape[1] ** 0.5)
     assert pooled.shape[1] == encoder.spec.pooled_width and encoder.spec.class_token == (name == "c")
 
 
@@ -73,7 +75,7 @@ def test_earlier_layers_are_what_their_blocks_return(tmp_path, layout, scan):
         encoder = load_encoder(tmp_path / "m.npz", size, layer=layer)
         blocks = 3 + layer + 1
         expected = _blocks(flat, config, images, blocks)
-        np.testing.assert_allclose(encoder.tokens(images), expected, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(encoder.tokens(images), expected, rtol=0, atol=towers_apart(config, expected))
         assert not any("encoder_norm" in path or "MAPHead" in path for path in trees.flatten(encoder.params))
         with pytest.raises(ValueError, match="has no pooled output; use tokens"):
             encoder.pooled(images)
@@ -143,7 +145,8 @@ def test_sharded_over_devices(source):
     assert len(spread.params["embedding"]["kernel"].addressable_shards[0].data.ravel()) == 8 * 8 * 3 * 36 // 4
     batch = jax.device_put(images, NamedSharding(mesh, sharding.P_BATCH))
     tokens = jax.jit(lambda e, i: e.tokens(i))(spread, batch)
-    np.testing.assert_allclose(tokens, encoder.tokens(images), rtol=0, atol=1e-5)
+    expected = encoder.tokens(images)
+    np.testing.assert_allclose(tokens, expected, rtol=0, atol=towers_apart(square_model(), expected))
     assert len({shard.device for shard in tokens.addressable_shards}) == 8
 
 

@@ -11,7 +11,8 @@ BLOCK = """
     import sys
 
     BLOCKED = ["tensorflow", "tensorflow_text", "grain", "PIL", "sentencepiece", "pyarrow", "safetensors", "matplotlib",
-               "wandb", "tyro", "jaxtyping", "torch", "transformers", "array_record", "cv2"]
+               "wandb", "tyro", "jaxtyping", "torch", "transformers", "array_record", "cv2", "ray", "ftfy", "pycld2", "xxhash",
+               "simplejpeg", "cykooz", "fsspec", "google_crc32c", "tokenizers"]
 
     from importlib.machinery import PathFinder
 

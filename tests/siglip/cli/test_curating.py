@@ -16,6 +16,7 @@ from siglip.cli import run
 from siglip.cli.evaluation import embedder_of
 from siglip.formats import big_vision
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, init_params
+from tests.siglip.rounding import towers_apart
 
 SAMPLE = Path(__file__).parents[3] / "data_pipelines" / "sample"
 SPIECE = str(SAMPLE / "spiece.model")
@@ -54,7 +55,9 @@ def test_with_a_model_a_preset_and_new_shards(shard, tmp_path, capsys):
     images = np.stack([resize(decode_image(pair.image, max_pixels=1 << 20), (16, 16)) for pair in pairs])
     zimg = embedder.embed_images(images)
     ztxt = embedder.embed_texts([pair.fields["txt"] for pair in pairs])
-    np.testing.assert_allclose([row["score"] for row in rows], (zimg * ztxt).sum(1), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        [row["score"] for row in rows], (zimg * ztxt).sum(1), rtol=0, atol=2 * towers_apart(MODEL)
+    )
     assert {row["reason"] for row in rows} <= {None, "low_score", "near_duplicate"}
     for language in {row["language"] for row in rows}:
         left = [row for row in rows if row["language"] == language and "near_duplicate" not in row["reasons"]]

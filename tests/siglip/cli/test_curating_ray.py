@@ -23,6 +23,7 @@ MODEL = ModelConfig(
     text=TextConfig(variant="mu", vocab_size=4000, length=8),
     out_dim=(None, 32),
 )
+pytestmark = pytest.mark.slow  # starting Ray takes longer than a fast test may
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed")
 
 
@@ -45,7 +46,6 @@ def test_a_scorer_travels_as_what_it_was_made_from(weights):
 
 
 @needs_ray
-@pytest.mark.slow
 def test_workers_score_as_the_driver_does(weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(curating, "_SECONDS_BETWEEN_LINES", float("inf"))  # on a slow machine there would be lines
     flags = ["--preset", "pali-top-10", "--top-share", "0.5", "--against", HELD, "--batch-size", "16"]

@@ -26,6 +26,7 @@ from siglip.training.config import TrainConfig
 from siglip.training.optim import OptimConfig
 from siglip.workdir.metrics import read_metrics
 from tests.siglip.jobs import LOSS_RTOL, Jobs, losses, params
+from tests.siglip.rounding import rounding, towers_apart
 from tests.siglip.tiny import random_params
 from tests.siglip.tiny_run import use_devices
 
@@ -174,7 +175,7 @@ def test_another_tower_gets_embeddings_of_its_own(folder, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     np.testing.assert_array_equal(seen[0], seen[2])
     assert np.abs(seen[0] - seen[1]).max() > 0.1
-    np.testing.assert_allclose(np.linalg.norm(seen[0], axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(seen[0], axis=1), 1, rtol=rounding(32 + 3))  # squares, root, quotient
 
 
 def test_the_fingerprint_is_of_the_function_not_of_where_it_lies():
@@ -244,4 +245,4 @@ def test_processes_share_the_work_and_train_as_one_does(folder, tmp_path):
     assert [path.relative_to(tmp_path / "s1") for path in stores[0]] == [
         path.relative_to(tmp_path / "s2") for path in stores[1]
     ]
-    np.testing.assert_allclose(np.load(stores[0][0]), np.load(stores[1][0]), atol=1e-6)
+    np.testing.assert_allclose(np.load(stores[0][0]), np.load(stores[1][0]), rtol=0, atol=towers_apart(MODEL))

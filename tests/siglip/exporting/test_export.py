@@ -24,6 +24,7 @@ from siglip.formats.big_vision import image_only
 from siglip.formats.export_format import ExportFormat, ExportMismatch
 from siglip.models.two_tower import ModelConfig
 from siglip.training.loop import train
+from tests.siglip.rounding import towers_apart
 from tests.siglip.tiny import random_inputs, random_params, square_model
 from tests.siglip.tiny_run import TinyBatches, tiny_config, use_devices
 
@@ -91,7 +92,7 @@ def test_stacked_blocks_and_towers_without_a_head(tmp_path, source):
     assert model.config.image.pool == "none" and model.config.image.image_size == (48, 48)
     images = random_inputs(model.config)[0]
     expected = load(source, 48, patch_size=12).image_tokens(images)
-    np.testing.assert_allclose(model.image_tokens(images), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(model.image_tokens(images), expected, rtol=0, atol=towers_apart(model.config, expected))
 
 
 @pytest.fixture
@@ -166,6 +167,7 @@ def test_images_that_consumers_prepare_otherwise_are_no_samples(tmp_path):
         sample_inputs(pairs, square_model(), SAMPLE / "spiece.model")
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_compared_on_files_and_strings(tmp_path, real_source):
     report = export(real_source, format="savedmodel", out=tmp_path / "out", tower="both", samples=samples)
     assert list(report.differences) == ["sample"] and max(report.differences["sample"].values()) < 1e-5
@@ -308,7 +310,10 @@ def test_the_model_card_says_what_to_feed_and_how_far_it_was_checked(tmp_path, s
 
 
 @pytest.mark.parametrize("tower", ["image", "both"])
-@pytest.mark.parametrize("format, printed", [("bigvision", "(1, 16, 36)"), ("stablehlo", ""), ("savedmodel", "")])
+@pytest.mark.parametrize(
+    "format, printed",
+    [("bigvision", "(1, 16, 36)"), ("stablehlo", ""), pytest.param("savedmodel", "", marks=pytest.mark.slow)],
+)
 def test_examples_of_model_cards_run(tmp_path, real_source, monkeypatch, capsys, format, printed, tower):
     export(real_source, format=format, out=tmp_path / "out", tower=tower, samples=samples)
     out = run_example(tmp_path / "out", monkeypatch, capsys)

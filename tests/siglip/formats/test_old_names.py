@@ -6,9 +6,8 @@ import pytest
 from siglip.formats import big_vision
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.trees import flatten
+from tests.siglip.formats.test_big_vision import same
 from tests.siglip.tiny import ODD_TEXT, random_params, square_model
-
-from .test_big_vision import same
 
 CLASS_TOKEN = square_model(image={"pool": "tok"})
 

@@ -14,6 +14,7 @@ from siglip.formats.key_maps import unstack_blocks
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.trees import flatten
 from tests.siglip import numpy_model
+from tests.siglip.rounding import towers_apart
 from tests.siglip.tiny import ODD_IMAGE, ODD_TEXT, random_inputs, random_params, square_model
 
 ODD = ModelConfig(
@@ -35,7 +36,7 @@ def test_programs_give_the_equations_numbers(tmp_path, config):
     assert found.keys() == wanted.keys()
     for name, array in wanted.items():
         assert found[name].dtype == np.float32
-        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=towers_apart(config, array), err_msg=name)
 
 
 def test_one_program_for_every_batch_and_platform(tmp_path):
@@ -46,7 +47,8 @@ def test_one_program_for_every_batch_and_platform(tmp_path):
     images, tokens = random_inputs(config, batch=4)
     four = stablehlo.outputs(tmp_path, images, tokens)
     one = stablehlo.outputs(tmp_path, images[:1], tokens[:1])
-    np.testing.assert_allclose(one["image_tokens"], four["image_tokens"][:1], rtol=0, atol=1e-5)
+    four = four["image_tokens"][:1]
+    np.testing.assert_allclose(one["image_tokens"], four, rtol=0, atol=towers_apart(config, four))
     # The weights are no part of the program, whatever their size.
     assert (tmp_path / "image.stablehlo").stat().st_size < 100_000
 
@@ -81,4 +83,5 @@ def test_a_process_without_siglip_calls_them(tmp_path):
     with np.load(tmp_path / "outputs.npz") as found:
         assert {*found} == expected.keys() - {"logits"}
         for name in found:
-            np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-6, err_msg=name)
+            atol = towers_apart(config, expected[name])
+            np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=atol, err_msg=name)

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import google_crc32c
 import pytest
-from http_server import serving
 from hypothesis import given
 from hypothesis import strategies as st
-from shards import SAMPLE, encode, quadrants, write_tar
 
 from data_pipelines.records import Pair, ShardLost
 from data_pipelines.sources import examples, tfds, tfrecord
@@ -22,6 +20,8 @@ from data_pipelines.sources.opening import open_source
 from data_pipelines.sources.tfrecord import TFRecordSource
 from data_pipelines.sources.webdataset import TarSource
 from data_pipelines.sources.writing import ArrayRecordWriter, TarWriter
+from tests.data_pipelines.http_server import serving
+from tests.data_pipelines.shards import SAMPLE, encode, quadrants, write_tar
 
 PICTURE = encode(quadrants())
 FEATURES = st.dictionaries(
