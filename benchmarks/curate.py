@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from data_pipelines.curate.config import COPIES, MENDING, CurateConfig
+from data_pipelines.curate.config import DUPLICATES, REPAIRS, CurateConfig
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.curate.run import curate
 from data_pipelines.sources.opening import open_source
@@ -135,7 +135,7 @@ def faultless(rows: list[dict], truth: dict[str, dict]) -> dict:
     """Of the pairs without a fault, those that were dropped and are no copies in truth."""
     sound = [row for row in rows if not truth.get(row["key"], {"faults": [""]})["faults"]]
     dropped = [row for row in sound if not row["keep"]]
-    wrong = [row for row in dropped if row["reason"] not in COPIES or not truth[row["key"]].get("dup_group")]
+    wrong = [row for row in dropped if row["reason"] not in DUPLICATES or not truth[row["key"]].get("dup_group")]
     return {
         "pairs": len(sound),
         "dropped": len(dropped),
@@ -307,7 +307,7 @@ def _leaks_from(told: dict | None, protected: set[str]) -> bool:
 
 def _undecodable(rows: list[dict], truth: dict[str, dict]) -> dict[str, int]:
     broken = [row for row in rows if truth.get(row["key"], {"image_decodable": True})["image_decodable"] is not True]
-    return {"pairs": len(broken), "dropped": sum(not set(MENDING).issuperset(row["reasons"]) for row in broken)}
+    return {"pairs": len(broken), "dropped": sum(not set(REPAIRS).issuperset(row["reasons"]) for row in broken)}
 
 
 if __name__ == "__main__":

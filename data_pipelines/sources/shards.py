@@ -177,7 +177,7 @@ class ShardedSource(abc.ABC):
         shard = bisect.bisect_right(self._starts, index) - 1
         return shard, index - self._starts[shard]
 
-    def places(self, index: int) -> dict[str, tuple[int, int]]:
+    def member_extents(self, index: int) -> dict[str, tuple[int, int]]:
         """Where the files of a pair lie in its shard, {"image": (offset, bytes), …}; {} in formats that are no archive."""
         self.locate(index)
         return {}

@@ -55,7 +55,7 @@ class TarSource(ShardedSource):
             fields = self._side(shard).fields(side_row, name) | fields
         return Pair(name, image, fields, problems)
 
-    def places(self, index: int) -> dict[str, tuple[int, int]]:
+    def member_extents(self, index: int) -> dict[str, tuple[int, int]]:
         """Where the members of a pair lie in its shard: {"image" | "txt" | "json" | "cls": (offset, bytes)}."""
         shard, row = self.locate(index)
         _, *flat = self._tables(shard)["rows"][row].item()

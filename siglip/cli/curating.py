@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from data_pipelines.curate.config import MENDING, PRESETS, CurateConfig
+from data_pipelines.curate.config import PRESETS, REPAIRS, CurateConfig
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.curate.materialize import check_place, materialize
 from data_pipelines.curate.ray_engine import RayEngine
@@ -223,7 +223,7 @@ def format_funnel(funnel: Mapping) -> str:
     for rule, applied in funnel["applied"].items():
         taken = funnel["taken"].get(rule, 0)
         left -= taken
-        lines.append(f"{rule:22}{applied:10}{'mended' if rule in MENDING else taken:>10}{left:12}")
+        lines.append(f"{rule:22}{applied:10}{'repaired' if rule in REPAIRS else taken:>10}{left:12}")
     lines += [f"shard: {shard['problem']}" for shard in funnel["shards"] + funnel["against"] if shard["problem"]]
     return "\n".join([*lines, f"{funnel['kept']} of {funnel['pairs']} pairs kept"])
 

@@ -21,7 +21,7 @@ from noisy import make_corpus
 from shards import SAMPLE, encode, write_pairs
 
 from data_pipelines.curate import layout
-from data_pipelines.curate.config import MENDING, PRESETS, RULES, CurateConfig
+from data_pipelines.curate.config import PRESETS, REPAIRS, RULES, CurateConfig
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.curate.materialize import materialize
 from data_pipelines.curate.run import curate
@@ -59,11 +59,11 @@ def test_every_fault_is_named(corpus, curated):
     assert not missed
 
 
-def test_what_drops_and_what_mends(corpus, curated):
+def test_what_drops_and_what_repairs(corpus, curated):
     _, rows, _ = curated
     for key, (fault, _) in corpus.truth.items():
         row = rows[key]
-        assert row["keep"] == (row["reason"] is None) == set(MENDING).issuperset(row["reasons"])
+        assert row["keep"] == (row["reason"] is None) == set(REPAIRS).issuperset(row["reasons"])
         assert row["reasons"] == sorted(row["reasons"], key=RULES.index)
         if fault == "clean" and not row["keep"]:  # the original of a copy that is as good and comes first
             assert row["duplicate_of"]
@@ -72,7 +72,7 @@ def test_what_drops_and_what_mends(corpus, curated):
 
 def test_mended_captions_read_well(corpus, curated):
     _, rows, _ = curated
-    mended = {rows[key]["caption"] for key, (fault, _) in corpus.truth.items() if fault in MENDING}
+    repaired = {rows[key]["caption"] for key, (fault, _) in corpus.truth.items() if fault in REPAIRS}
     assert {
         "un château",
         "eine Brücke",
@@ -83,7 +83,7 @@ def test_mended_captions_read_well(corpus, curated):
         "bird",
         "salt & pepper",
         "café table",
-    } <= mended
+    } <= repaired
 
 
 def test_one_copy_stays_and_strangers_are_no_copies(corpus, curated):
@@ -161,7 +161,7 @@ class Shuffled:
 def test_any_order_and_any_division_give_the_same_manifest(corpus, curated, seed, groups, rows_per_bucket):
     out = curated[0]
     before = (out / "manifest.parquet").read_bytes()
-    with mock.patch.multiple(layout, LEAST_GROUPS=groups, ROWS_PER_BUCKET=rows_per_bucket):
+    with mock.patch.multiple(layout, MIN_GROUPS=groups, ROWS_PER_BUCKET=rows_per_bucket):
         curate(corpus.shards, out, config=CurateConfig(), engine=Shuffled(seed), against=corpus.against)
     assert (out / "manifest.parquet").read_bytes() == before
 

@@ -201,7 +201,7 @@ def test_a_machine_is_lost_in_the_middle(corpus, tmp_path):
         arguments = [*corpus.shards, "--out", str(out), "--engine", "ray", "--address", cluster.address]
         command = [sys.executable, "-m", "siglip.cli", "data", "curate", *arguments, "--against", corpus.against]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        _wait_for(lambda: list(out.glob(".work-*/windows/*.arrow")), process)
+        _wait_for(lambda: list(out.glob(".work-*/bands/*.arrow")), process)
         cluster.remove_node(second, allow_graceful=False)
         told, warned = process.communicate(timeout=200)
     finally:
