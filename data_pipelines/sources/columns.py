@@ -1,4 +1,4 @@
-"""Columns and features by name: which holds the picture, and what to say when a name is not there."""
+"""Columns and features by name: which one holds the image, and what to say if a name does not exist."""
 
 import difflib
 import os
@@ -8,27 +8,27 @@ from data_pipelines.errors import UserError
 
 
 def did_you_mean(name: str, candidates: Collection[str]) -> str:
-    """ "; there are a, b, c" and, when one of them is close, which was meant."""
+    """What a message adds about an unknown name: "; there are a, b, c", and the close one if there is one."""
     close = difflib.get_close_matches(name, candidates, 1, 0.5)
     meant = f", did you mean {close[0]!r}?" if close else ""
     return f"; there are {', '.join(sorted(candidates)) or 'none'}{meant}"
 
 
 def check_image(path: str, notes: Mapping[str, object], image: str | None) -> str:
-    """The column of a shard that holds the picture.
+    """The column of a shard that holds the image.
 
     Args:
-      path: of the shard, for the message.
-      notes: of its index: `image`, the column that was found, and `features` or `columns`, all that there are.
-      image: the one that was asked for; None for the one that was found.
+      path: the shard, for the message.
+      notes: the notes of its index: `image`, the column that was found, and `features` or `columns`, all that exist.
+      image: the requested column; None for the one that was found.
 
     Raises:
-      ValueError: there is none.
+      UserError: there is no such column.
     """
     columns = notes.get("features") or notes["columns"]
     if image is not None and image not in columns:
         raise UserError(f"shard {os.fspath(path)!r} has no image column {image!r}{did_you_mean(image, columns)}")
     found = image or notes["image"]
     if found is None:
-        raise UserError(f"shard {os.fspath(path)!r} has no column with pictures{did_you_mean('image', columns)}")
+        raise UserError(f"shard {os.fspath(path)!r} has no column with images{did_you_mean('image', columns)}")
     return found

@@ -3,10 +3,9 @@
     with TarWriter("00000.tar") as shard:
         shard.write(pair)
 
-What is written reads back as the same pairs. The same pairs give the same bytes: no times, no users.
-
-The trap: a shard that is being written must not be taken for one. It has another name until it is whole and on disk;
-after an error nothing stays behind.
+What is written reads back as the same pairs. The same pairs give the same bytes: no times and no user names are stored. A
+shard has another name until it is whole and on disk, so an unfinished one is never taken for a shard; after an error nothing
+is left.
 """
 
 import io
@@ -23,7 +22,7 @@ _ONE_BY_ONE = "group_size:1"
 
 
 class _ShardWriter:
-    """Writes `path` under another name, and renames it when the block ends without an error."""
+    """Writes `path` under another name, and renames it if the block ends without an error."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
@@ -55,7 +54,7 @@ class TarWriter(_ShardWriter):
         self._archive.close()
 
     def write(self, pair: Pair) -> None:
-        """Appends a pair. In its key, dots of the file name become underscores: a member's key ends at the first dot."""
+        """Appends a pair. Dots in its key's file name become underscores: a member's key ends at the first dot."""
         folder, slash, name = pair.key.rpartition("/")
         key = folder + slash + name.replace(".", "_")
         if pair.image is not None:
@@ -75,7 +74,7 @@ class TarWriter(_ShardWriter):
 
 
 class ArrayRecordWriter(_ShardWriter):
-    """One ArrayRecord shard: features `key`, `image`, `txt` (one value a caption), `cls`, and `json` for all other fields."""
+    """One ArrayRecord shard: features `key`, `image`, `txt` (one value per caption), `cls`, and `json` for all other fields."""
 
     def _begin(self) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter as Writer

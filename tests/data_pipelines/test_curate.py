@@ -234,7 +234,7 @@ def test_other_formats_and_fields(tmp_path):
     run = lambda **changes: curate(  # noqa: E731
         str(tmp_path / "a.parquet"), tmp_path / "out", config=CurateConfig(**changes), engine=LocalEngine(1)
     )
-    with pytest.raises(ValueError, match="no pair has a caption in txt; name its field with --captions"):
+    with pytest.raises(ValueError, match="no pair has a caption in txt; name the field with --captions"):
         run()
     assert not (tmp_path / "out" / "manifest.parquet").exists()
     run(captions=("caption",))
@@ -316,7 +316,7 @@ def test_new_shards_take_no_other_files_place(curated, tmp_path):
     assert {path.name for path in (tmp_path / "new").glob("*.tar")} == {"00000.tar", "00001.tar", "99999.tar"}
 
     (tmp_path / "new" / "99999.tar").rename(tmp_path / "new" / "00002.tar")
-    with pytest.raises(ValueError, match="00002.tar' is no shard of an earlier run"):
+    with pytest.raises(ValueError, match="00002.tar' was not written by an earlier run"):
         materialize(manifest, tmp_path / "new", "tar", pairs_per_shard=20)
 
     curate(str(first[0]), tmp_path / "again", config=CurateConfig(duplicates="off"), engine=LocalEngine(1))

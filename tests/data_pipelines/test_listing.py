@@ -97,8 +97,8 @@ def test_bad_lists(tmp_path):
     (tmp_path / "blank.jsonl").write_text("\n\n")
     for name, message in (
         ("header.csv", "has no rows"),
-        ("columns.csv", "no column with pictures; there are picture;txt"),
-        ("quote.csv", "is no CSV at line 2"),
+        ("columns.csv", "no column with images; there are picture;txt"),
+        ("quote.csv", "is not CSV at line 2"),
         ("text.jsonl", "does not begin with a JSON object"),
         ("blank.jsonl", "has no rows"),
     ):

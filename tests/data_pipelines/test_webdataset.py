@@ -206,7 +206,7 @@ def test_several_captions(tmp_path):
     source = TarSource(write_tar(tmp_path / "a.tar", members))
     texts = {pair.key: pair.fields["txt"] for pair in source}
     assert texts == {"a": ["first", "second", "third"], "b": "only", "c": ["a", "b"], "d": "alone"}
-    assert source.member_extents(0).keys() == {"image", "txt"} and source.places(1).keys() == {"txt"}
+    assert source.member_extents(0).keys() == {"image", "txt"} and source.member_extents(1).keys() == {"txt"}
     assert [pair.image for pair in source] == [b"i", None, b"j", None]
 
 
