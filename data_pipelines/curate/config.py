@@ -20,18 +20,8 @@ import pycld2
 
 from data_pipelines.errors import UserError
 
-INTEGRITY = (
-    "unreadable",
-    "missing_image",
-    "empty_image",
-    "not_an_image",
-    "bomb",
-    "truncated",
-    "corrupt_image",
-    "missing_text",
-    "invalid_utf8",
-    "animated",
-)
+NO_IMAGE = ("unreadable", "missing_image", "empty_image", "not_an_image", "bomb", "truncated", "corrupt_image")
+INTEGRITY = (*NO_IMAGE, "missing_text", "invalid_utf8", "animated")
 TEXT = ("empty_text", "markup", "boilerplate", "too_short", "too_long", "language", "repeated_caption")
 IMAGE = ("too_small", "extreme_aspect")
 DUPLICATES = ("duplicate_bytes", "duplicate_pixels", "near_duplicate")
@@ -39,10 +29,6 @@ LEAKS = ("eval_leak", "eval_leak_embedding")
 ALIGNMENT = ("low_score", "crowded_concept")
 REPAIRS = ("invalid_json", "missing_json", "mojibake", "html_entities", "control_chars")
 RULES = (*INTEGRITY, *TEXT, *IMAGE, *DUPLICATES, *LEAKS, *ALIGNMENT, *REPAIRS)
-NO_IMAGE = frozenset(
-    ("unreadable", "missing_image", "empty_image", "not_an_image", "bomb", "truncated", "corrupt_image")
-)
-
 _ORDER = {rule: number for number, rule in enumerate(RULES)}
 _RANGES = {  # minimum, maximum, what to write
     "duplicate_error": (0.0, 1.0, "0.15 finds recompressed copies, 0 finds none"),
@@ -159,13 +145,8 @@ def in_order(rules: Iterable[str]) -> list[str]:
 
 
 _PUBLISHED = CurateConfig(
-    min_side_px=0,
-    max_aspect=0.0,
-    min_chars=0,
-    max_chars=0,
-    markup=False,
-    boilerplate=False,
-    max_caption_pictures=0,
+    **dict.fromkeys(("min_side_px", "max_aspect", "min_chars", "max_chars", "max_caption_pictures"), 0),
+    **dict.fromkeys(("markup", "boilerplate"), False),
     duplicates="off",
 )
 

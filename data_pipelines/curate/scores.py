@@ -60,8 +60,9 @@ def embed_images(scorer: Scorer, table: Path, shard: str, max_pixels: int) -> tu
 
 def decodable(table: Path) -> np.ndarray:
     """The rows of a scan whose image can be decoded. -> int64 [n]"""
+    no_image = frozenset(NO_IMAGE)
     reasons = pq.read_table(table, columns=["reasons"])["reasons"].to_pylist()
-    return np.array([row for row, faults in enumerate(reasons) if not NO_IMAGE.intersection(faults)], np.int64)
+    return np.array([row for row, faults in enumerate(reasons) if not no_image.intersection(faults)], np.int64)
 
 
 def _images(scorer: Scorer, table: Path, shard: str, max_pixels: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -24,17 +24,7 @@ _IDENTITY_BYTES = 1 << 16
 
 
 class ArrayRecordSource(ColumnSource):
-    """The records of ArrayRecord shards, in their order.
-
-    Args:
-      shards: a pattern or several, as for `files.expand_shards`.
-      image: the feature that holds the image; None finds it.
-
-    Raises:
-      FileNotFoundError, PermissionError, UserError: a shard is missing, unreadable, cut, not an ArrayRecord file of
-        tf.train.Example, or has no such feature.
-      OSError: a server does not answer.
-    """
+    """The records of ArrayRecord shards, in their order. Arguments and errors: see `ColumnSource`."""
 
     def __init__(self, shards: str | os.PathLike | Sequence[str | os.PathLike], *, image: str | None = None):
         super().__init__(shards, "arrayrecord", build, image=image)

@@ -1,6 +1,7 @@
 """Columns and features by name: which one holds the image, and what to say if a name does not exist."""
 
 import difflib
+import json
 import os
 from collections.abc import Collection, Mapping
 
@@ -12,6 +13,15 @@ def did_you_mean(name: str, candidates: Collection[str]) -> str:
     close = difflib.get_close_matches(name, candidates, 1, 0.5)
     meant = f", did you mean {close[0]!r}?" if close else ""
     return f"; there are {', '.join(sorted(candidates)) or 'none'}{meant}"
+
+
+def parse_object(text: str | bytes) -> dict | None:
+    """The JSON object in a text; None if it holds anything else."""
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):  # RecursionError: nested a thousand deep
+        return None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def check_image(path: str, notes: Mapping[str, object], image: str | None) -> str:

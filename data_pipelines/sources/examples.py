@@ -13,12 +13,12 @@ The trap: on the wire, a feature without a value and a missing feature are the s
 """
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 
 from data_pipelines.errors import UserError
 from data_pipelines.records import Pair
 from data_pipelines.sources import tfds
+from data_pipelines.sources.columns import parse_object
 
 IMAGE_FEATURES = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "image_raw")
 KEY_FEATURES = ("__key__", "tfds_id", "image/filename", "id")
@@ -131,11 +131,9 @@ def to_pair(features: Mapping[str, list], *, image: str, fallback_key: str) -> P
         fields[name] = values if len(values) > 1 else values[0]
     key = fields.pop("key", None)
     if features.get("json"):
-        try:
-            parsed = json.loads(features["json"][0])
-            fields = parsed | fields if isinstance(parsed, dict) else problems.append("invalid_json") or fields
-        except (ValueError, RecursionError):  # RecursionError: nested a thousand deep
-            problems.append("invalid_json")
+        parsed = parse_object(features["json"][0])
+        fields = (parsed or {}) | fields
+        problems += ["invalid_json"] if parsed is None else []
     if not isinstance(key, str | int):
         key = next((fields[name] for name in KEY_FEATURES if isinstance(fields.get(name), str | int)), fallback_key)
     images = features.get(image)

@@ -11,13 +11,13 @@ The trap: a quoted caption may hold line ends, so a row is not a line; the csv m
 
 import csv
 import io
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 
 from data_pipelines.errors import UserError
 from data_pipelines.records import Pair
 from data_pipelines.sources import files, index_file
+from data_pipelines.sources.columns import parse_object
 from data_pipelines.sources.files import Window
 from data_pipelines.sources.index_file import Contents
 from data_pipelines.sources.remote import FileStat
@@ -29,15 +29,9 @@ _MAX_FIELD_CHARS = 1 << 24
 
 
 class ListSource(ColumnSource):
-    """The rows of lists, in their order. A pair whose image file does not exist has no image and the problem "missing_image".
+    """The rows of lists, in their order. Arguments and errors: see `ColumnSource`.
 
-    Args:
-      shards: a pattern or several, as for `files.expand_shards`.
-      image: the column that holds the paths; None finds it.
-
-    Raises:
-      FileNotFoundError, PermissionError, UserError: a list is missing, unreadable, empty, or has no such column.
-      OSError: a server does not answer.
+    A pair whose image file does not exist has no image and the problem "missing_image".
     """
 
     def __init__(self, shards: str | os.PathLike | Sequence[str | os.PathLike], *, image: str | None = None):
@@ -146,11 +140,8 @@ def _scan_json(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[s
 
 
 def _parse_json(line: bytes) -> tuple[dict, list[str]]:
-    try:
-        parsed = json.loads(line.removeprefix(_BOM))
-    except (ValueError, RecursionError):  # RecursionError: nested a thousand deep
-        return {}, ["invalid_json"]
-    return (parsed, []) if isinstance(parsed, dict) else ({}, ["invalid_json"])
+    parsed = parse_object(line.removeprefix(_BOM))
+    return ({}, ["invalid_json"]) if parsed is None else (parsed, [])
 
 
 def _parse_csv(path: str, line: bytes, columns: Sequence[str]) -> tuple[dict, list[str]]:

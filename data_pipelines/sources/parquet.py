@@ -11,6 +11,7 @@ whole group for every pair. Write small groups (100 images), or stream in blocks
 
 import bisect
 import functools
+import io
 import os
 import threading
 from collections import OrderedDict
@@ -37,17 +38,10 @@ _FOOTER_GUESS_BYTES = 1 << 16
 
 
 class ParquetSource(ColumnSource):
-    """The rows of Parquet files, in their order.
+    """The rows of Parquet files, in their order. Arguments and errors: see `ColumnSource`.
 
     Args:
-      shards: a pattern or several, as for `files.expand_shards`.
-      image: the column that holds the image; None finds it.
       fields: the other columns to read; None for all.
-
-    Raises:
-      FileNotFoundError, PermissionError, UserError: a file is missing, unreadable, cut, not a Parquet file, or has no
-        such column.
-      OSError: a server does not answer.
     """
 
     def __init__(
@@ -199,10 +193,8 @@ class _GroupCache:
                 used_bytes -= self._tables.pop(key).result().nbytes
 
 
-class _Blocks:
-    """A file-like object for pyarrow with only some blocks of a file. blocks: (offset, bytes) of each."""
-
-    closed = False
+class _Blocks(io.RawIOBase):
+    """A file of which only some blocks are in memory. blocks: (offset, bytes) of each."""
 
     def __init__(self, blocks: list[tuple[int, bytes]], size: int):
         self._blocks, self._size, self._at = blocks, size, 0
@@ -220,26 +212,11 @@ class _Blocks:
         self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
         return self._at
 
-    def tell(self) -> int:
-        return self._at
-
-    def size(self) -> int:
-        return self._size
-
     def readable(self) -> bool:
         return True
 
     def seekable(self) -> bool:
         return True
-
-    def writable(self) -> bool:
-        return False
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self._blocks = []
 
 
 def build(shard: str, stat: FileStat) -> Contents:

@@ -194,7 +194,17 @@ class ShardedSource(abc.ABC):
 
 
 class ColumnSource(ShardedSource):
-    """A source whose shards have named columns or features, one of them the picture. image: its name; None finds it."""
+    """A source whose shards have named columns or features, one of which is the image.
+
+    Args:
+      shards: a pattern or several, as for `files.expand_shards`.
+      image: the name of the column; None finds it.
+
+    Raises:
+      FileNotFoundError, PermissionError, UserError: a shard is missing, unreadable, cut, empty, of another format, or has
+        no such column.
+      OSError: a server does not answer.
+    """
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ import numpy as np
 
 from data_pipelines.records import ShardLost
 from data_pipelines.sources import files
+from data_pipelines.sources.columns import parse_object
 
 KEY = "key"
 
@@ -44,7 +45,8 @@ def match(shard: str, rows: np.ndarray, first_json: bytes | None) -> tuple[np.nd
 
     try:
         side = pq.ParquetFile(io.BytesIO(files.read_whole(path)))
-        added = [name for name in side.schema_arrow.names if name != KEY and name not in _names(first_json)]
+        own = parse_object(first_json or b"") or {}
+        added = [name for name in side.schema_arrow.names if name != KEY and name not in own]
         if KEY not in side.schema_arrow.names or not added:
             return None
         row_of = {str(key).encode(): row for row, key in enumerate(side.read([KEY])[KEY].to_pylist())}
@@ -77,14 +79,6 @@ class SideTable:
                 f"side file {self._path!r} has changed since its shard was indexed; delete the shard's .idx"
             )
         return {name: value for name, value in values[0].items() if value is not None}
-
-
-def _names(first_json: bytes | None) -> frozenset[str]:
-    try:
-        parsed = json.loads(first_json) if first_json is not None else {}
-    except (ValueError, RecursionError):
-        parsed = {}
-    return frozenset(parsed) if isinstance(parsed, dict) else frozenset()
 
 
 def _stem(shard: str) -> str:

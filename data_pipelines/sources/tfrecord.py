@@ -28,17 +28,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 class TFRecordSource(ColumnSource):
-    """The records of TFRecord shards, in their order.
-
-    Args:
-      shards: a pattern or several, as for `files.expand_shards`.
-      image: the feature that holds the image; None finds it.
-
-    Raises:
-      FileNotFoundError, PermissionError, UserError: a shard is missing, unreadable, empty, not a TFRecord file of
-        tf.train.Example, or has no such feature.
-      OSError: a server does not answer.
-    """
+    """The records of TFRecord shards, in their order. Arguments and errors: see `ColumnSource`."""
 
     def __init__(self, shards: str | os.PathLike | Sequence[str | os.PathLike], *, image: str | None = None):
         super().__init__(shards, "tfrecord", build, image=image)

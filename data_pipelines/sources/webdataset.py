@@ -7,7 +7,6 @@ A cut shard does not fail a run, and does not go unnoticed: its whole pairs are 
 """
 
 import functools
-import json
 import os
 from collections.abc import Callable, Sequence
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from data_pipelines.records import Pair
 from data_pipelines.sources import tar_index
+from data_pipelines.sources.columns import parse_object
 from data_pipelines.sources.shards import ShardedSource
 from data_pipelines.sources.side_files import SideTable
 
@@ -101,11 +101,9 @@ def _parse_fields(texts: list[bytes], meta: bytes | None, cls: bytes | None) -> 
     """The fields of a pair; `txt` is a list if there are several texts."""
     fields, problems = {}, []
     if meta is not None:
-        try:
-            parsed = json.loads(meta)
-            fields = parsed if isinstance(parsed, dict) else problems.append("invalid_json") or {}
-        except (ValueError, RecursionError):  # RecursionError: nested a thousand deep
-            problems.append("invalid_json")
+        parsed = parse_object(meta)
+        fields = parsed or {}
+        problems += ["invalid_json"] if parsed is None else []
     if texts:
         try:
             decoded = [text.decode("utf-8") for text in texts]

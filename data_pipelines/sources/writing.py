@@ -8,12 +8,15 @@ shard has another name until it is whole and on disk, so an unfinished one is ne
 is left.
 """
 
+import contextlib
 import io
 import json
 import os
 import tarfile
 from collections.abc import Mapping
+from pathlib import Path
 
+from data_pipelines.atomic import new_file
 from data_pipelines.records import Pair
 from data_pipelines.sources import examples
 
@@ -22,33 +25,29 @@ _ONE_BY_ONE = "group_size:1"
 
 
 class _ShardWriter:
-    """Writes `path` under another name, and renames it if the block ends without an error."""
+    """Base of the writers: a format adds `_begin`, `_end` and `write`."""
 
     def __init__(self, path: str | os.PathLike):
-        self.path = os.fspath(path)
-        self._partial = f"{self.path}.{os.getpid()}.partial"
+        self._path = Path(path)
 
     def __enter__(self):
-        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-        self._begin()
+        with contextlib.ExitStack() as stack:
+            partial = stack.enter_context(new_file(self._path))
+            self._begin(os.fspath(partial))
+            stack.callback(_sync, partial)
+            stack.callback(self._end)
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
-        try:
-            self._end()
-            if kind is None:
-                _sync(self._partial)
-                os.replace(self._partial, self.path)
-        finally:
-            if os.path.exists(self._partial):
-                os.unlink(self._partial)
+    def __exit__(self, *error) -> None:
+        self._stack.__exit__(*error)
 
 
 class TarWriter(_ShardWriter):
     """One tar: KEY.jpg (or png, webp, …), KEY.txt (KEY.0.txt, … for further captions), KEY.json, KEY.cls."""
 
-    def _begin(self) -> None:
-        self._archive = tarfile.open(self._partial, "w", format=tarfile.PAX_FORMAT)
+    def _begin(self, path: str) -> None:
+        self._archive = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)
 
     def _end(self) -> None:
         self._archive.close()
@@ -76,10 +75,10 @@ class TarWriter(_ShardWriter):
 class ArrayRecordWriter(_ShardWriter):
     """One ArrayRecord shard: features `key`, `image`, `txt` (one value per caption), `cls`, and `json` for all other fields."""
 
-    def _begin(self) -> None:
+    def _begin(self, path: str) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter as Writer
 
-        self._writer = Writer(self._partial, _ONE_BY_ONE)
+        self._writer = Writer(path, _ONE_BY_ONE)
 
     def _end(self) -> None:
         self._writer.close()
@@ -111,6 +110,6 @@ def _extension(image: bytes) -> str:
     return next((extension for magic, extension in _EXTENSIONS if image.startswith(magic)), "jpg")
 
 
-def _sync(path: str) -> None:
-    with open(path, "rb") as file:
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
         os.fsync(file.fileno())
