@@ -11,7 +11,7 @@ from pathlib import Path
 import google_crc32c
 import pytest
 from http_server import serving
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from shards import SAMPLE, encode, quadrants, write_tar
 
@@ -59,6 +59,7 @@ def write_array(path: Path, count: int) -> Path:
     return path
 
 
+@settings(deadline=None)  # the first example builds the message classes
 @given(FEATURES)
 def test_what_is_serialized_parses(features):
     data = examples.serialize(features)

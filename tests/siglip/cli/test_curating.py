@@ -99,7 +99,7 @@ def test_mistakes(shard, tmp_path, capsys):
         (["curate", str(shard), *out, "--min-chars", "50", "--max-chars", "10"], "min_chars=50"),
         (["curate", str(shard), *out, "--workers", "-1"], "workers=-1"),
         (["curated"], "curate"),
-        (["stats"], "no place given"),
+        (["stats"], "no path given"),
     ]
     for arguments, message in cases:
         assert run(["data", *arguments]) == 2, arguments
