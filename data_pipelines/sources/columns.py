@@ -40,5 +40,8 @@ def check_image(path: str, notes: Mapping[str, object], image: str | None) -> st
         raise UserError(f"shard {os.fspath(path)!r} has no image column {image!r}{did_you_mean(image, columns)}")
     found = image or notes["image"]
     if found is None:
-        raise UserError(f"shard {os.fspath(path)!r} has no column with images{did_you_mean('image', columns)}")
+        raise UserError(
+            f"shard {os.fspath(path)!r} has no column with images; there are {', '.join(sorted(columns))}; "
+            "rename the right one to 'image'"
+        )
     return found

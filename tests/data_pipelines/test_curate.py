@@ -253,7 +253,7 @@ def test_copies_with_other_captions_stay_when_pairs_are_compared(tmp_path):
     assert [row["keep"] for row in rows] == [True] * 3 + [False, True, False]
 
 
-def test_a_caption_on_many_different_pictures(tmp_path):
+def test_a_caption_on_many_different_images(tmp_path):
     shard = write_pairs(tmp_path / "a.tar", 6)
     data = shard.read_bytes()
     for number in range(4):

@@ -32,7 +32,7 @@ def drawings(count: int, *, seed: int = 0) -> list[Image.Image]:
 
 
 def placeholders(count: int) -> list[bytes]:
-    """One picture as many servers give it: other noise, another quality, every tenth smaller."""
+    """One image as many servers give it: other noise, another quality, every tenth smaller."""
     rng = np.random.default_rng(1)
     picture = Image.new("RGB", (128, 128), (230, 230, 230))
     draw = ImageDraw.Draw(picture)

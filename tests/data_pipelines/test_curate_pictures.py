@@ -1,4 +1,4 @@
-"""What is remembered of pictures, and when two are the same."""
+"""What is remembered of images, and when two are the same."""
 
 import io
 
@@ -31,7 +31,7 @@ def thumbnails(shown: list[image_hashes.ImageInfo]) -> np.ndarray:
     return np.stack([read_thumbnail(picture.thumbnail) for picture in shown])
 
 
-def test_hashes_are_those_of_cropped_pictures(photos):
+def test_hashes_are_those_of_cropped_images(photos):
     grey = np.asarray(photos[0].convert("L").resize((64, 64)), np.float64)
     hashes = perceptual_hashes(grey, CROPS)
     assert hashes.shape == (21,) and hashes.dtype == np.uint64
@@ -77,7 +77,7 @@ def test_copies_are_the_same_and_others_are_not(photos):
     assert np.mean(found) > 0.95 and min(map(np.mean, found)) > 0.9
 
 
-def test_a_changed_place_or_colour_is_another_picture(photos):
+def test_a_changed_place_or_colour_is_another_image(photos):
     whole = thumbnails([describe(photo) for photo in photos])
     spots = []
     for photo in photos:

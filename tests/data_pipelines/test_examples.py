@@ -248,7 +248,7 @@ def test_nothing_stays_of_a_shard_that_failed(tmp_path, writer):
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"before")]
 
 
-def test_keys_with_dots_and_pictures_by_their_bytes(tmp_path):
+def test_keys_with_dots_and_images_by_their_bytes(tmp_path):
     kinds = {"jpg": encode(quadrants(), "JPEG"), "webp": encode(quadrants(), "WEBP"), "gif": encode(quadrants(), "GIF")}
     with TarWriter(tmp_path / "a.tar") as shard:
         for kind, image in kinds.items():

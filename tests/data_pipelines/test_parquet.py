@@ -1,4 +1,4 @@
-"""Parquet with pictures: layouts, row groups and how often they are read, remote files, damage, columns that are not there."""
+"""Parquet with images: layouts, row groups and how often they are read, remote files, damage, columns that are not there."""
 
 import multiprocessing
 import os
