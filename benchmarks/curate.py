@@ -1,16 +1,17 @@
-"""Pairs per second and memory of every stage of a curation, and, where the truth is known, what it found of each fault.
+"""Pairs per second and memory of every stage of a curation, and, if the truth is known, how much of each fault it found.
 
     python benchmarks/curate.py 'noisy-*.tar' --against 'eval-*.tar' --truth truth.jsonl --out curate.json
     python benchmarks/curate.py … --model runs/alignment --trained-on 'clean/*.tar' 'data_pipelines/sample/emoji-train-*.tar'
 
 A row of the truth: {"key", "faults": [...], "image_decodable": bool or null, "caption_matches_image": bool, "src_set", "src_key",
 "dup_group", "detail": {"of", "heldout_key"}}.
-`named`: the rule that is meant for the fault is among the pair's reasons. `dropped`: the pair is not kept.
-Copies: found if the pair or its original is called the other's copy; precision: of all pairs called copies, those of which
-the named original is of the same group.
-Alignment, with a model: the AUC of its score, the chance that a pair with its own readable caption scores above one with
-another picture's. `unseen`: only pairs whose source is not in the shards that the model was trained on.
-The trap: memory is resident, so what the processes share is counted in each; the pool's start and the import of its
+`named`: the rule for this fault is among the pair's reasons. `dropped`: the pair is not kept.
+Duplicates are found if the pair or its original is called the other's duplicate; precision is the share of all pairs called
+duplicates whose named original is of the same group.
+Alignment, with a model: the AUC of its score, the probability that a pair with its own readable caption scores above one with
+another image's caption. `unseen`: only pairs whose source is not in the shards that the model was trained on.
+
+The trap: memory is resident, so what processes share is counted in each of them; the pool's start and the import of its
 libraries are part of the first stage.
 """
 
@@ -28,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from data_pipelines.curate.config import COPIES, MENDING, CurateConfig
+from data_pipelines.curate.config import DUPLICATES, REPAIRS, CurateConfig
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.curate.run import curate
 from data_pipelines.sources.opening import open_source
@@ -55,14 +56,14 @@ RULES_OF = {
     "image_1x1": {"too_small"},
     "extreme_aspect": {"extreme_aspect"},
 }
-UNREADABLE = {"invalid_utf8", "mojibake"}  # faults after which a caption is not the picture's own any more
+UNREADABLE = {"invalid_utf8", "mojibake"}  # faults after which a caption no longer belongs to the image
 RESAMPLINGS = 1000
 SIMILARITIES = (0.8, 0.85, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995)
 COPY_FAULTS = ("exact_duplicate", "near_duplicate_rejpeg", "near_duplicate_rescaled", "near_duplicate_cropped")
 
 
 class Clock:
-    """Seconds of every stage, from the end of the one before to its own."""
+    """Seconds per stage, from the end of the previous stage to its own end."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
@@ -75,7 +76,7 @@ class Clock:
 
 
 class Memory(threading.Thread):
-    """The most memory that all processes of this process group held at once, sampled, and that any of them held, in MiB."""
+    """Sampled peak memory in MiB: of all processes of this process group together, and of the largest one."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -101,14 +102,14 @@ class Memory(threading.Thread):
 
 
 def detection(rows: list[dict], truth: dict[str, dict], protected: set[str]) -> dict[str, dict]:
-    """{fault: {pairs, named, dropped}} of the rows of a manifest. protected: keys of the evaluation sets."""
+    """{fault: {pairs, named, dropped}} from the rows of a manifest. protected: keys of the evaluation sets."""
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for row in rows:
-        told = truth.get(row["key"], {"faults": []})
-        for fault in told["faults"]:
+        known = truth.get(row["key"], {"faults": []})
+        for fault in known["faults"]:
             meant = RULES_OF.get(fault, set())
             if fault == "eval_leak":
-                given = told["detail"]["heldout_key"] in protected
+                given = known["detail"]["heldout_key"] in protected
                 fault, meant = f"eval_leak{'' if given else ' (set not given)'}", {"eval_leak"}
             named = bool(meant.intersection(row["reasons"]))
             counts[fault].update({"pairs": 1, "named": int(named), "dropped": int(not row["keep"])})
@@ -116,15 +117,15 @@ def detection(rows: list[dict], truth: dict[str, dict], protected: set[str]) -> 
 
 
 def copies(rows: list[dict], truth: dict[str, dict]) -> dict[str, float]:
-    """Recall of each kind of copy, and the precision of all."""
+    """Recall for each kind of duplicate, and precision over all."""
     by_key = {row["key"]: row for row in rows}
     places = {f"{row['shard']}#{row['index']}": row["key"] for row in rows}
-    group = {key: told.get("dup_group") for key, told in truth.items()}
+    group = {key: known.get("dup_group") for key, known in truth.items()}
     called = [(row["key"], places[row["duplicate_of"]]) for row in rows if row["duplicate_of"]]
     right = sum(group[key] is not None and group[key] == group[of] for key, of in called)
     found = {"called copies": len(called), "precision": right / max(1, len(called))}
     for fault in COPY_FAULTS:
-        pairs = [(key, told["detail"]["of"]) for key, told in truth.items() if fault in told["faults"]]
+        pairs = [(key, known["detail"]["of"]) for key, known in truth.items() if fault in known["faults"]]
         shown = [pair for pair in pairs if all(key in by_key and by_key[key]["pixel_hash"] for key in pair)]
         hits = sum(any(by_key[key]["duplicate_of"] for key in pair) for pair in shown)
         found[fault] = hits / max(1, len(shown))
@@ -132,10 +133,10 @@ def copies(rows: list[dict], truth: dict[str, dict]) -> dict[str, float]:
 
 
 def faultless(rows: list[dict], truth: dict[str, dict]) -> dict:
-    """Of the pairs without a fault, those that were dropped and are no copies in truth."""
+    """Pairs without a fault, how many were dropped, and how many of those are not duplicates."""
     sound = [row for row in rows if not truth.get(row["key"], {"faults": [""]})["faults"]]
     dropped = [row for row in sound if not row["keep"]]
-    wrong = [row for row in dropped if row["reason"] not in COPIES or not truth[row["key"]].get("dup_group")]
+    wrong = [row for row in dropped if row["reason"] not in DUPLICATES or not truth[row["key"]].get("dup_group")]
     return {
         "pairs": len(sound),
         "dropped": len(dropped),
@@ -177,7 +178,7 @@ def _groups(pair: dict, trained_on: set[str]) -> list[str]:
 
 
 def _separation(matched: np.ndarray, mismatched: np.ndarray) -> dict[str, float]:
-    """The area under the curve, ties half, with its standard error over resamplings of both sides; the score that 95 % of
+    """The area under the curve, ties half, with its bootstrap standard error over both sides; the score that 95 % of
     the matched reach, and the share of the mismatched below it.
     """
     rng = np.random.default_rng(0)
@@ -200,7 +201,7 @@ def _area(matched: np.ndarray, mismatched: np.ndarray) -> float:
 
 
 def embedding_leaks(rows: list[dict], truth: dict[str, dict], protected: set[str]) -> dict[str, dict[str, int]]:
-    """{similarity: {leaks, found, called}}: how many of the true leaks are above it, and of all pairs."""
+    """{similarity: {leaks, found, called}}: how many true leaks and how many pairs are above each similarity."""
     scored = [row for row in rows if row["leak_similarity"] is not None and not np.isnan(row["leak_similarity"])]
     similarity = np.array([row["leak_similarity"] for row in scored])
     leaks = np.array([_leaks_from(truth.get(row["key"]), protected) for row in scored], bool)
@@ -220,7 +221,7 @@ def main() -> None:
     parser.add_argument("shards", nargs="+")
     parser.add_argument("--against", nargs="*", default=[])
     parser.add_argument("--truth", type=Path)
-    parser.add_argument("--model", help="scores pairs: a run, FILE.npz or a Hugging Face folder")
+    parser.add_argument("--model", help="model that scores pairs: a run, FILE.npz or a Hugging Face folder")
     parser.add_argument("--trained-on", nargs="*", default=[], help="shards that the model was trained on")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON to write")
@@ -242,7 +243,7 @@ def main() -> None:
 
 
 def _measured(args: argparse.Namespace, scorer: ModelScorer | None) -> tuple[dict, list[dict], set[str]]:
-    """Curates; what it cost, the rows of the manifest, the keys of the evaluation sets."""
+    """Curates. -> the costs, the rows of the manifest, the keys of the evaluation sets"""
     clock, memory, began = Clock(), Memory(), time.perf_counter()
     memory.start()
     with tempfile.TemporaryDirectory(prefix="curate-") as name, LocalEngine(args.workers) as engine:
@@ -272,7 +273,7 @@ def _measured(args: argparse.Namespace, scorer: ModelScorer | None) -> tuple[dic
 
 
 def _compared(rows: list[dict], truth: dict[str, dict], protected: set[str]) -> dict:
-    """What was found of each fault."""
+    """Prints what was found of each fault."""
     result = {"faults": detection(rows, truth, protected), "undecodable": _undecodable(rows, truth)}
     result |= {"copies": copies(rows, truth), "faultless": faultless(rows, truth)}
     print(f"{'fault':32}{'pairs':>7}{'named':>9}{'dropped':>9}")
@@ -280,8 +281,8 @@ def _compared(rows: list[dict], truth: dict[str, dict], protected: set[str]) -> 
         named = f"{found['named'] / found['pairs']:9.1%}" if found["named"] else f"{'-':>9}"
         print(f"{fault:32}{found['pairs']:7}{named}{found['dropped'] / found['pairs']:9.1%}")
     print("undecodable or bomb: {dropped} of {pairs} dropped".format(**result["undecodable"]))
-    print("copies: " + ", ".join(f"{name} {value:.4g}" for name, value in result["copies"].items()))
-    print("faultless: {pairs}, dropped {dropped}, of them no copies {wrongly}".format(**result["faultless"]))
+    print("duplicates: " + ", ".join(f"{name} {value:.4g}" for name, value in result["copies"].items()))
+    print("faultless: {pairs}, dropped {dropped}, of them not duplicates {wrongly}".format(**result["faultless"]))
     print("".join(f"  {line}\n" for line in result["faultless"]["wrong"]), end="")
     return result
 
@@ -301,13 +302,13 @@ def _print_leaks(found: dict[str, dict[str, int]]) -> None:
         print(f"{least:32}{counts['found'] / max(1, counts['leaks']):9.1%}{counts['called']:9}")
 
 
-def _leaks_from(told: dict | None, protected: set[str]) -> bool:
-    return told is not None and "eval_leak" in told["faults"] and told["detail"]["heldout_key"] in protected
+def _leaks_from(known: dict | None, protected: set[str]) -> bool:
+    return known is not None and "eval_leak" in known["faults"] and known["detail"]["heldout_key"] in protected
 
 
 def _undecodable(rows: list[dict], truth: dict[str, dict]) -> dict[str, int]:
     broken = [row for row in rows if truth.get(row["key"], {"image_decodable": True})["image_decodable"] is not True]
-    return {"pairs": len(broken), "dropped": sum(not set(MENDING).issuperset(row["reasons"]) for row in broken)}
+    return {"pairs": len(broken), "dropped": sum(not set(REPAIRS).issuperset(row["reasons"]) for row in broken)}
 
 
 if __name__ == "__main__":

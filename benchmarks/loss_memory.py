@@ -1,23 +1,24 @@
-"""What the sigmoid loss costs per device against the global batch: temporaries, bytes moved, FLOPs, compile time.
+"""What the sigmoid loss costs per device as the global batch grows: temporaries, bytes moved, FLOPs, compile time.
 
     python benchmarks/loss_memory.py --out loss_memory.json                                    # 8 devices of this CPU
     python benchmarks/loss_memory.py --pairs 8192 --turns 5                                    # and how long they take
     python -m pip install libtpu                                                               # about 135 MB
     python benchmarks/loss_memory.py --topology v5e:16x16 --dtype bfloat16 --out loss_memory.json
 
-Value and gradients of [pairs, width] embeddings are compiled, not run, for 8 forced host devices or ahead of time for a TPU
-topology; no TPU is needed. Beside the table, --out holds every number and a plot is written next to it.
+Value and gradients for [pairs, width] embeddings are compiled, not run, for 8 forced host devices or ahead of time for a TPU
+topology; no TPU is needed. It prints a table; --out writes every number, and a plot next to it.
 
-dense        sigmoid_loss under GSPMD: what public trainers do, all [b, b] logits over the devices
-gathered     every device gathers all texts, [b / devices, b] logits, autodiff
-scan         chunks are gathered one after the other, differentiated as they stand: every tile is kept for the backward pass
+dense        sigmoid_loss under GSPMD, as public trainers do it: all [b, b] logits spread over the devices
+gathered     every device gathers all texts: [b / devices, b] logits, autodiff
+scan         chunks are gathered one after the other under autodiff: every tile is kept for the backward pass
 all_gather   chunked_sigmoid_loss, chunks gathered, gradients in the same pass
-ring         chunked_sigmoid_loss, chunks sent around, gradients in the same pass
+ring         chunked_sigmoid_loss, chunks passed around a ring, gradients in the same pass
 
-matmuls is the number of products of a tile per logit that the compiled program has, by its own FLOPs (3: none is computed
-twice). moved is the larger side of every collective; in flight is the share of it that matrix products hide, by the schedule.
+matmuls: how many products of a tile per logit the compiled program computes, by its own FLOP count (3: none is computed twice).
+moved: the larger side of every collective. in flight: the share of it that the schedule hides behind matrix products.
 A ! marks a program that the compiler refuses because it does not fit.
-The trap: libtpu lets one process at a time compile; a second one fails with ABORTED.
+
+The trap: libtpu lets only one process at a time compile; a second one fails with ABORTED.
 """
 
 import argparse
@@ -48,7 +49,7 @@ SCAN_CHUNK = 64
 
 
 def gathered(zimg, ztxt, t, b, *, mesh):
-    """All texts at once on every device; autodiff saves the block of logits."""
+    """Every device gathers all texts at once; autodiff saves the block of logits."""
 
     @functools.partial(_shard_map, mesh=mesh)
     def per_device(zimg, ztxt, t, b):
@@ -58,7 +59,7 @@ def gathered(zimg, ztxt, t, b, *, mesh):
 
 
 def scan(zimg, ztxt, t, b, *, mesh):
-    """A chunk of every device at a time, under autodiff: the loop saves what every turn computed."""
+    """One chunk of every device at a time, under autodiff: the loop saves what every iteration computed."""
 
     @functools.partial(_shard_map, mesh=mesh)
     def per_device(zimg, ztxt, t, b):
@@ -104,13 +105,13 @@ LOSSES = {
 
 
 def measure(name, mesh, pairs, args):
-    """Compiles value and gradients: (what the program says of itself, the program or None if it does not fit)."""
+    """Compiles value and gradients. -> the program's own figures, and the program, or None if it does not fit"""
     batch, replicated = NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
     z = jax.ShapeDtypeStruct((pairs, args.width), args.dtype, sharding=batch)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
     row = {"loss": name, "pairs": pairs, "devices": mesh.size, "width": args.width, "dtype": args.dtype}
     function = jax.value_and_grad(functools.partial(LOSSES[name], mesh=mesh), argnums=(0, 1, 2, 3))
-    # Left alone, the dense loss returns the texts' gradient whole on every device.
+    # By default the dense loss returns the texts' gradient whole on every device.
     outputs = (replicated, (batch, batch, replicated, replicated))
     start = time.monotonic()
     try:
@@ -134,7 +135,7 @@ def measure(name, mesh, pairs, args):
 
 
 def run_in_turn(programs, mesh, pairs, args):
-    """Seconds of every program, one after the other, `args.turns` times."""
+    """Seconds per run of every program, run in turn `args.turns` times."""
     rng, batch = np.random.default_rng(0), NamedSharding(mesh, PartitionSpec(AXIS))
     z = rng.normal(size=(2, pairs, args.width))
     z /= np.linalg.norm(z, axis=-1, keepdims=True)
@@ -152,7 +153,7 @@ def run_in_turn(programs, mesh, pairs, args):
 
 
 def show(topology, row):
-    """The row as a line of the table."""
+    """Prints a row as a line of the table."""
     if "needs_gib" in row:
         cells = (f"{row['needs_gib']:.1f} GiB!", "", "", "")
     else:
@@ -164,7 +165,7 @@ def show(topology, row):
 
 
 def plot(rows, path):
-    """Temporaries against the batch, one panel per topology; a cross is what a program that does not fit would need."""
+    """Plots temporaries against the batch, one panel per topology; a cross marks what a program that does not fit would need."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -189,7 +190,7 @@ def plot(rows, path):
 
 
 def devices_of(topology):
-    """Devices of a TPU topology such as v5e:16x16, or the CPU's for cpu:8."""
+    """The devices of a TPU topology such as v5e:16x16, or host devices for cpu:8."""
     if topology.startswith("cpu"):
         return jax.devices("cpu")[: int(topology.split(":")[1])]
     return topologies.get_topology_desc(topology, platform="tpu").devices
@@ -204,11 +205,13 @@ def parse():
     parser.add_argument("--pairs", nargs="+", type=int, default=[4096, 32768, 262144, 1048576], help="global batches")
     parser.add_argument("--pairs-per-device", type=int, help="instead of --pairs: the batch grows with the devices")
     parser.add_argument("--loss", nargs="+", choices=LOSSES, default=list(LOSSES))
-    parser.add_argument("--turns", type=int, default=0, help="on the host's devices: also run each that often, in turn")
+    parser.add_argument(
+        "--turns", type=int, default=0, help="on host devices: also run each program this many times, in turn"
+    )
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument(
-        "--out", type=pathlib.Path, help="JSON, and a .png of the same name; rows are added to those there"
+        "--out", type=pathlib.Path, help="JSON file, and a .png of the same name; new rows are added to the file's"
     )
     return parser.parse_args()
 

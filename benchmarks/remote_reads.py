@@ -1,13 +1,13 @@
-"""What a stream costs the server it comes from: requests per 1000 pairs, bytes fetched over bytes needed, pairs per second.
+"""What a stream costs its server: requests per 1000 pairs, bytes fetched over bytes needed, pairs per second.
 
     python benchmarks/input_pipeline.py --only remote [--latency-ms 20] [--out FILE]
 
-The server runs on this machine, in a process of its own, answers byte ranges and lets every answer wait, as an object store
-does. Each loader streams one epoch, of eight stretches; the second half is counted, so that what was fetched ahead for it
-and what it fetches ahead make up for each other. "pair by pair" is the same order without memory for long reads
-(`block_bytes=0`). Bytes needed are those of the shards.
+The server is a process on this machine; it answers byte ranges and delays every answer, as an object store does. Each loader
+streams one epoch of eight stretches. Only the second half is counted, so that what was fetched ahead for it and what it fetches
+ahead cancel out. "pair by pair" is the same order without memory for long reads (`block_bytes=0`). Bytes needed are those of
+the shards.
 
-The trap: no cable is in between, so pairs per second tell what latency costs and nothing of bandwidth.
+The trap: there is no network in between, so pairs per second show the cost of latency but not of bandwidth.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ ROW = "{:46}{:>16}{:>16}{:>10}{:>10}"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Byte ranges of the files of server.folder, each after server.latency_s; /count tells and forgets [requests, bytes]."""
+    """Serves byte ranges of server.folder, each after server.latency_s; /count returns and resets [requests, bytes]."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -84,7 +84,7 @@ def serving(folder: pathlib.Path, latency_s: float):
 
 
 def counted(url: str) -> tuple[int, int]:
-    """Requests and bytes since the last call."""
+    """The requests and bytes since the last call."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc)
     connection.request("GET", "/count")
     requests, sent = json.loads(connection.getresponse().read())
@@ -93,7 +93,7 @@ def counted(url: str) -> tuple[int, int]:
 
 
 def write_parquet(tars: list[str]) -> None:
-    """The same pairs in row groups of GROUP_PAIRS, in the layout of Hugging Face."""
+    """Writes the same pairs in row groups of GROUP_PAIRS, in Hugging Face's layout."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -105,13 +105,13 @@ def write_parquet(tars: list[str]) -> None:
             for pair in TarSource(tar)
         ]
         table = pa.Table.from_pylist(rows)
-        path = pathlib.Path(tar)  # Not of the tar's name: that would be a side file of it.
+        path = pathlib.Path(tar)  # not the tar's name: that would make it a side file
         path = path.with_name(f"rows-{path.stem}.parquet")
         pq.write_table(table, path, row_group_size=GROUP_PAIRS, compression="none")
 
 
 def run(url: str, pattern: str, args, *, blocks: bool, block_bytes: int = BLOCK_BYTES, workers: int = 0) -> dict:
-    """The second half of an epoch of a loader."""
+    """Measures the second half of an epoch of a loader."""
     from data_pipelines.loader import DataConfig, make_loader
     from data_pipelines.order.mixture import SourceConfig
     from data_pipelines.order.permutation import BlockShuffle
@@ -148,7 +148,7 @@ CASES = {
 
 
 def measure(args, make_shards) -> dict:
-    """{case: figures}. make_shards(folder, pairs) -> tars"""
+    """Runs all cases. -> {case: figures}; make_shards(folder, pairs) -> tars"""
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = os.path.join(folder, "cache")

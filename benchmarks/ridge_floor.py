@@ -1,10 +1,13 @@
-"""A floor without a network: kernel ridge from hand-made picture features to character n-grams.
+"""A baseline without a network: kernel ridge regression from hand-made image features to character n-grams.
 
-Picture x -> colour layout, colour and edge histogram; text y -> hashed words and n-grams.  With the RBF
-kernel K of the training pictures and its row k(x),
+Image x -> colour layout, colour and edge histogram; text y -> hashed words and n-grams. With the RBF kernel K of the training
+images and its row k(x),
+
     W(x) = k(x) (K + penalty I)^-1,    score(x, y) = cos(W(x) (Y - m), y - m),    m = mean(Y).
-Width and penalty are chosen by cross-validation inside the training shards; held-out is scored once.
-The trap: cuts must follow the json field `group`, else skin tones of one emoji are on both sides.
+
+Width and penalty are chosen by cross-validation inside the training shards; the held-out shards are scored once.
+
+The trap: splits must follow the json field `group`, or skin tones of one emoji are on both sides.
 
     python benchmarks/ridge_floor.py --train 'data_pipelines/sample/emoji-train-*.tar' \
         --heldout 'data_pipelines/sample/emoji-heldout-*.tar' --out floor.json
@@ -27,7 +30,7 @@ GRID = [(width, penalty) for width in (0.1, 0.2, 0.4, 0.8) for penalty in (0.1, 
 
 
 def read_pairs(pattern):
-    """Pairs of every tar that `pattern` matches, by key: (picture blocks, json fields)."""
+    """The pairs of every tar that `pattern` matches, by key: (image blocks, json fields)."""
     files = {}
     for path in sorted(glob.glob(pattern)):
         with tarfile.open(path) as tar:
@@ -35,17 +38,17 @@ def read_pairs(pattern):
                 key, _, extension = member.name.partition(".")
                 files.setdefault(key, {})[extension] = tar.extractfile(member).read()
     if not files:
-        raise SystemExit(f"no shard matches {pattern!r}: give a glob of .tar files")
+        raise SystemExit(f"no shard matches {pattern!r}; pass a glob of .tar files")
     pairs = []
     for key, parts in sorted(files.items()):
-        picture = next(parts[e] for e in ("jpg", "jpeg", "png", "webp") if e in parts)
-        pairs.append((picture_features(picture), {"group": key} | json.loads(parts["json"])))
+        image = next(parts[e] for e in ("jpg", "jpeg", "png", "webp") if e in parts)
+        pairs.append((image_features(image), {"group": key} | json.loads(parts["json"])))
     return pairs
 
 
-def picture_features(picture):
-    """Colour layout [192], colour histogram [64] and edge histogram [128] of the bytes of one picture."""
-    rgb = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB").resize((64, 64)), float) / 255
+def image_features(image):
+    """Colour layout [192], colour histogram [64] and edge histogram [128] of one encoded image."""
+    rgb = np.asarray(Image.open(io.BytesIO(image)).convert("RGB").resize((64, 64)), float) / 255
     r, g, b = np.moveaxis(rgb.reshape(8, 8, 8, 8, 3).mean((1, 3)), -1, 0)
     layout = np.stack([(r + g + b) / 3, r - g, (r + g) / 2 - b]).ravel()
     colour = np.minimum((rgb * 4).astype(int), 3) @ (16, 4, 1)
@@ -57,7 +60,7 @@ def picture_features(picture):
 
 
 def text_of(pairs, keywords=False):
-    """Hashed words (weight 2) and character 3- to 5-grams of English captions, unit rows [n, TEXT_BINS]."""
+    """Hashed words (weight 2) and character 3- to 5-grams of English captions. -> unit rows [n, TEXT_BINS]"""
     counts = np.zeros((len(pairs), TEXT_BINS), np.float32)
     for row, (_, fields) in zip(counts, pairs, strict=True):
         text = fields["captions"]["en"] + " " + fields.get("keywords", "") * keywords
@@ -69,7 +72,7 @@ def text_of(pairs, keywords=False):
 
 
 def standardise(pairs, moments=None):
-    """Picture blocks standardised and divided by the root of their size: [n, d], and the moments."""
+    """Image blocks, standardised and divided by the root of their size. -> [n, d], and the moments"""
     blocks = [np.stack(block) for block in zip(*(pair[0] for pair in pairs), strict=True)]
     moments = moments or [(a.mean(0), a.std(0) + 0.3 * a.std(0).mean()) for a in blocks]
     scaled = [(a - m) / s / len(m) ** 0.5 for a, (m, s) in zip(blocks, moments, strict=True)]
@@ -77,7 +80,7 @@ def standardise(pairs, moments=None):
 
 
 def scores(x, y, x_test, y_test, grid):
-    """Yield for every (width, penalty) of the grid the cosines [test pictures, test texts]."""
+    """Yields the cosines [test images, test texts] for every (width, penalty) of the grid."""
     y, y_test = y - y.mean(0), y_test - y.mean(0)
     gram, cross, lengths = y @ y.T, y @ y_test.T, np.linalg.norm(y_test, axis=1)
     within, across = ((np.square(a).sum(1)[:, None] + np.square(x).sum(1) - 2 * a @ x.T) for a in (x, x_test))
@@ -89,7 +92,7 @@ def scores(x, y, x_test, y_test, grid):
 
 
 def retrieval(matrix):
-    """{"text", "image": {metric: value}} of a score matrix [pictures, texts] whose diagonal is right; ties lose."""
+    """{"text", "image": {metric: value}} of a score matrix [images, texts] whose diagonal is right; ties count as misses."""
     diagonal = np.diag(matrix)
     ranks = {"text": (matrix >= diagonal[:, None]).sum(1), "image": (matrix >= diagonal).sum(0)}
     return {

@@ -6,19 +6,22 @@
     python -m pip install torch ftfy regex huggingface_hub safetensors tqdm     # and a C++ compiler for torch.compile
     python -m pip install --no-deps open_clip_torch                             # torchvision and timm are not needed
 
-Every combination of --loss, --remat, --attention and --micro-batch-size is a row, on all devices there are. Forward, backward
-and optimizer on random pairs that are in memory before the clock starts. Each side is a process and compiles once; on a CPU
-they then run N steps in turn, changing places every turn, because other work slows one side or the other; on an accelerator,
-whose memory two cannot share, one after the other. ratio above 1: faster than open_clip.
-Ours is the jitted step of `siglip train` on uint8 pictures, theirs CustomTextCLIP + SigLipLoss with fused AdamW on float
-pictures already normalised, under autocast for bfloat16. Both: the same batch, widths, depths, heads, patches kept, tanh
-GELU, texts unmasked, gradient clipping. MFU counts each side's own matrix products once (siglip/training/flops.py).
-What differs: their image tower has a class token, no bias in the patch embedding, an attention pool with LayerNorms on
-the query and after it but *no* MLP, and a projection without bias; ours pools with an MLP and projects if the recipe
-does. They pool texts at the last token, a recipe may take the mean. Ours has learning-rate multipliers, norms to log,
-dropout and a running average if the recipe does.
-The trap: beside another busy process PyTorch's threads wait for each other and its rate can fall several times over.
-Believe a CPU run only if both sides had nearly all "cores" (CPU seconds per second) and least is near most.
+Every combination of --loss, --remat, --attention and --micro-batch-size is a row, on all devices. A step is forward, backward
+and optimizer on random pairs that are in memory before the clock starts. Each side is a process and compiles once. On a CPU the
+sides then run N steps in turn, in another order each time, since other work slows one side or the other; on an accelerator, whose
+memory two processes cannot share, they run one after the other. A ratio above 1 is faster than open_clip.
+
+Ours is the jitted step of `siglip train` on uint8 images. Theirs is CustomTextCLIP + SigLipLoss with fused AdamW on normalised
+float images, under autocast for bfloat16. Both have the same batch, widths, depths, heads, kept patches, tanh GELU, unmasked
+texts and gradient clipping. MFU counts each side's own matrix products once (siglip/training/flops.py).
+
+The models differ: their image tower has a class token, no bias in the patch embedding, an attention pool with LayerNorms on the
+query and after it but *no* MLP, and a projection without bias; ours pools with an MLP and projects if the recipe does. They pool
+texts at the last token; a recipe may take the mean. Ours has learning-rate multipliers, norms to log, and dropout and a running
+average if the recipe does.
+
+The trap: beside another busy process PyTorch's threads wait for each other, and its rate can fall several times over. Believe a
+CPU run only if both sides had nearly all "cores" (CPU seconds per second) and "least" is near "most".
 """
 
 import argparse

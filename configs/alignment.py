@@ -1,15 +1,15 @@
-"""A model that scores web pairs for `siglip data curate`: the quick start's, on the shipped sample and clean pairs of your own.
+"""A model that scores web pairs for `siglip data curate`: the quick start's, on the shipped sample and your own clean pairs.
 
     siglip train configs/alignment.py --data.sources.1.shards 'clean/*.tar'
     siglip data curate 'web/*.tar' --out curated --model runs/alignment --min-score 0.1
 
-With 1600 drawings of clip art and 803 stamps as the clean pairs, expect an AUC of .93 between captions that belong to their
-picture and captions that belong to another, where the corpus shows pictures that were trained on, and .83 where it does not
-(docs/log.md). `--data.sources.1.weight` is the share of your pairs against 1 for the sample's 1850; 1.3 fits 2400.
+With 1600 clip-art drawings and 803 stamps as the clean pairs, expect an AUC of .93 between captions that belong to their image
+and captions that belong to another, if the model was trained on the corpus's images, and .83 if it was not (docs/log.md).
+`--data.sources.1.weight` is the share of your pairs against 1 for the sample's 1850; 1.3 fits 2400 pairs.
 
-It differs from the quick start in what it reads, not in what it is: captions of up to 32 pieces instead of 12, since web
-captions are lists of words, and half the steps. Your pairs need a caption (`txt`); captions in other languages, keywords and
-a telling file name (`captions`, `keywords`, `name` of the json) are used where they are there.
+The model is the quick start's; only the data differ. Captions have up to 32 pieces instead of 12, since web captions are lists
+of words, and there are half as many steps. Your pairs need a caption (`txt`); captions in other languages, keywords and a
+descriptive file name (`captions`, `keywords`, `name` in the json) are used where a pair has them.
 """
 
 from pathlib import Path

@@ -1,13 +1,13 @@
-"""A trained image tower moves on slowly beside a new text tower: a tenth of the learning rate, and no weight decay on it.
+"""A trained image tower trains on slowly beside a new text tower: a tenth of the learning rate and no weight decay on it.
 
     siglip train configs/finetune_both.py                              after configs/quickstart.py
     siglip train configs/finetune_both.py --init.src SRC --workdir DIR     from any other run, FILE.npz or Hugging Face folder
 
-As the SigLIP paper fine-tunes public image towers (arXiv:2303.15343, section 4.5): with weight decay the tower loses what it
-knew and ends up hardly better than from scratch. Both towers can be taken as well: leave `init.only` and `model.text` out.
+This is how the SigLIP paper fine-tunes public image towers (arXiv:2303.15343, section 4.5): with weight decay the tower forgets
+what it knew and ends up hardly better than from scratch. To start from both towers, leave out `init.only` and `model.text`.
 
-Expect the held-out emoji's R@10 in English at .33 and .32 after 800 steps (the quick start cut to 1600 steps, which it started
-from, has .31), and .27 / .28 after 200, where a run from scratch has .20 / .22 (docs/log.md).
+Expect R@10 in English on the held-out emoji of .33 and .32 after 800 steps (.31 for its starting point, the quick start cut to
+1600 steps), and .27 / .28 after 200 steps, where a run from scratch has .20 / .22 (docs/log.md).
 """
 
 from pathlib import Path
@@ -49,7 +49,7 @@ def get_config() -> TrainConfig:
         total_steps=800,
         batch_size=64,
         workdir="runs/finetune_both",
-        seed=1,  # the quick start's would draw the text tower that its image tower grew up with
+        seed=1,  # the quick start's seed would draw the text tower that its image tower was trained with
         optim=OptimConfig(
             lr=LEARNING_RATE,
             weight_decay=1.0 * LEARNING_RATE,

@@ -1,14 +1,14 @@
-"""The last steps of a pretraining: both towers at a higher resolution, the learning rate cut a hundredfold, no weight decay.
+"""The last steps of a pretraining: both towers at a higher resolution, a hundredth of the learning rate, no weight decay.
 
     siglip train configs/higher_resolution.py                             after configs/quickstart.py: 24 -> 48 px
     siglip train configs/higher_resolution.py --init.src siglip_b16_224.npz --model.image.image-size 448 448 --workdir DIR
 
-As the published SigLIP models came to their higher resolutions: five of 45 billion examples at a hundredth of the learning
-rate, without weight decay (arXiv:2303.15343). Learned positions are resampled to the new grid, everything else is taken over,
+The published SigLIP models reached their higher resolutions like this: 5 of 45 billion examples at a hundredth of the learning
+rate, without weight decay (arXiv:2303.15343). Learned positions are resampled to the new grid; everything else is taken over,
 the tokenizer too.
 
-Expect the held-out emoji's R@10 in English to stay where it was (.31 both ways from a quick start of 1600 steps), from the first
-step on: emoji show at 48 px what they show at 24 (docs/log.md).
+Expect R@10 in English on the held-out emoji to stay where it was (.31 both ways after a quick start of 1600 steps) from the first
+step on: at 48 px, emoji show no more than at 24 (docs/log.md).
 """
 
 from pathlib import Path

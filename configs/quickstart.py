@@ -2,14 +2,13 @@
 
     siglip train configs/quickstart.py
 
-1850 pictures with names in twelve languages; evaluated on 312 pictures of things that were never seen. Expect R@10 of .34 both
-ways in English (mean of three seeds; chance is .03, ridge regression on hand-made features reaches .48). What overfits least on
-so few pairs, found by cross-validation inside the training shards (docs/log.md):
+1850 training images with names in twelve languages, evaluated on 312 images of concepts absent from training. Expect R@10 of
+.34 both ways in English (mean of three seeds; chance is .03, ridge regression on hand-made features reaches .48). These choices
+overfit least on so few pairs, by cross-validation inside the training shards (docs/log.md):
 
-- small patches of a small picture, most of them left out in training: colour is the best cue here, so colours are not
-  jittered either;
-- the text tower starts as a bag of pieces (large token embeddings that hardly move) and learns slowly;
-- keywords are captions too.
+- small patches of a small image, most of them dropped in training; colours are not jittered, since colour is the best cue here;
+- a text tower that starts as a bag of pieces (large token embeddings that hardly move) and learns slowly;
+- keywords as further captions.
 """
 
 from pathlib import Path

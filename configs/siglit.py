@@ -1,16 +1,16 @@
-"""SigLIT: a trained image tower stays as it is, a new text tower learns to speak about it; pictures are looked at once.
+"""SigLIT: a trained image tower stays frozen, and a new text tower learns to match it; each image is embedded only once.
 
     siglip train configs/siglit.py                              after configs/quickstart.py
     siglip train configs/siglit.py --init.src SRC --workdir DIR     from any other run, FILE.npz or Hugging Face folder
 
-The paper's cheapest recipe (arXiv:2303.15343, section 4.1; locked-image tuning, arXiv:2111.07991). A frozen tower gives a picture
-one embedding for ever, so the embeddings of all pictures are computed before the first step, kept under runs/image_embeddings
-(any run with the same tower and shards finds them there), and training costs neither an image forward nor a decoded picture.
-That rules out augmentation and patch dropout.
+The paper's cheapest recipe (arXiv:2303.15343, section 4.1; locked-image tuning, arXiv:2111.07991). A frozen tower always gives an
+image the same embedding, so the embeddings of all images are computed before the first step and stored in
+runs/image_embeddings, where any run with the same tower and shards finds them. Training then decodes no image and runs no image
+forward. This rules out augmentation and patch dropout.
 
-Expect the held-out emoji's R@10 in English at .33 both ways after 800 steps (.30 with another seed; the quick start cut to 1600
-steps, which it started from, has .31), and .29 / .26 after 200, where a run from scratch has .20 / .22; nine times the pairs/s of
-the same run on pictures (docs/log.md).
+Expect R@10 in English on the held-out emoji of .33 both ways after 800 steps (.30 with another seed; .31 for its starting point,
+the quick start cut to 1600 steps), and .29 / .26 after 200 steps, where a run from scratch has .20 / .22. It trains nine times
+as many pairs/s as the same run on images (docs/log.md).
 """
 
 from pathlib import Path
@@ -52,7 +52,7 @@ def get_config() -> TrainConfig:
         total_steps=800,
         batch_size=64,
         workdir="runs/siglit",
-        seed=1,  # the quick start's would draw the text tower that its image tower grew up with
+        seed=1,  # the quick start's seed would draw the text tower that its image tower was trained with
         optim=OptimConfig(
             lr=LEARNING_RATE,
             weight_decay=1.0 * LEARNING_RATE,

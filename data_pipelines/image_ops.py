@@ -1,17 +1,15 @@
-"""Encoded pictures to pixels, the way a browser would show them, and resizing with antialias.
+"""Encoded images to pixels, as a browser would show them, and resizing with antialias.
 
-Order: header -> size check -> decode -> turn upright (EXIF) -> over white -> RGB -> resize to h x w,
-bilinear. Pillow's bilinear filter widens with the reduction, as the published preprocessors do; without that,
-pixels of a reduced picture are off by 0.08 of the [-1, 1] range.
+Order: header -> size check -> decode -> turn upright (EXIF) -> over white -> RGB -> resize to h x w, bilinear. Pillow's
+bilinear filter widens with the reduction, as the published preprocessors do; without that, the pixels of a reduced image are
+off by 0.08 of the [-1, 1] range.
 
-Pillow decodes, and judges every damaged file. Two libraries do its two slow parts where they can: simplejpeg (libjpeg-turbo)
-decodes grey and colour JPEGs without a flaw, the same pixels 1.5 times as fast; cykooz-resizer computes Pillow's filter
-with SIMD instructions, 5 times as fast, within 1/255 of it (2/255 at one value in millions). A machine that lacks one of them
-has Pillow do it.
+Pillow decodes, and judges every damaged file. Two optional libraries speed up its slow parts: simplejpeg (libjpeg-turbo)
+decodes flawless grey and colour JPEGs to the same pixels 1.5 times as fast; cykooz-resizer computes Pillow's filter with SIMD
+instructions, 5 times as fast, within 1/255 (2/255 at one value in millions).
 
-The trap: Pillow clips 16-bit grey to white instead of scaling it, and allocates the whole picture before it
-finds that the file is a bomb or cut: only the header is trusted with sizes here, and any error of any codec
-is a `DecodeError`.
+The trap: Pillow clips 16-bit grey to white instead of scaling it, and allocates a whole image before it finds that the file
+is a bomb or cut. So only the header is trusted with sizes here, and any error of any codec is a `DecodeError`.
 """
 
 import io
@@ -47,7 +45,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _WHITE = (255, 255, 255)
-# JFIF, JPEG tables and frames, comments, ICC profiles; not APP1, where EXIF may say that the picture lies on its side.
+# JFIF, JPEG tables and frames, comments, ICC profiles; not APP1, where EXIF may say that the image is stored on its side.
 _START_OF_FRAME, _START_OF_SCAN = (0xC0, 0xC2), 0xDA
 _PLAIN_SEGMENTS = frozenset((*_START_OF_FRAME, _START_OF_SCAN, 0xC4, 0xDB, 0xDD, 0xE0, 0xE2, 0xFE))
 _FRAME = struct.Struct(">BHHB")
@@ -55,7 +53,7 @@ _local = threading.local()
 
 
 class DecodeError(ValueError):
-    """A picture that cannot be shown.
+    """An image that cannot be decoded.
 
     `reason`: "empty_image" (no bytes), "not_an_image", "bomb" (too large), "truncated" or "corrupt_image".
     """
@@ -66,27 +64,27 @@ class DecodeError(ValueError):
 
 
 def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
-    """The upright RGB picture in an encoded file: of an animation the first frame, transparent parts white.
+    """Decodes a file to an upright RGB image: the first frame of an animation, transparent parts white.
 
     Args:
       data: a JPEG, PNG, WebP, GIF, BMP or AVIF file.
-      max_pixels: the largest width x height to decode; larger ones are refused on sight of the header.
+      max_pixels: the maximum width x height; larger images are refused by their header.
 
     Raises:
-      DecodeError: the file cannot be decoded in full, see its `reason`.
+      DecodeError: the file cannot be decoded in full; its `reason` says why.
     """
     if not data:
         raise DecodeError("empty_image", "0 bytes")
     try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        if picture.width * picture.height > max_pixels:
-            raise _bomb(*picture.size, max_pixels)
-        is_plain = simplejpeg is not None and picture.format == "JPEG" and picture.mode in ("L", "RGB")
-        pixels = _decode_jpeg(data, "RGBX", picture.size) if is_plain else None
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > max_pixels:
+            raise _bomb(*image.size, max_pixels)
+        is_plain = simplejpeg is not None and image.format == "JPEG" and image.mode in ("L", "RGB")
+        pixels = _decode_jpeg(data, "RGBX", image.size) if is_plain else None
         if pixels is None:
-            picture.load()
-        rgb = _to_rgb(picture) if pixels is None else _to_picture(pixels)
-        orientation = _orientation(picture)  # After load(): a PNG may tell it behind its pixels.
+            image.load()
+        rgb = _to_rgb(image) if pixels is None else _to_pil(pixels)
+        orientation = _orientation(image)  # after load(): a PNG may have it behind its pixels
         return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
     except DecodeError:
         raise
@@ -95,13 +93,13 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
     except UnidentifiedImageError as error:
         reason = "corrupt_image" if data.startswith(_MAGIC) else "not_an_image"
         raise DecodeError(reason, str(error)) from error
-    except Exception as error:  # Codecs raise anything on damaged files: OSError, SyntaxError, struct.error
+    except Exception as error:  # codecs raise anything on damaged files: OSError, SyntaxError, struct.error
         reason = "truncated" if "truncated" in str(error) else "corrupt_image"
         raise DecodeError(reason, f"{type(error).__name__}: {error}") from error
 
 
 def decode_pixels(data: bytes, *, max_pixels: int) -> np.ndarray:
-    """`decode_image` as an array, uint8 [h, w, 3], without Pillow where the file is a plain JPEG."""
+    """`decode_image` as an array, without Pillow for a plain JPEG. -> uint8 [h, w, 3]"""
     size = _plain_jpeg_size(data)
     if size is not None:
         if size[0] * size[1] > max_pixels:
@@ -113,22 +111,19 @@ def decode_pixels(data: bytes, *, max_pixels: int) -> np.ndarray:
 
 
 def resize(
-    picture: np.ndarray | Image.Image,
+    image: np.ndarray | Image.Image,
     size_px: tuple[int, int],
     *,
     box: tuple[float, float, float, float] | None = None,
 ) -> np.ndarray:
-    """Resizes a picture, or a box of it, with antialias. The aspect ratio gives way.
+    """Resizes an image, or a box of it, with antialias, to a fixed size whatever its aspect ratio. -> uint8 [h, w, 3]
 
     Args:
-      picture: RGB, uint8 [h, w, 3] or Pillow's.
+      image: RGB, uint8 [h, w, 3] or Pillow's.
       size_px: (h, w) of the result.
-      box: (left, top, right, bottom) in pixels of the picture; what lies outside the picture is white.
-
-    Returns:
-      uint8 [h, w, 3].
+      box: (left, top, right, bottom) in pixels of the image; outside the image it is white.
     """
-    pixels, (h, w) = np.asarray(picture), size_px
+    pixels, (h, w) = np.asarray(image), size_px
     if box is not None:
         pixels, box = _pad_to(pixels, box)
     if cykooz_resizer is None:
@@ -141,14 +136,14 @@ def resize(
 
 
 def _thread_resizer():
-    """It owns its buffers, so every thread has its own."""
+    """This thread's resizer: it owns buffers, so threads cannot share one."""
     if not hasattr(_local, "resizer"):
         _local.resizer = cykooz_resizer.Resizer()
     return _local.resizer
 
 
 def _resize_options(size: tuple[int, int], box: tuple[float, float, float, float] | None):
-    """Pillow's bilinear filter over a box that lies within the picture."""
+    """Pillow's bilinear filter over a box that lies within the image."""
     crop = None
     if box is not None:
         (left, width), (top, height) = (_within(box[side], box[side + 2], size[side]) for side in (0, 1))
@@ -158,7 +153,7 @@ def _resize_options(size: tuple[int, int], box: tuple[float, float, float, float
 
 
 def _within(start: float, end: float, limit: int) -> tuple[float, float]:
-    """(start, length) whose sum does not exceed the limit, not even by rounding."""
+    """(start, length), whose sum does not exceed the limit, not even by rounding."""
     length = end - start
     while start + length > limit:
         length = math.nextafter(length, 0)
@@ -166,7 +161,7 @@ def _within(start: float, end: float, limit: int) -> tuple[float, float]:
 
 
 def _decode_jpeg(data: bytes, colors: str, size: tuple[int, int]) -> np.ndarray | None:
-    """A grey or YCbCr JPEG of this (width, height); None when it has a flaw, which is Pillow's to judge."""
+    """Decodes a grey or YCbCr JPEG of this (width, height); None if it has any flaw, which Pillow then judges."""
     try:
         pixels = simplejpeg.decode_jpeg(data, colors, strict=True)
     except ValueError:
@@ -174,14 +169,14 @@ def _decode_jpeg(data: bytes, colors: str, size: tuple[int, int]) -> np.ndarray 
     return pixels if pixels.shape[1::-1] == size else None
 
 
-def _to_picture(pixels: np.ndarray) -> Image.Image:
-    """Pixels of four bytes, as Pillow keeps RGB: it takes these over without a copy."""
+def _to_pil(pixels: np.ndarray) -> Image.Image:
+    """Pixels of four bytes as a Pillow image; Pillow stores RGB so and takes them without a copy."""
     flat = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(pixels.reshape(-1)), 4)
     return Image.fromarrow(flat, "RGB", pixels.shape[1::-1])
 
 
 def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a grey or YCbCr JPEG that lies upright; None of all else."""
+    """(width, height) of a grey or YCbCr JPEG that is stored upright; None for every other file."""
     if simplejpeg is None or data[:2] != b"\xff\xd8":
         return None
     size, start = None, 2
@@ -204,33 +199,33 @@ def _bomb(width: int, height: int, max_pixels: int) -> DecodeError:
     return DecodeError("bomb", f"{width} x {height} px, limit {max_pixels}")
 
 
-def _orientation(picture: Image.Image) -> int | None:
-    if "exif" not in picture.info:
+def _orientation(image: Image.Image) -> int | None:
+    if "exif" not in image.info:
         return None
     try:
-        return picture.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # Broken metadata of a whole picture: browsers show it as it lies.
+        return image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # broken metadata of a sound image: browsers show it as it is stored
         return None
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode == "RGB" and "transparency" not in picture.info:
-        return picture
-    if picture.mode.startswith("I"):
-        return _deep_grey_to_rgb(picture)
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    picture = picture.convert("RGBA")
-    white = Image.new("RGB", picture.size, _WHITE)
-    white.paste(picture, mask=picture.getchannel("A"))
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        return _deep_grey_to_rgb(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, _WHITE)
+    white.paste(image, mask=image.getchannel("A"))
     return white
 
 
-def _deep_grey_to_rgb(picture: Image.Image) -> Image.Image:
-    """16-bit grey to RGB: 65535 is white, and the grey that a PNG declares transparent is white as well."""
-    grey = np.asarray(picture).astype(np.uint32)
+def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
+    """Converts 16-bit grey to RGB; 65535 becomes white, and so does the grey that a PNG declares transparent."""
+    grey = np.asarray(image).astype(np.uint32)
     shown = ((grey + 128) // 257).astype(np.uint8)
-    transparent = picture.info.get("transparency")
+    transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         shown[grey == transparent] = 255
     return Image.fromarray(shown).convert("RGB")
@@ -239,9 +234,9 @@ def _deep_grey_to_rgb(picture: Image.Image) -> Image.Image:
 def _pad_to(
     pixels: np.ndarray, box: tuple[float, float, float, float]
 ) -> tuple[np.ndarray, tuple[float, float, float, float]]:
-    """A picture with as much white around it as the box reaches out, and the box in its pixels.
+    """Pads an image with white as far as the box reaches beyond it. -> the padded image, the box in its pixels
 
-    Where that would need a canvas of more than MAX_CANVAS_PIXELS, the picture is reduced first: it ends up small anyway.
+    If that needs a canvas of more than MAX_CANVAS_PIXELS, the image is reduced first: it ends up small anyway.
     """
     height, width = pixels.shape[:2]
     reach = (max(box[2], width) - min(box[0], 0)) * (max(box[3], height) - min(box[1], 0))

@@ -1,10 +1,10 @@
-"""Offline curation: shards in, a manifest out that says of every pair whether it is kept, and why not.
+"""Offline curation: shards in, a manifest out that says whether each pair is kept, and if not, why.
 
-    scan       one shard at a time: what a pair is (place, size, caption, language, hashes) and what is wrong with it
-    exchange   the same rows grouped by another key (hash band, caption, language), through files
-    verdicts   what only the whole corpus can say: copies, leaks of an evaluation set, low scores, crowded concepts
-    manifest   the verdicts joined to the scans, shard by shard
+    scan        one shard at a time: where each pair lies, its size, caption, language and hashes, and what is wrong with it
+    rules       what only the whole corpus can tell: duplicates, leaks of an evaluation set, repeated captions, low scores;
+                each is a list of `stages`, which regroup rows by another key through a `shuffle`, and leaves verdicts
+    manifest    scans and verdicts joined, the alignment rules applied, every pair decided
 
-The trap: nothing may depend on who computed what when. Every stage is a pure function from files to files, each file
-appears whole or not at all, and the order of rows is that of the shards, so any number of workers writes the same bytes.
+Every stage is a pure function from files to files. Each file appears whole or not at all, and rows are in the order of the
+shards, so the output is the same bytes for any number of workers.
 """

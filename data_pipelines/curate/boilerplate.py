@@ -1,17 +1,17 @@
-"""What a page says about any picture: file names, buttons, notices, prices, "image not available".
+"""Captions that pages show beside any image: file names, buttons, notices, prices, "image not available".
 
-A caption goes when it is nothing else. One that merely contains such words says something and stays: "a picture of a dog
-available in red", "logo of the Red Cross". Only the notices that a page sets instead of a text (cookies, lorem ipsum) are
-known by how they begin. The ways to tell (the words are in `furniture`):
+A caption is boilerplate if it is nothing else. One that merely contains such words says something and is kept: "a picture of
+a dog available in red", "logo of the Red Cross". Only notices that a page shows instead of a text (cookies, lorem ipsum) are
+recognised by how they begin. The kinds (`boilerplate_phrases` has the words):
 
-    phrases    the whole caption is one of a list, in twenty languages
+    phrases    the whole caption is on a list, in twenty languages
     labels     the same, but only with a capital: "Menu" is a button, "menu" may lie on the table
-    counted    a word that pages count and a number: "Bild 1", "photo (3)", "IMG_0042", "Screenshot 2020-01-02 at 10.11"
-    bags       only words of one language's bag, one of them for a picture: "sorry, this image is no longer available"
+    counted    a word that pages number, and a number: "Bild 1", "photo (3)", "IMG_0042", "Screenshot 2020-01-02 at 10.11"
+    bags       only words of one language's bag, one of which means an image: "sorry, this image is no longer available"
     patterns   regular expressions
 
-The trap: what a picture can show is no furniture. "home", "5 stars", "Image may contain: dog" and "1984 calendar" tell
-something; "next", "1 review" and "image" never do. So no rule but that for file names takes a word that is not on a list.
+The trap: what an image can show is not boilerplate. "home", "5 stars", "Image may contain: dog" and "1984 calendar" tell
+something; "next", "1 review" and "image" never do. So every rule but that for file names needs a word that is on a list.
 """
 
 import re
@@ -28,7 +28,7 @@ _SUFFIX = (
 )
 _FILE = re.compile(rf"[\w)\]%~ -]\.{_SUFFIX}(?:[?#]\S*|[@:]\w+)?$")
 _DIGIT, _FOUR_DIGITS = re.compile(r"\d"), re.compile(r"\d(?:[ ._-]*\d){3}")
-# After the word: numbers, "of 25", "at 10.11 AM", and what editors and messengers append. Possessive: no way back is needed.
+# After the word: numbers, "of 25", "at 10.11 AM", and what editors and messengers append. Possessive, to avoid backtracking.
 _COUNT = re.compile(
     r"\d(?:[\W\d_]|(?<![^\W\d_])(?:out of|a las|of|von|de|sur|di|van|из|от|at|um|à|alle|às|в|am|pm|wa|hdr|bw|mp|edited|edit|"
     r"copy|kopie|copia|копия|scaled|fotor|snapseed|cropped|crop|small|medium|large|thumb|thumbnail|final|new|low|high|res|hires|web|night|"
@@ -38,7 +38,7 @@ _PLACES = (
     r"(?:facebook|twitter|instagram|pinterest|linkedin|whatsapp|youtube|tumblr|reddit|tiktok|snapchat|flickr|vimeo|"
     r"google ?(?:\+|plus)|vk|vkontakte|xing|weibo|wechat|digg|stumbleupon|flipboard|e-?mail)"
 )
-_PICTURES = r"(?:images?|photos?|photographs?|pictures?|pics?|img|graphic|illustrations?|thumbnails?|thumb)"
+_IMAGES = r"(?:images?|photos?|photographs?|pictures?|pics?|img|graphic|illustrations?|thumbnails?|thumb)"
 _AGENCIES = (
     r"(?:royalty[ -]?free|stock|vector|getty ?(?:images)?|shutterstock|istock(?:photo)?|alamy|dreamstime(?: [a-z]{1,3})?|123rf|"
     r"depositphotos|adobe ?stock|fotolia|bigstock|freepik|unsplash|pixabay|pexels|can stock)"
@@ -70,7 +70,7 @@ _SELLING = (
     r"pcs?|pack|in|stock|current|original|starting|discount)\b"
 )
 
-# Each against the whole caption: in lower case, underscores as spaces, without the punctuation around it.
+# Each is matched with the whole caption, in lower case, underscores as spaces, without the punctuation around it.
 _PATTERNS = {
     "numbers, dimensions, dates": r"[\d\s_x×.,:;/#%()+-]{3,}",
     "sizes": r"\d+ ?[x×] ?\d+ ?(?:px|pixels?)|\d+(?:\.\d+)? ?(?:px|pixels?|kb|mb|dpi)",
@@ -98,7 +98,7 @@ _PATTERNS = {
     "click here": r"click (?:here|to|on|for|image|photo|picture|the|below|thumbnail|any|each)\b.{0,60}|"
     r"(?:view|see) (?:larger|full ?-?size|bigger)(?: (?:version|size|map))?|"
     r"(?:view|see|show|open|enlarge|zoom)(?: in)?(?: a| the)? ?(?:larger|full|bigger|large|original|hi-?res)?(?: ?-?size)?"
-    rf"(?: version)?(?: of)?(?: the| this)? ?{_PICTURES}",
+    rf"(?: version)?(?: of)?(?: the| this)? ?{_IMAGES}",
     "buttons": r"(?:add(?:ed)?|move) to (?:cart|basket|bag|wish ?list|favou?rites)|"
     r"(?:buy|shop|order|book|call|subscribe|sign ?up|log ?in|register|join|donate|apply|contact us|get started|watch|play|listen|"
     r"download|try|enrol?l)(?: it| us)? ?(?:now|today|online|here|free|for free)",
@@ -110,22 +110,22 @@ _PATTERNS = {
     rf"(?:(?:icon|logo|social|share|btn)[ -])?{_PLACES}(?:[ -](?:logo|icon|page|profile|share|button|link))*",
     "rights": r"(?:(?:©|\(?c\)|copyright)\s*)++(?:(?:\d{4}|all rights|by\b|reserved).{0,100})?|©.{0,60}|"
     r".{0,60}\ball rights reserved",
-    "credits": rf"(?:{_PICTURES}|posted|uploaded|submitted|added|written|published|source|credits?|courtesy|via)"
+    "credits": rf"(?:{_IMAGES}|posted|uploaded|submitted|added|written|published|source|credits?|courtesy|via)"
     r"(?: (?:by|credits?|courtesy(?: of)?|source|from|via)\b|:).{0,60}|"
-    rf"(?:{_PICTURES}|foto|bild|фото|写真) ?[©/:] ?(?:©.{{0,60}}|"
+    rf"(?:{_IMAGES}|foto|bild|фото|写真) ?[©/:] ?(?:©.{{0,60}}|"
     rf"(?:dpa|ap|afp|epa|efe|ansa|reuters|imago|picture alliance|{_AGENCIES})\b.{{0,40}})|"
-    rf"{_PICTURES} © .{{0,60}}|by (?:admin|administrator|guest|editor|staff|user)(?: .{{0,20}})?",
-    "watermarks": rf"{_AGENCIES}(?: (?:royalty[ -]?free|stock|vector|clip ?art|footage|photography|{_PICTURES}))*"
+    rf"{_IMAGES} © .{{0,60}}|by (?:admin|administrator|guest|editor|staff|user)(?: .{{0,20}})?",
+    "watermarks": rf"{_AGENCIES}(?: (?:royalty[ -]?free|stock|vector|clip ?art|footage|photography|{_IMAGES}))*"
     r"(?:[ :#-]*(?:id|image|no|number|of)?[ :.#-]*(?:\d{3,}.{0,20})?)?",
     "made with": rf"(?:powered|created|made|built|designed|developed) (?:by|with|in|using) {_BUILDERS}\b.{{0,20}}",
 }  # fmt: skip
 _PATTERN = re.compile("|".join(_PATTERNS.values()))
-# As it is written, capitals and underscores and all.
+# Matched with the caption as it is written, with its capitals and underscores.
 _NAME = re.compile(
     r"_(?:MG|DSC|IMG|D[0-9A-Z]{2}|[A-Z]{3})_?\d{4}\w{0,3}|"  # of cameras set to Adobe RGB
     r"(?=\S*[a-z])(?=\S*[A-Z])(?=\S{20})\d*(?:[A-Za-z_+/=-]+\d+){3,}+[A-Za-z_+/=-]*"  # base64: digits in three places
 )
-# How notices begin; what follows is of no interest.
+# How notices begin; what follows does not matter.
 _NOTICE = re.compile(
     r"lorem ipsum|data:image/|(?:this|our|the) (?:web ?)?(?:site|page) uses cookies|we (?:and our partners )?use cookies|"
     r"by (?:continuing|using|browsing|clicking) .{0,60}\byou (?:agree|accept|consent)|by continuing to (?:use|browse)|"
@@ -140,7 +140,7 @@ _NOTICE = re.compile(
 
 
 def is_boilerplate(text: str) -> bool:
-    """Whether a canonical caption says nothing of its picture."""
+    """Whether a canonical caption says nothing about its image."""
     core = text.lower().replace("_", " ").replace("’", "'").strip(_AROUND)
     if not core:
         return False
@@ -182,7 +182,7 @@ def _words(text: str) -> list[str]:
 
 
 def _listed(text: str) -> frozenset[str]:
-    """Phrases, one between commas, as `is_boilerplate` sees them."""
+    """Comma-separated phrases in the form in which `is_boilerplate` looks them up."""
     return frozenset(" ".join(_words(phrase.lower())) for phrase in text.replace("\n", " ").split(",")) - {""}
 
 

@@ -1,9 +1,9 @@
-"""The words of `boilerplate`, by language. Case, punctuation and underscores do not count, but in `LABELS`.
+"""The words of `boilerplate`, by language. Case, punctuation and underscores do not count, except in `LABELS`.
 
-To add one, ask of it: may a picture show it? "next" and "read more" cannot be seen; a menu, a slide and a carousel can.
+Before adding one, ask whether an image can show it: "next" and "read more" cannot be seen; a menu, a slide and a carousel can.
 """
 
-# Whole captions, one between commas.
+# Whole captions, separated by commas.
 PHRASES = {
     "en": """
         alt, alt text, alt tag, alternative text, alternate text, image description, no description,
@@ -154,13 +154,13 @@ PHRASES = {
     """,
 }
 
-# As phrases, but as they are written here: things that can be seen when they are written small, buttons when they are not.
+# As phrases, but with the capitals written here: in lower case these words are things that can be seen.
 LABELS = frozenset(
     "Home HOME Menu MENU Search SEARCH Back BACK Close CLOSE Print PRINT Play PLAY Open Zoom Share Filter Settings Blog Links "
     "Accueil Menü Menú Suche Suchen Buscar Recherche Zurück Drucken Schließen Меню".split()
 )
 
-# Words for a picture, and what pages say around them: a caption of such words alone, one of the first among them, says nothing.
+# (words for an image, words that pages put around them): a caption of such words alone, at least one of the first kind.
 BAGS = {
     "en": (
         "image images photo photos photograph photographs picture pictures pic pics img graphic illustration "
@@ -255,7 +255,7 @@ BAGS = {
     ),
 }
 
-# What pages and programs count, or date: with a number, and without any other word, they say nothing.
+# What pages and programs number or date: with a number and no other word, it says nothing.
 COUNTED = """
     unbenannt, ohne titel, sans titre, sin título, sem título, bez tytułu, без названия, 未命名, 無題, comments, error,
     test, test image, download, slider, sin titulo, senza titolo, sem titulo, รูปที่, ภาพที่, logo, icon, banner, item,
@@ -271,7 +271,7 @@ COUNTED = """
     new project, design, sheet
 """
 
-# How cameras and phones name files, where four digits or more follow.
+# How cameras and phones name files; four or more digits follow.
 CAMERAS = frozenset(
     "dsc dscn dscf dsci dscm dscp dcp img imga imgg imgn imgp imag image mvi mvimg mov pxl sam cimg gopr dji sdc hpim kif pict "
     "pic crw cam photo scan wp snap inshot ezgif received signal telegram snapchat".split()

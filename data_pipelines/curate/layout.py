@@ -1,17 +1,19 @@
-"""What the global stages share: which scans there are, how they are grouped, the thresholds, and the rows they exchange.
+"""What the global stages share: the list of scans, how they are grouped, the thresholds, and the verdicts they pass on.
 
-Consecutive shards form groups of at most about `MOST_PAIRS_PER_GROUP` pairs: the unit of a map or join task. Groups and
-buckets are functions of the corpus alone, so the result does not depend on the number of workers. Every bucket is read
-out of every group's file, so beyond `MOST_PAIRS` both grow with the square root of the corpus, in number and in size.
+Consecutive shards form groups of at most about `MAX_PAIRS_PER_GROUP` pairs, the unit of a map or join task. Groups and
+buckets depend on the corpus alone, so the result does not depend on the number of workers. Every bucket is read out of
+every group's file, so above `MAX_UNSCALED_PAIRS` both grow with the square root of the corpus, in number and in size.
 
-The trap: a task is pickled for every worker, and a corpus has a hundred thousand shards. A task names the folder; the
-list is read there, once per process.
+A task is pickled for every worker and a corpus may have a hundred thousand shards, so a task names only the folder; the
+list of shards is read there, once per process.
 """
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,17 +21,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipelines.atomic import new_file
-from data_pipelines.curate.config import MENDING, CurateConfig
-from data_pipelines.curate.shuffle import Exchange
+from data_pipelines.curate.config import REPAIRS, CurateConfig
+from data_pipelines.curate.shuffle import Shuffle
 
-MOST_PAIRS_PER_GROUP, LEAST_GROUPS = 25_000, 64
+MAX_PAIRS_PER_GROUP, MIN_GROUPS = 25_000, 64
 ROWS_PER_BUCKET = 2_000_000
-MOST_PAIRS = 25_000_000  # with groups and buckets of those sizes
-LEAST_HASHED_PX = 8  # a perceptual hash of fewer pixels says nothing
-_LEAST_BUCKETS = 16
+MAX_UNSCALED_PAIRS = 25_000_000  # larger corpora have larger groups and buckets
+MIN_HASHED_PX = 8  # a perceptual hash of fewer pixels says nothing
+_MIN_BUCKETS = 16
 _LAYOUT_FILE = "layout.json"
 
-# A rule that applies to a pair for another one's sake: its better copy, or nothing (-1).
+# A rule that applies to a pair. of_shard, of_index, of_rank: the better duplicate or the evaluation image that it shows;
+# -1, -1, 0 where the rule names no other pair.
 VERDICT = pa.schema(
     [
         ("shard", pa.int32()),
@@ -44,7 +47,7 @@ VERDICT = pa.schema(
 
 @dataclass(frozen=True)
 class Layout:
-    """tables: the scans, in the order of the shards; groups: of each its group; pairs: of each how many."""
+    """One entry per shard in each field: its name, its scan, its group, its number of pairs."""
 
     shards: tuple[str, ...]
     tables: tuple[Path, ...]
@@ -64,7 +67,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Work:
-    """A folder in which a corpus is judged, and by which thresholds. scored: by a model, see `scores`."""
+    """One curation of a corpus: its working folder, the thresholds, and whether a model scored the pairs (see `scores`)."""
 
     folder: Path
     config: CurateConfig
@@ -82,23 +85,37 @@ class Work:
     def pairs(self) -> int:
         return sum(self.layout.pairs)
 
-    def by_key(self, name: str, *, rows: int) -> Exchange:
-        """From groups to buckets of some key. rows: in all, about."""
+    def to_buckets(self, name: str, *, rows: int) -> Shuffle:
+        """A shuffle from groups to buckets of some key. rows: about how many there are in all."""
         per_bucket = round(ROWS_PER_BUCKET * _growth(self.pairs))
-        return Exchange(self.folder / name, self.groups, max(_LEAST_BUCKETS, -(-rows // per_bucket)))
+        return Shuffle(self.folder / name, self.groups, max(_MIN_BUCKETS, -(-rows // per_bucket)))
 
-    def to_groups(self, name: str, *, sources: int) -> Exchange:
-        """Back to groups."""
-        return Exchange(self.folder / name, sources, self.groups)
+    def to_groups(self, name: str, *, map_tasks: int | None = None) -> Shuffle:
+        """A shuffle back to groups. map_tasks: one per group unless given."""
+        return Shuffle(self.folder / name, self.groups if map_tasks is None else map_tasks, self.groups)
 
     def group_of(self, shards: np.ndarray) -> np.ndarray:
         return np.asarray(self.layout.groups, np.int64)[shards]
 
 
+class Stage(NamedTuple):
+    """One pass over the corpus: `compute(work, n)` for every group n, or for every bucket n of a shuffle.
+
+    Later stages read the files that it writes.
+    """
+
+    name: str
+    compute: Callable[[Work, int], Any]
+    reads: Callable[[Work], Shuffle] | None = None  # the shuffle whose buckets it reads
+
+    def tasks(self, work: Work) -> list[tuple[Work, int]]:
+        return [(work, n) for n in range(work.groups if self.reads is None else self.reads(work).buckets)]
+
+
 def write_layout(work: Work, shards: list[str], tables: list[Path], pairs: list[int]) -> None:
-    """Writes which shards there are, where their tables lie, how many pairs each has, and which group each belongs to."""
+    """Forms the groups and writes the layout. tables, pairs: the scan and the number of pairs of each shard."""
     before = np.concatenate([[0], np.cumsum(pairs)[:-1]])
-    per_group = min(round(MOST_PAIRS_PER_GROUP * _growth(sum(pairs))), max(1, sum(pairs) // LEAST_GROUPS))
+    per_group = min(round(MAX_PAIRS_PER_GROUP * _growth(sum(pairs))), max(1, sum(pairs) // MIN_GROUPS))
     _, groups = np.unique(before // per_group, return_inverse=True)
     content = {"shards": shards, "tables": [str(path) for path in tables], "groups": groups.tolist(), "pairs": pairs}
     with new_file(work.folder / _LAYOUT_FILE) as partial:
@@ -107,7 +124,7 @@ def write_layout(work: Work, shards: list[str], tables: list[Path], pairs: list[
 
 
 def _growth(pairs: int) -> float:
-    return max(1.0, (pairs / MOST_PAIRS) ** 0.5)
+    return max(1.0, (pairs / MAX_UNSCALED_PAIRS) ** 0.5)
 
 
 @functools.lru_cache(1)
@@ -117,22 +134,26 @@ def _read_layout(path: Path) -> Layout:
     return Layout(tuple(content["shards"]), tables, tuple(content["groups"]), tuple(content["pairs"]))
 
 
-def read_pictures(path: Path, columns: list[str], *, least_side_px: int = 1) -> pa.Table:
-    """Rows of a scan whose picture could be decoded and is not smaller, with their index."""
+def read_images(path: Path, columns: list[str], *, min_side_px: int = 1) -> pa.Table:
+    """The rows of a scan whose image could be decoded and has no shorter side than that, with their `index`."""
     columns = list(dict.fromkeys([*columns, "index", "pixel_hash", "width", "height"]))
     table = pq.read_table(path, columns=columns)
     shorter = pc.min_element_wise(table["width"], table["height"])
-    wanted = pc.and_(pc.is_valid(table["pixel_hash"]), pc.greater_equal(shorter, least_side_px))
+    wanted = pc.and_(pc.is_valid(table["pixel_hash"]), pc.greater_equal(shorter, min_side_px))
     return table.filter(wanted).replace_schema_metadata(None)
 
 
 def ranks(table: pa.Table, scores: np.ndarray | None = None) -> np.ndarray:
-    """Which of several copies is best, the highest: sound ones first, then larger, then better matched by their caption.
+    """Ranks pairs: of several duplicates the one with the highest rank is kept. -> uint64 [n]
 
-    table: reasons, width, height; scores: float [n] in [-1, 1] -> uint64 [n]
+    Sound pairs rank first, then larger images, then higher scores.
+
+    Args:
+      table: columns reasons, width, height.
+      scores: float [n] in [-1, 1], NaN where there is none.
     """
-    mending = frozenset(MENDING)
-    sound = np.array([mending.issuperset(reasons) for reasons in table["reasons"].to_pylist()], bool)
+    repairs = frozenset(REPAIRS)
+    sound = np.array([repairs.issuperset(reasons) for reasons in table["reasons"].to_pylist()], bool)
     pixels = table["width"].to_numpy().astype(np.uint64) * table["height"].to_numpy().astype(np.uint64)
     rank = (sound.astype(np.uint64) << np.uint64(62)) | (pixels << np.uint64(16))
     if scores is not None:
@@ -141,8 +162,8 @@ def ranks(table: pa.Table, scores: np.ndarray | None = None) -> np.ndarray:
     return rank
 
 
-def verdicts(columns: dict[str, np.ndarray], rule: str | list[str]) -> pa.Table:
-    """A table of VERDICT. columns: shard, index and, where there is a better copy, of_shard, of_index, of_rank."""
+def verdict_table(columns: dict[str, np.ndarray], rule: str | list[str]) -> pa.Table:
+    """A table of VERDICT. columns: shard and index, and of_shard, of_index, of_rank where the rule names another pair."""
     count = len(columns["shard"])
     nothing = {"of_shard": np.full(count, -1, np.int32), "of_index": np.full(count, -1, np.int32)}
     columns = nothing | {"of_rank": np.zeros(count, np.uint64)} | columns
@@ -151,7 +172,7 @@ def verdicts(columns: dict[str, np.ndarray], rule: str | list[str]) -> pa.Table:
 
 
 def starts_of_runs(*keys: np.ndarray) -> np.ndarray:
-    """bool [n]: whether a row differs from the one before in any of the keys (sorted by them)."""
+    """Where runs of equal keys start, in rows sorted by them. -> bool [n]"""
     new = np.ones(len(keys[0]), bool)
     new[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
     return new

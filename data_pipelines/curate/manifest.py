@@ -1,17 +1,16 @@
-"""The manifest: one row a pair, what it is, whether it is kept, and why not.
+"""The manifest: one row per pair, what it is, whether it is kept, and if not, why.
 
-    judge    scans and verdicts joined: every rule that applied so far
-    survey   what the alignment rules need to know of the pairs that are left: histograms of scores, counts of concepts
-    finish   alignment applied, `keep` and `reason` settled; counts and examples for the report
+    join       scans and verdicts joined: every rule that applies so far
+    survey     what the alignment rules need to know of the remaining pairs: histograms of scores, counts of concepts
+    finalize   the alignment rules applied, `keep` and `reason` decided; counts and examples for the report
 
-The trap: shares and balance are of what the other rules left, so they come last; a tenth of a corpus that is half
-duplicates would otherwise be a twentieth.
+The trap: a share is taken of what the other rules keep, so it comes last; a tenth of a corpus that is half duplicates would
+otherwise be a twentieth.
 """
 
 import collections
 import functools
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,23 +20,22 @@ import pyarrow.parquet as pq
 
 from data_pipelines.atomic import new_file
 from data_pipelines.curate import scores
-from data_pipelines.curate.config import COPIES, LEAKS, MENDING, RULES, CurateConfig
+from data_pipelines.curate.config import DUPLICATES, LEAKS, REPAIRS, CurateConfig, in_order
 from data_pipelines.curate.layout import VERDICT, Work
-from data_pipelines.curate.shuffle import Exchange
-from data_pipelines.curate.tables import write_table
+from data_pipelines.curate.shuffle import Shuffle
+from data_pipelines.curate.tables import SLOTS, write_table
 
 EXAMPLES = 10
-_ORDER = {rule: place for place, rule in enumerate(RULES)}
 _BEFORE_AND_AFTER = ("languages", "sides", "scores")
 _SIZE_EDGES = (0, 16, 32, 64, 128, 224, 256, 384, 512, 768, 1024, 2048, 1 << 30)
 
-# `duplicate_of`, `leak_of`: SHARD#INDEX of the pair that it is a copy of, in the corpus and in an evaluation set.
+# duplicate_of, leak_of: SHARD#INDEX of the pair whose image it shows, in the corpus and in an evaluation set.
 MANIFEST_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("shard", pa.string()),
         ("index", pa.int32()),
-        *((f"{slot}_{name}", pa.int64()) for slot in ("image", "txt", "json") for name in ("offset", "bytes")),
+        *((f"{slot}_{name}", pa.int64()) for slot in SLOTS for name in ("offset", "bytes")),
         ("format", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
@@ -55,56 +53,60 @@ MANIFEST_SCHEMA = pa.schema(
         ("reasons", pa.list_(pa.string())),
     ]
 )
-_JUDGED_SCHEMA = pa.schema(
+_JOINED_SCHEMA = pa.schema(
     [field for field in MANIFEST_SCHEMA if field.name not in ("keep", "reason")] + [("thumbnail", pa.binary())]
 )
 
 
 @dataclass(frozen=True)
-class Judging:
-    """verdicts: the exchanges to join; protected: the evaluation shards, for `leak_of`."""
+class JoinTask:
+    """What is joined. verdicts: the rules' verdicts by group; protected: the evaluation shards, for `leak_of`."""
 
     work: Work
-    verdicts: tuple[Exchange, ...]
+    verdicts: tuple[Shuffle, ...]
     protected: tuple[str, ...]
 
-    def judged(self, shard: int) -> Path:
-        return self.work.folder / "judged" / self.work.layout.tables[shard].name
+    def joined(self, shard: int) -> Path:
+        return self.work.folder / "joined" / self.work.layout.tables[shard].name
 
-    def finished(self, shard: int) -> Path:
-        return self.work.folder / "finished" / self.work.layout.tables[shard].name
+    def final(self, shard: int) -> Path:
+        return self.work.folder / "final" / self.work.layout.tables[shard].name
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of the alignment rules. scores: what the top share of each `share_group` reaches; counts: file of the concepts' counts."""
+    """The limits of the alignment rules.
+
+    Attributes:
+      scores: the score that the top share of each `share_group` reaches.
+      concepts, counts: the file of the concepts, and a file with the count of each, if they are balanced.
+    """
 
     scores: dict[str, float]
     concepts: str | None
     counts: Path | None
 
 
-def judge(task: tuple[Judging, int]) -> None:
+def join_verdicts(join: JoinTask, group: int) -> None:
     """Joins the verdicts of one group to its scans."""
-    judging, group = task
-    layout = judging.work.layout
-    verdicts = pa.concat_tables([VERDICT.empty_table(), *(exchange.gather(group) for exchange in judging.verdicts)])
+    layout = join.work.layout
+    verdicts = pa.concat_tables([VERDICT.empty_table(), *(shuffle.read(group) for shuffle in join.verdicts)])
     by_shard: dict[int, list[dict]] = collections.defaultdict(list)
     for verdict in verdicts.to_pylist():
         by_shard[verdict["shard"]].append(verdict)
     for shard in layout.members(group):
         table = pq.read_table(layout.tables[shard]).replace_schema_metadata(None)
         columns = {name: table[name] for name in table.column_names}
-        columns |= _joined(table["reasons"].to_pylist(), by_shard[shard], judging)
-        columns |= _scores(judging.work, shard, len(table)) | {"shard": [layout.shards[shard]] * len(table)}
+        columns |= _joined(table["reasons"].to_pylist(), by_shard[shard], join)
+        columns |= _scores(join.work, shard, len(table)) | {"shard": [layout.shards[shard]] * len(table)}
         columns["pixel_hash"] = [None if value is None else value.hex() for value in table["pixel_hash"].to_pylist()]
         columns["perceptual_hash"] = [_first_hash(value) for value in table["hashes"].to_pylist()]
-        arrays = {field.name: _as(columns[field.name], field.type) for field in _JUDGED_SCHEMA}
-        write_table(judging.judged(shard), pa.table(arrays, _JUDGED_SCHEMA))
+        arrays = {field.name: _as(columns[field.name], field.type) for field in _JOINED_SCHEMA}
+        write_table(join.joined(shard), pa.table(arrays, _JOINED_SCHEMA))
 
 
-def _joined(reasons: list[list[str]], verdicts: list[dict], judging: Judging) -> dict[str, list]:
-    """The columns that verdicts change. Of several better copies the best is named."""
+def _joined(reasons: list[list[str]], verdicts: list[dict], join: JoinTask) -> dict[str, list]:
+    """The columns that verdicts change. Of several better duplicates the best is named."""
     rules = [set(faults) for faults in reasons]
     best: dict[int, tuple] = {}
     leak_of: list[str | None] = [None] * len(rules)
@@ -112,23 +114,25 @@ def _joined(reasons: list[list[str]], verdicts: list[dict], judging: Judging) ->
         index = verdict["index"]
         rules[index].add(verdict["rule"])
         if verdict["rule"] in LEAKS:
-            leak_of[index] = leak_of[index] or f"{judging.protected[verdict['of_shard']]}#{verdict['of_index']}"
-        elif verdict["rule"] in COPIES:
-            copy = (-verdict["of_rank"], verdict["of_shard"], verdict["of_index"])
-            best[index] = min(best.get(index, copy), copy)
+            leak_of[index] = leak_of[index] or f"{join.protected[verdict['of_shard']]}#{verdict['of_index']}"
+        elif verdict["rule"] in DUPLICATES:
+            better = (-verdict["of_rank"], verdict["of_shard"], verdict["of_index"])
+            best[index] = min(best.get(index, better), better)
     duplicate_of: list[str | None] = [None] * len(rules)
     for index, (_, of_shard, of_index) in best.items():
-        duplicate_of[index] = f"{judging.work.layout.shards[of_shard]}#{of_index}"
+        duplicate_of[index] = f"{join.work.layout.shards[of_shard]}#{of_index}"
     return {"reasons": [in_order(found) for found in rules], "duplicate_of": duplicate_of, "leak_of": leak_of}
 
 
-def survey_scores(task: tuple[Judging, int, dict[str, int] | None]) -> dict[str, list[tuple[int, int]]]:
-    """Histograms of the scores of one group's pairs that are left, by `share_group`: upper, or lower within the given bins."""
-    judging, group, bins = task
-    config = judging.work.config
+def survey_scores(join: JoinTask, group: int, bins: dict[str, int] | None) -> dict[str, list[tuple[int, int]]]:
+    """Histograms of the scores of one group's remaining pairs, by `share_group`, as (bin, count).
+
+    They are upper histograms if bins is None, else lower ones within the bin of each share group.
+    """
+    config = join.work.config
     histograms: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    for shard in judging.work.layout.members(group):
-        table = pq.read_table(judging.judged(shard), columns=["score", "language", "reasons"])
+    for shard in join.work.layout.members(group):
+        table = pq.read_table(join.joined(shard), columns=["score", "language", "reasons"])
         left = np.array([_reason(faults) is None for faults in table["reasons"].to_pylist()], bool)
         score = table["score"].to_numpy()
         share_of = np.array([share_group(language, config) for language in table["language"].to_pylist()], object)
@@ -141,56 +145,54 @@ def survey_scores(task: tuple[Judging, int, dict[str, int] | None]) -> dict[str,
     return {name: sorted(histogram.items()) for name, histogram in histograms.items()}
 
 
-def survey_concepts(task: tuple[Judging, int, str]) -> Path:
-    """Counts the concepts in the captions of one group's pairs that are left."""
-    judging, group, path = task
+def survey_concepts(join: JoinTask, group: int, path: str) -> Path:
+    """Counts the concepts in the captions of one group's remaining pairs. -> a file with int64 [concepts]"""
     concepts, longest = scores.read_concepts(path)
     counts = np.zeros(len(concepts), np.int64)
-    for shard in judging.work.layout.members(group):
-        table = pq.read_table(judging.judged(shard), columns=["caption", "reasons"]).to_pydict()
+    for shard in join.work.layout.members(group):
+        table = pq.read_table(join.joined(shard), columns=["caption", "reasons"]).to_pydict()
         for caption, faults in zip(table["caption"], table["reasons"], strict=True):
             if _reason(faults) is None:
                 counts[scores.match_concepts(caption, concepts, longest)] += 1
-    out = judging.work.folder / "concepts" / f"{group:06d}.npy"
+    out = join.work.folder / "concepts" / f"{group:06d}.npy"
     with new_file(out) as partial, partial.open("wb") as file:
         np.save(file, counts)
     return out
 
 
-def finish(task: tuple[Judging, int, Limits]) -> Path:
-    """Settles the pairs of one group; returns a JSON file with the counts and the examples."""
-    judging, group, limits = task
+def finalize(join: JoinTask, group: int, limits: Limits) -> Path:
+    """Decides on the pairs of one group. -> a JSON file with the counts and the examples"""
     stats = new_stats()
-    for shard in judging.work.layout.members(group):
-        table = pq.read_table(judging.judged(shard))
+    for shard in join.work.layout.members(group):
+        table = pq.read_table(join.joined(shard))
         rows = table.select(["caption", "language", "score", "sha256", "reasons"]).to_pylist()
-        reasons = [_with_alignment(row, judging.work, limits) for row in rows]
-        settled = [_reason(faults) for faults in reasons]
+        reasons = [_with_alignment(row, join.work, limits) for row in rows]
+        decided = [_reason(faults) for faults in reasons]
         table = table.drop_columns(["reasons"])
         table = table.append_column("reasons", pa.array(reasons, pa.list_(pa.string())))
-        table = table.append_column("reason", pa.array(settled, pa.string()))
-        table = table.append_column("keep", pa.array([reason is None for reason in settled]))
+        table = table.append_column("reason", pa.array(decided, pa.string()))
+        table = table.append_column("keep", pa.array([reason is None for reason in decided]))
         _count(stats, shard, table)
-        write_table(judging.finished(shard), table.select(MANIFEST_SCHEMA.names))
-    out = judging.work.folder / "stats" / f"{group:06d}.json"
+        write_table(join.final(shard), table.select(MANIFEST_SCHEMA.names))
+    out = join.work.folder / "stats" / f"{group:06d}.json"
     with new_file(out) as partial:
         partial.write_text(json.dumps(stats))
     return out
 
 
 def share_group(language: str, config: CurateConfig) -> str:
-    """The pairs among which a pair is one of the best, or not: those of its language, or all."""
+    """The name of the pairs that a top share is taken of: those of a language, or all."""
     return language if config.share_per == "language" else "all"
 
 
 def new_stats() -> dict:
-    """Counts by name, and per rule the examples: [order, shard, index, caption, thumbnail in hex]."""
+    """Empty counts by name, and examples by rule: [draw, shard, index, caption, thumbnail in hex]."""
     stats = {"pairs": 0, "kept": 0, "taken": {}, "applied": {}, "examples": {}}
     return stats | {name: [{}, {}] for name in _BEFORE_AND_AFTER}
 
 
 def add_stats(total: dict, part: dict) -> None:
-    """Adds the second to the first; the result does not depend on the order of additions."""
+    """Adds a part to the total; the result does not depend on the order of additions."""
     for name in ("pairs", "kept"):
         total[name] += part[name]
     counted = [(total["taken"], part["taken"]), (total["applied"], part["applied"])]
@@ -203,29 +205,23 @@ def add_stats(total: dict, part: dict) -> None:
         total["examples"][rule] = sorted(total["examples"].get(rule, []) + examples)[:EXAMPLES]
 
 
-def in_order(rules: Iterable[str]) -> list[str]:
-    """As in `RULES`."""
-    return sorted(rules, key=_ORDER.__getitem__)
-
-
 def side_label(side_px: int) -> str:
-    """The lower edge, in pixels, of the class of sizes that a side falls into."""
+    """The lower edge, in pixels, of the size class that a side falls into."""
     edge = next(edge for edge in reversed(_SIZE_EDGES) if side_px >= edge)
     return str(edge)
 
 
 def _reason(faults: list[str]) -> str | None:
     """The first rule that drops a pair."""
-    return next((rule for rule in faults if rule not in MENDING), None)
+    return next((rule for rule in faults if rule not in REPAIRS), None)
 
 
 def _with_alignment(row: dict, work: Work, limits: Limits) -> list[str]:
     found, config = list(row["reasons"]), work.config
     score = row["score"]
     if config.needs_scores and score is not None and not np.isnan(score):
-        least = limits.scores.get(share_group(row["language"], config), -1.0)
-        least = least if config.min_score is None else max(least, config.min_score)
-        if score < least:
+        minimum = limits.scores.get(share_group(row["language"], config), -1.0)
+        if score < (minimum if config.min_score is None else max(minimum, config.min_score)):
             found.append("low_score")
     if limits.counts is not None and _reason(row["reasons"]) is None:
         concepts, longest = scores.read_concepts(limits.concepts)

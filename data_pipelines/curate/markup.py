@@ -1,16 +1,16 @@
 """Captions that are the source of a page, not its text: tags, templates, wiki and BBCode, style sheets, scripts, escapes.
 
-One sign anywhere is enough: what holds half a tag was cut out of a page by a machine, and the rest of it with it.
-Every pattern needs some character; it is searched for only in captions that have it, which few captions do. None begins at
-many places and reads on to the end from each: a caption may be a megabyte.
+One sign anywhere is enough: if half a tag was cut out of a page by a machine, so was the rest of the caption. A pattern is
+tried only on captions that contain its character, which few do. A caption may be a megabyte, so no pattern starts at many
+places and reads on to the end from each.
 
-The trap: angle and square brackets also hold titles ("<Parasite>", "Portrait [1885]", "cat falls [video]"). So a tag counts only
-with an element's name, an attribute or an end tag, and a shortcode that is a word only with an attribute or an end tag.
+The trap: angle and square brackets also hold titles ("<Parasite>", "Portrait [1885]", "cat falls [video]"). So a tag counts
+only with an element's name, an attribute or an end tag, and a shortcode that is a word only with an attribute or an end tag.
 """
 
 import re
 
-# Without those that are words too (<main>, <title>, <map>): these need an attribute or an end tag.
+# Without names that are words too (<main>, <title>, <map>): those need an attribute or an end tag.
 _ELEMENTS = (
     r"(?:a|abbr|b|big|blockquote|body|br|center|code|dd|del|div|dl|dt|em|embed|font|form|h[1-6]|head|hr|html|i|iframe|img|input|ins|li|"
     r"meta|noscript|ol|option|p|param|pre|q|s|script|small|span|strike|strong|style|sub|sup|svg|tbody|td|textarea|tfoot|th|thead|tr|tt|u|ul|xml)"
@@ -27,7 +27,7 @@ _STYLES = (
     r"padding-\w+|z-index|box-shadow|list-style|vertical-align|white-space)"
 )
 
-# (what a caption must contain for it, patterns)
+# (the character that a caption must contain, patterns)
 _SIGNS = (
     ("<", (
         rf"</?{_ELEMENTS}(?:\s[^<>]*)?/?>",
@@ -70,5 +70,5 @@ _PATTERNS = tuple((sign, re.compile("|".join(patterns), re.IGNORECASE)) for sign
 
 
 def has_markup(text: str) -> bool:
-    """Whether a caption whose entities are resolved has any."""
+    """Whether a caption, its entities resolved, holds markup."""
     return any(sign in text and pattern.search(text) is not None for sign, pattern in _PATTERNS)

@@ -1,11 +1,12 @@
-"""The kept pairs as new shards, for those who cannot stream through a manifest: tar or ArrayRecord.
+"""The kept pairs as new shards, for loaders that cannot stream through a manifest: tar or ArrayRecord.
 
-A pair keeps its key, its image file byte for byte, and its fields; its `txt` is the canonical caption. Shard k holds the
-kept pairs from k * pairs_per_shard on, in the order of the manifest.
+A pair keeps its key, the bytes of its image file, and its fields; its `txt` is the canonical caption. Shard k holds the kept
+pairs from k * pairs_per_shard on, in the order of the manifest.
 
-OUT/written.json lists the shards that are ours: those of an earlier run that kept more are removed, other files never.
+OUT/written.json lists the shards that were written here. If an earlier run wrote more, the surplus is removed; other files
+are never touched.
 
-The trap: keys repeat across shards. In a tar a repeated key would melt two pairs into one, so the second gets a number.
+The trap: keys repeat across shards. In a tar a repeated key would merge two pairs into one, so the second gets a number.
 """
 
 import dataclasses
@@ -38,11 +39,11 @@ def materialize(
     pairs_per_shard: int = PAIRS_PER_SHARD,
     progress: Callable[[str, int, int], None] = lambda stage, done, of: None,
 ) -> list[Path]:
-    """Writes OUT/00000.tar … (or .arrayrecord), all that are there, and returns their paths.
+    """Writes OUT/00000.tar … (or .arrayrecord) and returns the paths of all of them.
 
     Raises:
-      FileNotFoundError: a shard of the manifest is gone.
-      ValueError: a shard of the manifest has changed since, or OUT holds files that are not ours.
+      FileNotFoundError: a shard of the manifest does not exist any more.
+      UserError: a shard has changed since the manifest was made, or OUT holds files that no earlier run wrote.
     """
     kept, shards = _survey(manifest)
     check_place(out, shards)
@@ -50,7 +51,9 @@ def materialize(
     earlier = _written(out)
     for name in set(names) - earlier:
         if (out / name).exists():
-            raise UserError(f"{str(out / name)!r} is no shard of an earlier run; move it or write to another folder")
+            raise UserError(
+                f"{str(out / name)!r} was not written by an earlier run; move it or write to another folder"
+            )
     _write_listing(out, earlier | set(names))
     writer = {"tar": TarWriter, "arrayrecord": ArrayRecordWriter}[kind]
     pairs, paths = _kept_pairs(manifest), []
@@ -71,7 +74,7 @@ def materialize(
 
 
 def check_place(out: Path, shards: Iterable[str]) -> None:
-    """Raises ValueError where new shards would take the place of files that are not ours."""
+    """Raises UserError if new shards would replace files that no earlier run wrote."""
     inside = [shard for shard in shards if not files.is_remote(shard) and Path(shard).resolve().parent == out.resolve()]
     if inside:
         raise UserError(f"new shards go to {str(out)!r}, where {inside[0]!r} lies; write to another folder")
@@ -80,7 +83,7 @@ def check_place(out: Path, shards: Iterable[str]) -> None:
 
 
 def _survey(manifest: Path) -> tuple[int, set[str]]:
-    """How many pairs a manifest keeps, and its shards."""
+    """The number of pairs that a manifest keeps, and its shards."""
     kept, shards = 0, set()
     with pq.ParquetFile(manifest, read_dictionary=["shard"]) as file:
         for batch in file.iter_batches(columns=["shard", "keep"]):
@@ -100,7 +103,7 @@ def _write_listing(out: Path, names: set[str]) -> None:
 
 
 def _kept_pairs(manifest: Path) -> Iterator[Pair]:
-    """In order, each shard open for as long as it is read."""
+    """The kept pairs in order; each shard is open for as long as it is read."""
     shard, source = None, None
     with pq.ParquetFile(manifest) as file:
         for batch in file.iter_batches(columns=["key", "shard", "index", "caption", "keep"]):
@@ -119,5 +122,5 @@ def _kept_pairs(manifest: Path) -> Iterator[Pair]:
 
 def _open(shard: str) -> InOrder:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a shard is cut, the funnel has told
+        warnings.simplefilter("ignore")  # the funnel has reported cut shards
         return InOrder(open_source(shard))

@@ -1,19 +1,19 @@
-"""Whether two thumbnails show the same picture, one of them perhaps cut: align, then compare.
+"""Whether two thumbnails show the same image, one of them perhaps cropped: align them, then compare.
 
-One picture is laid over the other by an axis-aligned affine map, x -> x0 (1 - u) + x1 u and y -> y0 (1 - v) + y1 v, that
-Gauss-Newton finds on the grey thumbnails (Lucas and Kanade 1981): at a quarter of the size, at half, in full; what looks
-hopeless on the way is given up.
-Light may differ, clip(g x + o) with one g and a small o for all colours, found where neither is saturated: a brighter
-copy is a copy, another colour is another picture, and so is a faint drawing in a lighter grey. What is left after that is
+One image is laid over the other by an axis-aligned affine map, x -> x0 (1 - u) + x1 u and y -> y0 (1 - v) + y1 v, which
+Gauss-Newton finds on the grey thumbnails (Lucas and Kanade 1981) at a quarter of their size, then at half, then in full;
+pairs that look hopeless at a smaller size are given up there. Brightness may differ, clip(g x + o) with one g and a small o
+for all colours, fitted where neither image is saturated: a brighter copy is a copy, but another colour is another image, and
+so is a faint drawing in a lighter grey. What differs after that is measured in two ways:
 
-    error = rms(difference) / rms contrast         the whole picture, in units of what it shows
-    spot  = largest |difference| but for 1 %       a place: another face, another number on the same card
+    error = rms(difference) / rms contrast         over the whole image, relative to what it shows
+    spot  = max |difference|, the worst 1 % aside  at one place: another face, another number on the same card
 
-both on slightly blurred colours, so that fine lines sampled differently do not count, and without the rim, into which a
-frame bleeds.
+Both are taken on slightly blurred colours, so that fine lines sampled differently do not count, and without the rim, into
+which a frame bleeds.
 
-The trap: a small drawing on a large white page is like any other such drawing, as far as a thumbnail can tell. The less
-of a thumbnail stands out from its surroundings, the more exactly it has to agree.
+The trap: to a thumbnail, every small drawing on a large white page is alike. So the less of a thumbnail stands out from its
+background, the smaller the permitted error.
 """
 
 import functools
@@ -21,12 +21,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+
+from data_pipelines.curate.image_hashes import read_thumbnail
 
 _BATCH = 64
+_DECODED_AT_ONCE = 2048
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 _MAX_CUT, _MAX_OUTSIDE = 0.18, 0.12  # shares of a side that may be missing on one side, or stick out
 _STEP = 0.05
-_HOPELESS, _HOPELESS_HALF = 0.9, 0.6  # errors at a quarter and at half of the size that the next does not mend
+_HOPELESS, _HOPELESS_HALF = 0.9, 0.6  # errors at a quarter and at half of the size that a larger size does not repair
 _STANDS_OUT, _FULL_SHARE = 24.0, 0.1
 _RIM_PX = 3  # of 64
 _GAIN, _OFFSET = (0.85, 1.18), 5.0
@@ -35,7 +39,7 @@ _COLOURLESS = 2.5  # mean distance of a channel from the mean of the three
 
 
 class _Operators(NamedTuple):
-    """What acts along one axis of n samples. cells: their places in [0, 1]; the rest: [n, n]."""
+    """Linear operators along an axis of n samples. cells: [n], the samples' positions in [0, 1]; the others: [n, n]."""
 
     cells: np.ndarray
     blur: np.ndarray
@@ -44,8 +48,12 @@ class _Operators(NamedTuple):
 
 @dataclass(frozen=True)
 class Tolerance:
-    """error, spot: the largest, see above. spot_share: of the places that are let off. grey: a picture without colour
-    and one with are compared without.
+    """How much two images may differ and still be the same.
+
+    Attributes:
+      error, spot: the maximum of each measure, see the module.
+      spot_share: the share of pixels, the worst ones, that `spot` leaves aside.
+      grey: compare in grey if one of the two has no colour.
     """
 
     error: float
@@ -54,28 +62,57 @@ class Tolerance:
     grey: bool = False
 
 
-def same_picture(part: np.ndarray, whole: np.ndarray, cut: np.ndarray, tolerance: Tolerance) -> np.ndarray:
-    """Which pairs of thumbnails show the same picture.
+def same_image(part: np.ndarray, whole: np.ndarray, cut: np.ndarray, tolerance: Tolerance) -> np.ndarray:
+    """Which pairs of thumbnails show the same image. -> bool [n]
 
     Args:
-      part, whole: uint8 [n, 64, 64, 3]; `part` may be a cut-out of `whole`, or slightly the other way round.
-      cut: float32 [n, 4], guess of the shares of `whole` that are missing at (top, bottom, left, right) of `part`.
-
-    Returns:
-      bool [n].
+      part, whole: uint8 [n, 64, 64, 3]; `part` may be a crop of `whole`, or slightly the other way round.
+      cut: float32 [n, 4], a guess of the shares of `whole` that `part` lacks at (top, bottom, left, right).
     """
     same = np.zeros(len(part), bool)
     for start in range(0, len(part), _BATCH):
         rows = slice(start, start + _BATCH)
         a, b = _planes(part[rows]), _planes(whole[rows])
         if tolerance.grey:
-            _take_colour(a, b)
+            _drop_colour(a, b)
         same[rows] = _same_batch(a, b, cut[rows], tolerance)
     return same
 
 
+def same_thumbnails(
+    ours: pa.ChunkedArray,
+    theirs: pa.ChunkedArray,
+    rows: tuple[np.ndarray, np.ndarray],
+    cut: np.ndarray,
+    is_part: np.ndarray,
+    tolerance: Tolerance,
+) -> np.ndarray:
+    """`same_image` for rows of two columns of encoded thumbnails, some at a time. -> bool [n]
+
+    Args:
+      ours, theirs: binary columns of JPEGs.
+      rows: int [n] each, which row of ours is compared with which row of theirs.
+      cut: float32 [n, 4], as for `same_image`.
+      is_part: bool [n], whether ours may be a crop of theirs; otherwise theirs of ours.
+    """
+    same = np.zeros(len(cut), bool)
+    for start in range(0, len(cut), _DECODED_AT_ONCE):
+        some = slice(start, start + _DECODED_AT_ONCE)
+        a, b = (_decode(column.take(pa.array(row[some]))) for column, row in zip((ours, theirs), rows, strict=True))
+        first = is_part[some, None, None, None]
+        same[some] = same_image(np.where(first, a, b), np.where(first, b, a), cut[some], tolerance)
+    return same
+
+
+def _decode(thumbnails: pa.ChunkedArray) -> np.ndarray:
+    """Pixels of thumbnails; each file is decoded once. -> uint8 [n, 64, 64, 3]"""
+    files = thumbnails.combine_chunks().dictionary_encode()
+    pixels = [read_thumbnail(data) for data in files.dictionary.to_pylist()]
+    return np.stack(pixels)[files.indices.to_numpy()]
+
+
 def _same_batch(a: np.ndarray, b: np.ndarray, cut: np.ndarray, tolerance: Tolerance) -> np.ndarray:
-    """As they lie, then aligned, both ways round: either may be the one that was cut. a, b: [n, 3, 64, 64]."""
+    """Compares images as they are, then aligned, either as the crop of the other. a, b: [n, 3, 64, 64]."""
     full = tuple(np.einsum("ncyx,c->nyx", images, _GREY) for images in (a, b))
     half = tuple(_halve(images) for images in full)
     quarter = tuple(_halve(images) for images in half)
@@ -98,7 +135,7 @@ def _same_batch(a: np.ndarray, b: np.ndarray, cut: np.ndarray, tolerance: Tolera
 
 
 def _best_start(fixed: np.ndarray, moved: np.ndarray, cut: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Aligned from the guess and from no cut at all: the better box of each pair and its error."""
+    """Aligns twice, from the guessed cut and from none. -> the better box of each pair [n, 4], its error [n]"""
     boxes, errors = [], []
     for guess in (cut, np.zeros_like(cut)):
         box = _align(fixed, moved, _box(guess), blurs=(2, 0), steps=5)
@@ -109,19 +146,19 @@ def _best_start(fixed: np.ndarray, moved: np.ndarray, cut: np.ndarray) -> tuple[
 
 
 def _next_start(fixed: np.ndarray, moved: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The box refined, and its error."""
+    """Refines the box. -> the box [n, 4], its error [n]"""
     box = _align(fixed, moved, box, blurs=(1,), steps=4)
     return box, _error(fixed, moved, box, blur=1)
 
 
 def _error(fixed: np.ndarray, moved: np.ndarray, box: np.ndarray, *, blur: int) -> np.ndarray:
-    """Of grey pictures. [n, t, t] x 2, [n, 4] -> [n]."""
+    """The error between grey images. [n, t, t] x 2, [n, 4] -> [n]"""
     shown, difference = _difference(fixed[:, None], moved[:, None], box, blur=blur, faint=0.0)
     return _relative(shown, difference)
 
 
 def _agree(fixed: np.ndarray, moved: np.ndarray, box: np.ndarray, tolerance: Tolerance) -> np.ndarray:
-    """Whether pictures are the same but for what is tolerated. [n, 3, 64, 64] x 2, [n, 4] -> bool [n]."""
+    """Whether images are the same within the tolerance. [n, 3, 64, 64] x 2, [n, 4] -> bool [n]"""
     shown, difference = _difference(fixed, moved, box, blur=2, faint=_STANDS_OUT)
     inner = difference[..., _RIM_PX:-_RIM_PX, _RIM_PX:-_RIM_PX]
     worst = np.abs(inner).max(1).reshape(len(fixed), -1)
@@ -136,8 +173,9 @@ def _agree(fixed: np.ndarray, moved: np.ndarray, box: np.ndarray, tolerance: Tol
 def _difference(
     fixed: np.ndarray, moved: np.ndarray, box: np.ndarray, *, blur: int, faint: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`fixed`, blurred, and what differs from it when `moved` is laid over: lit as `fixed` is, where that helps and `fixed`
-    has more contrast than what is faint. Each [n, c, t, t].
+    """`fixed`, blurred, and how `moved`, laid over it, differs from it. -> [n, c, t, t] each
+
+    The brightness of `moved` is fitted to `fixed` where that helps and `fixed` has more contrast than `faint`.
     """
     smooth = np.linalg.matrix_power(_operators(fixed.shape[-1]).blur, blur)
     shown, laid = smooth @ fixed @ smooth.T, smooth @ _warp(moved, box[:, None]) @ smooth.T
@@ -150,7 +188,7 @@ def _difference(
 
 
 def _light(laid: np.ndarray, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(g, o), so that clip(g laid + o) is near `shown`: g alone by least squares, then o, both within limits."""
+    """(g, o) such that clip(g laid + o) is near `shown`: first g by least squares, then o, both within limits."""
     low, high = _SATURATED, 255 - _SATURATED
     counts = ((laid > low) & (laid < high) & (shown > low) & (shown < high)).astype(np.float32)
     axes = (1, 2, 3)
@@ -161,7 +199,7 @@ def _light(laid: np.ndarray, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _relative(shown: np.ndarray, difference: np.ndarray) -> np.ndarray:
-    """Root mean square difference, as a share of the contrast. [n, c, t, t], [n, c, r, r] -> [n]"""
+    """The root mean square difference as a share of the contrast. [n, c, t, t], [n, c, r, r] -> [n]"""
     return np.sqrt((difference**2).mean((1, 2, 3))) / (_contrast(shown) + 2.0)
 
 
@@ -195,12 +233,12 @@ def _align(fixed: np.ndarray, moved: np.ndarray, box: np.ndarray, *, blurs: tupl
 
 
 def _box(cut: np.ndarray) -> np.ndarray:
-    """Where cuts begin and end: (y0, y1, x0, x1). float32 [n, 4] -> [n, 4]"""
+    """The box (y0, y1, x0, x1) that a cut leaves. float32 [n, 4] -> [n, 4]"""
     return np.stack([cut[:, 0], 1 - cut[:, 1], cut[:, 2], 1 - cut[:, 3]], axis=1).astype(np.float32)
 
 
-def _take_colour(a: np.ndarray, b: np.ndarray) -> None:
-    """Makes both grey where one is. [n, 3, t, t] x 2, changed in place."""
+def _drop_colour(a: np.ndarray, b: np.ndarray) -> None:
+    """Makes both images of a pair grey where one is. [n, 3, t, t] x 2, changed in place."""
     grey = [np.abs(images - images.mean(1, keepdims=True)).mean((1, 2, 3)) < _COLOURLESS for images in (a, b)]
     some = grey[0] | grey[1]
     for images in (a, b):
@@ -208,22 +246,22 @@ def _take_colour(a: np.ndarray, b: np.ndarray) -> None:
 
 
 def _warp(images: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """Bilinear samples of a box of each image. images: [..., t, t]; box: [..., 4] -> [..., t, t]."""
+    """Bilinear samples of a box of each image. images: [..., t, t]; box: [..., 4] -> [..., t, t]"""
     down = _sampling(box[..., 0], box[..., 1], images.shape[-1])
     across = _sampling(box[..., 2], box[..., 3], images.shape[-1])
     return down @ images @ np.swapaxes(across, -1, -2)
 
 
 def _sampling(start: np.ndarray, end: np.ndarray, samples: int) -> np.ndarray:
-    """Linear interpolation at `samples` places between two shares of the side. [...] x 2 -> [..., t, t]."""
+    """Linear interpolation at `samples` points between two shares of the side. [...] x 2 -> [..., t, t]"""
     cells = _operators(samples).cells
-    places = np.clip((start[..., None] + (end - start)[..., None] * cells) * samples - 0.5, 0, samples - 1)
-    return np.maximum(0, 1 - np.abs(places[..., None] - np.arange(samples, dtype=np.float32)))
+    points = np.clip((start[..., None] + (end - start)[..., None] * cells) * samples - 0.5, 0, samples - 1)
+    return np.maximum(0, 1 - np.abs(points[..., None] - np.arange(samples, dtype=np.float32)))
 
 
 @functools.cache
 def _operators(samples: int) -> _Operators:
-    """blur: [1 2 1] / 4; gradient: central differences per side length; edges repeated in both."""
+    """blur: [1 2 1] / 4; gradient: central differences per side length; both repeat the edge samples."""
     rows = np.arange(samples)
     after, before = np.minimum(rows + 1, samples - 1), np.maximum(rows - 1, 0)
     blur, gradient = np.zeros((2, samples, samples), np.float32)

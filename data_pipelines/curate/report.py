@@ -1,8 +1,7 @@
-"""report.html: what each rule took, ten pairs of each to look at; languages, sizes and scores before and after.
+"""report.html: what each rule dropped, ten pairs of each to look at; languages, sizes and scores before and after.
 
-Everything is inlined, thumbnails as they lie in the scans, plots as SVG, so the file can be mailed.
-
-The trap: captions are other people's text; every string is escaped before it becomes HTML.
+Everything is inlined, thumbnails as they are in the scans and plots as SVG, so the file can be mailed. Captions are other
+people's text, so every string is escaped before it becomes HTML.
 """
 
 import base64
@@ -12,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_pipelines.atomic import new_file
-from data_pipelines.curate.config import MENDING
+from data_pipelines.curate.config import REPAIRS
 from data_pipelines.curate.scores import SCORE_STEP
 
 _LANGUAGES = 20
@@ -32,7 +31,7 @@ th:first-child, td:first-child, td.text { text-align: left }
 
 
 def write_report(path: Path, funnel: Mapping, examples: Mapping[str, Sequence], shards: Sequence[str]) -> None:
-    """Writes the page. examples: {rule: [[draw, shard, index, caption, thumbnail in hex], …]}, shard as in `shards`."""
+    """Writes the page. examples: {rule: [[draw, shard, index, caption, thumbnail in hex], …]}; shard indexes `shards`."""
     sections = [_head(funnel), _rules(funnel), _plots(funnel), _shards(funnel)]
     sections += ["<h2>Examples</h2>"]
     sections += [_examples(rule, examples[rule], shards, funnel) for rule in funnel["applied"]]
@@ -50,18 +49,18 @@ def _head(funnel: Mapping) -> str:
 
 
 def _rules(funnel: Mapping) -> str:
-    """The funnel as a table, in the order in which rules decide."""
+    """The funnel as a table, in the order in which the rules decide."""
     left = funnel["pairs"]
     rows = [f"<tr><td>all</td><td></td><td></td><td>{left}</td></tr>"]
     for rule, applied in funnel["applied"].items():
         taken = funnel["taken"].get(rule, 0)
         left -= taken
-        shown = "mended" if rule in MENDING else str(taken)
+        shown = "repaired" if rule in REPAIRS else str(taken)
         rows.append(f"<tr><td>{html.escape(rule)}</td><td>{applied}</td><td>{shown}</td><td>{left}</td></tr>")
     return (
-        "<h2>Rules</h2><p class='muted'>A pair is taken by the first rule that applies to it and drops; "
-        "mended pairs stay.</p>"
-        f"<table><tr><th>rule</th><th>applies to</th><th>takes</th><th>left</th></tr>{''.join(rows)}</table>"
+        "<h2>Rules</h2><p class='muted'>A pair is dropped by the first dropping rule that applies to it; "
+        "repaired pairs are kept.</p>"
+        f"<table><tr><th>rule</th><th>applies to</th><th>drops</th><th>left</th></tr>{''.join(rows)}</table>"
     )
 
 
@@ -84,7 +83,7 @@ def _plots(funnel: Mapping) -> str:
     left.set_yscale("symlog", linthresh=1)  # the second language of a corpus is often a hundredth of the first
     _before_after(left, names, before, after, "captions by language, log scale")
     before, after = funnel["sides_px"]["before"], funnel["sides_px"]["after"]
-    _before_after(right, sorted(before, key=int), before, after, "pictures by shorter side, px from")
+    _before_after(right, sorted(before, key=int), before, after, "images by shorter side, px from")
     if scored:
         _scores(figure.add_subplot(grid[2, :]), funnel)
     buffer = io.BytesIO()
@@ -103,15 +102,15 @@ def _before_after(axes, names: Sequence[str], before: Mapping, after: Mapping, t
 
 
 def _scores(axes, funnel: Mapping) -> None:
-    """Of the pairs that have a score, before and after; the threshold where all pairs have the same."""
+    """Histograms of the scores before and after, and the threshold if it is one for all pairs."""
     before, after = funnel["scores"]["before"], funnel["scores"]["after"]
     edges = sorted(before, key=float)
     for counts, color, label in ((before, _BEFORE, "before"), (after, _AFTER, "after")):
         heights = [counts.get(edge, 0) for edge in edges]
         axes.bar([float(edge) for edge in edges], heights, SCORE_STEP, align="edge", color=color, label=label)
-    least = funnel["config"]["min_score"]
-    if least is not None:
-        axes.axvline(least, color="#c0392b", linewidth=1, label=f"min_score {least:g}")
+    minimum = funnel["config"]["min_score"]
+    if minimum is not None:
+        axes.axvline(minimum, color="#c0392b", linewidth=1, label=f"min_score {minimum:g}")
     axes.set_title("pairs by image-text score", fontsize=10)
     axes.legend(fontsize=8)
 
@@ -131,11 +130,11 @@ def _examples(rule: str, examples: Sequence, shards: Sequence[str], funnel: Mapp
 
 
 def _example(shard: str, index: int, caption: str, thumbnail: str) -> str:
-    picture = "<div class='shown none'>no picture</div>"
+    image = "<div class='shown none'>no image</div>"
     if thumbnail:
-        picture = f"<img class='shown' alt='' src='{_data_url(bytes.fromhex(thumbnail), 'jpeg')}'>"
+        image = f"<img class='shown' alt='' src='{_data_url(bytes.fromhex(thumbnail), 'jpeg')}'>"
     place = html.escape(f"{shard}#{index}", quote=True)
-    return f"<div class='example' title='{place}'>{picture}<div class='caption'><bdi>{html.escape(caption)}</bdi></div></div>"
+    return f"<div class='example' title='{place}'>{image}<div class='caption'><bdi>{html.escape(caption)}</bdi></div></div>"
 
 
 def _data_url(content: bytes, kind: str) -> str:

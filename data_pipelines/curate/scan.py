@@ -1,9 +1,9 @@
 """Pass 1: what one shard holds and what is wrong with each of its pairs, as a table on disk.
 
-A scan is a pure function of (shard, thresholds). Its file carries a digest of both, so a run that was killed goes on with
-the shards that are missing, and a shard or a threshold that changed is scanned again.
+A scan is a pure function of (shard, thresholds), and its file carries a digest of both. So a run that was killed goes on
+with the shards that are missing, and a shard or a threshold that changed is scanned again.
 
-The trap: a shard may be cut, empty or no shard at all. That is a finding (`problem`), not a failure: what is whole is used.
+A shard may be cut, empty, or not a shard at all. That is a finding (`problem`) and not a failure: its whole pairs are used.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipelines import text_ops
-from data_pipelines.curate import captions, pictures
-from data_pipelines.curate.config import NO_IMAGE, RULES, CurateConfig
+from data_pipelines.curate import captions, image_hashes
+from data_pipelines.curate.config import NO_IMAGE, CurateConfig, in_order
 from data_pipelines.curate.tables import SCAN_SCHEMA, SLOTS, read_metadata, write_table
 from data_pipelines.errors import UserError
 from data_pipelines.records import Pair, ShardLost
@@ -28,36 +28,25 @@ from data_pipelines.sources.opening import open_source
 from data_pipelines.sources.shards import ShardedSource
 
 _VERSION = 2
-_SCAN_FIELDS = (
-    "captions",
-    "max_image_pixels",
-    "animated",
-    "min_side_px",
-    "max_aspect",
-    "min_chars",
-    "max_chars",
-    "min_words",
-    "markup",
-    "boilerplate",
-    "languages",
-)
+# the thresholds that a scan depends on
+_SCAN_FIELDS = ("captions", "max_image_pixels", "animated", "min_side_px", "max_aspect", "languages")
+_SCAN_FIELDS += ("min_chars", "max_chars", "min_words", "markup", "boilerplate")
 _ROWS_PER_GROUP = 1024
-_RULE_ORDER = {rule: place for place, rule in enumerate(RULES)}
 
 
 @dataclass(frozen=True)
 class ScanTask:
-    """One shard to scan. crops: see `pictures`; out: the parquet file to write."""
+    """One shard to scan. out: the Parquet file to write; crops: see `image_hashes`."""
 
     shard: str
     out: Path
     config: CurateConfig
-    crops: tuple[pictures.Box, ...] = pictures.CROPS
+    crops: tuple[image_hashes.Box, ...] = image_hashes.CROPS
 
 
 @dataclass(frozen=True)
 class ScanResult:
-    """problem: of the shard as a whole, or None. reused: the table was there already."""
+    """problem: what is wrong with the shard as a whole, or None. reused: whether the table was there already."""
 
     shard: str
     pairs: int
@@ -66,10 +55,10 @@ class ScanResult:
 
 
 def scan_shard(task: ScanTask) -> ScanResult:
-    """Scans a shard into `task.out`, unless that is there and fits.
+    """Scans a shard into `task.out`, unless a valid scan is there already.
 
     Raises:
-      FileNotFoundError, PermissionError: the shard is not there, or not readable.
+      FileNotFoundError, PermissionError: the shard does not exist or is not readable.
     """
     source, problem = _open(task.shard)
     digest = _digest(task, source)
@@ -79,22 +68,17 @@ def scan_shard(task: ScanTask) -> ScanResult:
     pairs = len(source) if source is not None else 0
     batches = list(_batches(source, task)) if source is not None else []
     table = pa.Table.from_batches(batches, SCAN_SCHEMA) if batches else SCAN_SCHEMA.empty_table()
-    # What storage did not yield this time is asked for again by the next run.
+    # The next run scans this shard again if storage failed to deliver some of its pairs.
     unread = sum("unreadable" in reasons for reasons in table["reasons"].to_pylist())
-    metadata = {
-        "digest": digest,
-        "pairs": str(pairs),
-        "problem": problem or "",
-        "shard": task.shard,
-        "unread": str(unread),
-    }
+    metadata = {"digest": digest, "pairs": str(pairs), "problem": problem or "", "shard": task.shard}
+    metadata["unread"] = str(unread)
     write_table(task.out, table.replace_schema_metadata(metadata))
     return ScanResult(task.shard, pairs, problem, False)
 
 
 def _open(shard: str) -> tuple[ShardedSource | None, str | None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a cut shard is told in `problem`
+        warnings.simplefilter("ignore")  # `problem` reports a cut shard
         try:
             source = open_source(shard)
         except (UserError, ShardLost) as error:
@@ -105,23 +89,23 @@ def _open(shard: str) -> tuple[ShardedSource | None, str | None]:
 
 
 def _digest(task: ScanTask, source: ShardedSource | None) -> str:
-    """Identifies a shard as it is now and what is asked of it."""
+    """Identifies a shard as it is now and everything that its scan depends on."""
     try:
         stat = files.stat(task.shard)
         version = [stat.size, stat.version]
-    except UserError:  # empty, or a folder: told in `problem`
+    except UserError:  # empty, or a folder: `problem` reports it
         version = []
     content = source.fingerprint if source is not None else ""
-    asked = [_VERSION, task.config.digest(_SCAN_FIELDS), task.crops, version, content]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    inputs = [_VERSION, task.config.digest(_SCAN_FIELDS), task.crops, version, content]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
 def _batches(source: ShardedSource, task: ScanTask) -> Iterator[pa.RecordBatch]:
-    with_json = any("json" in source.places(index) for index in range(min(len(source), 100)))
+    with_json = any("json" in source.member_extents(index) for index in range(min(len(source), 100)))
     in_order = InOrder(source)
     for start in range(0, len(source), _ROWS_PER_GROUP):
         indexes = range(start, min(start + _ROWS_PER_GROUP, len(source)))
-        rows = [_scan_pair(in_order, index, source.places(index), task, with_json) for index in indexes]
+        rows = [_scan_pair(in_order, index, source.member_extents(index), task, with_json) for index in indexes]
         columns = [
             pa.array([row[name] for row in rows], kind)
             for name, kind in zip(SCAN_SCHEMA.names, SCAN_SCHEMA.types, strict=True)
@@ -129,36 +113,33 @@ def _batches(source: ShardedSource, task: ScanTask) -> Iterator[pa.RecordBatch]:
         yield pa.record_batch(columns, schema=SCAN_SCHEMA)
 
 
-def _scan_pair(pairs: InOrder, index: int, places: Mapping, task: ScanTask, with_json: bool) -> dict:
+def _scan_pair(pairs: InOrder, index: int, extents: Mapping, task: ScanTask, with_json: bool) -> dict:
     row: dict = dict.fromkeys(SCAN_SCHEMA.names)
     for slot in SLOTS:
-        row[f"{slot}_offset"], row[f"{slot}_bytes"] = places.get(slot, (-1, 0))
+        row[f"{slot}_offset"], row[f"{slot}_bytes"] = extents.get(slot, (-1, 0))
     try:
         pair = pairs[index]
     except OSError:
         return row | {"key": "", "index": index, "caption": "", "language": captions.UNKNOWN, "reasons": ["unreadable"]}
     faults = list(pair.problems)
-    if with_json and "json" not in places:
+    if with_json and "json" not in extents:
         faults.append("missing_json")
     caption, language, text_faults = _examine_text(pair, task.config)
-    picture, image_faults = _examine_image(pair.image, task)
+    image, image_faults = _examine_image(pair.image, task)
     faults = {*faults, *text_faults, *image_faults}
     row |= {
         "key": pair.key,
         "index": index,
         "caption": caption,
         "language": language,
-        "reasons": sorted(faults, key=_RULE_ORDER.__getitem__),
-        "sha256": pictures.content_hash(pair.image) if pair.image else None,
+        "reasons": in_order(faults),
+        "sha256": image_hashes.content_hash(pair.image) if pair.image else None,
     }
-    if picture is not None:
-        row |= {"format": picture.format, "width": picture.width, "height": picture.height}
-    if picture is not None and picture.reason is None:
-        row |= {
-            "pixel_hash": picture.pixels,
-            "hashes": picture.hashes.astype("<u8").tobytes(),
-            "thumbnail": picture.thumbnail,
-        }
+    if image is not None:
+        row |= {"format": image.format, "width": image.width, "height": image.height}
+    if image is not None and image.reason is None:
+        row |= {"pixel_hash": image.pixels, "thumbnail": image.thumbnail}
+        row["hashes"] = image.hashes.astype("<u8").tobytes()
     return row
 
 
@@ -167,7 +148,7 @@ def _examine_text(pair: Pair, config: CurateConfig) -> tuple[str, str, list[str]
     raw = next(filter(None, (_raw_caption(pair, field) for field in config.captions)), None)
     if raw is None:
         present = any(text_ops.lookup(pair.fields, field) is not None for field in config.captions)
-        unread = "invalid_utf8" in pair.problems  # told already
+        unread = "invalid_utf8" in pair.problems  # a fault of its own
         return "", captions.UNKNOWN, ["empty_text"] if present else [] if unread else ["missing_text"]
     caption, found = captions.canonical(raw)
     language = captions.identify_language(caption)
@@ -176,29 +157,29 @@ def _examine_text(pair: Pair, config: CurateConfig) -> tuple[str, str, list[str]
 
 
 def _raw_caption(pair: Pair, field: str) -> str | None:
-    """A caption as it is stored, the first of several; None when there is none but white space."""
+    """The first stored caption in a field that is not only white space, or None."""
     value = text_ops.lookup(pair.fields, field)
     values = value if isinstance(value, list | tuple) else [value]
     return next((text for text in values if isinstance(text, str) and text.strip()), None)
 
 
-def _examine_image(data: bytes | None, task: ScanTask) -> tuple[pictures.Picture | None, list[str]]:
+def _examine_image(data: bytes | None, task: ScanTask) -> tuple[image_hashes.ImageInfo | None, list[str]]:
     if data is None:
         return None, ["missing_image"]
-    picture = pictures.examine(data, max_pixels=task.config.max_image_pixels, crops=task.crops)
-    if picture.reason is not None:
-        assert picture.reason in NO_IMAGE, picture.reason
-        return picture, [picture.reason]
-    faults = ["animated"] if picture.animated and task.config.animated else []
-    short, long = sorted((picture.width, picture.height))
+    image = image_hashes.examine(data, max_pixels=task.config.max_image_pixels, crops=task.crops)
+    if image.reason is not None:
+        assert image.reason in NO_IMAGE, image.reason
+        return image, [image.reason]
+    faults = ["animated"] if image.animated and task.config.animated else []
+    short, long = sorted((image.width, image.height))
     if short < task.config.min_side_px:
         faults.append("too_small")
     if task.config.max_aspect and long > task.config.max_aspect * short:
         faults.append("extreme_aspect")
-    return picture, faults
+    return image, faults
 
 
 def hashes_of(column: pa.Array | pa.ChunkedArray, count: int) -> np.ndarray:
-    """The perceptual hashes of rows that have them. column: binary [n] without nulls -> uint64 [n, count]."""
+    """The perceptual hashes in a column of a scan. column: binary [n] without nulls -> uint64 [n, count]"""
     data = b"".join(column.to_pylist())
     return np.frombuffer(data, "<u8").reshape(-1, count)

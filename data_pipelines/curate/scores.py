@@ -1,13 +1,13 @@
-"""How well captions match their pictures, as a model sees it, and what follows: shares, concepts.
+"""How well captions match their images according to a model, and what is decided by it: shares and concept balance.
 
     score = zimg . ztxt                       cosine of a pair's embeddings
     top share of a language                   the score that this share of its pairs reaches, exactly: a radix select
     balance (MetaCLIP, arXiv 2309.16671)      p = min(1, sum over the concepts of a caption of cap / max(count, cap))
 
-A concept is matched as whole words (as single characters in scripts without spaces). A caption that names none goes.
+A concept is matched as whole words (as single characters in scripts without spaces). A caption that names none is dropped.
 
-The trap: a quantile of a corpus needs no sorting of it. Two histograms of 65536 bins, of the upper and then of the lower half
-of the bits of the score, find the k-th largest float exactly, in memory that does not grow.
+A quantile of a corpus does not need a sort: two histograms of 65536 bins, of the upper and then of the lower half of the
+bits of the scores, find the k-th largest float exactly, in memory that does not grow with the corpus.
 """
 
 import functools
@@ -31,7 +31,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.sources.blocks import InOrder
 from data_pipelines.sources.opening import open_source
 
-SCORE_STEP = 0.02  # of the histogram in the report
+SCORE_STEP = 0.02  # width of a bin in the report's histogram
 _BATCH = 256
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _SPACELESS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
@@ -39,7 +39,7 @@ _HALF = 16
 
 
 class Scorer(Protocol):
-    """A two-tower model. Embeddings are float32 [n, e] of length one; fingerprint identifies the weights."""
+    """A two-tower model. Embeddings are float32 [n, e] of unit length; `fingerprint` identifies the weights."""
 
     image_size: tuple[int, int]
     fingerprint: str
@@ -49,8 +49,8 @@ class Scorer(Protocol):
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray: ...
 
 
-def embed_pictures(scorer: Scorer, table: Path, shard: str, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings of the decodable pictures of a scanned shard: row numbers [n], float32 [n, e]."""
+def embed_images(scorer: Scorer, table: Path, shard: str, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Embeds the decodable images of a scanned shard. -> row numbers int64 [n], float32 [n, e]"""
     rows, embeddings = [np.zeros(0, np.int64)], []
     for indexes, images in _images(scorer, table, shard, max_pixels):
         rows.append(indexes)
@@ -59,21 +59,22 @@ def embed_pictures(scorer: Scorer, table: Path, shard: str, max_pixels: int) -> 
 
 
 def decodable(table: Path) -> np.ndarray:
-    """The rows of a scan that have a picture. -> int64 [n]"""
+    """The rows of a scan whose image can be decoded. -> int64 [n]"""
+    no_image = frozenset(NO_IMAGE)
     reasons = pq.read_table(table, columns=["reasons"])["reasons"].to_pylist()
-    return np.array([row for row, faults in enumerate(reasons) if not NO_IMAGE.intersection(faults)], np.int64)
+    return np.array([row for row, faults in enumerate(reasons) if not no_image.intersection(faults)], np.int64)
 
 
 def _images(scorer: Scorer, table: Path, shard: str, max_pixels: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of (row numbers [n], uint8 [n, h, w, 3]); every batch but the last of a shard has the same size."""
+    """Batches of (row numbers [n], uint8 [n, h, w, 3]); all batches of a shard but the last have the same size."""
     rows = decodable(table).tolist()
     if not rows:
         return
     source = InOrder(open_source(shard))
 
     def load(row: int) -> np.ndarray:
-        picture = image_ops.decode_image(source[row].image, max_pixels=max_pixels)
-        return image_ops.resize(picture, scorer.image_size)
+        image = image_ops.decode_image(source[row].image, max_pixels=max_pixels)
+        return image_ops.resize(image, scorer.image_size)
 
     with ThreadPoolExecutor() as threads:
         for start in range(0, len(rows), _BATCH):
@@ -82,12 +83,12 @@ def _images(scorer: Scorer, table: Path, shard: str, max_pixels: int) -> Iterato
 
 
 def scores_path(work: Work, shard: int) -> Path:
-    """Where the scores of a shard lie."""
+    """The file with the scores of a shard."""
     return work.folder.parent / "scores" / work.layout.tables[shard].name
 
 
 def read_scores(work: Work, shard: int, indexes: pa.ChunkedArray | None = None) -> np.ndarray | None:
-    """Scores of some rows of a shard, or of all; None when there is no model."""
+    """The scores of all rows of a shard, or of the given ones; None without a model."""
     if not work.scored:
         return None
     scores = pq.read_table(scores_path(work, shard), columns=["score"])["score"].to_numpy()
@@ -95,49 +96,49 @@ def read_scores(work: Work, shard: int, indexes: pa.ChunkedArray | None = None) 
 
 
 def score_label(score: float) -> str:
-    """The lower edge of the class of scores, SCORE_STEP wide, that a score falls into."""
+    """The lower edge of the report's bin that a score falls into."""
     return f"{math.floor(score / SCORE_STEP) * SCORE_STEP:.2f}"
 
 
 def sortable(scores: np.ndarray) -> np.ndarray:
-    """float32 -> uint32 in the same order."""
+    """Keys in the same order as the scores. float32 -> uint32"""
     bits = scores.astype(np.float32).view(np.uint32)
     return np.where(bits >> 31 == 1, ~bits, bits | np.uint32(1 << 31))
 
 
 def unsortable(key: int) -> float:
-    """The float32 that `sortable` made the key of."""
+    """The float32 whose `sortable` key this is."""
     bits = key & 0x7FFFFFFF if key >> 31 else ~key & 0xFFFFFFFF
     return float(np.array(bits, np.uint32).view(np.float32))
 
 
 def upper_histogram(scores: np.ndarray) -> np.ndarray:
-    """int64 [65536]"""
+    """Counts by the upper half of the key. -> int64 [65536]"""
     return np.bincount(sortable(scores) >> _HALF, minlength=1 << _HALF)
 
 
 def lower_histogram(scores: np.ndarray, upper: int) -> np.ndarray:
-    """Of the scores whose upper half is `upper`. int64 [65536]"""
+    """Counts by the lower half of the key, of scores whose upper half is `upper`. -> int64 [65536]"""
     keys = sortable(scores)
     return np.bincount(keys[keys >> _HALF == upper] & ((1 << _HALF) - 1), minlength=1 << _HALF)
 
 
-def bin_of(histogram: np.ndarray, largest: int) -> tuple[int, int]:
-    """The bin of the `largest`-th largest entry (from 1), and which largest it is within the bin."""
+def bin_of(histogram: np.ndarray, k: int) -> tuple[int, int]:
+    """The bin of the k-th largest entry, k from 1, and its rank within that bin."""
     above = np.cumsum(histogram[::-1])
-    place = int(np.searchsorted(above, largest))
-    return len(histogram) - 1 - place, largest - int(above[place - 1] if place else 0)
+    place = int(np.searchsorted(above, k))
+    return len(histogram) - 1 - place, k - int(above[place - 1] if place else 0)
 
 
 def read_concepts(path: str) -> tuple[dict[str, int], int]:
-    """Concept -> number, and the most words of one. A text file, one a line, or a JSON list as MetaCLIP's.
+    """Reads concepts: a text file with one per line, or a JSON list as MetaCLIP's. -> {concept: number}, the longest in words
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no text, no JSON list where it begins as one, or holds no concept.
+      UserError: it is neither UTF-8 text nor a JSON list of strings, or it holds no concept.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"concepts {path!r}: no such file; write one, a concept a line")
+        raise FileNotFoundError(f"concepts {path!r}: no such file; write one with a concept per line")
     return _parse_concepts(path, Path(path).stat().st_mtime_ns)
 
 
@@ -148,17 +149,17 @@ def _parse_concepts(path: str, modified_ns: int) -> tuple[dict[str, int], int]:
         entries = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError among them
         raise UserError(
-            f"concepts {path!r}: {error}; write UTF-8 text, a concept a line, or a JSON list of strings"
+            f"concepts {path!r}: {error}; write UTF-8 text with a concept per line, or a JSON list of strings"
         ) from None
     split = [tuple(words_of(entry)) for entry in entries if isinstance(entry, str)]
     concepts = {" ".join(words): number for number, words in enumerate(dict.fromkeys(filter(None, split)))}
     if not concepts:
-        raise UserError(f"concepts {path!r} names no concept; write one a line, or a JSON list of strings")
+        raise UserError(f"concepts {path!r} names no concept; write one per line, or a JSON list of strings")
     return concepts, max(len(words) for words in split)
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-cased words; single characters of scripts that do not space words."""
+    """The lower-cased words of a text; in scripts without spaces between words, its characters."""
     words = []
     for word in _WORD.findall(text.lower()):
         words += [part for part in _SPACELESS.sub(r" \g<0> ", word).split()] if _SPACELESS.search(word) else [word]
@@ -166,7 +167,7 @@ def words_of(text: str) -> list[str]:
 
 
 def match_concepts(caption: str, concepts: dict[str, int], longest: int) -> list[int]:
-    """The concepts that a caption names, each once, in order."""
+    """The numbers of the concepts that a caption names, each once, ascending."""
     words = words_of(caption)
     found = {}
     for start in range(len(words)):
@@ -178,10 +179,10 @@ def match_concepts(caption: str, concepts: dict[str, int], longest: int) -> list
 
 
 def keep_in_balance(matched: list[int], counts: np.ndarray, cap: int, draw: float) -> bool:
-    """Whether a caption stays. draw: uniform in [0, 1)."""
+    """Whether balancing keeps a caption. matched: its concepts; counts: of each concept; draw: uniform in [0, 1)."""
     return draw < sum(cap / max(int(counts[number]), cap) for number in matched)
 
 
 def uniform_of(*parts: str) -> float:
-    """A number in [0, 1) that only the content decides."""
+    """A number in [0, 1) that depends on the content alone."""
     return xxhash.xxh3_64_intdigest("\0".join(parts).encode("utf-8", "surrogatepass")) / 2**64

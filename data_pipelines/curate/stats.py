@@ -1,4 +1,4 @@
-"""What shards hold, without judging them against each other: formats, languages, sizes, faults."""
+"""What shards hold, without comparing pairs with each other: formats, languages, sizes, faults."""
 
 import collections
 import tempfile

@@ -1,4 +1,4 @@
-"""The tables that stages hand to each other."""
+"""The tables that stages pass to each other."""
 
 from pathlib import Path
 
@@ -7,15 +7,15 @@ import pyarrow.parquet as pq
 
 from data_pipelines.atomic import new_file
 
-_PLACE = [("offset", pa.int64()), ("bytes", pa.int64())]
+_EXTENT = [("offset", pa.int64()), ("bytes", pa.int64())]
 SLOTS = ("image", "txt", "json")
 
-# One row a pair. `hashes`: uint64s of the whole picture and its crops; `thumbnail`: a JPEG of 64 x 64.
+# One row per pair. hashes: uint64s of the whole image and its crops; thumbnail: a JPEG of 64 x 64.
 SCAN_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("index", pa.int32()),
-        *((f"{slot}_{name}", kind) for slot in SLOTS for name, kind in _PLACE),
+        *((f"{slot}_{name}", kind) for slot in SLOTS for name, kind in _EXTENT),
         ("format", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
@@ -31,13 +31,13 @@ SCAN_SCHEMA = pa.schema(
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Writes a table, whole or not at all."""
+    """Writes a table; the file appears whole or not at all."""
     with new_file(path) as partial:
         pq.write_table(table, partial, compression="zstd")
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a table on disk; {} when it is not there or cannot be read."""
+    """The metadata of a table on disk; {} if there is none or it cannot be read."""
     try:
         metadata = pq.read_schema(path).metadata or {}
     except (OSError, pa.ArrowInvalid):

@@ -1,9 +1,9 @@
 """ArrayRecord shards (Grain, TFDS) whose records are tf.train.Example, by random access.
 
-The format has its own index and checksums. See `examples` for what becomes of a record; `writing` makes such shards.
+The format has its own index and checksums. See `examples` for how a record becomes a pair; `writing` writes such shards.
 
-The trap: the library reads local files only and every read of a group unpacks all of it. Remote shards are fetched whole,
-on first use, see `copies`; shards are to be written with group_size:1, as TFDS does.
+The trap: the library reads only local files, and reading a record unpacks its whole group. So remote shards are copied whole
+on first use (see `copies`), and shards should be written with group_size:1, as TFDS does.
 """
 
 import functools
@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 
 from data_pipelines.errors import UserError
 from data_pipelines.records import Pair, ShardLost
-from data_pipelines.sources import copies, examples, files, index_file, tfds
+from data_pipelines.sources import copies, examples, files, index_file
 from data_pipelines.sources.files import Window
 from data_pipelines.sources.index_file import Contents
 from data_pipelines.sources.remote import FileStat
 from data_pipelines.sources.shards import ColumnSource
-from data_pipelines.sources.tfrecord import example_notes
 
 _OPEN_READERS = 64
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
@@ -25,17 +24,7 @@ _IDENTITY_BYTES = 1 << 16
 
 
 class ArrayRecordSource(ColumnSource):
-    """The records of ArrayRecord shards, in their order.
-
-    Args:
-      shards: a pattern or several, as for `files.expand_shards`.
-      image: the feature that holds the picture; None finds it.
-
-    Raises:
-      FileNotFoundError, PermissionError, ValueError: a shard is missing, unreadable, cut, no ArrayRecord file of
-        tf.train.Example, or has no such feature.
-      OSError: a server does not answer.
-    """
+    """The records of ArrayRecord shards, in their order. Arguments and errors: see `ColumnSource`."""
 
     def __init__(self, shards: str | os.PathLike | Sequence[str | os.PathLike], *, image: str | None = None):
         super().__init__(shards, "arrayrecord", build, image=image)
@@ -51,12 +40,12 @@ class ArrayRecordSource(ColumnSource):
                 if not os.path.exists(copy):
                     raise ShardLost(f"shard {path!r} vanished while it was in use; put it back and resume")
                 reader = _open_file(copy)
-                # The name of a copy has size and version in it. A local file is looked at once it is open: no other comes then.
+                # A copy has size and version in its name. A local file is checked once it is open: then it cannot be replaced.
                 if copy == path and files.stat(path) != FileStat(header.shard_bytes, header.shard_version):
                     raise ShardLost(f"shard {path!r} was replaced while it was in use; start again")
                 return reader
         except (FileNotFoundError, PermissionError, UserError) as error:
-            raise ShardLost(f"shard {path!r} cannot be read any more: {error}") from error
+            raise ShardLost(f"shard {path!r} can no longer be read: {error}") from error
 
     def _pair(self, shard: int, row: int, read: Callable[[int, int], bytes]) -> Pair:
         reader = self._reader(shard)
@@ -64,20 +53,20 @@ class ArrayRecordSource(ColumnSource):
             (record,) = reader.read([row])
             features = examples.parse(record)
         except (RuntimeError, ValueError) as error:
-            told = " ".join(str(error).split())
-            raise OSError(f"record {row} of shard {self.paths[shard]!r} is damaged: {told}") from error
+            detail = " ".join(str(error).split())
+            raise OSError(f"record {row} of shard {self.paths[shard]!r} is damaged: {detail}") from error
         name = f"{os.path.basename(self.paths[shard])}/{row}"
         return examples.to_pair(features, image=self._images[shard], fallback_key=name)
 
 
 def build(shard: str, stat: FileStat) -> Contents:
-    """Raises ValueError: the shard is cut, or no ArrayRecord file of tf.train.Example."""
+    """The index of a shard. Raises UserError: it is cut, or not an ArrayRecord file of tf.train.Example."""
     with copies.local_copy(shard, stat.size, stat.version) as copy:
         reader = _open_file(copy)
     count = reader.num_records()
     if not reader.ok() or not count:
         raise UserError(
-            f"shard {shard!r} is cut, empty or no ArrayRecord file: it has no index at its end; fetch it again"
+            f"shard {shard!r} is cut, empty or not an ArrayRecord file: it has no index at its end; fetch it again"
         )
     try:
         first = examples.parse(reader.read([0])[0])
@@ -85,11 +74,8 @@ def build(shard: str, stat: FileStat) -> Contents:
         raise UserError(f"shard {shard!r} does not hold tf.train.Example records: {error}") from error
     finally:
         reader.close()
-    notes = example_notes(shard, first)
-    due = tfds.records_due(shard)
-    if due is not None and due > count:
-        notes |= {"truncated": True, "pairs_due": due}
-    # The index at the end says where every chunk lies; a chunk's header has the hash of its data.
+    notes = examples.notes(shard, first, count)
+    # The index at the end has the position of every chunk, and a chunk's header has the hash of its data.
     end = Window(shard, stat.size).fetch(max(0, stat.size - _IDENTITY_BYTES), _IDENTITY_BYTES)
     return Contents(count, {}, notes, index_file.digest(stat, f"{count}\n".encode(), end[-_IDENTITY_BYTES:]))
 

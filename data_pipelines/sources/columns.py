@@ -1,6 +1,7 @@
-"""Columns and features by name: which holds the picture, and what to say when a name is not there."""
+"""Columns and features by name: which one holds the image, and what to say if a name does not exist."""
 
 import difflib
+import json
 import os
 from collections.abc import Collection, Mapping
 
@@ -8,37 +9,46 @@ from data_pipelines.errors import UserError
 
 
 def did_you_mean(name: str, candidates: Collection[str]) -> str:
-    """ "; there are a, b, c" and, when one of them is close, which was meant."""
+    """What a message adds about an unknown name: "; there are a, b, c", and the close one if there is one."""
     close = difflib.get_close_matches(name, set(candidates) - {name}, 1, 0.5)
     meant = f", did you mean {close[0]!r}?" if close else ""
     return f"; there are {', '.join(sorted(candidates)) or 'none'}{meant}"
 
 
-def _how_to_have_one(columns: Collection[str]) -> str:
-    """What to do about the columns of a file of which none holds the images."""
-    told = f"; there are {', '.join(sorted(columns)) or 'none'}"
+def parse_object(text: str | bytes) -> dict | None:
+    """The JSON object in a text; None if it holds anything else."""
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):  # RecursionError: nested a thousand deep
+        return None
+    return parsed if isinstance(parsed, dict) else None
+
+
+def _how_to_name_it(columns: Collection[str]) -> str:
+    """What a message adds about a file that has no image column: its columns and how to fix it."""
+    note = f"; there are {', '.join(sorted(columns)) or 'none'}"
     for separator in ";\t|":
         if len(columns) == 1 and separator in min(columns):
-            return f"{told}: separate columns with commas, or with tabs in a file called .tsv"
+            return f"{note}: separate columns with commas, or with tabs in a file called .tsv"
     close = difflib.get_close_matches("image", set(columns) - {"image"}, 1, 0.5)
-    return f"{told}; rename {close[0]!r} to 'image'" if close else told
+    return f"{note}; rename {close[0]!r} to 'image'" if close else note
 
 
 def check_image(path: str, notes: Mapping[str, object], image: str | None) -> str:
-    """The column of a shard that holds the picture.
+    """The column of a shard that holds the image.
 
     Args:
-      path: of the shard, for the message.
-      notes: of its index: `image`, the column that was found, and `features` or `columns`, all that there are.
-      image: the one that was asked for; None for the one that was found.
+      path: the shard, for the message.
+      notes: the notes of its index: `image`, the column that was found, and `features` or `columns`, all that exist.
+      image: the requested column; None for the one that was found.
 
     Raises:
-      ValueError: there is none.
+      UserError: there is no such column.
     """
     columns = notes.get("features") or notes["columns"]
     if image is not None and image not in columns:
         raise UserError(f"shard {os.fspath(path)!r} has no image column {image!r}{did_you_mean(image, columns)}")
     found = image or notes["image"]
     if found is None:
-        raise UserError(f"shard {os.fspath(path)!r} has no column with pictures{_how_to_have_one(columns)}")
+        raise UserError(f"shard {os.fspath(path)!r} has no column with images{_how_to_name_it(columns)}")
     return found

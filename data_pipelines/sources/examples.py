@@ -2,22 +2,23 @@
 
     Example { features: map<string, Feature> }     Feature = list of bytes | list of float | list of int64
 
-The message types are built here with protobuf, in a pool of their own: TensorFlow registers the same names in the
-default one.
+The message types are built here with protobuf, in a pool of their own: TensorFlow registers the same names in the default
+pool.
 
-Picture and texts of a record, by the features' names: the picture is `image` or the like (see `IMAGE_FEATURES`), else
-the only feature that begins like a picture; every other feature becomes a field, text decoded, one value plain and several
-as a list. `json` is an object whose entries are fields too, as in tars: `writing` stores there what no feature can hold.
+The image of a record is the feature `image` or the like (see `IMAGE_FEATURES`), else the only feature that begins as an image
+file does. Every other feature becomes a field: bytes decoded as text, one value by itself, several as a list. The feature
+`json` is an object whose entries are fields too, as in tars; `writing` stores there what no feature can hold.
 
-The trap: a feature with no value and one that is missing are the same on the wire; neither becomes a field.
+The trap: on the wire, a feature without a value and a missing feature are the same; neither becomes a field.
 """
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 
 from data_pipelines.errors import UserError
 from data_pipelines.records import Pair
+from data_pipelines.sources import tfds
+from data_pipelines.sources.columns import parse_object
 
 IMAGE_FEATURES = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "image_raw")
 KEY_FEATURES = ("__key__", "tfds_id", "image/filename", "id")
@@ -31,7 +32,7 @@ _LISTS = {
 
 @functools.cache
 def _example_class() -> type:
-    """The class of the message, wire compatible with tensorflow/core/example/example.proto."""
+    """The message class, wire compatible with tensorflow/core/example/example.proto."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     field = descriptor_pb2.FieldDescriptorProto
@@ -69,13 +70,13 @@ def _example_class() -> type:
 
 
 def parse(record: bytes) -> dict[str, list]:
-    """The values of each feature. Raises ValueError when the record is no tf.train.Example."""
+    """The values of each feature. Raises UserError if the record is not a tf.train.Example."""
     from google.protobuf.message import DecodeError
 
     try:
         example = _example_class().FromString(record)
     except DecodeError as error:
-        raise UserError(f"a record of {len(record)} bytes is no tf.train.Example ({error})") from error
+        raise UserError(f"a record of {len(record)} bytes is not a tf.train.Example ({error})") from error
     features = {}
     for name, feature in example.features.feature.items():
         kind = feature.WhichOneof("kind")
@@ -84,7 +85,7 @@ def parse(record: bytes) -> dict[str, list]:
 
 
 def serialize(features: Mapping[str, Sequence]) -> bytes:
-    """A record of lists of bytes, str, int or float, the same bytes for the same features."""
+    """A record of lists of bytes, str, int or float; equal features give equal bytes."""
     example = _example_class()()
     for name, values in features.items():
         feature = example.features.feature[name]
@@ -98,21 +99,29 @@ def serialize(features: Mapping[str, Sequence]) -> bytes:
 
 
 def image_feature(features: Mapping[str, list]) -> str | None:
-    """The name of the feature that holds the picture, judged by one record."""
+    """The name of the feature that holds the image, found from one record."""
     blobs = {name: values[0] for name, values in features.items() if len(values) == 1 and isinstance(values[0], bytes)}
     named = next((name for name in IMAGE_FEATURES if name in blobs), None)
-    shown = [name for name, blob in blobs.items() if _is_picture(blob)]
+    shown = [name for name, blob in blobs.items() if _is_image(blob)]
     return named or (shown[0] if len(shown) == 1 else None)
 
 
+def notes(shard: str, first: Mapping[str, list], records: int) -> dict[str, object]:
+    """The notes of an index: the features of the first record, which one is the image, and whether records are missing."""
+    names, image = sorted(first), tfds.image_feature(shard) or image_feature(first)
+    found = {"columns": None if "json" in first else names, "features": names, "image": image}
+    due = tfds.records_due(shard)
+    return found | ({"truncated": True, "pairs_due": due} if due is not None and due > records else {})
+
+
 def to_pair(features: Mapping[str, list], *, image: str, fallback_key: str) -> Pair:
-    """A pair of the features of a record. image: the name of the picture's feature."""
+    """The pair in the features of a record. image: the name of the feature that holds the image."""
     fields, problems = {}, []
     for name, values in features.items():
         if name in (image, "json") or not values:
             continue
         if isinstance(values[0], bytes):
-            if _is_picture(values[0]):
+            if _is_image(values[0]):
                 continue  # a mask, a second view
             try:
                 values = [value.decode("utf-8") for value in values]
@@ -122,16 +131,14 @@ def to_pair(features: Mapping[str, list], *, image: str, fallback_key: str) -> P
         fields[name] = values if len(values) > 1 else values[0]
     key = fields.pop("key", None)
     if features.get("json"):
-        try:
-            told = json.loads(features["json"][0])
-            fields = told | fields if isinstance(told, dict) else problems.append("invalid_json") or fields
-        except (ValueError, RecursionError):  # the latter: nested a thousand deep
-            problems.append("invalid_json")
+        parsed = parse_object(features["json"][0])
+        fields = (parsed or {}) | fields
+        problems += ["invalid_json"] if parsed is None else []
     if not isinstance(key, str | int):
         key = next((fields[name] for name in KEY_FEATURES if isinstance(fields.get(name), str | int)), fallback_key)
-    picture = features.get(image)
-    return Pair(str(key), picture[0] if picture else None, fields, tuple(dict.fromkeys(problems)))
+    images = features.get(image)
+    return Pair(str(key), images[0] if images else None, fields, tuple(dict.fromkeys(problems)))
 
 
-def _is_picture(blob: bytes) -> bool:
+def _is_image(blob: bytes) -> bool:
     return blob.startswith(_MAGIC) or (blob[:4] == b"RIFF" and blob[8:12] == b"WEBP")

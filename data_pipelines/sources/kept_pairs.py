@@ -76,7 +76,7 @@ class KeptPairs:
         for number, (row, told) in enumerate(some):
             shard = self.paths[self.source.locate(row)[0]]
             place = (told.get("image_offset"), told.get("image_bytes"))
-            image = self.source.places(row).get("image")
+            image = self.source.member_extents(row).get("image")
             if image is not None and None not in place and image != place:
                 raise _other_shards(manifest, shard, f"picture {told['key']!r} in another place")
             if number % stride:

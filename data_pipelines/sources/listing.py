@@ -1,23 +1,23 @@
-"""A list of picture files with their captions: CSV, TSV (a header names the columns) or JSONL (an object per line).
+"""A list of image files with their captions: CSV, TSV (a header names the columns) or JSONL (one object per line).
 
     image,caption
     cats/1.jpg,"a cat, asleep"
 
-Paths are relative to the list's folder, or absolute, or URLs. The offsets of the rows are found in one pass and kept as
-an index, so memory does not grow with the list.
+Paths are relative to the list's folder, or absolute, or URLs. One pass finds the offsets of the rows, which are kept as an
+index, so memory does not grow with the list.
 
-The trap: a quoted caption may hold line ends, so rows are not lines: the csv module finds where each one ends.
+The trap: a quoted caption may hold line ends, so a row is not a line; the csv module finds where each one ends.
 """
 
 import csv
 import io
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 
 from data_pipelines.errors import UserError
 from data_pipelines.records import Pair
 from data_pipelines.sources import files, index_file
+from data_pipelines.sources.columns import parse_object
 from data_pipelines.sources.files import Window
 from data_pipelines.sources.index_file import Contents
 from data_pipelines.sources.remote import FileStat
@@ -29,15 +29,9 @@ _MAX_FIELD_CHARS = 1 << 24
 
 
 class ListSource(ColumnSource):
-    """The rows of lists, in their order. Pairs whose picture is not there have no image and say "missing_image".
+    """The rows of lists, in their order. Arguments and errors: see `ColumnSource`.
 
-    Args:
-      shards: a pattern or several, as for `files.expand_shards`.
-      image: the column that holds the paths; None finds it.
-
-    Raises:
-      FileNotFoundError, PermissionError, ValueError: a list is missing, unreadable, empty, or has no such column.
-      OSError: a server does not answer.
+    A pair whose image file does not exist has no image and the problem "missing_image".
     """
 
     def __init__(self, shards: str | os.PathLike | Sequence[str | os.PathLike], *, image: str | None = None):
@@ -56,13 +50,13 @@ class ListSource(ColumnSource):
                 image = files.read_whole(_join(path, named))
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 problems.append("missing_image")
-            except ValueError as error:  # no path at all: a NUL, an unknown protocol
-                raise OSError(f"row {row} of {path!r} names no picture: {error}") from error
+            except ValueError as error:  # not a path: a NUL, an unknown protocol
+                raise OSError(f"row {row} of {path!r} does not name an image: {error}") from error
         return Pair(str(key), image, fields, tuple(problems))
 
 
 def build(shard: str, stat: FileStat) -> Contents:
-    """Raises ValueError: the list has no rows, or is no list."""
+    """The index of a list. Raises UserError: it has no rows, or is not a list."""
     offsets, sizes, columns = _scan_json(shard, stat) if _is_json(shard) else _scan_csv(shard, stat)
     if not offsets:
         raise UserError(f"list {shard!r} has no rows; leave it out")
@@ -97,7 +91,7 @@ def _lines(shard: str, stat: FileStat) -> Iterator[tuple[int, bytes]]:
 
 
 class _Decoded:
-    """Lines as text for the csv module; `end` is the offset after the last one that it took."""
+    """Lines as text for the csv module; `end` is the offset after the last line it took."""
 
     def __init__(self, lines: Iterator[tuple[int, bytes]]):
         self._lines = lines
@@ -126,7 +120,7 @@ def _scan_csv(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[st
                 sizes.append(lines.end - start)
             start = lines.end
     except csv.Error as error:
-        raise UserError(f"list {shard!r} is no CSV at line {reader.line_num} ({error}); mend that line") from error
+        raise UserError(f"list {shard!r} is not CSV at line {reader.line_num} ({error}); fix that line") from error
     return offsets, sizes, columns
 
 
@@ -146,11 +140,8 @@ def _scan_json(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[s
 
 
 def _parse_json(line: bytes) -> tuple[dict, list[str]]:
-    try:
-        parsed = json.loads(line.removeprefix(_BOM))
-    except (ValueError, RecursionError):  # the latter: nested a thousand deep
-        return {}, ["invalid_json"]
-    return (parsed, []) if isinstance(parsed, dict) else ({}, ["invalid_json"])
+    parsed = parse_object(line.removeprefix(_BOM))
+    return ({}, ["invalid_json"]) if parsed is None else (parsed, [])
 
 
 def _parse_csv(path: str, line: bytes, columns: Sequence[str]) -> tuple[dict, list[str]]:
@@ -165,7 +156,7 @@ def _parse_csv(path: str, line: bytes, columns: Sequence[str]) -> tuple[dict, li
 
 
 def _join(listing: str, name: str) -> str:
-    """Where a picture lies that a list names."""
+    """The path or URL of an image that a list names."""
     if files.is_remote(name) or not files.is_remote(listing):
         return os.path.join(os.path.dirname(listing), os.path.expanduser(name)) if not files.is_remote(name) else name
     return f"{listing.rpartition('/')[0]}/{name}"

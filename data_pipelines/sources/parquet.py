@@ -1,16 +1,17 @@
-"""Parquet files with encoded pictures in them: the Hugging Face layout, or any column of bytes.
+"""Parquet files with encoded images in them: the Hugging Face layout, or any column of bytes.
 
-    pair -> (file, row group, row);  a row group is read in one go, only its needed columns, and kept for its neighbours
+    pair -> (file, row group, row);  a row group is read in one go, only its needed columns, and kept for its other rows
 
-The picture's column: a struct {bytes, path} (Hugging Face's Image), or bytes; `image` where there are several. All other
-columns become fields.
+The image column is a struct {bytes, path} (Hugging Face's Image) or bytes; of several, the one named `image` or the like. All
+other columns become fields.
 
 The trap: the unit of reading is the row group, and an order that jumps between more groups than the cache holds reads a
-whole group for every pair. Write small groups (100 pictures), or stream in blocks; `group_starts` says where they lie.
+whole group for every pair. Write small groups (100 images), or stream in blocks; `group_starts` has the boundaries.
 """
 
 import bisect
 import functools
+import io
 import os
 import threading
 from collections import OrderedDict
@@ -37,17 +38,10 @@ _FOOTER_GUESS_BYTES = 1 << 16
 
 
 class ParquetSource(ColumnSource):
-    """The rows of Parquet files, in their order.
+    """The rows of Parquet files, in their order. Arguments and errors: see `ColumnSource`.
 
     Args:
-      shards: a pattern or several, as for `files.expand_shards`.
-      image: the column that holds the picture; None finds it.
       fields: the other columns to read; None for all.
-
-    Raises:
-      FileNotFoundError, PermissionError, ValueError: a file is missing, unreadable, cut, no Parquet file, or has no
-        such column.
-      OSError: a server does not answer.
     """
 
     def __init__(
@@ -80,14 +74,14 @@ class ParquetSource(ColumnSource):
         return np.concatenate(starts)
 
     def in_block(self, index: int, block: Block, kept: BlockCache) -> Pair:
-        """The same as `self[index]`; row groups, local ones too, stay until the block is over. Raises as that does."""
+        """The same as `self[index]`, but row groups are kept until the block is over. Raises what that raises."""
         shard, row = self.locate(index)
         group, row_in_group = self._group_of(shard, row)
         table = kept.get(until=block.until, **self._group_read(shard, group))
         return self._pair(shard, row, None) if table is None else self._to_pair(shard, row, table, row_in_group)
 
     def fetch_ahead(self, block: Block, kept: BlockCache) -> None:
-        """Begins to read the row groups of a block that are remote."""
+        """Starts to fetch the remote row groups of a block."""
         for shard in self._remote_shards(block):
             firsts = self._tables(shard)["groups"]["first"]
             groups = np.searchsorted(firsts, self._rows_in(shard, block), "right") - 1
@@ -100,13 +94,13 @@ class ParquetSource(ColumnSource):
         return self._to_pair(shard, row, table, row_in_group)
 
     def _group_of(self, shard: int, row: int) -> tuple[int, int]:
-        """The row group of a row, and the row in there."""
+        """The row group of a row, and the row's number in it."""
         firsts = self._tables(shard)["groups"]["first"]
         group = bisect.bisect_right(firsts, row) - 1
         return group, row - int(firsts[group])
 
     def _plan_group(self, shard: int, group: int) -> dict:
-        """A row group as a `BlockCache` wants it."""
+        """A row group as arguments of `BlockCache.get`."""
         nbytes = sum(chunk.total_uncompressed_size for chunk in self._chunks(shard, group))
         fetch = functools.partial(self._read_group, shard, group)
         return {"key": (shard, group), "fetch": fetch, "nbytes": nbytes}
@@ -132,7 +126,7 @@ class ParquetSource(ColumnSource):
             raise ShardLost(f"shard {self.paths[shard]!r} was replaced while it was in use; start again") from error
 
     def _read_group(self, shard: int, group: int):
-        """The needed columns of a row group, in as few reads as they lie in stretches."""
+        """Reads the needed columns of a row group; columns that lie close together take one read."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -143,8 +137,8 @@ class ParquetSource(ColumnSource):
             file = pq.ParquetFile(pa.PythonFile(source, "r"), metadata=self._footer(shard))
             return file.read_row_group(group, columns=self._names(shard), use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            told = " ".join(str(error).split())
-            raise OSError(f"row group {group} of shard {self.paths[shard]!r} is damaged: {told}") from error
+            detail = " ".join(str(error).split())
+            raise OSError(f"row group {group} of shard {self.paths[shard]!r} is damaged: {detail}") from error
 
     def _names(self, shard: int) -> list[str]:
         """The needed columns."""
@@ -152,16 +146,16 @@ class ParquetSource(ColumnSource):
         return [name for name in self.notes(shard)["columns"] if self._fields is None or name in wanted]
 
     def _chunks(self, shard: int, group: int) -> list:
-        """What the footer says of the needed columns of a row group."""
+        """What the footer says about the needed columns of a row group."""
         names, described = self._names(shard), self._footer(shard).row_group(group)
-        chunks = [described.column(place) for place in range(described.num_columns)]
+        chunks = [described.column(number) for number in range(described.num_columns)]
         return [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in names]
 
 
 class _GroupCache:
-    """Tables by (file, group), the latest used ones that fit; who asks for one that is being read waits for it.
+    """The least recently used tables are dropped above a limit; a thread waits for a table that another is reading.
 
-    A table larger than the limit is handed out, and kept until the next one comes.
+    Keys are (file, group). A table larger than the limit is kept until the next one comes.
     """
 
     def __init__(self, limit_bytes: int):
@@ -169,40 +163,38 @@ class _GroupCache:
         self._lock = threading.Lock()  # held for bookkeeping only, never while reading
         self._tables: OrderedDict[tuple[int, int], Future] = OrderedDict()
 
-    def get(self, place: tuple[int, int], read):
+    def get(self, key: tuple[int, int], read):
         with self._lock:
-            future = self._tables.get(place)
+            future = self._tables.get(key)
             reading = future is None
             if reading:
-                future = self._tables[place] = Future()
-            self._tables.move_to_end(place)
+                future = self._tables[key] = Future()
+            self._tables.move_to_end(key)
         if not reading:
             return future.result()
         try:
             future.set_result(read())
-        except BaseException as error:  # those who wait for this table must not wait for ever
+        except BaseException as error:  # threads that wait for this table must not wait for ever
             with self._lock:
-                self._tables.pop(place, None)
+                self._tables.pop(key, None)
             future.set_exception(error)
             raise
         with self._lock:
-            self._shrink(place)
+            self._shrink(key)
         return future.result()
 
     def _shrink(self, newest: tuple[int, int]) -> None:
-        done = [place for place, future in self._tables.items() if future.done()]
-        used_bytes = sum(self._tables[place].result().nbytes for place in done)
-        for place in done:
+        done = [key for key, future in self._tables.items() if future.done()]
+        used_bytes = sum(self._tables[key].result().nbytes for key in done)
+        for key in done:
             if used_bytes <= self._limit_bytes:
                 return
-            if place != newest:
-                used_bytes -= self._tables.pop(place).result().nbytes
+            if key != newest:
+                used_bytes -= self._tables.pop(key).result().nbytes
 
 
-class _Blocks:
-    """A file of which only some blocks are in memory, as pyarrow reads one. blocks: (offset, bytes) each."""
-
-    closed = False
+class _Blocks(io.RawIOBase):
+    """A file of which only some blocks are in memory. blocks: (offset, bytes) of each."""
 
     def __init__(self, blocks: list[tuple[int, bytes]], size: int):
         self._blocks, self._size, self._at = blocks, size, 0
@@ -214,17 +206,11 @@ class _Blocks:
                 data = block[self._at - start : self._at - start + size]
                 self._at += len(data)
                 return data
-        raise OSError(f"bytes {self._at} to {self._at + size} lie outside of the columns that were read")
+        raise OSError(f"bytes {self._at} to {self._at + size} are outside the columns that were read")
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
         return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def size(self) -> int:
-        return self._size
 
     def readable(self) -> bool:
         return True
@@ -232,18 +218,9 @@ class _Blocks:
     def seekable(self) -> bool:
         return True
 
-    def writable(self) -> bool:
-        return False
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self._blocks = []
-
 
 def build(shard: str, stat: FileStat) -> Contents:
-    """Raises ValueError: the shard is cut, no Parquet file, or has no rows."""
+    """The index of a shard. Raises UserError: it is cut, not a Parquet file, or has no rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -253,8 +230,8 @@ def build(shard: str, stat: FileStat) -> Contents:
     except (pa.ArrowException, OSError) as error:
         if not isinstance(error, pa.ArrowException) and files.is_remote(shard):
             raise
-        told = " ".join(str(error).split())
-        raise UserError(f"shard {shard!r} is cut or no Parquet file ({told}); fetch it again") from error
+        detail = " ".join(str(error).split())
+        raise UserError(f"shard {shard!r} is cut or not a Parquet file ({detail}); fetch it again") from error
     if not metadata.num_rows:
         raise UserError(f"shard {shard!r} holds no rows; leave it out")
     counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
@@ -266,9 +243,9 @@ def build(shard: str, stat: FileStat) -> Contents:
 
 
 def _identity(metadata) -> bytes:
-    """Where every column of every group lies, and what its statistics say."""
+    """The position and size of every column of every group, which identify a file."""
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-    columns = [group.column(place) for group in groups for place in range(group.num_columns)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
     return repr([(_span(column), column.path_in_schema, column.total_uncompressed_size) for column in columns]).encode()
 
 
@@ -294,7 +271,7 @@ def _image_column(schema) -> str | None:
 
 
 def _footer_file(read, size: int) -> _Blocks:
-    """The end of a file, in one read or two, as a file. read(offset, size) -> bytes"""
+    """The end of a file as a file-like object, in one read or two. read(offset, size) -> bytes"""
     end = read(max(0, size - _FOOTER_GUESS_BYTES), min(size, _FOOTER_GUESS_BYTES))
     needed = int.from_bytes(end[-8:-4], "little") + 8
     if len(end) < needed <= size and end[-4:] == b"PAR1":
@@ -305,7 +282,7 @@ def _footer_file(read, size: int) -> _Blocks:
 
 
 def _span(chunk) -> tuple[int, int]:
-    """Where a column chunk lies: (start, end)."""
+    """The byte range of a column chunk: (start, end)."""
     start = chunk.data_page_offset
     if chunk.dictionary_page_offset is not None:
         start = min(start, chunk.dictionary_page_offset)
@@ -313,7 +290,7 @@ def _span(chunk) -> tuple[int, int]:
 
 
 def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Stretches over these, small gaps read along."""
+    """Ranges that cover these spans; spans with a small gap between them share a range."""
     joined: list[tuple[int, int]] = []
     for start, end in sorted(spans):
         if joined and start - joined[-1][1] <= _JOIN_GAP_BYTES:

@@ -179,7 +179,7 @@ class ShardedSource(abc.ABC):
         shard = bisect.bisect_right(self._starts, index) - 1
         return shard, index - self._starts[shard]
 
-    def places(self, index: int) -> dict[str, tuple[int, int]]:
+    def member_extents(self, index: int) -> dict[str, tuple[int, int]]:
         """Where the files of a pair lie in its shard, {"image": (offset, bytes), …}; {} in formats that are no archive."""
         self.locate(index)
         return {}
@@ -196,7 +196,17 @@ class ShardedSource(abc.ABC):
 
 
 class ColumnSource(ShardedSource):
-    """A source whose shards have named columns or features, one of them the picture. image: its name; None finds it."""
+    """A source whose shards have named columns or features, one of which is the image.
+
+    Args:
+      shards: a pattern or several, as for `files.expand_shards`.
+      image: the name of the column; None finds it.
+
+    Raises:
+      FileNotFoundError, PermissionError, UserError: a shard is missing, unreadable, cut, empty, of another format, or has
+        no such column.
+      OSError: a server does not answer.
+    """
 
     def __init__(
         self,

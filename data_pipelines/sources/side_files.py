@@ -1,9 +1,9 @@
-"""What img2dataset writes beside a shard 00000.tar: 00000.parquet (a row per url, failures too) and 00000_stats.json.
+"""What img2dataset writes beside a shard 00000.tar: 00000.parquet (a row per URL, failures too) and 00000_stats.json.
 
-The parquet file repeats what the json members say, so it is read only for the columns that they lack: shards made
-without json, scores that someone added later. The statistics tell how many pairs the shard should hold.
+The Parquet file repeats the json members, so it is read only for the columns that they lack: in shards made without json, or
+for scores that someone added later. The statistics give the number of pairs that the shard should hold.
 
-The trap: its rows are not those of the tar (failed downloads have one as well), they are matched by key.
+The trap: its rows are not those of the tar, since failed downloads have one as well; they are matched by key.
 """
 
 import io
@@ -15,26 +15,27 @@ import numpy as np
 
 from data_pipelines.records import ShardLost
 from data_pipelines.sources import files
+from data_pipelines.sources.columns import parse_object
 
 KEY = "key"
 
 
 def successes(shard: str) -> int | None:
-    """How many pairs the statistics beside a shard count; None when there are none to read."""
+    """The number of pairs in the statistics beside a shard; None if they cannot be read."""
     path = f"{_stem(shard)}_stats.json"
     if not files.exists(path):
         return None
     try:
         return int(json.loads(files.read_whole(path))["successes"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        warnings.warn(f"statistics {path!r} cannot be read; they are not used", stacklevel=2)
+        warnings.warn(f"statistics {path!r} cannot be read and are not used", stacklevel=2)
         return None
 
 
 def match(shard: str, rows: np.ndarray, first_json: bytes | None) -> tuple[np.ndarray, list[str]] | None:
-    """Each pair's row in the side file (-1: none) and the columns that it adds; None when it adds nothing.
+    """Each pair's row in the side file (-1: none) and the columns that the file adds; None if it adds nothing.
 
-    rows: as in `tar_index`; first_json: of a pair, as an example of what the shard tells itself.
+    rows: as in `tar_index`; first_json: the json of one pair, an example of the fields that the shard has itself.
     """
     path = f"{_stem(shard)}.parquet"
     if not files.exists(path):
@@ -44,15 +45,16 @@ def match(shard: str, rows: np.ndarray, first_json: bytes | None) -> tuple[np.nd
 
     try:
         side = pq.ParquetFile(io.BytesIO(files.read_whole(path)))
-        added = [name for name in side.schema_arrow.names if name != KEY and name not in _names(first_json)]
+        own = parse_object(first_json or b"") or {}
+        added = [name for name in side.schema_arrow.names if name != KEY and name not in own]
         if KEY not in side.schema_arrow.names or not added:
             return None
-        place_of = {str(key).encode(): row for row, key in enumerate(side.read([KEY])[KEY].to_pylist())}
+        row_of = {str(key).encode(): row for row, key in enumerate(side.read([KEY])[KEY].to_pylist())}
     except (pa.ArrowException, OSError) as error:
-        warnings.warn(f"side file {path!r} cannot be read ({error}); it is not used", stacklevel=2)
+        warnings.warn(f"side file {path!r} cannot be read ({error}) and is not used", stacklevel=2)
         return None
     found = np.empty(len(rows), [("row", "<i8")])
-    found["row"] = [place_of.get(key.rpartition(b"/")[2], -1) for key in rows["key"].tolist()]
+    found["row"] = [row_of.get(key.rpartition(b"/")[2], -1) for key in rows["key"].tolist()]
     return (found, added) if (found["row"] >= 0).any() else None
 
 
@@ -67,24 +69,16 @@ class SideTable:
         try:
             self._table = pq.read_table(io.BytesIO(files.read_whole(self._path)), columns=[KEY, *columns])
         except (pa.ArrowException, FileNotFoundError, PermissionError) as error:
-            raise ShardLost(f"side file {self._path!r} cannot be read any more: {error}") from error
+            raise ShardLost(f"side file {self._path!r} can no longer be read: {error}") from error
 
     def fields(self, row: int, key: str) -> dict[str, object]:
-        """The columns of a row that have a value. Raises ShardLost when the row is not that of this key."""
+        """The columns of a row that have a value. Raises ShardLost if the row has another key."""
         values = self._table.slice(row, 1).to_pylist()
         if not values or str(values[0].pop(KEY)) != key.rpartition("/")[2]:
             raise ShardLost(
                 f"side file {self._path!r} has changed since its shard was indexed; delete the shard's .idx"
             )
         return {name: value for name, value in values[0].items() if value is not None}
-
-
-def _names(first_json: bytes | None) -> frozenset[str]:
-    try:
-        parsed = json.loads(first_json) if first_json is not None else {}
-    except (ValueError, RecursionError):
-        parsed = {}
-    return frozenset(parsed) if isinstance(parsed, dict) else frozenset()
 
 
 def _stem(shard: str) -> str:

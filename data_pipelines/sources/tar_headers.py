@@ -2,11 +2,11 @@
 
     header at o, size s  ->  data at o + 512, next header at o + 512 + ceil(s / 512) * 512
 
-tarfile does the same at 25 us a member, this at about 1: a thousand shards are then read at the speed of the disk. What
-costs time is done for all headers at once in numpy: their checksums.
+tarfile takes 25 us a member, this about 1, so that a thousand shards are read at the speed of the disk. Checksums, the costly
+part, are computed for all headers at once in numpy.
 
-The trap: a tar that was cut reads like one that ends early. An archive counts as whole only when an end-of-archive block
-follows its last member.
+The trap: a cut tar reads like one that ends early. An archive is whole only if an end-of-archive block follows its last
+member.
 """
 
 from dataclasses import dataclass, field
@@ -18,19 +18,19 @@ from data_pipelines.sources.files import Window
 _BLOCK = 512
 _END_BLOCK = bytes(_BLOCK)
 _REGULAR, _NO_DATA = frozenset(b"0\x007"), frozenset(b"123456")
-_MOST_DIGITS = 19  # of a number that fits into 63 bits
+_MAX_DIGITS = 19  # of a number that fits into 63 bits
 _ONES = np.ones(_BLOCK, np.float32)
 _OCTAL = 8.0 ** np.arange(5, -1, -1, dtype=np.float32)
 _GNU_LONG_NAME, _PAX, _SPARSE = ord("L"), frozenset(b"xX"), ord("S")
 
 
-class NoTar(ValueError):
-    """The first block is no tar header."""
+class NotATar(ValueError):
+    """The first block is not a tar header."""
 
 
 @dataclass
 class Members:
-    """The regular files that are whole, in order. cut_name: of the one that the end of the file goes through."""
+    """The regular files that are whole, in order. cut_name: the file that the end of the archive cuts."""
 
     names: list[bytes] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
@@ -40,11 +40,11 @@ class Members:
 
 
 def walk_members(window: Window) -> Members:
-    """Raises NoTar; OSError and ShardLost as reading does."""
+    """Finds the members of a tar. Raises NotATar; OSError and ShardLost from reading."""
     members, headers, whole_at = Members(), [], []
     names, offsets, sizes = members.names, members.offsets, members.sizes
     offset, base, data = 0, 0, b""
-    override: dict[bytes, bytes] = {}  # what a PAX header or a GNU long name says of the member after it
+    override: dict[bytes, bytes] = {}  # what a PAX header or a GNU long name sets for the next member
     while True:
         at = offset - base
         header = data[at : at + _BLOCK]
@@ -83,7 +83,7 @@ def walk_members(window: Window) -> Members:
                 base, data = start, window.fetch(start, size)
                 text = data[:size]
             override |= {b"path": text.partition(b"\0")[0]} if kind == _GNU_LONG_NAME else _pax_records(text)
-        elif kind == _SPARSE:  # its data is not what it lies as; a map of holes may follow the header
+        elif kind == _SPARSE:  # its stored data has holes left out; a map of them may follow the header
             override = {}
             extended = header[482]
             while extended:
@@ -97,22 +97,22 @@ def walk_members(window: Window) -> Members:
 
 
 def _drop_after_damage(members: Members, headers: list[bytes], whole_at: list[int]) -> None:
-    """Leaves out what follows a header whose checksum is wrong: where it lies came from that header."""
+    """Drops the members from a header with a wrong checksum on: their positions were computed from it."""
     if not headers:
         if members.truncated:
-            raise NoTar("its first block is no header")
+            raise NotATar("its first block is not a header")
         return
     blocks = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, _BLOCK)
     digits = blocks[:, 148:154].astype(np.float32) - ord("0")
-    told = digits @ _OCTAL
+    stated = digits @ _OCTAL
     # The checksum is that of the header with eight spaces in its place; float32 holds sums below 2**24 exactly.
     found = blocks.astype(np.float32) @ _ONES - blocks[:, 148:156].astype(np.float32) @ _ONES[:8] + 8 * 32
-    odd = np.flatnonzero((told != found) | (digits < 0).any(1) | (digits > 7).any(1))
+    odd = np.flatnonzero((stated != found) | (digits < 0).any(1) | (digits > 7).any(1))
     damaged = np.array([row for row in odd if _number_or(headers[row][148:156], -1) != found[row]], np.int64)
     if damaged.size == 0:
         return
     if damaged[0] == 0:
-        raise NoTar("the checksum of its first header is wrong")
+        raise NotATar("the checksum of its first header is wrong")
     count = whole_at[damaged[0]]
     for column in (members.names, members.offsets, members.sizes):
         del column[count:]
@@ -144,16 +144,16 @@ def _number_or(field_: bytes, otherwise: int) -> int:
 
 
 def _pax_records(text: bytes) -> dict[bytes, bytes]:
-    """The path and size among records "LENGTH KEY=VALUE\\n"."""
+    """The path and size in a list of records "LENGTH KEY=VALUE\\n"."""
     records = {}
     if b"path=" not in text and b"size=" not in text:
         return records
     while text:
         length, space, _ = text.partition(b" ")
-        if not space or not length.isdigit() or len(length) > _MOST_DIGITS or not int(length):
+        if not space or not length.isdigit() or len(length) > _MAX_DIGITS or not int(length):
             break
         key, _, value = text[len(length) + 1 : int(length) - 1].partition(b"=")
-        if key == b"path" or (key == b"size" and value.isdigit() and len(value) <= _MOST_DIGITS):
+        if key == b"path" or (key == b"size" and value.isdigit() and len(value) <= _MAX_DIGITS):
             records[key] = value
         text = text[int(length) :]
     return records

@@ -1,11 +1,11 @@
 """Where the members of each pair lie in a tar shard: the tables that `index_file` keeps.
 
-    rows      per pair: its key, and offset (-1: no such member) and size of image, txt, json and cls
-    captions  per further caption (KEY.0.txt, KEY.1.txt, …): the pair, offset and size
-    side      per pair: its row in the parquet file that img2dataset writes beside the shard, see `side_files`
+    rows      one per pair: its key, and offset (-1: no such member) and size of image, txt, json and cls
+    captions  one per further caption (KEY.0.txt, KEY.1.txt, …): the pair, offset and size
+    side      one per pair: its row in the Parquet file that img2dataset writes beside the shard, see `side_files`
 
-The trap: members of a key may come in any order and apart from each other. Of several images of a key the first counts;
-the same file name once more begins a new pair; a pair that a cut goes through is left out.
+The trap: the members of a key may come in any order and apart from each other. Of several images of a key the first counts;
+a file name that comes again begins a new pair; a pair that the end of the file cuts is left out.
 """
 
 import re
@@ -17,12 +17,12 @@ from data_pipelines.sources import index_file, side_files
 from data_pipelines.sources.files import Window
 from data_pipelines.sources.index_file import Contents
 from data_pipelines.sources.remote import FileStat
-from data_pipelines.sources.tar_headers import Members, NoTar, walk_members
+from data_pipelines.sources.tar_headers import Members, NotATar, walk_members
 
 SLOTS = ("image", "txt", "json", "cls")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "avif")
 _MORE_CAPTIONS = len(SLOTS)
-_SLOT_OF = {slot.encode(): place for place, slot in enumerate(SLOTS) if slot != "image"}
+_SLOT_OF = {slot.encode(): index for index, slot in enumerate(SLOTS) if slot != "image"}
 _SLOT_OF |= {extension.encode(): 0 for extension in IMAGE_EXTENSIONS}
 _NUMBERED_CAPTION = re.compile(rb"(\d{1,6})\.txt")
 _PACKED_AS = (
@@ -35,7 +35,7 @@ _PACKED_AS = (
 
 
 def row_dtype(key_bytes: int) -> np.dtype:
-    """A row of the table `rows`."""
+    """The dtype of the table `rows`."""
     columns = [("key", f"S{key_bytes}")]
     for slot in SLOTS:
         columns += [(slot, "<i8"), (f"{slot}_bytes", "<i8")]
@@ -43,20 +43,20 @@ def row_dtype(key_bytes: int) -> np.dtype:
 
 
 def build(shard: str, stat: FileStat) -> Contents:
-    """Raises ValueError: the shard is no tar archive, or holds no pairs."""
+    """The index of a shard. Raises UserError: it is not an uncompressed tar archive, or holds no pairs."""
     window = Window(shard, stat.size)
     try:
         members = walk_members(window)
-    except NoTar as error:
+    except NotATar as error:
         packed = next((name for magic, name in _PACKED_AS if window.fetch(0).startswith(magic)), None)
         found = f"it is packed with {packed}; unpack it" if packed else f"{error}; fetch it again"
         raise UserError(f"shard {shard!r} is not an uncompressed tar archive ({found})") from error
-    keys, places, cut_pair = _group(members)
-    tables = _tables(keys, places, cut_pair)
+    keys, used, cut_pair = _group(members)
+    tables = _tables(keys, used, cut_pair)
     rows = tables["rows"]
     if not len(rows):
         raise UserError(f"shard {shard!r} holds no image-text pairs ({stat.size} bytes); leave it out")
-    # A table that most shards lack counts only where it is: what identifies them stays.
+    # Most shards have no such table; it is left out there, so that their digest stays what it was.
     digest = (
         index_file.digest(stat, rows, tables["captions"]) if len(tables["captions"]) else index_file.digest(stat, rows)
     )
@@ -71,11 +71,11 @@ def build(shard: str, stat: FileStat) -> Contents:
 
 
 def _group(members: Members) -> tuple[list[bytes], list[tuple[int, int, int, int, int]], int | None]:
-    """The key of each pair, (pair, slot, number, offset, bytes) of each member used, and the pair that the cut went through."""
+    """The key of each pair; (pair, slot, number, offset, bytes) of each member used; the pair that the end cuts."""
     keys: list[bytes] = []
     open_pairs: dict[bytes, int] = {}
     seen: dict[bytes, set[bytes]] = {}
-    places = []
+    used = []
     for name, offset, size in zip(members.names, members.offsets, members.sizes, strict=True):
         key, extension = _split(name)
         slot, number = _SLOT_OF.get(extension), 0
@@ -91,13 +91,13 @@ def _group(members: Members) -> tuple[list[bytes], list[tuple[int, int, int, int
             open_pairs[key] = len(keys)
             keys.append(key)
         names.add(extension)
-        places.append((open_pairs[key], slot, number, offset, size))
+        used.append((open_pairs[key], slot, number, offset, size))
     cut_key = _split(members.cut_name)[0] if members.cut_name is not None else b""
-    return keys, places, open_pairs.get(cut_key) if cut_key else None
+    return keys, used, open_pairs.get(cut_key) if cut_key else None
 
 
 def _split(name: bytes) -> tuple[bytes, bytes]:
-    """Key and extension: the base name ends at its first dot. No key: hidden files, names without extension."""
+    """Key and extension: the key ends at the base name's first dot. Hidden files and names without a dot have none."""
     base = name.rfind(b"/") + 1
     dot = name.find(b".", base)
     return (name[:dot], name[dot + 1 :]) if dot > base else (b"", b"")
@@ -111,13 +111,13 @@ def _unusual_slot(extension: bytes) -> tuple[int | None, int]:
     return _SLOT_OF.get(extension), 0
 
 
-def _tables(keys: list[bytes], places: list, cut_pair: int | None) -> dict[str, np.ndarray]:
+def _tables(keys: list[bytes], used: list, cut_pair: int | None) -> dict[str, np.ndarray]:
     rows = np.zeros(len(keys), row_dtype(max(map(len, keys), default=1)))
     rows["key"] = keys
-    pair, slot, number, offset, size = np.array(places, np.int64).reshape(-1, 5).T
-    for place, name in enumerate(SLOTS):
+    pair, slot, number, offset, size = np.array(used, np.int64).reshape(-1, 5).T
+    for index, name in enumerate(SLOTS):
         rows[name] = -1
-        mine = np.flatnonzero(slot == place)[::-1]  # The first of a slot is written last and stays.
+        mine = np.flatnonzero(slot == index)[::-1]  # the first of a slot is written last and stays
         rows[name][pair[mine]], rows[f"{name}_bytes"][pair[mine]] = offset[mine], size[mine]
     more = np.flatnonzero((slot == _MORE_CAPTIONS) & (pair != (-1 if cut_pair is None else cut_pair)))
     more = more[np.lexsort((number[more], pair[more]))]
@@ -130,6 +130,6 @@ def _tables(keys: list[bytes], places: list, cut_pair: int | None) -> dict[str, 
 
 
 def _first_json(window: Window, rows: np.ndarray) -> bytes | None:
-    """The json of the first pair: what it tells, the side file need not add."""
+    """The json of the first pair; the side file need not add what it holds."""
     offset, size = int(rows["json"][0]), int(rows["json_bytes"][0])
     return window.fetch(offset, size)[:size] if offset >= 0 else None

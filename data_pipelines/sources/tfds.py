@@ -1,7 +1,7 @@
-"""What a folder written by TensorFlow Datasets says of its shards, read without the tfds package.
+"""What a folder written by TensorFlow Datasets says about its shards, read without the tfds package.
 
     dataset_info.json   fileFormat, and per split its name and the number of records in each shard
-    features.json       the features; one of class …image_feature.Image is the picture
+    features.json       the features; one of class …image_feature.Image is the image
     NAME-SPLIT.tfrecord-00000-of-00010, or .array_record-…
 
 The trap: the number of records is the only sign that a shard without a footer was cut between two records.
@@ -22,7 +22,7 @@ def expand_folder(folder: str) -> list[str]:
     """The shards of a folder with one split.
 
     Raises:
-      ValueError: the folder has several splits, or was not written by TFDS.
+      UserError: the folder has several splits, or was not written by TFDS.
     """
     splits = _splits(folder)
     if not splits:
@@ -36,26 +36,26 @@ def expand_folder(folder: str) -> list[str]:
 
 
 def records_due(shard: str) -> int | None:
-    """How many records a shard should hold; None when its folder does not say."""
+    """The number of records that a shard should hold; None if its folder does not say."""
     matched = _SHARD.fullmatch(os.path.basename(shard))
     lengths = _splits(os.path.dirname(shard)).get(matched["split"], ()) if matched else ()
     return lengths[int(matched["number"])] if lengths and int(matched["number"]) < len(lengths) else None
 
 
 def image_feature(shard: str) -> str | None:
-    """The name of the picture's feature, if features.json lies beside the shard and names one."""
+    """The name of the image feature, if features.json lies beside the shard and names one."""
     described = _json(os.path.join(os.path.dirname(shard), "features.json"))
     features = described.get("featuresDict", {}).get("features", {})
     return next((name for name, value in features.items() if "image" in value), None)
 
 
 def _splits(folder: str) -> dict[str, tuple[int, ...]]:
-    """The records of each shard of each split."""
+    """The number of records in each shard of each split."""
     described = _json(os.path.join(folder, "dataset_info.json")).get("splits", [])
     try:
         return {split["name"]: tuple(map(int, split.get("shardLengths", ()))) for split in described}
     except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"'{folder}/dataset_info.json' is not as TFDS writes it ({error!r})") from error
+        raise UserError(f"'{folder}/dataset_info.json' is not in TFDS's format ({error!r})") from error
 
 
 @functools.lru_cache(64)
@@ -65,5 +65,5 @@ def _json(path: str) -> dict:
     try:
         parsed = json.loads(files.read_whole(path))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path!r} is no JSON ({error})") from error
+        raise UserError(f"{path!r} is not JSON ({error})") from error
     return parsed if isinstance(parsed, dict) else {}

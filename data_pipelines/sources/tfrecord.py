@@ -3,10 +3,10 @@
     record = length (uint64) | masked crc of length | data | masked crc of data       little endian
     masked = rotate_right(crc32c, 15) + 0xa282ead8
 
-The offsets are found in one pass over the lengths, from record to record, and kept as an index. See `examples` for what
-becomes of a record.
+One pass over the lengths, from record to record, finds the offsets, which are kept as an index. See `examples` for how a
+record becomes a pair.
 
-The trap: files packed as a whole (GZIP) look like damage; they have no random access and are refused by name.
+The trap: files packed as a whole (GZIP) look damaged; they have no random access, and the message says so.
 """
 
 import os
@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipelines.errors import UserError
 from data_pipelines.records import Pair
-from data_pipelines.sources import examples, index_file, tfds
+from data_pipelines.sources import examples, index_file
 from data_pipelines.sources.files import Window
 from data_pipelines.sources.index_file import Contents
 from data_pipelines.sources.remote import FileStat
@@ -28,17 +28,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 class TFRecordSource(ColumnSource):
-    """The records of TFRecord shards, in their order.
-
-    Args:
-      shards: a pattern or several, as for `files.expand_shards`.
-      image: the feature that holds the picture; None finds it.
-
-    Raises:
-      FileNotFoundError, PermissionError, ValueError: a shard is missing, unreadable, empty, no TFRecord file of
-        tf.train.Example, or has no such feature.
-      OSError: a server does not answer.
-    """
+    """The records of TFRecord shards, in their order. Arguments and errors: see `ColumnSource`."""
 
     def __init__(self, shards: str | os.PathLike | Sequence[str | os.PathLike], *, image: str | None = None):
         super().__init__(shards, "tfrecord", build, image=image)
@@ -48,7 +38,7 @@ class TFRecordSource(ColumnSource):
         framed = read(offset, size + _FOOTER_BYTES)
         record = framed[:size]
         if _masked_crc(record) != framed[size:]:
-            raise OSError(f"record {row} of shard {self.paths[shard]!r} does not have its checksum: it is damaged")
+            raise OSError(f"record {row} of shard {self.paths[shard]!r} is damaged: its checksum is wrong")
         try:
             features = examples.parse(record)
         except ValueError as error:
@@ -62,36 +52,23 @@ class TFRecordSource(ColumnSource):
 
 
 def build(shard: str, stat: FileStat) -> Contents:
-    """Raises ValueError: the shard is no TFRecord file of tf.train.Example."""
+    """The index of a shard. Raises UserError: it is not a TFRecord file of tf.train.Example."""
     window = Window(shard, stat.size)
     offsets, sizes, crcs, whole = _walk(shard, window)
     if not offsets:
-        raise UserError(f"shard {shard!r} holds not one whole record ({stat.size} bytes); fetch it again")
+        raise UserError(f"shard {shard!r} does not hold one whole record ({stat.size} bytes); fetch it again")
     rows = join_offsets(offsets, sizes)
     try:
         first = examples.parse(window.fetch(offsets[0], sizes[0])[: sizes[0]])
     except ValueError as error:
         raise UserError(f"shard {shard!r} does not hold tf.train.Example records: {error}") from error
-    due = tfds.records_due(shard)
-    notes = example_notes(shard, first) | {"truncated": not whole}
-    if due is not None and due > len(rows):
-        notes |= {"truncated": True, "pairs_due": due}
+    notes = {"truncated": not whole} | examples.notes(shard, first, len(rows))
     digest = index_file.digest(stat, rows, b"".join(crcs))
     return Contents(len(rows), {"rows": rows}, notes, digest)
 
 
-def example_notes(shard: str, first: dict[str, list]) -> dict[str, object]:
-    """What an index notes of a shard whose first record has these features: their names, and which is the picture."""
-    columns = None if "json" in first else sorted(first)
-    return {
-        "columns": columns,
-        "features": sorted(first),
-        "image": tfds.image_feature(shard) or examples.image_feature(first),
-    }
-
-
 def _walk(shard: str, window: Window) -> tuple[list[int], list[int], list[bytes], bool]:
-    """Offset and size of each whole record, the checksums of their data, and whether the file ends with the last one."""
+    """Offset, size and data checksum of each whole record, and whether the file ends with the last one."""
     offsets, sizes, crcs = [], [], []
     offset = base = 0
     data = b""
@@ -103,9 +80,9 @@ def _walk(shard: str, window: Window) -> tuple[list[int], list[int], list[bytes]
             header = data[:_HEADER_BYTES]
         if len(header) < _HEADER_BYTES or _masked_crc(header[:8]) != header[8:]:
             if not offsets and data.startswith(_GZIP_MAGIC):
-                raise UserError(f"shard {shard!r} is packed with gzip; unpack it, records are read at random")
+                raise UserError(f"shard {shard!r} is packed with gzip, which has no random access; unpack it")
             if not offsets:
-                raise UserError(f"shard {shard!r} is no TFRecord file: its first record has no valid length")
+                raise UserError(f"shard {shard!r} is not a TFRecord file: its first record has no valid length")
             return offsets, sizes, crcs, False
         (size,) = struct.unpack("<Q", header[:8])
         end = offset + _HEADER_BYTES + size + _FOOTER_BYTES

@@ -2,12 +2,11 @@
 
 A tar with an offset index is as fast as ArrayRecord, so no conversion step is needed.
 
-The trap: opening a shard that was cut must not fail the run, but must not go unseen either: what is whole is
-used, a warning says how much, and `truncated_shards` lists them.
+A cut shard does not fail a run, and does not go unnoticed: its whole pairs are used, a warning says how many, and
+`truncated_shards` lists it.
 """
 
 import functools
-import json
 import os
 from collections.abc import Callable, Sequence
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from data_pipelines.records import Pair
 from data_pipelines.sources import tar_index
+from data_pipelines.sources.columns import parse_object
 from data_pipelines.sources.shards import ShardedSource
 from data_pipelines.sources.side_files import SideTable
 
@@ -29,7 +29,7 @@ class TarSource(ShardedSource):
       shards: a pattern or several, as for `files.expand_shards`.
 
     Raises:
-      FileNotFoundError, PermissionError, ValueError: a shard is missing, unreadable, empty, or no tar.
+      FileNotFoundError, PermissionError, UserError: a shard is missing, unreadable, empty, or not a tar.
       OSError: a server does not answer.
     """
 
@@ -45,17 +45,17 @@ class TarSource(ShardedSource):
     def _pair(self, shard: int, row: int, read: Callable[[int, int], bytes]) -> Pair:
         tables = self._tables(shard)
         key, *flat = tables["rows"][row].item()
-        places = list(zip(flat[::2], flat[1::2], strict=True))
+        extents = list(zip(flat[::2], flat[1::2], strict=True))
         if len(tables["captions"]):
-            places += _further_captions(tables["captions"], row)
-        image, txt, meta, cls, *more = _read_members(places, read)
+            extents += _further_captions(tables["captions"], row)
+        image, txt, meta, cls, *more = _read_members(extents, read)
         fields, problems = _parse_fields([text for text in (txt, *more) if text is not None], meta, cls)
         name = key.decode("utf-8", "replace")
         if "side" in tables and (side_row := int(tables["side"]["row"][row])) >= 0:
             fields = self._side(shard).fields(side_row, name) | fields
         return Pair(name, image, fields, problems)
 
-    def places(self, index: int) -> dict[str, tuple[int, int]]:
+    def member_extents(self, index: int) -> dict[str, tuple[int, int]]:
         """Where the members of a pair lie in its shard: {"image" | "txt" | "json" | "cls": (offset, bytes)}."""
         shard, row = self.locate(index)
         _, *flat = self._tables(shard)["rows"][row].item()
@@ -63,12 +63,12 @@ class TarSource(ShardedSource):
         return {slot: (offset, size) for slot, offset, size in found if offset >= 0}
 
     def _extents(self, shard: int, rows: np.ndarray) -> np.ndarray:
-        """From the first to the last member of each pair where they are neighbours, else member by member."""
+        """One extent from the first to the last member of a pair if they are neighbours, else one per member."""
         tables = self._tables(shard)
         chosen, captions = tables["rows"][rows], tables["captions"]
         offsets = np.stack([chosen[slot] for slot in tar_index.SLOTS], axis=1)
         sizes = np.stack([chosen[f"{slot}_bytes"] for slot in tar_index.SLOTS], axis=1)
-        there = offsets >= 0  # nowhere in a pair of nothing but numbered captions
+        there = offsets >= 0  # nowhere true in a pair that has only numbered captions
         start = np.where(there, offsets, np.iinfo(np.int64).max).min(1)
         whole = np.where(there, offsets + sizes, 0).max(1) - start
         close = there.any(1) & (whole - np.where(there, sizes, 0).sum(1) <= _READ_GAP_BYTES)
@@ -82,14 +82,14 @@ class TarSource(ShardedSource):
         return np.concatenate(found)
 
 
-def _read_members(places: list[tuple[int, int]], read: Callable[[int, int], bytes]) -> list[bytes | None]:
+def _read_members(extents: list[tuple[int, int]], read: Callable[[int, int], bytes]) -> list[bytes | None]:
     """The members at these (offset, bytes), in one read if they are neighbours; None for offset -1."""
-    present = [place for place in places if place[0] >= 0]
+    present = [extent for extent in extents if extent[0] >= 0]
     start, end = min(present)[0], max(offset + size for offset, size in present)
     if end - start - sum(size for _, size in present) > _READ_GAP_BYTES:
-        return [read(offset, size) if offset >= 0 else None for offset, size in places]
+        return [read(offset, size) if offset >= 0 else None for offset, size in extents]
     block = read(start, end - start)
-    return [block[at - start : at - start + size] if at >= 0 else None for at, size in places]
+    return [block[at - start : at - start + size] if at >= 0 else None for at, size in extents]
 
 
 def _further_captions(captions: np.ndarray, row: int) -> list[tuple[int, int]]:
@@ -98,14 +98,12 @@ def _further_captions(captions: np.ndarray, row: int) -> list[tuple[int, int]]:
 
 
 def _parse_fields(texts: list[bytes], meta: bytes | None, cls: bytes | None) -> tuple[dict, tuple[str, ...]]:
-    """The fields of a pair; its `txt` is a list when there are several texts."""
+    """The fields of a pair; `txt` is a list if there are several texts."""
     fields, problems = {}, []
     if meta is not None:
-        try:
-            parsed = json.loads(meta)
-            fields = parsed if isinstance(parsed, dict) else problems.append("invalid_json") or {}
-        except (ValueError, RecursionError):  # the latter: nested a thousand deep
-            problems.append("invalid_json")
+        parsed = parse_object(meta)
+        fields = parsed or {}
+        problems += ["invalid_json"] if parsed is None else []
     if texts:
         try:
             decoded = [text.decode("utf-8") for text in texts]

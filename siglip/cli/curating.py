@@ -1,4 +1,4 @@
-"""`siglip data curate` and `siglip data stats`: the rules of `data_pipelines.curate`, with a model where one is named."""
+"""`siglip data curate` and `siglip data stats`: the rules of `data_pipelines.curate`, with a model if one is named."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from data_pipelines.curate.config import MENDING, PRESETS, CurateConfig
+from data_pipelines.curate.config import PRESETS, REPAIRS, CurateConfig
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.curate.materialize import check_place, materialize
 from data_pipelines.curate.ray_engine import RayEngine
@@ -30,25 +30,24 @@ _SHOWN_COUNTS = 12
 
 @dataclasses.dataclass(frozen=True)
 class CurateArgs:
-    """Judge every pair of some shards: DIR/manifest.parquet with a reason for each, funnel.json and report.html.
+    """Decide which pairs of some shards to keep: writes DIR/manifest.parquet with a reason for each, funnel.json, report.html.
 
     Attributes:
-        shards: tar, Parquet, ArrayRecord or TFRecord files, lists of files; *, {00000..00009} and {a,b} expand.
-        out: the folder to write, not optional; run again with the same one to go on after a stop.
+        shards: tar, Parquet, ArrayRecord or TFRecord files, or lists of files; *, {00000..00009} and {a,b} expand.
+        out: required; the folder to write. Run again with the same one to resume after a stop.
         rules: the thresholds.
-        against: shards of evaluation sets; pairs that show one of their pictures are dropped.
+        against: shards of evaluation sets; pairs that show one of their images are dropped.
         preset: thresholds to start from: datacomp-basic, clip-top-30, metaclip-balance or pali-top-10.
         model: scores pairs and finds leaks: a run's workdir, a checkpoint, a big_vision .npz, or a Hugging Face folder.
-        tokenizer: SentencePiece model, where the model brings none.
-        concepts: file of concepts for --concept-cap, one a line or a JSON list.
+        tokenizer: SentencePiece model, if the model has none.
+        concepts: file of concepts for --concept-cap, one per line or a JSON list.
         batch_size: pairs per forward pass of the model.
-        workers: processes on this machine; 0 is one per core.
-        engine: local computes on this machine, ray on a running Ray cluster; --out is then on storage that all its machines
-            share.
-        address: of the cluster's head: HOST:PORT, ray://HOST:PORT from outside the cluster, or auto (the default) on one of
-            its machines.
-        gpus_per_task: GPUs of the cluster for each task that uses the model; with 0, about one task runs on each machine.
-        materialize: also write the kept pairs as shards into DIR/shards.
+        workers: number of processes on this machine; 0 is one per core.
+        engine: local computes on this machine, ray on a running Ray cluster; then --out is on storage that all machines share.
+        address: the cluster's head: HOST:PORT, ray://HOST:PORT from outside the cluster, or auto (the default) on one of its
+            machines.
+        gpus_per_task: GPUs of the cluster for each task that uses the model; with 0, about one task runs per machine.
+        materialize: also write the kept pairs as shards to DIR/shards.
     """
 
     shards: tyro.conf.Positional[tuple[str, ...]]
@@ -69,14 +68,14 @@ class CurateArgs:
 
 @dataclasses.dataclass(frozen=True)
 class StatsArgs:
-    """What a curation found, or what shards hold before any.
+    """What a curation found, or what shards hold before one.
 
     Attributes:
-        places: the folder of a curation, or shards.
+        paths: the folder of a curation, or shards.
         captions: fields to take the caption from, the first that a pair has.
     """
 
-    places: tyro.conf.Positional[tuple[str, ...]]
+    paths: tyro.conf.Positional[tuple[str, ...]]
     captions: tuple[str, ...] = ("txt",)
 
 
@@ -91,10 +90,10 @@ def curate_command(args: list[str]) -> None:
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size} must be at least 1; 256 fits most accelerators")
     if options.tokenizer is not None and options.model is None:
-        raise UserError(f"--tokenizer {options.tokenizer} is of a model: add --model SRC")
+        raise UserError(f"--tokenizer {options.tokenizer} belongs to a model; add --model SRC")
     out, paths = Path(options.out), []
     if "://" in options.out or (out.exists() and not out.is_dir()):
-        raise UserError(f"--out {options.out} is no folder of a file system; name one, mounted if it is elsewhere")
+        raise UserError(f"--out {options.out} is not a folder of a file system; name a local or mounted one")
     if options.materialize is not None:
         check_place(out / "shards", expand_shards([*options.shards, *options.against]))
     with Watch() as watch, _engine(options) as engine:
@@ -120,17 +119,17 @@ def curate_command(args: list[str]) -> None:
 def stats_command(args: list[str]) -> None:
     """Prints the funnel of a curation, or what some shards hold."""
     options = parse(StatsArgs, args, prog="siglip data stats")
-    if not options.places:
-        raise UserError("no place given; name the folder of a curation, or shards")
-    if len(options.places) == 1 and (Path(options.places[0]) / FUNNEL_FILE).is_file():
-        path = Path(options.places[0]) / FUNNEL_FILE
+    if not options.paths:
+        raise UserError("no path given; name the folder of a curation, or shards")
+    if len(options.paths) == 1 and (Path(options.paths[0]) / FUNNEL_FILE).is_file():
+        path = Path(options.paths[0]) / FUNNEL_FILE
         try:
             print(format_funnel(json.loads(path.read_text())))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not the funnel of a curation ({error!r}); curate again") from error
         return
     with Watch() as watch, LocalEngine() as engine:
-        stats = describe(options.places, captions=options.captions, engine=engine, progress=watch)
+        stats = describe(options.paths, captions=options.captions, engine=engine, progress=watch)
     print(format_stats(stats))
 
 
@@ -149,9 +148,9 @@ def _engine(options: CurateArgs) -> LocalEngine | RayEngine:
 
 
 class ModelScorer:
-    """A model as the scorer that `curate` takes. Loaded here, so that only a run that asks for it pays for jax.
+    """A model as the scorer that `curate` takes. jax is imported here, so that only a run with a model pays for it.
 
-    Pickled it is what it was made from: a process that unpickles it loads the model, once, and keeps it.
+    It is pickled as its arguments: a process that unpickles it loads the model once and keeps it.
     """
 
     def __init__(self, src: str, tokenizer: str | None, batch_size: int):
@@ -170,7 +169,7 @@ class ModelScorer:
         return _unpickled_scorer, (*self._made_from, self.fingerprint)
 
     def _probe(self) -> np.ndarray:
-        """What the model makes of a fixed picture and text: other weights, another answer."""
+        """The embeddings of a fixed image and text, which identify the weights."""
         ramp = np.arange(int(np.prod(self.image_size)) * 3, dtype=np.uint32).astype(np.uint8)
         return np.concatenate([self.embed_images(ramp.reshape(1, *self.image_size, 3)), self.embed_texts(["a probe"])])
 
@@ -178,16 +177,18 @@ class ModelScorer:
 @functools.lru_cache(1)
 def _unpickled_scorer(src: str, tokenizer: str | None, batch_size: int, fingerprint: str) -> ModelScorer:
     scorer = ModelScorer(src, tokenizer, batch_size)
-    scorer.fingerprint = fingerprint  # of the process that pickled it: another accelerator's last digits differ
+    scorer.fingerprint = (
+        fingerprint  # that of the process that pickled it, since another accelerator's last digits differ
+    )
     return scorer
 
 
 class Watch:
-    """Shows each stage: a bar with the time left on a terminal, now and then a line elsewhere."""
+    """Shows the progress of each stage: a bar on a terminal, elsewhere a line every few seconds."""
 
     def __init__(self):
         self._stage, self._bar, self._task = "", None, None
-        self._began = self._told = time.perf_counter()
+        self._began = self._printed = time.perf_counter()
 
     def __enter__(self):
         return self
@@ -199,12 +200,12 @@ class Watch:
     def __call__(self, stage: str, done: int, of: int) -> None:
         if stage != self._stage:
             self._stage, self._began = stage, time.perf_counter()
-            self._told = self._began
+            self._printed = self._began
         if sys.stderr.isatty():
             self._draw(stage, done, of)
-        elif time.perf_counter() - self._told > _SECONDS_BETWEEN_LINES:
-            self._told = time.perf_counter()
-            left_s = (self._told - self._began) / done * (of - done)
+        elif time.perf_counter() - self._printed > _SECONDS_BETWEEN_LINES:
+            self._printed = time.perf_counter()
+            left_s = (self._printed - self._began) / done * (of - done)
             print(f"{stage} {done}/{of}  {left_s:.0f} s left", file=sys.stderr, flush=True)
 
     def _draw(self, stage: str, done: int, of: int) -> None:
@@ -223,13 +224,13 @@ class Watch:
 
 
 def format_funnel(funnel: Mapping) -> str:
-    """The rules in the order in which they decide, with what each took and left."""
+    """The rules in the order in which they decide, with how many pairs each drops and leaves."""
     left = funnel["pairs"]
-    lines = [f"{'':22}{'applies':>10}{'takes':>10}{'left':>12}", f"{'all':22}{'':10}{'':10}{left:12}"]
+    lines = [f"{'':22}{'applies':>10}{'drops':>10}{'left':>12}", f"{'all':22}{'':10}{'':10}{left:12}"]
     for rule, applied in funnel["applied"].items():
         taken = funnel["taken"].get(rule, 0)
         left -= taken
-        lines.append(f"{rule:22}{applied:10}{'mended' if rule in MENDING else taken:>10}{left:12}")
+        lines.append(f"{rule:22}{applied:10}{'repaired' if rule in REPAIRS else taken:>10}{left:12}")
     lines += [f"shard: {shard['problem']}" for shard in funnel["shards"] + funnel["against"] if shard["problem"]]
     return "\n".join([*lines, f"{funnel['kept']} of {funnel['pairs']} pairs kept"])
 
@@ -244,7 +245,7 @@ def format_stats(stats: Mapping) -> str:
 
 
 def _preset_rules(args: list[str]) -> CurateConfig:
-    """What --preset starts from, found before the flags are parsed since these change it."""
+    """The rules of --preset, found before the flags are parsed, since these change them."""
     name = find_flag(args, "--preset")
     if name is None:
         return CurateConfig()

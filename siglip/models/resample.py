@@ -1,10 +1,10 @@
-"""A trained image tower at another resolution or patch size: what has to change in its parameters.
+"""A trained image tower at another resolution or patch size: what changes in its parameters.
 
     positions:  bilinear between aligned corners, without antialias     (the published models, scipy.ndimage.zoom of order 1)
     patches:    ŵ = (Bᵀ)⁺ w for the resize B of a patch                 (FlexiViT, arXiv:2212.08013, section 3.4)
 
-The trap: the two are resized differently. Positions are points at the corners of a grid; a patch is a small picture, so it goes
-through the resize that pictures go through: edges aligned, antialiased.
+The trap: the two are resized differently. Positions are points at the corners of a grid. A patch is a small image, so it goes
+through the resize that images go through: edges aligned, antialiased.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ def resample(
     image_size: tuple[int, int] | None = None,
     patch_size: tuple[int, int] | None = None,
 ) -> tuple[dict[str, Any], ModelConfig]:
-    """The same model for pictures of another (height, width), cut into patches of another (height, width), in pixels.
+    """The same model for images of another (height, width) and patches of another (height, width), in pixels.
 
-    None keeps what the model has. Learned positions change with the grid, the patch kernel with the patch.
+    None keeps the model's own. Learned positions change with the grid, the patch kernel with the patch.
 
     Raises:
-        ValueError: the size does not hold one patch.
+        UserError: the image is smaller than one patch.
     """
     old, params = config.image, dict(params)
     new = dataclasses.replace(
@@ -49,7 +49,7 @@ def resample_positions(
 ) -> Float[np.ndarray, "1 m d"]:
     """Learned positions for another grid.
 
-    It differs visibly from an image resize, which aligns the edges of pixels instead of the centres of the outermost ones.
+    This differs visibly from an image resize, which aligns the edges of pixels and not the centres of the outermost ones.
     """
     assert positions.shape[1] == grid[0] * grid[1], (positions.shape, grid)
     down, across = (_between_corners(old, new) for old, new in zip(grid, new_grid, strict=True))
@@ -61,7 +61,7 @@ def resample_positions(
 def resample_patches(kernel: Float[np.ndarray, "h w c d"], patch: tuple[int, int]) -> Float[np.ndarray, "i j c d"]:
     """A patch embedding's kernel for patches of another (height, width).
 
-    Larger patches give exactly the old outputs on patches that were enlarged; smaller ones come as close as least squares can.
+    A larger kernel gives exactly the old outputs on enlarged patches; a smaller one is the least-squares approximation.
     """
     down, across = (
         np.linalg.pinv(_between_edges(old, new).T) for old, new in zip(kernel.shape[:2], patch, strict=True)
@@ -71,13 +71,13 @@ def resample_patches(kernel: Float[np.ndarray, "h w c d"], patch: tuple[int, int
 
 
 def _between_corners(old: int, new: int) -> Float[np.ndarray, "new old"]:
-    """Row i holds the weights of the old points around the new point i."""
+    """Row i holds the weights of the old points next to new point i."""
     at = np.linspace(0, old - 1, new)
     return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(old)))
 
 
 def _between_edges(old: int, new: int) -> Float[np.ndarray, "new old"]:
-    """An antialiased bilinear resize: the triangle widens with the reduction, and what lies outside does not count."""
+    """An antialiased bilinear resize: the triangle widens with the reduction; samples outside do not count."""
     at = (np.arange(new) + 0.5) * old / new - 0.5
     weights = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(old)) / max(1.0, old / new))
     return weights / weights.sum(axis=1, keepdims=True)

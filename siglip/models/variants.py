@@ -1,7 +1,9 @@
-"""Sizes of transformers by name, as the published SigLIP checkpoints use them: "B/16" is width, depth, heads and patch.
+"""Sizes of transformers by name, as in the published SigLIP checkpoints: "B/16" is width, depth, heads and patch.
 
-Table from big_vision `models/vit.py` and the papers it follows (ViT, arXiv:2010.11929; scaling ViT, arXiv:2106.04560;
-So400m, arXiv:2305.13035). The trap: head widths are not powers of two (So400m 72, g 88, g-opt 96, G 104, e 112).
+The table is that of big_vision's `models/vit.py` and the papers it follows (ViT, arXiv:2010.11929; scaling ViT,
+arXiv:2106.04560; So400m, arXiv:2305.13035).
+
+The trap: head widths are not always powers of two (So400m 72, g 88, g-opt 96, G 104, e 112).
 """
 
 import dataclasses
@@ -43,7 +45,7 @@ def parse_variant(name: str) -> tuple[Variant, int | None]:
     """Sizes and patch of a name: "So400m/14" -> (the So400m sizes, 14), "B" -> (the B sizes, None).
 
     Raises:
-        ValueError: the size is not in the table, or what follows the slash is no positive number.
+        UserError: the size is not in the table, or the patch is not a positive number.
     """
     size, slash, patch = name.partition("/")
     if size not in VARIANTS:
@@ -53,7 +55,7 @@ def parse_variant(name: str) -> tuple[Variant, int | None]:
     if not slash:
         return VARIANTS[size], None
     if not patch.isdecimal() or int(patch) < 1:
-        raise UserError(f"variant {name!r}: after the slash goes the patch size in pixels, as in '{size}/16'")
+        raise UserError(f"variant {name!r}: the patch size in pixels follows the slash, as in '{size}/16'")
     return VARIANTS[size], int(patch)
 
 
@@ -61,38 +63,38 @@ def resolve(base: Variant, overrides: dict[str, int | None]) -> Variant:
     """`base` with every override that is not None.
 
     Raises:
-        ValueError: a size is below 1, or the heads do not divide the width.
+        UserError: a size is below 1, or the heads do not divide the width.
     """
     variant = dataclasses.replace(base, **{k: v for k, v in overrides.items() if v is not None})
     for field, value in dataclasses.asdict(variant).items():
         if value < 1:
             raise UserError(f"{field}={value} must be at least 1")
     if variant.width % variant.num_heads:
-        raise UserError(f"width={variant.width} does not divide into num_heads={variant.num_heads} equal heads")
+        raise UserError(f"width={variant.width} is not divisible by num_heads={variant.num_heads}; change one of them")
     return variant
 
 
 def name_of(variant: Variant) -> str | None:
-    """The table's name for these sizes, None when there is none."""
+    """The table's name for these sizes, or None."""
     return next((name for name, known in VARIANTS.items() if known == variant), None)
 
 
 def check_choices(config: Any, fields: tuple[str, ...]) -> None:
-    """Checks the `Literal` fields of a config dataclass, for the callers that no command line has checked.
+    """Checks the `Literal` fields of a config dataclass, for configs that no command line has checked.
 
     Raises:
-        ValueError: a field holds none of its choices.
+        UserError: a field's value is not one of its choices.
     """
     hints = typing.get_type_hints(type(config))
     for field in fields:
         value, choices = getattr(config, field), typing.get_args(hints[field])
         if value not in choices:
             raise UserError(
-                f"{field}={value!r} is none of {', '.join(map(repr, choices))}{did_you_mean(str(value), choices)}"
+                f"{field}={value!r} is not one of {', '.join(map(repr, choices))}{did_you_mean(str(value), choices)}"
             )
 
 
 def check_rate(name: str, rate: float) -> None:
-    """Raises ValueError unless `rate` is a share that may be dropped."""
+    """Raises UserError unless `rate` is in [0, 1), as a dropout rate must be."""
     if not 0 <= rate < 1:
-        raise UserError(f"{name}={rate} must lie in [0, 1)")
+        raise UserError(f"{name}={rate} must lie in [0, 1), e.g. 0.1")

@@ -1,11 +1,11 @@
-"""Where devices sit, and the walks over them that collectives take: a ring of neighbours, and the axes of the torus.
+"""Where devices sit, and the paths that collectives take over them: a ring of neighbours, and the axes of the torus.
 
-TPU chips sit on a grid (`device.coords`). A `ppermute` is asynchronous and uses one link per device only when its partners
-are neighbours, and an all-gather over one axis of the grid at a time is a real all-gather where one over all chips at once
-may not be. Both are choices of the collective, not of the mesh: the mesh may list its devices in any order.
+TPU chips sit on a grid (`device.coords`). A `ppermute` is asynchronous and uses one link per device only if its partners are
+neighbours. An all-gather along one axis of the grid at a time is a real all-gather; over all chips at once it may not be.
+Both are choices of the collective and not of the mesh, which may list its devices in any order.
 
-The trap: only whole slices of the largest size close their axes to a torus. The ring here uses no such link: its way back
-is a row of its own.
+The trap: only whole slices of the largest size close their axes to a torus. The ring here uses no such link: it comes back
+along a row of its own.
 """
 
 from collections.abc import Sequence
@@ -18,35 +18,35 @@ Device = Any
 
 
 class Ring(NamedTuple):
-    """Indices of the devices in the order of a closed walk; `one_hop` if every step goes to a neighbour on the grid."""
+    """A closed walk over devices. order: their indices; one_hop: whether every step goes to a neighbour on the grid."""
 
     order: tuple[int, ...]
     one_hop: bool
 
 
 def ring(devices: Sequence[Device]) -> Ring:
-    """A closed walk over all devices. Without coordinates, or when the devices fill no box: in the given order."""
+    """A closed walk over all devices; in the given order if they have no coordinates or do not fill a box."""
     grid = _grid(devices)
     if grid is None:
         return Ring(tuple(range(len(devices))), one_hop=False)
     grid = np.squeeze(grid)
     if grid.ndim < 2:
         return Ring(tuple(grid.ravel().tolist()), one_hop=grid.size <= 2)
-    # All axes but the first become one line by walking them to and fro; then the grid is a plane.
+    # All axes but the first are walked back and forth and become one axis, so that the grid is a plane.
     plane = _unrolled(grid)
     if plane.shape[1] % 2:
         plane = plane.T
-    if plane.shape[1] % 2:  # an odd number of places has no closed walk of single hops
-        return Ring(_to_and_fro(plane), one_hop=False)
-    # The first row is kept free for the way back; the columns of the rest are walked to and fro, an even number of them.
-    there = _to_and_fro(plane[1:].T)
-    return Ring((*plane[:1, 0].tolist(), *there, *plane[0, :0:-1].tolist()), one_hop=True)
+    if plane.shape[1] % 2:  # an odd number of devices has no closed walk of single hops
+        return Ring(_back_and_forth(plane), one_hop=False)
+    # The first row is the way back. The columns of the others, an even number of them, are walked back and forth.
+    out = _back_and_forth(plane[1:].T)
+    return Ring((*plane[:1, 0].tolist(), *out, *plane[0, :0:-1].tolist()), one_hop=True)
 
 
 def axis_groups(devices: Sequence[Device]) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """One grouping of all devices (by index) per axis of their grid; gathering over one after the other gathers over all.
+    """One grouping of all devices (by index) per axis of their grid; gathering along one axis after the other gathers all.
 
-    Without coordinates there is one axis that holds every device.
+    Without coordinates there is one axis with every device.
     """
     grid = _grid(devices)
     if grid is None:
@@ -59,22 +59,22 @@ def axis_groups(devices: Sequence[Device]) -> tuple[tuple[tuple[int, ...], ...],
 
 
 def _grid(devices: Sequence[Device]) -> np.ndarray | None:
-    """The devices' indices laid out by their coordinates (x, y, z, core), or None if they fill no box."""
+    """The devices' indices laid out by their coordinates (x, y, z, core), or None if they do not fill a box."""
     if not all(hasattr(device, "coords") for device in devices):
         return None
     slices = {getattr(device, "slice_index", 0) for device in devices}
-    places = np.array([(*device.coords, getattr(device, "core_on_chip", 0)) for device in devices])
-    places -= places.min(axis=0)
-    shape = places.max(axis=0) + 1
-    if len(slices) > 1 or np.prod(shape) != len(devices) or len(np.unique(places, axis=0)) != len(devices):
+    coords = np.array([(*device.coords, getattr(device, "core_on_chip", 0)) for device in devices])
+    coords -= coords.min(axis=0)
+    shape = coords.max(axis=0) + 1
+    if len(slices) > 1 or np.prod(shape) != len(devices) or len(np.unique(coords, axis=0)) != len(devices):
         return None
     grid = np.empty(shape, int)
-    grid[tuple(places.T)] = np.arange(len(devices))
+    grid[tuple(coords.T)] = np.arange(len(devices))
     return grid
 
 
 def _unrolled(grid: np.ndarray) -> np.ndarray:
-    """[a, b, c, …] -> [a, b·c·…], the columns in an order in which neighbours are one hop apart."""
+    """[a, b, c, …] -> [a, b·c·…], the columns ordered so that neighbours are one hop apart."""
     while grid.ndim > 2:
         turned = grid.copy()
         turned[:, 1::2] = turned[:, 1::2, ::-1]
@@ -82,8 +82,8 @@ def _unrolled(grid: np.ndarray) -> np.ndarray:
     return grid
 
 
-def _to_and_fro(plane: np.ndarray) -> tuple[int, ...]:
-    """Rows of the plane, every other one backwards."""
+def _back_and_forth(plane: np.ndarray) -> tuple[int, ...]:
+    """The rows of a plane one after the other, every other row backwards."""
     turned = plane.copy()
     turned[1::2] = turned[1::2, ::-1]
     return tuple(turned.ravel().tolist())

@@ -68,7 +68,7 @@ def make_corpus(folder: Path) -> Corpus:
 
 
 def _distinct(source: TarSource) -> list[tuple[Image.Image, str]]:
-    """One picture of every group of look-alikes: no skin tones, and no flags, of which some differ by a star."""
+    """One image of every group of look-alikes: no skin tones, and no flags, of which some differ by a star."""
     found = {}
     for pair in source:
         if not pair.fields["txt"].startswith("flag") and "clock" not in pair.fields["txt"]:

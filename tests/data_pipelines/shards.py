@@ -1,4 +1,4 @@
-"""Small shards and pictures made in memory, for the tests of this folder."""
+"""Small shards and images made in memory, for the tests of this folder."""
 
 import io
 import json
@@ -14,7 +14,7 @@ SPIECE = str(SAMPLE / "spiece.model")
 
 
 def quadrants(size_px: int = 16) -> np.ndarray:
-    """Red, green / blue, black: a picture with no symmetry. uint8 [size, size, 3]."""
+    """Red, green / blue, black: a image with no symmetry. uint8 [size, size, 3]."""
     half = size_px // 2
     image = np.zeros((size_px, size_px, 3), np.uint8)
     image[:half, :half, 0] = image[:half, half:, 1] = image[half:, :half, 2] = 255
@@ -38,7 +38,7 @@ def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]], *
 
 
 def write_pairs(path: Path, count: int, *, first: int = 0, broken: dict[int, bytes | None] | None = None) -> Path:
-    """A shard of pictures whose colour says which they are; `broken` replaces (or with None removes) images."""
+    """A shard of images whose colour says which they are; `broken` replaces (or with None removes) images."""
     members = {}
     for number in range(first, first + count):
         image = encode(np.full((4, 4, 3), (number % 256, number // 256, 7), np.uint8))

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.curate import layout
-from data_pipelines.curate.config import MENDING, PRESETS, RULES, CurateConfig
+from data_pipelines.curate.config import PRESETS, REPAIRS, RULES, CurateConfig
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.curate.materialize import materialize
 from data_pipelines.curate.run import curate
@@ -59,11 +59,11 @@ def test_every_fault_is_named(corpus, curated):
     assert not missed
 
 
-def test_what_drops_and_what_mends(corpus, curated):
+def test_what_drops_and_what_repairs(corpus, curated):
     _, rows, _ = curated
     for key, (fault, _) in corpus.truth.items():
         row = rows[key]
-        assert row["keep"] == (row["reason"] is None) == set(MENDING).issuperset(row["reasons"])
+        assert row["keep"] == (row["reason"] is None) == set(REPAIRS).issuperset(row["reasons"])
         assert row["reasons"] == sorted(row["reasons"], key=RULES.index)
         if fault == "clean" and not row["keep"]:  # the original of a copy that is as good and comes first
             assert row["duplicate_of"]
@@ -72,7 +72,7 @@ def test_what_drops_and_what_mends(corpus, curated):
 
 def test_mended_captions_read_well(corpus, curated):
     _, rows, _ = curated
-    mended = {rows[key]["caption"] for key, (fault, _) in corpus.truth.items() if fault in MENDING}
+    repaired = {rows[key]["caption"] for key, (fault, _) in corpus.truth.items() if fault in REPAIRS}
     assert {
         "un château",
         "eine Brücke",
@@ -83,7 +83,7 @@ def test_mended_captions_read_well(corpus, curated):
         "bird",
         "salt & pepper",
         "café table",
-    } <= mended
+    } <= repaired
 
 
 def test_one_copy_stays_and_strangers_are_no_copies(corpus, curated):
@@ -161,7 +161,7 @@ class Shuffled:
 def test_any_order_and_any_division_give_the_same_manifest(corpus, curated, seed, groups, rows_per_bucket):
     out = curated[0]
     before = (out / "manifest.parquet").read_bytes()
-    with mock.patch.multiple(layout, LEAST_GROUPS=groups, ROWS_PER_BUCKET=rows_per_bucket):
+    with mock.patch.multiple(layout, MIN_GROUPS=groups, ROWS_PER_BUCKET=rows_per_bucket):
         curate(corpus.shards, out, config=CurateConfig(), engine=Shuffled(seed), against=corpus.against)
     assert (out / "manifest.parquet").read_bytes() == before
 
@@ -234,7 +234,7 @@ def test_other_formats_and_fields(tmp_path):
     run = lambda **changes: curate(  # noqa: E731
         str(tmp_path / "a.parquet"), tmp_path / "out", config=CurateConfig(**changes), engine=LocalEngine(1)
     )
-    with pytest.raises(ValueError, match="no pair has a caption in txt; name its field with --captions"):
+    with pytest.raises(ValueError, match="no pair has a caption in txt; name the field with --captions"):
         run()
     assert not (tmp_path / "out" / "manifest.parquet").exists()
     run(captions=("caption",))
@@ -253,7 +253,7 @@ def test_copies_with_other_captions_stay_when_pairs_are_compared(tmp_path):
     assert [row["keep"] for row in rows] == [True] * 3 + [False, True, False]
 
 
-def test_a_caption_on_many_different_pictures(tmp_path):
+def test_a_caption_on_many_different_images(tmp_path):
     shard = write_pairs(tmp_path / "a.tar", 6)
     data = shard.read_bytes()
     for number in range(4):
@@ -316,7 +316,7 @@ def test_new_shards_take_no_other_files_place(curated, tmp_path):
     assert {path.name for path in (tmp_path / "new").glob("*.tar")} == {"00000.tar", "00001.tar", "99999.tar"}
 
     (tmp_path / "new" / "99999.tar").rename(tmp_path / "new" / "00002.tar")
-    with pytest.raises(ValueError, match="00002.tar' is no shard of an earlier run"):
+    with pytest.raises(ValueError, match="00002.tar' was not written by an earlier run"):
         materialize(manifest, tmp_path / "new", "tar", pairs_per_shard=20)
 
     curate(str(first[0]), tmp_path / "again", config=CurateConfig(duplicates="off"), engine=LocalEngine(1))

@@ -15,7 +15,7 @@ NAN, INF = math.nan, math.inf
         ({"min_chars": -1}, "min_chars=-1 must be at least 0"),
         ({"min_chars": 50, "max_chars": 10}, "min_chars=50 exceeds max_chars=10"),
         ({"captions": ()}, "names no field"),
-        ({"languages": ("en", "english")}, "languages=..english.. are no codes"),
+        ({"languages": ("en", "english")}, "languages=..english.. are not language codes"),
         ({"max_aspect": 0.5}, "max_aspect=0.5"),
         ({"max_aspect": NAN}, "max_aspect=nan"),
         ({"max_aspect": INF}, "max_aspect=inf"),

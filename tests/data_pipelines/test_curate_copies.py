@@ -32,7 +32,7 @@ def drawings(count: int, *, seed: int = 0) -> list[Image.Image]:
 
 
 def placeholders(count: int) -> list[bytes]:
-    """One picture as many servers give it: other noise, another quality, every tenth smaller."""
+    """One image as many servers give it: other noise, another quality, every tenth smaller."""
     rng = np.random.default_rng(1)
     picture = Image.new("RGB", (128, 128), (230, 230, 230))
     draw = ImageDraw.Draw(picture)
@@ -58,7 +58,7 @@ def rows_of(out: Path) -> list[dict]:
     return pq.read_table(out / "manifest.parquet").to_pylist()
 
 
-def judged(files: list[bytes], folder: Path, *, against: list[bytes] = ()) -> list[dict]:
+def curated(files: list[bytes], folder: Path, *, against: list[bytes] = ()) -> list[dict]:
     protected = shard(folder / "held.tar", list(against)) if against else ()
     name = shard(folder / "a.tar", files)
     curate(name, folder / "out", config=CurateConfig(), engine=LocalEngine(1), against=protected)
@@ -107,7 +107,7 @@ def test_changed_copies_are_found_and_strangers_and_other_colours_are_not(tmp_pa
     copies = [encode(NEAR[kind](picture), "JPEG", quality=85) for kind, picture in zip(kinds, originals, strict=True)]
     recoloured = [encode(Image.merge("RGB", picture.split()[::-1]), "JPEG") for picture in drawings(20, seed=1)]
     strangers = [encode(picture, "JPEG") for picture in drawings(20, seed=1)]
-    rows = judged(files + copies + recoloured + strangers, tmp_path)
+    rows = curated(files + copies + recoloured + strangers, tmp_path)
     count = len(files)
     names = {f"{row['shard']}#{row['index']}": row["index"] for row in rows}
     pairs = {frozenset((row["index"], names[row["duplicate_of"]])) for row in rows if row["duplicate_of"]}
@@ -122,7 +122,7 @@ def test_changed_leaks_are_found_and_strangers_are_not(tmp_path):
     kinds = [kind for kind in LEAKED for _ in range(4)]
     leaks = [encode(LEAKED[kind](held[n]), "JPEG", quality=60) for n, kind in enumerate(kinds)]
     strangers = [encode(picture, "JPEG") for picture in drawings(40, seed=3)]
-    rows = judged(leaks + strangers, tmp_path, against=[encode(picture, "PNG") for picture in held])
+    rows = curated(leaks + strangers, tmp_path, against=[encode(picture, "PNG") for picture in held])
     assert not any("eval_leak" in row["reasons"] for row in rows[len(leaks) :])
     missed = [kind for row, kind in zip(rows, kinds, strict=False) if "eval_leak" not in row["reasons"]]
     assert len(missed) <= 1, missed
@@ -133,8 +133,8 @@ def test_changed_leaks_are_found_and_strangers_are_not(tmp_path):
 @pytest.mark.slow
 def test_a_crowd_of_look_alikes_costs_a_few_comparisons_each(tmp_path):
     count = 800
-    with mock.patch.object(pixel_match, "same_picture", side_effect=pixel_match.same_picture) as compare:
-        rows = judged([encode(picture) for picture in drawings(5)] + placeholders(count), tmp_path)
+    with mock.patch.object(pixel_match, "same_image", side_effect=pixel_match.same_image) as compare:
+        rows = curated([encode(picture) for picture in drawings(5)] + placeholders(count), tmp_path)
     assert sum(len(call.args[0]) for call in compare.call_args_list) < 1.1 * count
     assert [row["index"] for row in rows if row["keep"]] == [0, 1, 2, 3, 4, 6]  # 5 is one of the small ones
     assert {row["duplicate_of"] for row in rows[7:]} == {f"{tmp_path / 'a.tar'}#6"}
@@ -147,7 +147,7 @@ def test_the_best_of_a_crowd_stays_however_the_work_is_divided(tmp_path):
     names = [shard(tmp_path / f"{n}.tar", files[8 * n : 8 * n + 8]) for n in range(5)]
     found = []
     for groups, rows_per_bucket in ((1, 10**6), (3, 500)):
-        with mock.patch.multiple(layout, LEAST_GROUPS=groups, ROWS_PER_BUCKET=rows_per_bucket):
+        with mock.patch.multiple(layout, MIN_GROUPS=groups, ROWS_PER_BUCKET=rows_per_bucket):
             curate(names, tmp_path / "out", config=CurateConfig(), engine=LocalEngine(1))
         found.append(rows_of(tmp_path / "out"))
     assert found[0] == found[1]
@@ -156,7 +156,7 @@ def test_the_best_of_a_crowd_stays_however_the_work_is_divided(tmp_path):
     assert {row["duplicate_of"] for row in found[0] if not row["keep"]} == {best}
 
 
-def window(hashes: np.ndarray, identity: np.ndarray) -> dict[str, np.ndarray]:
+def bucket(hashes: np.ndarray, identity: np.ndarray) -> dict[str, np.ndarray]:
     return {"hash": hashes.astype(np.uint64), "identity": identity}
 
 
@@ -164,12 +164,14 @@ def test_few_rows_meet_all_better_ones_that_are_close():
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 4, 300).astype(np.uint64) << np.uint64(20) | rng.integers(0, 1 << 9, 300).astype(np.uint64)
     identity = np.sort(rng.integers(0, 200, 300))
-    seekers = np.flatnonzero(rng.random(300) < 0.5)
+    queries = np.flatnonzero(rng.random(300) < 0.5)
     with mock.patch.multiple(duplicates, _BEST=400, _OF_ONE_HASH=400):
-        found = np.concatenate(duplicates._better(window(hashes, identity), seekers, np.arange(300), 3), axis=1)
+        found = np.concatenate(
+            duplicates._close_and_better(bucket(hashes, identity), queries, np.arange(300), 3), axis=1
+        )
     expected = {
         (lesser, better, (int(hashes[lesser]) ^ int(hashes[better])).bit_count())
-        for lesser in seekers.tolist()
+        for lesser in queries.tolist()
         for better in range(lesser)
         if identity[lesser] != identity[better] and (int(hashes[lesser]) ^ int(hashes[better])).bit_count() <= 3
     }
@@ -198,11 +200,11 @@ def test_candidates_are_once_a_pair_the_best_first():
     columns |= {"shard": [0, 0, 0, 0], "index": [7, 7, 7, 4], "of_shard": [1, 1, 0, 0], "of_index": [3, 3, 2, 2]}
     columns["of_rank"] = np.array([50, 50, 90, 90], np.uint64)
     arrays = {name: pa.array(np.asarray(values)) for name, values in columns.items()}
-    found = duplicates._chosen(pa.table(arrays)).to_pylist()
+    found = duplicates._choose(pa.table(arrays)).to_pylist()
     assert [(row["index"], row["of_index"], row["bits"]) for row in found] == [(4, 2, 1), (7, 2, 9), (7, 3, 2)]
-    assert len(duplicates._chosen(pa.table(arrays).slice(0, 0))) == 0
+    assert len(duplicates._choose(pa.table(arrays).slice(0, 0))) == 0
     many = {name: pa.array(np.repeat(np.asarray(values)[:1], 100)) for name, values in columns.items()}
     many |= {"of_index": pa.array(np.arange(100)), "of_rank": pa.array(np.arange(100, 0, -1).astype(np.uint64))}
     many["bits"] = pa.array(np.arange(100, 0, -1).astype(np.uint8))
-    found = duplicates._chosen(pa.table(many))["of_index"].to_pylist()
+    found = duplicates._choose(pa.table(many))["of_index"].to_pylist()
     assert found == [*range(duplicates._BEST), *range(100 - duplicates._NEAREST, 100)]

@@ -11,7 +11,7 @@ import pytest
 from data_pipelines.curate.config import PRESETS, CurateConfig
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.curate.layout import Work, write_layout
-from data_pipelines.curate.manifest import Judging
+from data_pipelines.curate.manifest import JoinTask
 from data_pipelines.curate.run import _Run
 from data_pipelines.curate.scores import scores_path
 from data_pipelines.curate.tables import SCAN_SCHEMA, write_table
@@ -35,7 +35,7 @@ def scanned():
     return rows
 
 
-def settle(rows: list[dict], config: CurateConfig, folder: Path) -> list[dict]:
+def decide(rows: list[dict], config: CurateConfig, folder: Path) -> list[dict]:
     """The rows of the manifest of scans and scores like these."""
     names = [f"{shard}.tar" for shard in range(4)]
     work = Work(folder / "work", config, scored=True)
@@ -47,27 +47,27 @@ def settle(rows: list[dict], config: CurateConfig, folder: Path) -> list[dict]:
         write_table(work.layout.tables[shard], pa.table(scan, SCAN_SCHEMA))
         score = pa.array([row["score"] for row in some], pa.float32())
         write_table(scores_path(work, shard), pa.table({"score": score, "similarity": score}))
-    judging = Judging(work, (), ())
+    join = JoinTask(work, (), ())
     with LocalEngine(1) as engine:
-        _Run(folder, engine, lambda stage, done, of: None).finish(judging, None)
-    return [row for shard in range(4) for row in pq.read_table(judging.finished(shard)).to_pylist()]
+        _Run(folder, engine, lambda stage, done, of: None).finalize(join, None)
+    return [row for shard in range(4) for row in pq.read_table(join.final(shard)).to_pylist()]
 
 
 @pytest.mark.parametrize("preset", ["clip-top-30", "pali-top-10"])
 def test_the_best_share(scanned, tmp_path, preset):
     config = PRESETS[preset]()
-    settled = settle(scanned, config, tmp_path)
-    assert len(settled) == len(scanned)
+    decided = decide(scanned, config, tmp_path)
+    assert len(decided) == len(scanned)
     left = [row for row in scanned if "too_small" not in row["reasons"] and not np.isnan(row["score"])]
     least = {}
     for language in LANGUAGES:
         among = [row["score"] for row in left if config.share_per == "corpus" or row["language"] == language]
         least[language] = sorted(among)[-max(1, round(config.top_share * len(among)))]
-    for before, after in zip(scanned, settled, strict=True):
+    for before, after in zip(scanned, decided, strict=True):
         scored = not np.isnan(before["score"])
         assert ("low_score" in after["reasons"]) == (scored and before["score"] < least[before["language"]])
     kept = collections.Counter()
-    for row in settled:
+    for row in decided:
         kept[row["language"]] += row["keep"] and not np.isnan(row["score"])
     if preset == "clip-top-30":  # one threshold: nearly all of the language that scores best, nearly none of the worst
         assert len(set(least.values())) == 1 and sum(kept.values()) == round(0.3 * len(left))

@@ -35,7 +35,7 @@ with LocalEngine(2) as engine:
 
 
 def write_shard(path: Path, number: int, bomb: bytes) -> None:
-    """Pictures that are all different, a bomb of 600 megapixels among every hundred, a picture of 12 in each shard."""
+    """Pictures that are all different, a bomb of 600 megapixels among every hundred, a image of 12 in each shard."""
     rng, members = np.random.default_rng(number), {}
     for row in range(PAIRS_PER_SHARD):
         small = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))

@@ -1,4 +1,4 @@
-"""Curation with a model: scores, shares of the best, evaluation pictures found by their embeddings."""
+"""Curation with a model: scores, shares of the best, evaluation images found by their embeddings."""
 
 import os
 
@@ -14,7 +14,7 @@ from tests.data_pipelines.shards import SAMPLE, encode, write_pairs, write_tar
 
 
 class ColourScorer:
-    """Embeds a picture by its colour, a caption by the number in it: a model whose scores can be worked out by hand."""
+    """Embeds a image by its colour, a caption by the number in it: a model whose scores can be worked out by hand."""
 
     image_size = (4, 4)
     fingerprint = "colour"
@@ -52,7 +52,7 @@ def test_scores_shares_and_leaks_by_embedding(tmp_path):
 
 
 class Undiscerning(ColourScorer):
-    """To whom all pictures are alike."""
+    """To whom all images are alike."""
 
     def embed_images(self, images):
         return super().embed_images(np.zeros_like(images))

@@ -1,4 +1,4 @@
-"""What is remembered of pictures, and when two are the same."""
+"""What is remembered of images, and when two are the same."""
 
 import io
 
@@ -7,9 +7,9 @@ import pytest
 from PIL import Image, ImageEnhance
 from scipy.fft import dctn
 
-from data_pipelines.curate import duplicates, pictures
-from data_pipelines.curate.pictures import CROPS, EVAL_CROPS, examine, perceptual_hashes, read_thumbnail
-from data_pipelines.curate.pixel_match import Tolerance, same_picture
+from data_pipelines.curate import duplicates, image_hashes
+from data_pipelines.curate.image_hashes import CROPS, EVAL_CROPS, examine, perceptual_hashes, read_thumbnail
+from data_pipelines.curate.pixel_match import Tolerance, same_image
 from data_pipelines.sources.webdataset import TarSource
 from tests.data_pipelines.shards import SAMPLE, encode, quadrants
 
@@ -23,15 +23,15 @@ def photos() -> list[Image.Image]:
     return [Image.open(io.BytesIO(source[index].image)).convert("RGB") for index in range(0, 900, 30)]
 
 
-def describe(picture: Image.Image, **options) -> pictures.Picture:
+def describe(picture: Image.Image, **options) -> image_hashes.ImageInfo:
     return examine(encode(picture, "JPEG", **({"quality": 90} | options)), max_pixels=LIMIT)
 
 
-def thumbnails(shown: list[pictures.Picture]) -> np.ndarray:
+def thumbnails(shown: list[image_hashes.ImageInfo]) -> np.ndarray:
     return np.stack([read_thumbnail(picture.thumbnail) for picture in shown])
 
 
-def test_hashes_are_those_of_cropped_pictures(photos):
+def test_hashes_are_those_of_cropped_images(photos):
     grey = np.asarray(photos[0].convert("L").resize((64, 64)), np.float64)
     hashes = perceptual_hashes(grey, CROPS)
     assert hashes.shape == (21,) and hashes.dtype == np.uint64
@@ -53,11 +53,11 @@ def test_hash_of_a_copy_is_close_and_of_a_crop_closest_to_that_crop(photos):
     assert np.bitwise_count(whole[:, place] ^ cut).mean() < np.bitwise_count(whole[:, 0] ^ cut).mean() / 2
 
 
-def test_windows_are_bits_of_the_hash():
+def test_bands_are_bits_of_the_hash():
     hashes = np.array([0b1011 | 1 << 62, 0], np.uint64)
-    assert duplicates.windows(hashes, 0, 4).tolist() == [0b1011, 0]
-    assert duplicates.windows(hashes, 7, 32)[0] == (int(hashes[0]) >> 55 | (0b1011 << 8))
-    assert [duplicates.window_bits(n) for n in (0, 1000, 1 << 24, 1 << 34, 1 << 50)] == [8, 8, 16, 26, 32]
+    assert duplicates.band_of(hashes, 0, 4).tolist() == [0b1011, 0]
+    assert duplicates.band_of(hashes, 7, 32)[0] == (int(hashes[0]) >> 55 | (0b1011 << 8))
+    assert [duplicates.band_bits(n) for n in (0, 1000, 1 << 24, 1 << 34, 1 << 50)] == [8, 8, 16, 26, 32]
 
 
 def test_copies_are_the_same_and_others_are_not(photos):
@@ -71,13 +71,13 @@ def test_copies_are_the_same_and_others_are_not(photos):
     found = []
     for copy in copies.values():
         shown = thumbnails([describe(picture, quality=70) for picture in copy])
-        found.append(same_picture(shown, whole, cut, TOLERANCE))
-        found.append(same_picture(whole, shown, cut, TOLERANCE))
-        assert not same_picture(shown, np.roll(whole, 1, axis=0), cut, TOLERANCE).any()
+        found.append(same_image(shown, whole, cut, TOLERANCE))
+        found.append(same_image(whole, shown, cut, TOLERANCE))
+        assert not same_image(shown, np.roll(whole, 1, axis=0), cut, TOLERANCE).any()
     assert np.mean(found) > 0.95 and min(map(np.mean, found)) > 0.9
 
 
-def test_a_changed_place_or_colour_is_another_picture(photos):
+def test_a_changed_place_or_colour_is_another_image(photos):
     whole = thumbnails([describe(photo) for photo in photos])
     spots = []
     for photo in photos:
@@ -87,7 +87,7 @@ def test_a_changed_place_or_colour_is_another_picture(photos):
     tinted = [describe(Image.merge("RGB", photo.split()[::-1])) for photo in photos]
     cut = np.zeros((len(photos), 4), np.float32)
     for others in (spots, tinted):
-        assert same_picture(thumbnails(others), whole, cut, TOLERANCE).mean() < 0.15
+        assert same_image(thumbnails(others), whole, cut, TOLERANCE).mean() < 0.15
 
 
 def test_light_may_change_and_colour_only_for_a_leak(photos):
@@ -95,17 +95,17 @@ def test_light_may_change_and_colour_only_for_a_leak(photos):
     whole = thumbnails([describe(photo) for photo in photos])
     for change in (0.88, 1.12):
         lit = thumbnails([describe(ImageEnhance.Brightness(photo).enhance(change)) for photo in photos])
-        assert same_picture(lit, whole, cut, TOLERANCE).mean() >= 0.9
+        assert same_image(lit, whole, cut, TOLERANCE).mean() >= 0.9
     grey = thumbnails([describe(photo.convert("L")) for photo in photos])
     coloured = np.ptp(whole.astype(int), axis=3).mean((1, 2)) > 15
-    assert coloured.sum() > 10 and not same_picture(grey, whole, cut, TOLERANCE)[coloured].any()
-    assert same_picture(grey, whole, cut, Tolerance(0.25, 60, spot_share=0.03, grey=True)).mean() > 0.95
-    assert not same_picture(grey, np.roll(whole, 1, axis=0), cut, Tolerance(0.25, 60, spot_share=0.03, grey=True)).any()
+    assert coloured.sum() > 10 and not same_image(grey, whole, cut, TOLERANCE)[coloured].any()
+    assert same_image(grey, whole, cut, Tolerance(0.25, 60, spot_share=0.03, grey=True)).mean() > 0.95
+    assert not same_image(grey, np.roll(whole, 1, axis=0), cut, Tolerance(0.25, 60, spot_share=0.03, grey=True)).any()
 
 
 def test_no_pairs():
     nothing = np.zeros((0, 64, 64, 3), np.uint8)
-    assert same_picture(nothing, nothing, np.zeros((0, 4), np.float32), TOLERANCE).shape == (0,)
+    assert same_image(nothing, nothing, np.zeros((0, 4), np.float32), TOLERANCE).shape == (0,)
 
 
 def test_files_that_show_nothing():

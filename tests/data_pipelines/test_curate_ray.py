@@ -193,7 +193,7 @@ def test_a_machine_is_lost_in_the_middle(corpus, tmp_path):
         second = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
         out = tmp_path / "ray"
         process = _curate(corpus, out, cluster.address, "--against", corpus.against)
-        _wait_for(lambda: list(out.glob(".work-*/windows/*.arrow")), process)
+        _wait_for(lambda: list(out.glob(".work-*/bands/*.arrow")), process)
         cluster.remove_node(second, allow_graceful=False)
         told, warned = process.communicate(timeout=200)
     assert process.returncode == 0 and not _but_progress(warned)

@@ -34,18 +34,18 @@ def page_of(path, **changes) -> tuple[str, str]:
     return page, base64.b64decode(plot).decode()
 
 
-def test_rules_examples_and_problems_are_told_and_escaped(tmp_path):
+def test_rules_examples_and_problems_are_shown_and_escaped(tmp_path):
     page, _ = page_of(tmp_path / "report.html")
     cells = re.findall(r"<tr><td>(\w+)</td><td>(\d*)</td><td>(\w*)</td><td>(\d+)</td></tr>", page)
     assert cells == [
         ("all", "", "", "30"),
         ("truncated", "4", "4", "26"),
         ("low_score", "7", "6", "20"),
-        ("mojibake", "1", "mended", "20"),
+        ("mojibake", "1", "repaired", "20"),
     ]
     assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "a&lt;b&gt;.tar" in page and "title='a.tar#3'" in page
-    assert page.count(">no picture<") == 1 and page.count("data:image/jpeg;base64,/9j/") == 1
+    assert page.count(">no image<") == 1 and page.count("data:image/jpeg;base64,/9j/") == 1
 
 
 @pytest.mark.parametrize("min_score", [0.1, None])

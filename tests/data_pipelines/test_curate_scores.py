@@ -1,4 +1,4 @@
-"""Exact quantiles without sorting, concepts and their balance; the engine and the exchange of rows."""
+"""Exact quantiles without sorting, concepts and their balance; the engine and the shuffle of rows."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_pipelines.curate import scores
 from data_pipelines.curate.engine import LocalEngine, WorkerDied
-from data_pipelines.curate.shuffle import Exchange
+from data_pipelines.curate.shuffle import Shuffle
 
 
 @settings(deadline=None)
@@ -108,11 +108,11 @@ def test_a_worker_that_dies_costs_its_own_task_only(tmp_path):
     assert found == {n: n for n in (0, 1, 3, 4, 5, 6, 7, 8)}
 
 
-def test_exchange(tmp_path):
-    exchange = Exchange(tmp_path / "rows", sources=3, buckets=4)
+def test_shuffle(tmp_path):
+    shuffle = Shuffle(tmp_path / "rows", map_tasks=3, buckets=4)
     for source in range(3):
         values = np.arange(source * 10, source * 10 + source * 5)
-        exchange.scatter(source, pa.table({"value": values}), values % 4)
+        shuffle.write(source, pa.table({"value": values}), values % 4)
     everything = np.concatenate([np.arange(10, 15), np.arange(20, 30)])
     for bucket in range(4):
-        assert exchange.gather(bucket)["value"].to_pylist() == everything[everything % 4 == bucket].tolist()
+        assert shuffle.read(bucket)["value"].to_pylist() == everything[everything % 4 == bucket].tolist()

@@ -1,4 +1,4 @@
-"""Every kind of picture comes out upright, in the right colours, over white; bombs and damage are refused."""
+"""Every kind of image comes out upright, in the right colours, over white; bombs and damage are refused."""
 
 import contextlib
 import struct
@@ -99,7 +99,7 @@ def test_exif_orientation(orientation, format):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_broken_exif_does_not_cost_the_picture():
+def test_broken_exif_does_not_cost_the_image():
     data = encode(quadrants(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff", quality=95, subsampling=0)
     assert np.abs(decoded(data).astype(int) - quadrants()).max() <= 12
 
@@ -210,7 +210,7 @@ def test_truncated_jpeg_is_called_so():
     "data, reason",
     [(b"", "empty_image"), (b"<html>404</html>", "not_an_image"), (b"\xff\xd8\xff\xe0\0\x10", "corrupt_image")],
 )
-def test_what_is_no_picture(data, reason):
+def test_what_is_no_image(data, reason):
     with pytest.raises(DecodeError) as error:
         decode_image(data, max_pixels=LIMIT)
     assert error.value.reason == reason
@@ -255,7 +255,7 @@ def test_the_whole_box_is_the_plain_resize():
     assert (resize(picture, (20, 30)) == resize(picture, (20, 30), box=(0.0, 0.0, 64.0, 64.0))).all()
 
 
-def test_a_wide_box_of_a_large_picture_needs_no_giant_canvas(monkeypatch):
+def test_a_wide_box_of_a_large_image_needs_no_giant_canvas(monkeypatch):
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((400, 300), Image.Resampling.BICUBIC)
     box = (-200.0, -150.0, 600.0, 450.0)
@@ -349,7 +349,7 @@ def test_resize_is_pillows_within_a_level_almost_everywhere(picture_size, size_p
     assert off.max() <= 2 and (off > 1).sum() <= max(1, off.size // 1000)
 
 
-def test_resize_of_a_large_picture_is_pillows():
+def test_resize_of_a_large_image_is_pillows():
     picture = painting(2500, 2600)  # More than one block of Pillow's memory.
     ours = resize(picture, (224, 224), box=(3.3, 100.7, 2600.0, 2400.2))
     with without("cykooz_resizer"):
@@ -358,7 +358,7 @@ def test_resize_of_a_large_picture_is_pillows():
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 10**5), st.floats(0, 1), st.floats(0, 1))
-def test_a_box_ends_within_the_picture_in_spite_of_rounding(limit, start, end):
+def test_a_box_ends_within_the_image_in_spite_of_rounding(limit, start, end):
     start, end = sorted((start * limit, end * limit))
     kept_start, length = image_ops._within(start, end, limit)
     assert kept_start == start and start + length <= limit and abs(length - (end - start)) < 1e-9 * limit

@@ -1,4 +1,4 @@
-"""Lists of picture files: CSV, TSV, JSONL; offsets of rows, quoted line ends, encodings, pictures that are not there."""
+"""Lists of image files: CSV, TSV, JSONL; offsets of rows, quoted line ends, encodings, images that are not there."""
 
 import csv
 import io
@@ -97,8 +97,8 @@ def test_bad_lists(tmp_path):
     (tmp_path / "blank.jsonl").write_text("\n\n")
     for name, message in (
         ("header.csv", "has no rows"),
-        ("columns.csv", "no column with pictures; there are picture;txt: separate columns with commas"),
-        ("quote.csv", "is no CSV at line 2"),
+        ("columns.csv", "no column with images; there are picture;txt: separate columns with commas"),
+        ("quote.csv", "is not CSV at line 2"),
         ("text.jsonl", "does not begin with a JSON object"),
         ("blank.jsonl", "has no rows"),
     ):
@@ -113,7 +113,7 @@ def test_bad_lists(tmp_path):
     assert open_source(tmp_path / "a.csv", image="photo", fields=["title"])[0].fields == {"title": "b"}
 
 
-def test_a_list_over_http_names_pictures_beside_it(tmp_path, monkeypatch):
+def test_a_list_over_http_names_images_beside_it(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "served" / "set"
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Parquet with pictures: layouts, row groups and how often they are read, remote files, damage, columns that are not there."""
+"""Parquet with images: layouts, row groups and how often they are read, remote files, damage, columns that are not there."""
 
 import multiprocessing
 import os
@@ -168,12 +168,12 @@ def test_bad_files(tmp_path):
     write(tmp_path / "texts.parquet", pa.table({"text": ["a"], "url": ["u"]}))
     write(tmp_path / "two.parquet", pa.table({"left": [b"a"], "right": [b"b"], "text": ["a"]}))
     for name, message in (
-        ("cut", "is cut or no Parquet file"),
-        ("text", "is cut or no Parquet file"),
-        ("tiny", "is cut or no Parquet file"),
+        ("cut", "is cut or not a Parquet file"),
+        ("text", "is cut or not a Parquet file"),
+        ("tiny", "is cut or not a Parquet file"),
         ("none", "holds no rows"),
-        ("texts", "no column with pictures; there are text, url"),
-        ("two", "no column with pictures; there are left, right, text"),
+        ("texts", "no column with images; there are text, url"),
+        ("two", "no column with images; there are left, right, text"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             open_source(tmp_path / f"{name}.parquet")

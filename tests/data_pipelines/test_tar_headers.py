@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_pipelines.sources import files
 from data_pipelines.sources.files import Window
-from data_pipelines.sources.tar_headers import NoTar, walk_members
+from data_pipelines.sources.tar_headers import NotATar, walk_members
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=150)
 PATHS = st.lists(NAMES, min_size=1, max_size=3).map("/".join).filter(lambda path: path not in (".", ".."))
@@ -73,7 +73,7 @@ def test_damage_never_yields_a_member_that_was_not_there(tmp_path_factory, place
     path.write_bytes(data)
     try:
         found, walked = members_by_walk(path)
-    except NoTar:
+    except NotATar:
         assert place < 512
         return
     assert found == whole[: len(found)]
@@ -131,6 +131,6 @@ def test_garbage_with_a_good_checksum_is_no_error(tmp_path_factory, content, siz
     path.write_bytes(bytes(header) + content)
     try:
         found, _ = members_by_walk(path)
-    except NoTar:
+    except NotATar:
         return
     assert all(offset + length <= path.stat().st_size for _, offset, length in found)

@@ -206,14 +206,14 @@ def test_several_captions(tmp_path):
     source = TarSource(write_tar(tmp_path / "a.tar", members))
     texts = {pair.key: pair.fields["txt"] for pair in source}
     assert texts == {"a": ["first", "second", "third"], "b": "only", "c": ["a", "b"], "d": "alone"}
-    assert source.places(0).keys() == {"image", "txt"} and source.places(1).keys() == {"txt"}
+    assert source.member_extents(0).keys() == {"image", "txt"} and source.member_extents(1).keys() == {"txt"}
     assert [pair.image for pair in source] == [b"i", None, b"j", None]
 
 
 def test_places_are_where_the_members_lie(tmp_path):
     shard = write_pairs(tmp_path / "a.tar", 3)
     source = TarSource(shard)
-    offset, size = source.places(2)["image"]
+    offset, size = source.member_extents(2)["image"]
     assert shard.read_bytes()[offset : offset + size] == source[2].image
     assert source.locate(2) == (0, 2)
 

@@ -103,7 +103,7 @@ def test_mistakes(shard, tmp_path, capsys):
         (["curate", str(shard), *out, "--min-chars", "50", "--max-chars", "10"], "min_chars=50"),
         (["curate", str(shard), *out, "--workers", "-1"], "workers=-1"),
         (["curated"], "curate"),
-        (["stats"], "no place given"),
+        (["stats"], "no path given"),
         (["stats", str(tmp_path / "text.tar")], "no pair in 1 shards can be read: shard"),
         (["stats", str(tmp_path / "curated")], "funnel.json is not the funnel of a curation"),
         (["tokenizer", str(shard), "--out", str(tmp_path / "x"), "--captions", "nix"], "no captions in these fields"),

@@ -168,7 +168,7 @@ def test_a_config_in_the_style_of_siglip_2(tmp_path):
             "vision hidden_act='gelu' is .*; vision num_channels=1 is not supported, only 3; vision hidden_size='768' is not a "
             "positive number; vision patch_size=0 is not a positive number",
         ),
-        ({"model_type": "siglip_vision_model", "num_attention_heads": 7}, "width=768 does not divide into num_heads=7"),
+        ({"model_type": "siglip_vision_model", "num_attention_heads": 7}, "width=768 is not divisible by num_heads=7"),
         (
             {"model_type": "siglip", "text_config": {"layer_norm_eps": 1e-5}},
             "text layer_norm_eps=1e-05 is not supported",

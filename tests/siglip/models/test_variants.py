@@ -39,7 +39,7 @@ def test_names_that_lead_nowhere(name, words):
 def test_overrides():
     base = VARIANTS["mu"]
     assert resolve(base, {"width": 48, "depth": None}) == Variant(48, 1, 128, 2)
-    with pytest.raises(ValueError, match="width=33 does not divide into num_heads=2"):
+    with pytest.raises(ValueError, match="width=33 is not divisible by num_heads=2"):
         resolve(base, {"width": 33})
     with pytest.raises(ValueError, match="depth=0 must be at least 1"):
         resolve(base, {"depth": 0})
@@ -51,5 +51,5 @@ def test_choices():
         pool: Literal["map", "gap"] = "map"
 
     check_choices(Config(), ("pool",))
-    with pytest.raises(ValueError, match="pool='mpa' is none of 'map', 'gap'; did you mean 'map'"):
+    with pytest.raises(ValueError, match="pool='mpa' is not one of 'map', 'gap'; did you mean 'map'"):
         check_choices(Config("mpa"), ("pool",))
