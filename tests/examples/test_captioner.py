@@ -18,6 +18,7 @@ from siglip.formats import big_vision
 from siglip.parallel import sharding
 from tests.siglip.tiny import random_params, square_model
 
+pytestmark = pytest.mark.slow
 SHARDS = f"{data.SAMPLE}/emoji-train-00000.tar"
 BATCH = 16
 STAGE_1 = StageConfig(steps=25, lr=6e-3, warmup_steps=3)
@@ -92,7 +93,6 @@ def test_stage_1_learns_and_leaves_the_encoder_alone(source, stage_1):
     assert np.any(captioner.connector["kernel"]) and np.any(captioner.connector["bias"])
 
 
-@pytest.mark.slow
 def test_stage_2_trains_the_encoder_at_a_higher_resolution(source, stage_1, mesh):
     captioner, losses = stage_1
     larger = siglip.load_encoder(source, 48, frozen=False)
@@ -107,7 +107,6 @@ def test_stage_2_trains_the_encoder_at_a_higher_resolution(source, stage_1, mesh
     assert min(jax.tree.leaves(moved)) > 0
 
 
-@pytest.mark.slow
 def test_the_encoders_learning_rate_has_a_warm_up_of_its_own(source, stage_1):
     captioner = dataclasses.replace(stage_1[0], encoder=siglip.load_encoder(source, frozen=False))
     gradients = jax.jit(jax.grad(model.caption_loss))
@@ -174,7 +173,6 @@ def test_the_loss_is_of_the_suffix_up_to_its_first_end(stage_1):
     np.testing.assert_array_equal(model.caption_losses(captioner, images, prompt(), padded)[0][0], found[0])
 
 
-@pytest.mark.slow
 def test_blind_decoders_see_captions_alone(source, mesh):
     stage = StageConfig(steps=2, lr=1e-3, warmup_steps=0)
     captioner, _ = trained(model.init_captioner(siglip.load_encoder(source), TINY, seed=0), stage, mesh, blind=True)
@@ -193,7 +191,6 @@ def test_measured_over_all_pictures_whatever_the_batch(stage_1, mesh):
     assert found[0][0]["loss"] < 7 and heldout.captions[0] == "flag: san marino"
 
 
-@pytest.mark.slow
 def test_many_devices_train_as_one_does(source, stage_1):
     _, losses = trained(model.init_captioner(siglip.load_encoder(source), TINY, seed=0), STAGE_1, devices(2))
     np.testing.assert_allclose(losses[:4], stage_1[1][:4], rtol=1e-5)
@@ -254,7 +251,6 @@ def test_saved_and_loaded(stage_1, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-@pytest.mark.slow
 def test_command_line(source, tmp_path, capsys):
     heldout = tmp_path / "few.tar"
     with tarfile.open(SHARDS) as whole, tarfile.open(heldout, "w") as few:

@@ -166,6 +166,7 @@ def test_images_that_consumers_prepare_otherwise_are_no_samples(tmp_path):
         sample_inputs(pairs, square_model(), SAMPLE / "spiece.model")
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_compared_on_files_and_strings(tmp_path, real_source):
     report = export(real_source, format="savedmodel", out=tmp_path / "out", tower="both", samples=samples)
     assert list(report.differences) == ["sample"] and max(report.differences["sample"].values()) < 1e-5
@@ -308,7 +309,10 @@ def test_the_model_card_says_what_to_feed_and_how_far_it_was_checked(tmp_path, s
 
 
 @pytest.mark.parametrize("tower", ["image", "both"])
-@pytest.mark.parametrize("format, printed", [("bigvision", "(1, 16, 36)"), ("stablehlo", ""), ("savedmodel", "")])
+@pytest.mark.parametrize(
+    "format, printed",
+    [("bigvision", "(1, 16, 36)"), ("stablehlo", ""), pytest.param("savedmodel", "", marks=pytest.mark.slow)],
+)
 def test_examples_of_model_cards_run(tmp_path, real_source, monkeypatch, capsys, format, printed, tower):
     export(real_source, format=format, out=tmp_path / "out", tower=tower, samples=samples)
     out = run_example(tmp_path / "out", monkeypatch, capsys)

@@ -100,7 +100,7 @@ def test_ids_of_any_text(pair, text):
 
 @pytest.mark.interop
 def test_keys_of_the_table_are_composed_alike(pair):
-    model = convert.read_model(pair[0]._model, source="")
+    model = convert.read_sentencepiece(pair[0]._model, source="")
     keys = list(read_charsmap(model.normalizer_spec.precompiled_charsmap))[::97]
     check_equal(pair, [f"a{key}b{key}" for key in keys] or ["a"])
 
@@ -174,7 +174,7 @@ def test_the_pipeline_gives_our_scores(folder, files):
 
 
 def test_tables_there_and_back():
-    table = read_charsmap(convert.read_model(SPIECE.read_bytes(), source="").normalizer_spec.precompiled_charsmap)
+    table = read_charsmap(convert.read_sentencepiece(SPIECE.read_bytes(), source="").normalizer_spec.precompiled_charsmap)
     assert len(table) > 200_000 and table["ﬁ"] == "fi" and table["e\u0301"] == "é" and table["\x01"] == ""
     single = {key: value for key, value in table.items() if len(key) == 1}
     assert read_charsmap(write_charsmap(single)) == single
@@ -190,7 +190,7 @@ def test_lower_case_rules_are_those_of_python():
 
 
 def test_models_that_cannot_be_expressed_are_refused(model_file):
-    proto = convert.read_model(model_file("c4").read_bytes(), source="c4")
+    proto = convert.read_sentencepiece(model_file("c4").read_bytes(), source="c4")
 
     def refused(words: str, **changes: object) -> None:
         changed = type(proto)()
@@ -211,7 +211,7 @@ def test_models_that_cannot_be_expressed_are_refused(model_file):
 
 
 def test_a_typed_special_piece_with_no_place_to_part_it_is_refused(model_file):
-    proto = convert.read_model(model_file("c4").read_bytes(), source="")
+    proto = convert.read_sentencepiece(model_file("c4").read_bytes(), source="")
     for text in ("</", "/s", "s>"):
         proto.pieces.add(piece=text, score=-9.0)
     with pytest.raises(ValueError, match="no place to part a typed '</s>'"):
