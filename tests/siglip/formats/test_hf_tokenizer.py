@@ -174,7 +174,9 @@ def test_the_pipeline_gives_our_scores(folder, files):
 
 
 def test_tables_there_and_back():
-    table = read_charsmap(convert.read_sentencepiece(SPIECE.read_bytes(), source="").normalizer_spec.precompiled_charsmap)
+    table = read_charsmap(
+        convert.read_sentencepiece(SPIECE.read_bytes(), source="").normalizer_spec.precompiled_charsmap
+    )
     assert len(table) > 200_000 and table["ﬁ"] == "fi" and table["e\u0301"] == "é" and table["\x01"] == ""
     single = {key: value for key, value in table.items() if len(key) == 1}
     assert read_charsmap(write_charsmap(single)) == single
