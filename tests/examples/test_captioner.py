@@ -76,7 +76,7 @@ def same_bits(one, other):
     return all(np.array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32)) for a, b in leaves)
 
 
-def test_at_the_start_the_picture_is_not_seen(source, stage_1):
+def test_at_the_start_the_image_is_not_seen(source, stage_1):
     start, suffix = model.init_captioner(siglip.load_encoder(source), TINY, seed=0), random_suffix(8)
     images = pictures(start)
     scores = jax.jit(model.suffix_logits)
@@ -184,7 +184,7 @@ def test_blind_decoders_see_captions_alone(source, mesh):
     assert metrics["loss"] == metrics["wrong_image"] and len(written) == 9 and len(set(written)) == 1
 
 
-def test_measured_over_all_pictures_whatever_the_batch(stage_1, mesh):
+def test_measured_over_all_images_whatever_the_batch(stage_1, mesh):
     captioner, _ = stage_1
     heldout = data.read_heldout(SHARDS, image_size=captioner.encoder.spec.image_size, limit=20)
     found = [train.evaluate(captioner, heldout, prompt(), mesh=mesh, batch_size=size) for size in (8, 24)]
