@@ -11,6 +11,7 @@ from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.engine import Engine
 from data_pipelines.curate.manifest import side_label
 from data_pipelines.curate.scan import ScanTask, scan_shard
+from data_pipelines.errors import UserError
 from data_pipelines.sources.files import expand_shards
 
 _MANY_WORDS = 20
@@ -25,7 +26,8 @@ def describe(
     """Counts over every pair: {pairs, shards, problems, formats, languages, sides_px, words, faults}.
 
     Raises:
-      FileNotFoundError: a pattern matches nothing, or a shard is gone.
+      FileNotFoundError: a pattern matches nothing, or a shard does not exist.
+      UserError: no pair can be read.
     """
     names = expand_shards(shards)
     counts = {name: collections.Counter() for name in ("formats", "languages", "sides_px", "words", "faults")}
@@ -43,6 +45,8 @@ def describe(
                 problems[task.shard] = result.problem
             _count(counts, task.out)
             task.out.unlink()
+    if not pairs:
+        raise UserError(f"no pair in {len(names)} shards can be read: {next(problems[n] for n in names if n in problems)}")
     counted = {name: dict(counter) for name, counter in counts.items()}
     return {"pairs": pairs, "shards": len(names), "problems": [problems[n] for n in names if n in problems]} | counted
 

@@ -81,6 +81,7 @@ def test_stats_of_shards(shard, capsys):
 
 def test_mistakes(shard, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
+    (tmp_path / "broken.csv").write_text("picture;txt\na.png;a cat\n")
     cases = [
         (["curate", str(shard)], "--out"),
         (["curate", *out], "no shards given"),
@@ -100,6 +101,7 @@ def test_mistakes(shard, tmp_path, capsys):
         (["curate", str(shard), *out, "--workers", "-1"], "workers=-1"),
         (["curated"], "curate"),
         (["stats"], "no path given"),
+        (["stats", str(tmp_path / "broken.csv")], "has no column with images"),
     ]
     for arguments, message in cases:
         assert run(["data", *arguments]) == 2, arguments
