@@ -46,7 +46,9 @@ def describe(
             _count(counts, task.out)
             task.out.unlink()
     if not pairs:
-        raise UserError(f"no pair in {len(names)} shards can be read: {next(problems[n] for n in names if n in problems)}")
+        raise UserError(
+            f"no pair in {len(names)} shards can be read: {next(problems[n] for n in names if n in problems)}"
+        )
     counted = {name: dict(counter) for name, counter in counts.items()}
     return {"pairs": pairs, "shards": len(names), "problems": [problems[n] for n in names if n in problems]} | counted
 
