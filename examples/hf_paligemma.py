@@ -4,12 +4,11 @@
 
     features = projector(tower(pixels))       tower(pixels) = our tokens: after the last LayerNorm, without pooling head
 
-SRC's image tower is exported for transformers without its pooling head and read back (`siglip.exporting`), put into the
-`vision_tower` of a PaliGemma whose Gemma is small and random, and compared with ours. The whole model is then saved and loaded
-again: all of it by transformers, the tower alone by `siglip.load_encoder`. Needs the `interop` extra (torch and transformers 4.57
-or 5).
+SRC's image tower is exported for transformers without its pooling head and read back by it (`siglip.exporting`), put into the
+`vision_tower` of a PaliGemma whose Gemma is small and random, and held against ours. The whole model is then saved, loaded
+again by transformers and, its tower alone, by `siglip.load_encoder`. Needs the `interop` extra (torch, transformers 4.57 or 5).
 
-The trap: transformers fills missing weights with random numbers and only warns. transformers 5 saves the tower as
+The trap: transformers fills weights that it does not find with random numbers and warns. transformers 5 saves the tower as
 `vision_tower.…`, which version 4 does not find; so what is saved here has version 4's names, which both find.
 """
 
@@ -109,7 +108,7 @@ def image_features(model: Any, images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def expected_features(encoder: ImageEncoder, model: Any, images: np.ndarray) -> dict[str, np.ndarray]:
-    """The same outputs from our encoder and the model's projector."""
+    """The same from our encoder and the model's projector."""
     tokens = np.asarray(encoder.tokens(images))
     projector = model.model.multi_modal_projector.linear
     kernel, bias = (parameter.detach().numpy() for parameter in (projector.weight, projector.bias))
@@ -117,7 +116,7 @@ def expected_features(encoder: ImageEncoder, model: Any, images: np.ndarray) -> 
 
 
 def generate(model: Any, images: np.ndarray) -> np.ndarray:
-    """What the model writes after images and a prompt; nonsense. float32 [b, h, w, 3] -> int [b, NEW_TOKENS]"""
+    """float32 [b, h, w, 3] -> int [b, NEW_TOKENS]: what it writes after the pictures and a prompt; babble."""
     import torch
 
     tokens = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
@@ -147,7 +146,7 @@ def save(model: Any, folder: str | Path) -> None:
 
 
 def load(folder: str | Path) -> Any:
-    """Loads the whole model again.
+    """The whole model again.
 
     Raises:
         RuntimeError: transformers did not find a weight, or found one that it does not know.
@@ -182,11 +181,11 @@ def _pixels(images: np.ndarray) -> Any:
 
 
 def run(args: PaliGemmaArgs) -> None:
-    """Builds, compares, saves, loads again; a run that fails leaves nothing behind.
+    """Builds, compares, saves, loads again; nothing is left of a run that fails.
 
     Raises:
         FileExistsError: `out` exists.
-        FileNotFoundError, ValueError: there is no encoder, or PaliGemma cannot express it.
+        FileNotFoundError, ValueError: no encoder, or one that PaliGemma cannot have.
         RuntimeError: the two sides differ, or transformers does not load all weights.
     """
     encoder = load_encoder(args.src, args.image_size)

@@ -1,8 +1,8 @@
-"""python -m examples.captioner SRC --out DIR: both stages on the shipped sample, and the captions that result.
+"""python -m examples.captioner SRC --out DIR: both stages on the shipped sample, and the captions that come of it.
 
-blind     the decoder alone, on captions without images: what a caption's beginning tells about its end
-stage 1   images at the encoder's own size, the encoder frozen
-stage 2   larger images, positions resampled, everything trained
+blind     the decoder alone, on captions without pictures: what a caption's beginning says about its end
+stage 1   pictures as large as the encoder knows them, the encoder frozen
+stage 2   larger pictures, positions resampled, everything trained
 """
 
 import dataclasses
@@ -37,13 +37,13 @@ class CaptionerArgs:
     Attributes:
         src: a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
         out: folder to make; must not exist.
-        image_size: side of stage 2's images in pixels; 0 is 1.5 times as many patches per side as in stage 1.
-        stage1: trains connector and decoder; the encoder is frozen.
-        stage2: trains everything, the encoder slowly.
-        batch_size: pairs per step, over all devices.
-        seed: draws the decoder's initial parameters and the order of pairs.
+        image_size: side of stage 2's pictures in pixels; 0 makes it half as many patches again as in stage 1.
+        stage1: connector and decoder learn, the encoder is frozen.
+        stage2: everything learns, the encoder slowly.
+        batch_size: pairs of a step, shared by all devices.
+        seed: of the decoder's start and of the order of pairs.
         train: tar shards with English captions.
-        heldout: tar shards to evaluate on.
+        heldout: tar shards that are measured on.
     """
 
     src: tyro.conf.Positional[str]
@@ -76,10 +76,10 @@ def main(args: list[str]) -> int:
 
 
 def run(args: CaptionerArgs) -> dict[str, dict[str, float]]:
-    """Trains, measures, prints and saves. -> {stage: {metric: value}}
+    """Trains, measures, prints and saves. {stage: {metric: value}}
 
     Raises:
-        FileExistsError, FileNotFoundError, ValueError: there is no encoder, there are no pairs, or a number cannot be used.
+        FileExistsError, FileNotFoundError, ValueError: no encoder, no pairs, or numbers that cannot be used.
     """
     if Path(args.out).exists():
         raise FileExistsError(f"{args.out!r} exists; name a new folder, or remove it first")
@@ -102,7 +102,7 @@ def run(args: CaptionerArgs) -> dict[str, dict[str, float]]:
 
 
 class Measured:
-    """The stages of one run: trains each, measures it, and keeps the numbers for the table."""
+    """The stages of one run: trains each, measures it, and remembers the numbers for the table."""
 
     def __init__(self, args: CaptionerArgs, mesh: Any) -> None:
         self.args, self.mesh, self.prompt = args, mesh, data.prompt_tokens(PROMPT)
@@ -110,7 +110,7 @@ class Measured:
         self.captions: list[tuple[str, str]] = []
 
     def stage(self, name: str, captioner: Captioner, stage: StageConfig, *, blind: bool = False) -> Captioner:
-        """Trains one stage at the resolution of the captioner's encoder, and measures it on the held-out images."""
+        """One stage at the resolution of the captioner's encoder, and its numbers on the held-out pictures."""
         args, spec = self.args, captioner.encoder.spec
         print(f"{name}: {stage.steps} steps" + ("" if blind else f", {spec.image_size} px, {spec.tokens} image tokens"))
         heldout = data.read_heldout(args.heldout, image_size=spec.image_size)
@@ -132,7 +132,7 @@ class Measured:
         return captioner
 
     def show(self) -> None:
-        """Prints the table, and what the last stage wrote for some held-out images."""
+        """The table, and what the last stage wrote for some held-out pictures."""
         print(f"\n{'held out':<10}" + "".join(f"{name:>15}" for name in next(iter(self.metrics.values()))))
         for name, found in self.metrics.items():
             print(f"{name:<10}" + "".join(f"{value:>15.3f}" for value in found.values()))
@@ -143,7 +143,7 @@ class Measured:
 
 
 def _half_again(config: Any) -> tuple[int, int]:
-    """(height, width) in pixels of a grid with 1.5 times as many patches per side."""
+    """(height, width) in pixels of a grid with half as many patches again on each side."""
     return tuple(patch * (side + max(1, side // 2)) for side, patch in zip(config.grid, config.patch, strict=True))
 
 

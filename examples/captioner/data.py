@@ -1,11 +1,11 @@
-"""Images and captions for the captioner, from the toolkit's own pipeline.
+"""Pictures and captions for the captioner, from the toolkit's own pipeline.
 
     prompt = [begin] + pieces("caption en") + [newline];   suffix = (pieces(caption) + [end])[:l], padded with end
 
-The decoder's tokenizer is independent of the encoder's: here it is that of the shipped sample, whatever the encoder was trained
-with. PaliGemma uses Gemma's, and SigLIP was trained with another.
+The decoder's tokenizer has nothing to do with the encoder's: here it is the one of the shipped sample, whatever the encoder
+was trained with. PaliGemma's is Gemma's, SigLIP's was another.
 
-The trap: a newline is white space to SentencePiece, which drops it, so the separator is inserted by its id.
+The trap: a newline is white space to SentencePiece, which drops it, so the separator is put in by its id.
 """
 
 import dataclasses
@@ -35,12 +35,12 @@ _SEPARATOR = "<0x0A>"
 
 @dataclasses.dataclass(frozen=True)
 class Heldout:
-    """Held-out images with their captions.
+    """Pictures that are not trained on.
 
     Attributes:
         images: uint8 [m, h, w, 3].
         suffix: int32 [m, l].
-        captions: the text of the suffixes.
+        captions: what the suffixes say.
     """
 
     images: np.ndarray
@@ -49,7 +49,7 @@ class Heldout:
 
 
 def prompt_tokens(prompt: str) -> np.ndarray:
-    """The tokens between an image and its caption. -> int32 [p]"""
+    """int32 [p]: what stands between the picture and its caption."""
     processor = _processor()
     ids = [BEGIN, *processor.encode(prompt.lower()), processor.piece_to_id(_SEPARATOR)]
     return np.asarray(ids, np.int32)
@@ -61,20 +61,20 @@ def vocab_size() -> int:
 
 
 def texts_of(tokens: np.ndarray) -> list[str]:
-    """The text before the first end token of each row of int [b, l]."""
+    """int [b, l] -> what stands before the first end token of each."""
     rows = [row[: row.index(END)] if END in row else row for row in tokens.tolist()]
     return _processor().decode(rows)
 
 
 def training_batches(shards: str, *, image_size: tuple[int, int], batch_size: int, seed: int) -> Loader:
-    """An endless stream of {"image": uint8 [b, h, w, 3], "text": int32 [b, l], …}, images slightly augmented."""
+    """An endless stream of {"image": uint8 [b, h, w, 3], "text": int32 [b, l], …}, pictures varied a little."""
     source = SourceConfig(shards, captions=((FIELD, 1.0),))
     config = DataConfig(sources=(source,), tokenizer=str(TOKENIZER), augment=_AUGMENT, threads=1)
     return make_loader(config, batch_size=batch_size, image_size=image_size, text_length=CAPTION_LENGTH, seed=seed)
 
 
 def read_heldout(shards: str, *, image_size: tuple[int, int], limit: int | None = None) -> Heldout:
-    """The images of some shards that have a caption, in order, without augmentation.
+    """The pictures of some shards that have a caption, in order, as they are.
 
     Raises:
         ValueError: there is none.
@@ -87,7 +87,7 @@ def read_heldout(shards: str, *, image_size: tuple[int, int], limit: int | None 
                 images.append(image)
                 suffix.append(tokenizer.encode(caption[0], CAPTION_LENGTH))
     if not images:
-        raise ValueError(f"{shards!r} holds no image with {FIELD}; name other shards")
+        raise ValueError(f"{shards!r} holds no picture with {FIELD}; name other shards")
     tokens = np.stack(suffix[:limit])
     return Heldout(np.stack(images[:limit]), tokens, texts_of(tokens))
 

@@ -4,10 +4,10 @@
     norm(x) = (1 + scale) * x / rms(x);   token i sees token j  <=>  j < prefix or j <= i
 
 Multi-query attention with rotary positions and a GeGLU, its embeddings E tied to the output, as in Gemma (arXiv:2403.08295);
-the prefix before the written text has full attention to itself, as in PaliGemma (arXiv:2407.07726, figure 2).
+what comes before the text it writes sees itself in both directions, as in PaliGemma (arXiv:2407.07726, figure 2).
 
-The trap: Gemma multiplies only what it looks up in E by sqrt(d). Vectors from elsewhere, such as image tokens, join after that
-and are not scaled.
+The trap: Gemma multiplies what it looks up in E by sqrt(d), and that alone: vectors from elsewhere, such as image tokens,
+join after it and stay as they are.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ class DecoderConfig:
 
     Attributes:
         vocab_size: token ids.
-        width: width of the tokens.
-        depth: number of blocks.
+        width: of the tokens.
+        depth: blocks.
         mlp_dim: hidden units of the GeGLU.
         num_heads: query heads, which share one head of keys and values.
         head_dim: width of a head; even, since positions rotate pairs.
@@ -79,13 +79,13 @@ def init_decoder(config: DecoderConfig, key: jax.Array) -> dict[str, Any]:
 
 
 def embed(params: Params, tokens: Int[Array, "*b l"]) -> Float[Array, "*b l d"]:
-    """Looks up token ids; the result is what the blocks take."""
+    """Token ids -> what the blocks take."""
     table = params["embedding"]
     return table[tokens] * table.shape[1] ** 0.5
 
 
 def logits(params: Params, x: Float[Array, "b l d"]) -> Float[Array, "b l v"]:
-    """The score of every token of the vocabulary, from what the blocks return."""
+    """What the blocks return -> a score for every token of the vocabulary."""
     return _norm(x, params["norm"]) @ params["embedding"].T
 
 
@@ -103,15 +103,15 @@ def run_blocks(
     start: Int[Array, ""] | int = 0,
     cache: Cache | None = None,
 ) -> tuple[Float[Array, "b s d"], Cache | None]:
-    """Runs the blocks over a part of the sequence.
+    """The blocks over a stretch of the sequence.
 
     Args:
         x: the tokens at the positions start, start + 1, …
-        mask: bool [s, t], what each of them sees; t is s without a cache, else the cache's length.
-        cache: keys and values of the sequence so far; those of `x` are written at `start`.
+        mask: bool [s, t]: what each of them sees; without a cache t = s, with one its length.
+        cache: keys and values of the whole sequence as far as it is known; those of `x` are put in at `start`.
 
     Returns:
-        The tokens after the last block, and the updated cache, or None without one.
+        The tokens after the last block, and the cache with theirs in it, or None when there was none.
     """
     rotation = _rotation(start + jnp.arange(x.shape[1]), params["blocks"]["key"].shape[-1])
 
@@ -131,7 +131,7 @@ def run_blocks(
 
 
 def empty_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
-    """An empty cache for the keys and values of `length` tokens."""
+    """Room for the keys and values of `length` tokens."""
     shape = (config.depth, batch, length, config.head_dim)
     return jnp.zeros(shape), jnp.zeros(shape)
 
@@ -148,13 +148,13 @@ def _norm(x: Array, scale: Array) -> Array:
 
 
 def _rotation(positions: Array, channels: int) -> Array:
-    """The rotation angles of positions. -> [s, channels / 2]"""
+    """Angles [s, channels / 2]."""
     wavelengths = _MAX_WAVELENGTH ** (jnp.arange(0, channels, 2) / channels)
     return positions[:, None] / wavelengths
 
 
 def _rotate(x: Array, rotation: Array) -> Array:
-    """Rotates channel pairs (i, i + k / 2) of [..., s, k] by their angles."""
+    """Turns channel pairs (i, i + k / 2) of [..., s, k] by their angles."""
     first, second = jnp.split(x, 2, axis=-1)
     sin, cos = jnp.sin(rotation), jnp.cos(rotation)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,13 +1,13 @@
 """The captioner: an encoder's tokens, a linear connector that starts at zero, a prefix language model.
 
     [ image tokens W + b | begin | prompt | separator ] suffix … end        full attention | causal
-    loss = mean over suffix tokens, the end token included, of -log p(token | image, prompt, tokens before it)
+    loss = mean over suffix tokens, the end token included, of -log p(token | picture, prompt, tokens before it)
 
-As in PaliGemma (arXiv:2407.07726), W = b = 0 at the start, so the decoder begins as the language model that it was, and the image
-comes in as it helps.
+PaliGemma (arXiv:2407.07726): W = b = 0 at the start, so the decoder begins as the language model that it was, and the
+picture enters as fast as it helps.
 
-The trap: a `Captioner` holds the encoder's parameters as leaves, and is an argument of every jitted function here. Whether they
-are trained depends on the encoder's `frozen` and on the optimizer.
+The trap: a `Captioner` holds the encoder's parameters as leaves, and is an argument of every jitted function here. Whether
+they are trained is the encoder's `frozen` and the optimizer's business.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class Captioner:
         encoder: its tokens are [b, n, e].
         connector: {"kernel": [e, d], "bias": [d]}.
         decoder: as `init_decoder` makes it.
-        config: the decoder's.
+        config: of the decoder.
     """
 
     encoder: ImageEncoder
@@ -49,7 +49,7 @@ class Captioner:
 
 
 def init_captioner(encoder: ImageEncoder, config: DecoderConfig, *, seed: int) -> Captioner:
-    """A captioner of an encoder and a new decoder."""
+    """An encoder before a new decoder."""
     connector = {"kernel": jnp.zeros((encoder.spec.width, config.width)), "bias": jnp.zeros(config.width)}
     return Captioner(encoder, connector, decoder.init_decoder(config, jax.random.key(seed)), config)
 
@@ -57,7 +57,7 @@ def init_captioner(encoder: ImageEncoder, config: DecoderConfig, *, seed: int) -
 def read_prefix(
     captioner: Captioner, images: UInt8[Array, "b h w 3"] | None, prompt: Int[Array, " p"], *, batch: int
 ) -> Float[Array, "b m d"]:
-    """What the decoder reads before it writes: the image tokens (none if `images` is None) and the prompt."""
+    """What the decoder reads before it writes: n image tokens, none where `images` is None, and the prompt."""
     words = decoder.embed(captioner.decoder, prompt)
     words = jnp.broadcast_to(words, (batch, *words.shape))
     if images is None:
@@ -87,7 +87,7 @@ def caption_losses(
     prompt: Int[Array, " p"],
     suffix: Int[Array, "b l"],
 ) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
-    """Nats and number of tokens of each caption, up to and with the first end token."""
+    """Nats of each caption, and its tokens: up to the first end token, with it."""
     scores = jax.nn.log_softmax(suffix_logits(captioner, images, prompt, suffix))
     nats = -jnp.take_along_axis(scores, suffix[..., None], axis=-1)[..., 0]
     ended_before = jnp.cumsum(suffix == END, axis=1) - (suffix == END) > 0
@@ -95,7 +95,7 @@ def caption_losses(
 
 
 def caption_loss(captioner: Captioner, images: Any, prompt: Array, suffix: Array) -> Float[Array, ""]:
-    """The training loss: the mean over the batch's tokens."""
+    """The mean over the batch's tokens: what is trained."""
     nats, tokens = caption_losses(captioner, images, prompt, suffix)
     return nats.sum() / tokens.sum()
 
@@ -104,7 +104,7 @@ def caption_loss(captioner: Captioner, images: Any, prompt: Array, suffix: Array
 def write_captions(
     captioner: Captioner, images: UInt8[Array, "b h w 3"] | None, prompt: Int[Array, " p"], *, batch: int, length: int
 ) -> Int[Array, "b l"]:
-    """Writes the likeliest token at every step, with a cache; only end tokens follow the first end token."""
+    """The likeliest token at every step, with a cache of keys and values; after the first end token only end tokens."""
     prefix = read_prefix(captioner, images, prompt, batch=batch)
     start, total = prefix.shape[1], prefix.shape[1] + length
     cache = decoder.empty_cache(captioner.config, batch, total)

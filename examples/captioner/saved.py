@@ -1,10 +1,10 @@
 """A captioner on disk.
 
-    encoder.npz           the image tower under the published names: any SRC of the toolkit, e.g. for a stage 3 or another decoder
+    encoder.npz           the image tower under the published names: any SRC of the toolkit, for a stage 3 or another decoder
     decoder.safetensors   "decoder/…" and "connector/…"
     captioner.json        the decoder's sizes, the prompt, and what was measured
 
-The trap: after stage 2 the encoder is no longer the one that was loaded, so it is saved with the captioner.
+The trap: the encoder that a stage 2 has trained is no longer the one that it was loaded from, so it belongs to the captioner.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ ENCODER, _DECODER, _CONFIG = "encoder.npz", "decoder.safetensors", "captioner.js
 
 
 def save_captioner(folder: Path, captioner: Captioner, *, prompt: str, metrics: Mapping[str, Any]) -> None:
-    """Writes a new folder; it appears whole or not at all.
+    """Writes a new folder, whole or not at all.
 
     Raises:
-        FileExistsError: the folder exists.
+        FileExistsError: there is one.
     """
     captioner = jax.device_get(captioner)
     encoder = captioner.encoder
@@ -50,7 +50,7 @@ def load_captioner(folder: str | Path) -> tuple[Captioner, str]:
     """A captioner with its encoder frozen, and the prompt that it was trained with.
 
     Raises:
-        FileNotFoundError: the folder holds no captioner.
+        FileNotFoundError: there is none in the folder.
         ValueError: its encoder is damaged.
     """
     folder = Path(folder)

@@ -1,12 +1,12 @@
 """One stage of training and what is measured after it.
 
     stage 1   native resolution, encoder frozen: connector and decoder learn            (PaLI-3, arXiv:2310.09199)
-    stage 2   higher resolution, encoder trained with a slow warm-up of its own            (PaliGemma)
+    stage 2   higher resolution, encoder trained, its learning rate warmed up by itself and slowly     (PaliGemma)
 
-AdamW; each part has its own gradient clipping and its own schedule, linear from 0, then a cosine to 0.
+AdamW, each part with its own schedule and its own gradient clipping: linear from 0, then a cosine to 0.
 
-The trap: a decoder that has not learnt to read images sends meaningless gradients into the encoder. Warmed up at the decoder's
-pace, the encoder would move before they make sense.
+The trap: a decoder that has not learnt to read pictures sends gradients into the encoder that have nothing to do with what
+is wrong with the encoder. Warmed up at the decoder's pace, the encoder moves before these make sense.
 """
 
 import dataclasses
@@ -32,14 +32,14 @@ _CLIP_NORM = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """One stage of training.
+    """A stretch of training.
 
     Attributes:
-        steps: number of batches.
+        steps: batches.
         lr: peak learning rate of the decoder and the connector.
-        warmup_steps: steps of its linear warm-up from 0.
+        warmup_steps: of that learning rate, linear from 0.
         encoder_lr: peak learning rate of the encoder; 0 keeps it frozen.
-        encoder_warmup_steps: steps of the encoder's warm-up.
+        encoder_warmup_steps: of the encoder's.
     """
 
     steps: int
@@ -59,7 +59,7 @@ class StageConfig:
 
 
 def make_optimizer(stage: StageConfig, captioner: Captioner) -> optax.GradientTransformation:
-    """One optimizer chain each for encoder, connector and decoder; none for a frozen encoder."""
+    """One chain for each of encoder, connector and decoder; none for a frozen encoder."""
     learned = _adamw(stage.lr, stage.warmup_steps, stage.steps, weight_decay=_WEIGHT_DECAY)
     chains = {"connector": learned, "decoder": learned, "encoder": optax.set_to_zero()}
     if stage.encoder_lr:
@@ -96,17 +96,17 @@ def train_stage(
     blind: bool = False,
     log_every: int = 0,
 ) -> tuple[Captioner, list[float]]:
-    """Trains one stage. -> the captioner, and the loss of every step
+    """The captioner after a stage, and the loss of every step.
 
     Args:
-        captioner: its encoder is frozen, or not, as the stage requires.
-        batches: from `training_batches`.
-        mesh: the devices that share each batch; every device holds all parameters.
-        blind: leave the images out, so that the decoder learns from the captions alone.
+        captioner: with its encoder frozen or not, as the stage has it.
+        batches: as `training_batches` gives them.
+        mesh: of the devices that share each batch; every device holds all parameters.
+        blind: leave the pictures out: what a decoder learns from the captions alone.
         log_every: steps between two printed lines; 0 for none.
 
     Raises:
-        ValueError: the stage trains an encoder that is frozen, or does not train one that is not.
+        ValueError: the stage trains an encoder that is frozen, or the other way round.
     """
     if captioner.encoder.frozen != (stage.encoder_lr == 0):
         state = "frozen" if captioner.encoder.frozen else "not frozen"
@@ -132,10 +132,10 @@ def train_stage(
 def evaluate(
     captioner: Captioner, heldout: Heldout, prompt: np.ndarray, *, mesh: Mesh, batch_size: int, blind: bool = False
 ) -> tuple[dict[str, float], list[str]]:
-    """Metrics on held-out images, and the captions written for them.
+    """Numbers on pictures that were not trained on, and the captions written for them.
 
-    "loss": nats per token. "wrong_picture": the same with each image replaced by another pair's. "first_word", "exact": the
-    share of captions that begin with the right word, or are entirely right.
+    "loss": nats a token. "wrong_picture": the same with each picture exchanged for another's. "first_word", "exact": how
+    many captions begin with the right word, or are right altogether.
     """
     losses = jax.jit(caption_losses)
 
@@ -150,8 +150,8 @@ def evaluate(
 
     written = []
     for image, _ in _in_batches(heldout.images, heldout.suffix, batch_size):
-        images = put_batch({"image": image}, mesh)["image"]
-        tokens = write_captions(captioner, None if blind else images, prompt, batch=batch_size, length=CAPTION_LENGTH)
+        pictures = put_batch({"image": image}, mesh)["image"]
+        tokens = write_captions(captioner, None if blind else pictures, prompt, batch=batch_size, length=CAPTION_LENGTH)
         written += texts_of(np.asarray(tokens))
     written = written[: len(heldout.captions)]
     pairs = list(zip(written, heldout.captions, strict=True))
@@ -166,7 +166,7 @@ def evaluate(
 
 
 def _in_batches(images: np.ndarray, suffix: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Full batches: the last one is filled up with the first rows, whose results are dropped."""
+    """Full batches: the last is filled up with the first rows, whose results are then surplus."""
     rows = np.arange(-(-len(images) // size) * size) % len(images)
     for chosen in rows.reshape(-1, size):
         yield images[chosen], suffix[chosen]
