@@ -20,7 +20,8 @@ from data_pipelines import text_ops
 from data_pipelines.curate import captions, image_hashes
 from data_pipelines.curate.config import NO_IMAGE, CurateConfig, in_order
 from data_pipelines.curate.tables import SCAN_SCHEMA, SLOTS, read_metadata, write_table
-from data_pipelines.records import Pair
+from data_pipelines.errors import UserError
+from data_pipelines.records import Pair, ShardLost
 from data_pipelines.sources import files
 from data_pipelines.sources.blocks import InOrder
 from data_pipelines.sources.opening import open_source
@@ -80,7 +81,7 @@ def _open(shard: str) -> tuple[ShardedSource | None, str | None]:
         warnings.simplefilter("ignore")  # `problem` reports a cut shard
         try:
             source = open_source(shard)
-        except ValueError as error:
+        except (UserError, ShardLost) as error:
             return None, str(error)
     if source.truncated_shards:
         return source, f"shard {shard!r} is cut off: its {len(source)} whole pairs are used; fetch it again"
@@ -92,7 +93,7 @@ def _digest(task: ScanTask, source: ShardedSource | None) -> str:
     try:
         stat = files.stat(task.shard)
         version = [stat.size, stat.version]
-    except ValueError:  # empty, or a folder: `problem` reports it
+    except UserError:  # empty, or a folder: `problem` reports it
         version = []
     content = source.fingerprint if source is not None else ""
     inputs = [_VERSION, task.config.digest(_SCAN_FIELDS), task.crops, version, content]

@@ -20,22 +20,23 @@ _MANY_WORDS = 20
 def describe(
     shards: str | Sequence[str],
     *,
+    captions: Sequence[str] = ("txt",),
     engine: Engine,
     progress: Callable[[str, int, int], None] = lambda stage, done, of: None,
 ) -> dict:
     """Counts over every pair: {pairs, shards, problems, formats, languages, sides_px, words, faults}.
 
+    captions: the fields to take the caption from; the first that a pair has is used.
+
     Raises:
       FileNotFoundError: a pattern matches nothing, or a shard does not exist.
       UserError: no pair can be read.
     """
-    names = expand_shards(shards)
+    names, config = expand_shards(shards), CurateConfig(captions=tuple(captions))
     counts = {name: collections.Counter() for name in ("formats", "languages", "sides_px", "words", "faults")}
     pairs, problems = 0, {}
     with tempfile.TemporaryDirectory(prefix="siglip-stats-") as folder:
-        tasks = [
-            ScanTask(name, Path(folder) / f"{number}.parquet", CurateConfig()) for number, name in enumerate(names)
-        ]
+        tasks = [ScanTask(name, Path(folder) / f"{number}.parquet", config) for number, name in enumerate(names)]
         for done, (task, result) in enumerate(engine.map(scan_shard, tasks), 1):
             progress("scan", done, len(tasks))
             if isinstance(result, Exception):
@@ -46,9 +47,7 @@ def describe(
             _count(counts, task.out)
             task.out.unlink()
     if not pairs:
-        raise UserError(
-            f"no pair in {len(names)} shards can be read: {next(problems[n] for n in names if n in problems)}"
-        )
+        raise UserError(f"no pair in {len(names)} shards can be read: {problems[names[0]]}")
     counted = {name: dict(counter) for name, counter in counts.items()}
     return {"pairs": pairs, "shards": len(names), "problems": [problems[n] for n in names if n in problems]} | counted
 

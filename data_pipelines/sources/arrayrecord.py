@@ -44,9 +44,7 @@ class ArrayRecordSource(ColumnSource):
                 if copy == path and files.stat(path) != FileStat(header.shard_bytes, header.shard_version):
                     raise ShardLost(f"shard {path!r} was replaced while it was in use; start again")
                 return reader
-        except (FileNotFoundError, PermissionError, ValueError) as error:
-            if isinstance(error, ShardLost):
-                raise
+        except (FileNotFoundError, PermissionError, UserError) as error:
             raise ShardLost(f"shard {path!r} can no longer be read: {error}") from error
 
     def _pair(self, shard: int, row: int, read: Callable[[int, int], bytes]) -> Pair:

@@ -10,9 +10,19 @@ from data_pipelines.errors import UserError
 
 def did_you_mean(name: str, candidates: Collection[str]) -> str:
     """What a message adds about an unknown name: "; there are a, b, c", and the close one if there is one."""
-    close = difflib.get_close_matches(name, candidates, 1, 0.5)
+    close = difflib.get_close_matches(name, set(candidates) - {name}, 1, 0.5)
     meant = f", did you mean {close[0]!r}?" if close else ""
     return f"; there are {', '.join(sorted(candidates)) or 'none'}{meant}"
+
+
+def _how_to_name_one(columns: Collection[str]) -> str:
+    """What a message adds if no column of a file holds images."""
+    found = f"; there are {', '.join(sorted(columns)) or 'none'}"
+    for separator in ";\t|":
+        if len(columns) == 1 and separator in min(columns):
+            return f"{found}: separate columns with commas, or with tabs in a file called .tsv"
+    close = difflib.get_close_matches("image", set(columns) - {"image"}, 1, 0.5)
+    return f"{found}; rename {repr(close[0]) if close else 'the right one'} to 'image'"
 
 
 def parse_object(text: str | bytes) -> dict | None:
@@ -40,8 +50,5 @@ def check_image(path: str, notes: Mapping[str, object], image: str | None) -> st
         raise UserError(f"shard {os.fspath(path)!r} has no image column {image!r}{did_you_mean(image, columns)}")
     found = image or notes["image"]
     if found is None:
-        raise UserError(
-            f"shard {os.fspath(path)!r} has no column with images; there are {', '.join(sorted(columns))}; "
-            "rename the right one to 'image'"
-        )
+        raise UserError(f"shard {os.fspath(path)!r} has no column with images{_how_to_name_one(columns)}")
     return found

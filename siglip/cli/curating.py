@@ -42,10 +42,10 @@ class CurateArgs:
         tokenizer: SentencePiece model, if the model has none.
         concepts: file of concepts for --concept-cap, one per line or a JSON list.
         batch_size: pairs per forward pass of the model.
-        workers: number of processes; 0 is one per core.
-        engine: local computes on this machine, ray on a cluster; then --out is on storage that all its machines share.
-        address: the cluster's head, HOST:PORT, auto on one of its machines, or ray://HOST:PORT; without it, ray starts here.
-        gpus_per_task: GPUs of the cluster for each task that uses the model; with 0, about one task runs per machine.
+        workers: processes; 0 is one per core.
+        engine: local computes on this machine, ray on a cluster; --out is then on storage that all its machines share.
+        address: of the cluster's head, HOST:PORT, auto on one of its machines, or ray://HOST:PORT; without it, ray starts here.
+        gpus_per_task: of a cluster, for each task that uses the model; with 0 about one task a machine.
         materialize: also write the kept pairs as shards to DIR/shards.
     """
 
@@ -70,10 +70,12 @@ class StatsArgs:
     """What a curation found, or what shards hold before one.
 
     Attributes:
-        paths: the folder of a curation, or shards.
+        places: the folder of a curation, or shards.
+        captions: fields to take the caption from, the first that a pair has.
     """
 
-    paths: tyro.conf.Positional[tuple[str, ...]]
+    places: tyro.conf.Positional[tuple[str, ...]]
+    captions: tuple[str, ...] = ("txt",)
 
 
 def curate_command(args: list[str]) -> None:
@@ -116,20 +118,24 @@ def curate_command(args: list[str]) -> None:
 def stats_command(args: list[str]) -> None:
     """Prints the funnel of a curation, or what some shards hold."""
     options = parse(StatsArgs, args, prog="siglip data stats")
-    if not options.paths:
-        raise UserError("no path given; name the folder of a curation, or shards")
-    if len(options.paths) == 1 and (Path(options.paths[0]) / FUNNEL_FILE).is_file():
-        print(format_funnel(json.loads((Path(options.paths[0]) / FUNNEL_FILE).read_text())))
+    if not options.places:
+        raise UserError("no place given; name the folder of a curation, or shards")
+    if len(options.places) == 1 and (Path(options.places[0]) / FUNNEL_FILE).is_file():
+        path = Path(options.places[0]) / FUNNEL_FILE
+        try:
+            print(format_funnel(json.loads(path.read_text())))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not the funnel of a curation ({error!r}); curate again") from error
         return
     with Watch() as watch, LocalEngine() as engine:
-        stats = describe(options.paths, engine=engine, progress=watch)
+        stats = describe(options.places, captions=options.captions, engine=engine, progress=watch)
     print(format_stats(stats))
 
 
 def _engine(options: CurateArgs) -> LocalEngine | RayEngine:
     if options.engine == "ray":
         if options.address is not None and options.workers:
-            raise UserError(f"--workers {options.workers} is for this machine; leave it out with --address")
+            raise UserError(f"--workers {options.workers} is of this machine; those of --address have their own number")
         gpus = options.gpus_per_task
         return RayEngine(Path(options.out), address=options.address, workers=options.workers, gpus_per_task=gpus)
     for flag, value in (("--address", options.address), ("--gpus-per-task", options.gpus_per_task)):
@@ -139,9 +145,9 @@ def _engine(options: CurateArgs) -> LocalEngine | RayEngine:
 
 
 class ModelScorer:
-    """A model as the scorer that `curate` takes. jax is imported here, so that only a run with a model pays for it.
+    """A model as the scorer that `curate` takes. Loaded here, so that only a run that asks for it pays for jax.
 
-    It is pickled as its arguments: a process that unpickles it loads the model once and keeps it.
+    Pickled it is what it was made from: a process that unpickles it loads the model, once, and keeps it.
     """
 
     def __init__(self, src: str, tokenizer: str | None, batch_size: int):
@@ -164,7 +170,7 @@ class ModelScorer:
         return self._tower.embed_texts(texts)
 
     def _probe(self) -> np.ndarray:
-        """The embeddings of a fixed image and text, which identify the weights."""
+        """What the model makes of a fixed picture and text: other weights, another answer."""
         ramp = np.arange(int(np.prod(self.image_size)) * 3, dtype=np.uint32).astype(np.uint8)
         return np.concatenate([self.embed_images(ramp.reshape(1, *self.image_size, 3)), self.embed_texts(["a probe"])])
 
@@ -172,9 +178,7 @@ class ModelScorer:
 @functools.lru_cache(1)
 def _unpickled_scorer(src: str, tokenizer: str | None, batch_size: int, fingerprint: str) -> ModelScorer:
     scorer = ModelScorer(src, tokenizer, batch_size)
-    scorer.fingerprint = (
-        fingerprint  # that of the process that pickled it, since another accelerator's last digits differ
-    )
+    scorer.fingerprint = fingerprint  # of the process that pickled it: another accelerator's last digits differ
     return scorer
 
 
@@ -240,7 +244,7 @@ def format_stats(stats: Mapping) -> str:
 
 
 def _preset_rules(args: list[str]) -> CurateConfig:
-    """The rules of --preset, found before the flags are parsed, since these change them."""
+    """What --preset starts from, found before the flags are parsed since these change it."""
     for place, arg in enumerate(args):
         name, is_flag, value = arg.partition("=")
         if name == "--preset":

@@ -97,7 +97,7 @@ def test_bad_lists(tmp_path):
     (tmp_path / "blank.jsonl").write_text("\n\n")
     for name, message in (
         ("header.csv", "has no rows"),
-        ("columns.csv", "no column with images; there are picture;txt; rename the right one to .image."),
+        ("columns.csv", "no column with images; there are picture;txt: separate columns with commas"),
         ("quote.csv", "is not CSV at line 2"),
         ("text.jsonl", "does not begin with a JSON object"),
         ("blank.jsonl", "has no rows"),
