@@ -46,7 +46,7 @@ class CurateArgs:
         engine: local computes on this machine, ray on a cluster; --out is then on storage that all its machines share.
         address: of the cluster's head, HOST:PORT, auto on one of its machines, or ray://HOST:PORT; without it, ray starts here.
         gpus_per_task: of a cluster, for each task that uses the model; with 0 about one task a machine.
-        materialize: also write the kept pairs as shards to DIR/shards.
+        materialize: also write the kept pairs as shards into DIR/shards.
     """
 
     shards: tyro.conf.Positional[tuple[str, ...]]
