@@ -3,17 +3,17 @@
 #
 #   TPU=name ZONE=us-west4-a launch/tpu-pod.sh configs/quickstart.py /shared/runs/quickstart [flags …]
 #
-# Every worker needs this repository with its .venv in ~/siglip, and the same shared folder (a Filestore share, or a bucket
-# mounted with gcsfuse) under the same path. Once:
+# Every worker needs this repository with its .venv in ~/siglip, and a shared folder (a Filestore share, or a bucket mounted
+# with gcsfuse) under the same path. Set up once:
 #
 #   gcloud compute tpus tpu-vm ssh NAME --zone ZONE --worker=all --command '
 #     git clone REPOSITORY siglip && cd siglip && python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e ".[tpu]"
 #     sudo mkdir -p /shared && sudo mount -t nfs ADDRESS:/share /shared'
 #
-# The workers find each other through the metadata server. This script starts them again when they stop, until the run is
-# done, the input is bad (exit code 2) or it has tried 50 times. Ctrl-C here stops the script; to stop the run, send SIGTERM to
-# one worker (--worker=0 --command 'pkill -TERM -f "siglip train"'): all save the same step.
-# A spot TPU is taken away without a signal to processes started through ssh: what counts is checkpoint.every_steps.
+# The workers find each other through the metadata server. When they stop, this script starts them again, until the run is done,
+# the input is bad (exit code 2), or it has tried 50 times. Ctrl-C stops only this script. To stop the run, send SIGTERM to one
+# worker (--worker=0 --command 'pkill -TERM -f "siglip train"'): all save the same step.
+# A spot TPU is reclaimed without a signal to processes started through ssh; it loses at most checkpoint.every_steps.
 
 set -uo pipefail
 tpu=${TPU:?the name of the TPU} zone=${ZONE:?its zone}
@@ -21,7 +21,7 @@ config=${1:?a recipe, such as configs/quickstart.py}
 workdir=${2:?a folder that all workers share}
 shift 2
 
-# Commented: flags for the compiler; docs/scaling.md says which are worth trying.
+# Compiler flags, commented out; docs/scaling.md says which are worth trying.
 environment="JAX_COMPILATION_CACHE_DIR=$(printf %q "$(dirname "$workdir")/xla-cache")" # LIBTPU_INIT_ARGS=...
 arguments=$(printf ' %q' "$config" --workdir "$workdir" --log.progress False "$@")
 

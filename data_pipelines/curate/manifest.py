@@ -23,7 +23,7 @@ from data_pipelines.curate import scores
 from data_pipelines.curate.config import DUPLICATES, LEAKS, REPAIRS, CurateConfig, in_order
 from data_pipelines.curate.layout import VERDICT, Work
 from data_pipelines.curate.shuffle import Shuffle
-from data_pipelines.curate.tables import SLOTS, write_table
+from data_pipelines.curate.tables import CONTENT, EXTENTS, write_table
 
 EXAMPLES = 10
 _BEFORE_AND_AFTER = ("languages", "sides", "scores")
@@ -35,13 +35,8 @@ MANIFEST_SCHEMA = pa.schema(
         ("key", pa.string()),
         ("shard", pa.string()),
         ("index", pa.int32()),
-        *((f"{slot}_{name}", pa.int64()) for slot in SLOTS for name in ("offset", "bytes")),
-        ("format", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("caption", pa.string()),
-        ("language", pa.string()),
-        ("sha256", pa.string()),
+        *EXTENTS,
+        *CONTENT,
         ("pixel_hash", pa.string()),
         ("perceptual_hash", pa.uint64()),
         ("score", pa.float32()),

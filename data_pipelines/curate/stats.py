@@ -26,10 +26,10 @@ def describe(
 ) -> dict:
     """Counts over every pair: {pairs, shards, problems, formats, languages, sides_px, words, faults}.
 
-    captions: fields to take the caption from, the first that a pair has.
+    captions: the fields to take the caption from; the first that a pair has is used.
 
     Raises:
-      FileNotFoundError: a pattern matches nothing, or a shard is gone.
+      FileNotFoundError: a pattern matches nothing, or a shard does not exist.
       UserError: no pair can be read.
     """
     names, config = expand_shards(shards), CurateConfig(captions=tuple(captions))

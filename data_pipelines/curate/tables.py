@@ -7,21 +7,18 @@ import pyarrow.parquet as pq
 
 from data_pipelines.atomic import new_file
 
-_EXTENT = [("offset", pa.int64()), ("bytes", pa.int64())]
 SLOTS = ("image", "txt", "json")
+EXTENTS = [(f"{slot}_{name}", pa.int64()) for slot in SLOTS for name in ("offset", "bytes")]
+CONTENT = [("format", pa.string()), ("width", pa.int32()), ("height", pa.int32())]
+CONTENT += [(name, pa.string()) for name in ("caption", "language", "sha256")]
 
 # One row per pair. hashes: uint64s of the whole image and its crops; thumbnail: a JPEG of 64 x 64.
 SCAN_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("index", pa.int32()),
-        *((f"{slot}_{name}", kind) for slot in SLOTS for name, kind in _EXTENT),
-        ("format", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("caption", pa.string()),
-        ("language", pa.string()),
-        ("sha256", pa.string()),
+        *EXTENTS,
+        *CONTENT,
         ("pixel_hash", pa.binary(16)),
         ("hashes", pa.binary()),
         ("thumbnail", pa.binary()),

@@ -15,6 +15,16 @@ def did_you_mean(name: str, candidates: Collection[str]) -> str:
     return f"; there are {', '.join(sorted(candidates)) or 'none'}{meant}"
 
 
+def _how_to_name_one(columns: Collection[str]) -> str:
+    """What a message adds if no column of a file holds images."""
+    found = f"; there are {', '.join(sorted(columns)) or 'none'}"
+    for separator in ";\t|":
+        if len(columns) == 1 and separator in min(columns):
+            return f"{found}: separate columns with commas, or with tabs in a file called .tsv"
+    close = difflib.get_close_matches("image", set(columns) - {"image"}, 1, 0.5)
+    return f"{found}; rename {repr(close[0]) if close else 'the right one'} to 'image'"
+
+
 def parse_object(text: str | bytes) -> dict | None:
     """The JSON object in a text; None if it holds anything else."""
     try:
@@ -22,16 +32,6 @@ def parse_object(text: str | bytes) -> dict | None:
     except (ValueError, RecursionError):  # RecursionError: nested a thousand deep
         return None
     return parsed if isinstance(parsed, dict) else None
-
-
-def _how_to_name_it(columns: Collection[str]) -> str:
-    """What a message adds about a file that has no image column: its columns and how to fix it."""
-    note = f"; there are {', '.join(sorted(columns)) or 'none'}"
-    for separator in ";\t|":
-        if len(columns) == 1 and separator in min(columns):
-            return f"{note}: separate columns with commas, or with tabs in a file called .tsv"
-    close = difflib.get_close_matches("image", set(columns) - {"image"}, 1, 0.5)
-    return f"{note}; rename {close[0]!r} to 'image'" if close else note
 
 
 def check_image(path: str, notes: Mapping[str, object], image: str | None) -> str:
@@ -50,5 +50,5 @@ def check_image(path: str, notes: Mapping[str, object], image: str | None) -> st
         raise UserError(f"shard {os.fspath(path)!r} has no image column {image!r}{did_you_mean(image, columns)}")
     found = image or notes["image"]
     if found is None:
-        raise UserError(f"shard {os.fspath(path)!r} has no column with images{_how_to_name_it(columns)}")
+        raise UserError(f"shard {os.fspath(path)!r} has no column with images{_how_to_name_one(columns)}")
     return found

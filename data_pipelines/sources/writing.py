@@ -3,9 +3,9 @@
     with TarWriter("00000.tar") as shard:
         shard.write(pair)
 
-What is written reads back as the same pairs. The same pairs give the same bytes: no times and no user names are stored. A
-shard has another name until it is whole and on disk, so an unfinished one is never taken for a shard; after an error nothing
-is left.
+What is written reads back as the same pairs. The same pairs give the same bytes: no times, no users.
+
+A shard appears under its name when it is whole and on disk; after an error nothing stays behind.
 """
 
 import contextlib
@@ -25,29 +25,33 @@ _ONE_BY_ONE = "group_size:1"
 
 
 class _ShardWriter:
-    """Base of the writers: a format adds `_begin`, `_end` and `write`."""
+    """Writes `path` under another name, and renames it when the block ends without an error."""
 
     def __init__(self, path: str | os.PathLike):
-        self._path = Path(path)
+        self.path = os.fspath(path)
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
-            partial = stack.enter_context(new_file(self._path))
-            self._begin(os.fspath(partial))
-            stack.callback(_sync, partial)
-            stack.callback(self._end)
+            self._partial = os.fspath(stack.enter_context(new_file(Path(self.path))))
+            self._begin()
+            stack.push(self._close)
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error) -> None:
-        self._stack.__exit__(*error)
+    def __exit__(self, *raised) -> None:
+        self._stack.__exit__(*raised)
+
+    def _close(self, kind, error, traceback) -> None:
+        self._end()
+        if kind is None:
+            _sync(self._partial)
 
 
 class TarWriter(_ShardWriter):
     """One tar: KEY.jpg (or png, webp, …), KEY.txt (KEY.0.txt, … for further captions), KEY.json, KEY.cls."""
 
-    def _begin(self, path: str) -> None:
-        self._archive = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)
+    def _begin(self) -> None:
+        self._archive = tarfile.open(self._partial, "w", format=tarfile.PAX_FORMAT)
 
     def _end(self) -> None:
         self._archive.close()
@@ -75,10 +79,10 @@ class TarWriter(_ShardWriter):
 class ArrayRecordWriter(_ShardWriter):
     """One ArrayRecord shard: features `key`, `image`, `txt` (one value per caption), `cls`, and `json` for all other fields."""
 
-    def _begin(self, path: str) -> None:
+    def _begin(self) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter as Writer
 
-        self._writer = Writer(path, _ONE_BY_ONE)
+        self._writer = Writer(self._partial, _ONE_BY_ONE)
 
     def _end(self) -> None:
         self._writer.close()
@@ -110,6 +114,6 @@ def _extension(image: bytes) -> str:
     return next((extension for magic, extension in _EXTENSIONS if image.startswith(magic)), "jpg")
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
+def _sync(path: str) -> None:
+    with open(path, "rb") as file:
         os.fsync(file.fileno())

@@ -148,9 +148,9 @@ def _engine(options: CurateArgs) -> LocalEngine | RayEngine:
 
 
 class ModelScorer:
-    """A model as the scorer that `curate` takes. jax is imported here, so that only a run with a model pays for it.
+    """A model as the scorer that `curate` takes. Loaded here, so that only a run that asks for it pays for jax.
 
-    It is pickled as its arguments: a process that unpickles it loads the model once and keeps it.
+    Pickled it is what it was made from: a process that unpickles it loads the model, once, and keeps it.
     """
 
     def __init__(self, src: str, tokenizer: str | None, batch_size: int):
@@ -169,7 +169,7 @@ class ModelScorer:
         return _unpickled_scorer, (*self._made_from, self.fingerprint)
 
     def _probe(self) -> np.ndarray:
-        """The embeddings of a fixed image and text, which identify the weights."""
+        """What the model makes of a fixed picture and text: other weights, another answer."""
         ramp = np.arange(int(np.prod(self.image_size)) * 3, dtype=np.uint32).astype(np.uint8)
         return np.concatenate([self.embed_images(ramp.reshape(1, *self.image_size, 3)), self.embed_texts(["a probe"])])
 
@@ -177,9 +177,7 @@ class ModelScorer:
 @functools.lru_cache(1)
 def _unpickled_scorer(src: str, tokenizer: str | None, batch_size: int, fingerprint: str) -> ModelScorer:
     scorer = ModelScorer(src, tokenizer, batch_size)
-    scorer.fingerprint = (
-        fingerprint  # that of the process that pickled it, since another accelerator's last digits differ
-    )
+    scorer.fingerprint = fingerprint  # of the process that pickled it: another accelerator's last digits differ
     return scorer
 
 
