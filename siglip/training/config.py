@@ -143,7 +143,7 @@ class TrainConfig:
 CONFIG_CLASSES = (
     TrainConfig, EvalConfig, EvalTask, DataConfig, SourceConfig, AugmentConfig, BlockShuffle, NoiseConfig,
     ModelConfig, ImageConfig, TextConfig, InitConfig, SourceModel, SourceImage, SourceText,
-    OptimConfig, MeshConfig, LossConfig, CheckpointConfig, LogConfig, DistributedConfig,
+    OptimConfig, MeshConfig, LossConfig, Term, CheckpointConfig, LogConfig, DistributedConfig,
 )  # fmt: skip
 
 
