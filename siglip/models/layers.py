@@ -122,7 +122,7 @@ class Encoder(nn.Module):
         sharded = layout is not None and layout.shards(f"{re.escape(path)}/encoderblock.*")
 
         def body(block: Block, x: Array, _: None) -> tuple[Array, None]:
-            # The loop's carry has no sharding of its own: without a word the compiler may split it some other way.
+            # The loop's carry has no sharding of its own: unless told, the compiler may split it some other way.
             x = x if layout is None else layout.batch(x)
             return block(x), None
 

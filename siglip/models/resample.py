@@ -3,8 +3,8 @@
     positions:  bilinear between aligned corners, without antialias     (the published models, scipy.ndimage.zoom of order 1)
     patches:    ŵ = (Bᵀ)⁺ w for the resize B of a patch                 (FlexiViT, arXiv:2212.08013, section 3.4)
 
-The trap: the two are resized differently. Positions are points at the corners of a grid; a patch is a small picture, so it goes
-through the resize that pictures go through: edges aligned, antialiased.
+The trap: the two are resized differently. Positions are points at the corners of a grid; a patch is a small image, so it goes
+through the resize that images go through: edges aligned, antialiased.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ def resample(
     image_size: tuple[int, int] | None = None,
     patch_size: tuple[int, int] | None = None,
 ) -> tuple[dict[str, Any], ModelConfig]:
-    """The same model for pictures of another (height, width), cut into patches of another (height, width), in pixels.
+    """The same model for images of another (height, width), cut into patches of another (height, width), in pixels.
 
     None keeps what the model has. Learned positions change with the grid, the patch kernel with the patch.
 

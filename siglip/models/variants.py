@@ -43,7 +43,7 @@ def parse_variant(name: str) -> tuple[Variant, int | None]:
     """Sizes and patch of a name: "So400m/14" -> (the So400m sizes, 14), "B" -> (the B sizes, None).
 
     Raises:
-        ValueError: the size is not in the table, or what follows the slash is no positive number.
+        ValueError: the size is not in the table, or what follows the slash is not a positive number.
     """
     size, slash, patch = name.partition("/")
     if size not in VARIANTS:

@@ -5,7 +5,7 @@ The batch is sharded over both axes, the parameters over `fsdp` alone (replicate
 average follow the parameters. A `ParamLayout` tells the towers: it gathers one block's weights where the block runs and
 scatters their gradients back at once, so that no device ever holds the whole of a tower.
 
-The traps: a dimension that does not divide by the axis stays replicated without a word from the compiler, and a model that
+The traps: a dimension that does not divide by the axis silently stays replicated, and a model that
 was meant to be sharded then needs the memory of a replicated one: here that is an error. Left alone, the compiler does not
 gather weights at all but moves the activations, many times their size. `jax.make_mesh` makes Explicit axes by default, in
 which flax Linen's Dense fails: axis types are always given here.

@@ -15,8 +15,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from siglip.errors import UserError
-
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
 
@@ -58,7 +56,7 @@ def read(compiled: Any) -> CompiledStats:
     """The stats of a `jax.stages.Compiled`.
 
     Raises:
-        ValueError: if the program has a loop whose number of turns cannot be told from its text.
+        ValueError: if the program has a loop whose number of turns its text does not give.
     """
     memory = compiled.memory_analysis()
     program = _Program(compiled.as_text())
@@ -113,7 +111,7 @@ class _Program:
             if i.opcode == "constant"
         ]
         if len(limits) != 1:
-            raise UserError(f"loop %{loop.name} of the compiled program does not tell how often it runs")
+            raise ValueError(f"loop %{loop.name} of the compiled program does not tell how often it runs")
         return limits[0]
 
     def walk(self) -> Iterator[tuple[int, _Instruction]]:
