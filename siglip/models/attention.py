@@ -6,9 +6,9 @@
   and backward.
 - "cudnn": flash attention of cuDNN (NVIDIA, Ampere or later): no n x n array.
 - "splash": flash attention as a Pallas kernel (TPU): no n x n array. The sequence is padded to whole tiles and, as the compiler
-  does not partition Pallas kernels, it runs under `shard_map`, each device on its own pictures.
+  does not partition Pallas kernels, it runs under `shard_map`, each device on its own images.
 
-A kernel is chosen when the step is made: "auto" by the mesh's devices, anything else is taken at its word or refused.
+A kernel is chosen when the step is made: "auto" by the mesh's devices, any other choice is used as given or refused.
 
 The trap: fused kernels see the batch, never a gathered sequence; masks, dropout on the weights and cross-attention with one
 query (the MAP head) stay with "xla".
@@ -126,7 +126,7 @@ def choose_kernel(
 
 
 def _cudnn_obstacle(device: Any, head_dim: int, dtype: str) -> str | None:
-    # Devices that only describe a topology, for compiling ahead of time, do not always say; AMD's is no number.
+    # Devices that only describe a topology, for compiling ahead of time, do not always say; AMD's is not a number.
     capability = str(getattr(device, "compute_capability", "8.0"))
     if device.platform != "gpu" or not re.fullmatch(r"\d+(\.\d+)?", capability):
         return f"an NVIDIA GPU, not {device.device_kind if device.platform == 'gpu' else device.platform}"

@@ -122,7 +122,7 @@ class Encoder(nn.Module):
         sharded = layout is not None and layout.shards(f"{re.escape(path)}/encoderblock.*")
 
         def body(block: Block, x: Array, _: None) -> tuple[Array, None]:
-            # The loop's carry has no sharding of its own: without a word the compiler may split it some other way.
+            # The loop's carry has no sharding of its own: unless told, the compiler may split it some other way.
             x = x if layout is None else layout.batch(x)
             return block(x), None
 
@@ -151,8 +151,15 @@ def _on_params(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda variables: {"params": function(variables["params"])} if "params" in variables else variables
 
 
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    # The gather is a custom VJP around constraints, by whichever name jax has it at this point. A fused attention kernel is
+    # one too: it runs again in the backward pass. jax's policies by `checkpoint_name` cannot say this: they keep the unnamed
+    # value just before the name, which is the gathered one. A `jax.checkpoint` around the gather is overruled by this one.
+    return primitive.name != "sharding_constraint" and not primitive.name.startswith("custom_vjp_call")
+
+
 _POLICIES = {
-    "none": jax.checkpoint_policies.everything_saveable,  # but gathered weights, see ParamLayout.gather_block
+    "none": _all_but_gathered,  # taken under FSDP only
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }

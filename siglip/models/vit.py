@@ -105,7 +105,7 @@ def sincos2d(grid: tuple[int, int], width: int) -> Float[np.ndarray, "1 n d"]:
 
 class PatchEmbed(nn.Module):
     """A convolution whose stride is its kernel, done as one matrix product: the same function, faster on every
-    device. With `keep`, only those patches of each picture are embedded."""
+    device. With `keep`, only those patches of each image are embedded."""
 
     patch: tuple[int, int]
     width: int
@@ -177,9 +177,9 @@ class ViT(nn.Module):
             x = nn.Dense(self.out_dim, kernel_init=nn.initializers.lecun_normal(), name="head")(x)
         return x, out
 
-    def _some_patches(self, pictures: int) -> Int[Array, "b k"]:
-        """Which patches of each picture stay: a random choice without repetition."""
-        draws = jax.random.uniform(self.make_rng("dropout"), (pictures, self.config.grid[0] * self.config.grid[1]))
+    def _some_patches(self, images: int) -> Int[Array, "b k"]:
+        """Which patches of each image stay: a random choice without repetition."""
+        draws = jax.random.uniform(self.make_rng("dropout"), (images, self.config.grid[0] * self.config.grid[1]))
         return jax.lax.top_k(draws, self.config.kept_patches)[1]
 
     def _positions(self) -> Float[Array, "1 n d"]:

@@ -5,7 +5,7 @@ The batch is sharded over both axes, the parameters over `fsdp` alone (replicate
 average follow the parameters. A `ParamLayout` tells the towers: it gathers one block's weights where the block runs and
 scatters their gradients back at once, so that no device ever holds the whole of a tower.
 
-The traps: a dimension that does not divide by the axis stays replicated without a word from the compiler, and a model that
+The traps: a dimension that does not divide by the axis silently stays replicated, and a model that
 was meant to be sharded then needs the memory of a replicated one: here that is an error. Left alone, the compiler does not
 gather weights at all but moves the activations, many times their size. `jax.make_mesh` makes Explicit axes by default, in
 which flax Linen's Dense fails: axis types are always given here.
@@ -282,8 +282,6 @@ class ParamLayout:
     def gather_block(self, params: Mapping[str, Any], *, prefix: str, dtype: Any) -> dict[str, Any]:
         """One block's parameters, whole on every device; their gradients are scattered as soon as they exist.
 
-        Gathered weights are not kept for the backward pass of a block under `jax.checkpoint`: it gathers them again.
-
         Args:
             prefix: the block's path, ending in "/"; the parameters of a block of a stack have lost their layer axis.
             dtype: of the block's matrix products: kernels are cast to it before they travel.
@@ -297,8 +295,7 @@ class ParamLayout:
                 return leaf
             leaf = leaf.astype(dtype) if path.endswith("kernel") else leaf
             where = NamedSharding(self.mesh, PartitionSpec(*spec[1:]) if _STACKED.fullmatch(prefix) else spec)
-            # A checkpoint within that of the block: whatever the block's policy keeps, it is not the whole weights.
-            return jax.checkpoint(lambda shard: _gather(shard, where), prevent_cse=False)(leaf)
+            return _gather(leaf, where)
 
         return trees.map_with_path(gather_leaf, params)
 

@@ -56,7 +56,7 @@ def read(compiled: Any) -> CompiledStats:
     """The stats of a `jax.stages.Compiled`.
 
     Raises:
-        ValueError: if the program has a loop whose number of turns cannot be told from its text.
+        ValueError: if the program has a loop whose number of turns its text does not give.
     """
     memory = compiled.memory_analysis()
     program = _Program(compiled.as_text())

@@ -120,7 +120,7 @@ BAD_INPUT = (UserError, data_errors.UserError)
 CONFIG_CLASSES = (
     TrainConfig, EvalConfig, *task_classes().values(), DataConfig, SourceConfig, AugmentConfig, BlockShuffle, NoiseConfig,
     ModelConfig, ImageConfig, TextConfig, InitConfig, SourceModel, SourceImage, SourceText,
-    OptimConfig, MeshConfig, LossConfig, CheckpointConfig, LogConfig, DistributedConfig,
+    OptimConfig, MeshConfig, LossConfig, Term, CheckpointConfig, LogConfig, DistributedConfig,
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from siglip.models.two_tower import ModelConfig
 from siglip.models.variants import Variant
 
 # Dense bfloat16 FLOP/s of one jax device, by the start of its kind; the first that matches counts. Sources: the vendors' data
-# sheets. A v4 or v5p device is a whole chip.
+# sheets. A v4, v5p or v6e device is a whole chip; a 7x chip is two devices.
 PEAK_BF16_FLOPS = (
     ("NVIDIA H200", 989e12),
     ("NVIDIA H100 PCIe", 756e12),
@@ -26,7 +26,7 @@ PEAK_BF16_FLOPS = (
     ("TPU v5e", 197e12),
     ("TPU v5", 459e12),
     ("TPU v6", 918e12),
-    ("TPU7x", 2307e12),
+    ("TPU7x", 2307e12 / 2),
 )
 
 

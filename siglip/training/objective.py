@@ -10,6 +10,7 @@ in `TrainConfig.terms`, and, if it reads more than images and texts, a field of 
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -150,6 +151,7 @@ def make_objective(
     Raises:
         ValueError: if the model asks for an attention kernel that cannot run on the devices of `layout`.
     """
+    assert total_steps > 0 or not any(term.start for term in terms), "a start is a fraction of total_steps"
     module = make_model(model, layout=layout)
     start_steps = {term.name: round(term.start * total_steps) for term in terms}
 
@@ -158,11 +160,9 @@ def make_objective(
         towers = Towers(*module.apply({"params": params}, batch, train=True, rngs={"dropout": key}))
         separate, metrics = jnp.zeros(()), {}
         for term in terms:
-
-            def compute(term: Term = term) -> tuple[Float[Array, ""], Metrics]:
-                place, draws = layout.within(term.name), jax.random.fold_in(key, _number(term.name))
-                return term.forward(params.get(term.name, {}), batch, draws, towers=towers, model=model, layout=place)
-
+            own, draws = params.get(term.name, {}), jax.random.fold_in(key, _number(term.name))
+            options = {"towers": towers, "model": model, "layout": layout.within(term.name)}
+            compute = functools.partial(term.forward, own, batch, draws, **options)
             total, found = compute() if term.start == 0 else _from_step(start_steps[term.name], step, compute)
             separate += term.weight * total
             metrics |= {term.name: total} | {f"{term.name}/{name}": value for name, value in found.items()}

@@ -275,8 +275,8 @@ def test_bytes_are_normalised_inside_and_float_pixels_taken_as_they_are():
     params = random_params(config)
     zimg = apply({"params": params}, {"image": pixels})[0]
     close(zimg, apply({"params": params}, {"image": normalize_pixels(pixels)})[0])
-    ends = normalize_pixels(np.array([0, 255], np.uint8).reshape(2, 1, 1, 1))
-    np.testing.assert_array_equal(ends.ravel(), [-1, 1])
+    ends = normalize_pixels(np.array([0, 255, 255], np.uint8).reshape(1, 1, 1, 3))
+    np.testing.assert_array_equal(ends.ravel(), [-1, 1, 1])
 
 
 @pytest.mark.parametrize("grid, width", [((4, 6), 16), ((3, 3), 8)])

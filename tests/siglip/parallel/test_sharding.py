@@ -104,6 +104,30 @@ def test_actions_are_checked_and_a_model_of_small_parameters_is_not_sharded_sile
         specs(STACK, MeshConfig(fsdp=2))
 
 
+def test_blocks_of_every_tower_and_head_are_left_to_the_module_that_runs_them():
+    mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    paths = {
+        "img/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel": P(None, "fsdp"),
+        "caption/Decoder_0/decoderblock/MlpBlock_0/Dense_0/kernel": P(None, "fsdp"),
+        "caption/Decoder_0/decoderblock_3/MlpBlock_0/Dense_0/kernel": P("fsdp"),
+        "img/MAPHead_0/MlpBlock_0/Dense_0/kernel": P("fsdp"),
+        "caption/head/kernel": P("fsdp"),
+    }
+    leaf = np.arange(2 * 4 * 6, dtype=np.float32).reshape(2, 4, 6)
+    params = {path: jax.device_put(leaf, jax.NamedSharding(mesh, spec)) for path, spec in paths.items()}
+    layout = ParamLayout.of(trees.unflatten(params))
+    gathered = trees.flatten(jax.jit(layout.gather_outside_blocks)(trees.unflatten(params)))
+    assert {path for path, x in gathered.items() if x.sharding.is_fully_replicated} == {
+        "img/MAPHead_0/MlpBlock_0/Dense_0/kernel", "caption/head/kernel"
+    }  # fmt: skip
+    caption, inner = layout.within("caption"), "MlpBlock_0/Dense_0/kernel"
+    gather = functools.partial(caption.gather_block, prefix="Decoder_0/decoderblock_3/", dtype=jnp.float32)
+    whole = jax.jit(gather)(trees.unflatten({inner: params["caption/Decoder_0/decoderblock_3/" + inner]}))
+    assert trees.flatten(whole)[inner].sharding.is_fully_replicated
+    with pytest.raises(AssertionError, match="Decoder_0/layer_3/ is not named as a block"):
+        caption.gather_block({}, prefix="Decoder_0/layer_3/", dtype=jnp.float32)
+
+
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_the_optimizer_state_follows_the_parameters(name):
     model = dataclasses.replace(MODEL, image=dataclasses.replace(MODEL.image, width=48, num_heads=2), out_dim=(32, 32))

@@ -58,4 +58,5 @@ def test_peaks_are_found_by_kind():
     assert flops.peak_flops("NVIDIA H100 PCIe") == 756e12
     assert flops.peak_flops("TPU v5 lite") == 197e12
     assert flops.peak_flops("TPU v5p") == 459e12
+    assert flops.peak_flops("TPU7x") == 2307e12 / 2  # jax shows each half of a chip as a device
     assert flops.peak_flops("cpu") is None

@@ -16,6 +16,7 @@ import siglip
 from siglip import trees
 from siglip.exporting.export import export
 from siglip.models.layers import Encoder
+from siglip.models.two_tower import param_shapes
 from siglip.models.variants import Variant
 from siglip.parallel.sharding import MeshConfig, ParamLayout, make_mesh, put_batch
 from siglip.training.accumulation import make_value_and_grad
@@ -23,8 +24,8 @@ from siglip.training.loop import train
 from siglip.training.objective import LossConfig, Term, all_param_shapes, init_all_params, make_objective
 from siglip.training.optim import OptimConfig
 from siglip.training.signals import Interrupted
-from siglip.training.step import make_abstract_state
-from siglip.training.warm_start import InitConfig
+from siglip.training.step import init_state, make_abstract_state
+from siglip.training.warm_start import InitConfig, put, read_initial
 from siglip.workdir.checkpoint import CheckpointConfig, read_run_params
 from siglip.workdir.metrics import read_metrics
 from tests.siglip.tiny_run import MODEL, TinyBatches, tiny_config, use_devices
@@ -90,6 +91,11 @@ def flat(params):
     return trees.flatten(jax.device_get(params))
 
 
+@functools.cache
+def fresh_params(terms):
+    return flat(jax.jit(lambda: init_all_params(MODEL, terms, jax.random.key(0)))())
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(workdir, final state) of eight steps, of which the term has the last four."""
@@ -118,7 +124,7 @@ def test_a_checkpoint_restores_across_the_start_of_a_term_bit_for_bit(run, stop,
         train(config, Stops(stop - 1))
     saved, _, step = read_run_params(tmp_path)
     assert step == stop
-    fresh = flat(jax.jit(lambda: init_all_params(MODEL, LATE, jax.random.key(0)))())
+    fresh = fresh_params(LATE)
     moved = {path for path, leaf in trees.flatten(saved).items() if np.any(leaf != fresh[path])}
     # Before its start nothing of a term moves, by weight decay either.
     assert any(path.startswith("colour/") for path in moved) == (stop > 4)
@@ -130,8 +136,7 @@ def test_a_checkpoint_restores_across_the_start_of_a_term_bit_for_bit(run, stop,
 
 def test_a_term_that_waits_changes_no_other_parameter(run, tmp_path, monkeypatch):
     use_devices(monkeypatch, 1)
-    plain = flat(jax.jit(lambda: init_all_params(MODEL, (), jax.random.key(0)))())
-    both = flat(jax.jit(lambda: init_all_params(MODEL, LATE, jax.random.key(0)))())
+    plain, both = fresh_params(()), fresh_params(LATE)
     assert {path for path in both if path not in plain} == {path for path in both if path.startswith("colour/")}
     for path, leaf in plain.items():
         np.testing.assert_array_equal(both[path], leaf)
@@ -152,16 +157,17 @@ def test_what_is_loaded_and_exported_is_the_model_alone(run, tmp_path):
         assert stored.files and not any("colour" in name for name in stored.files)
 
 
-def test_a_run_with_a_term_starts_from_one_without_and_the_other_way_round(run, tmp_path, monkeypatch):
-    use_devices(monkeypatch, 1)
-    for name, terms in (("with", LATE), ("without", ())):
-        config = config_of(tmp_path / name, terms, init=InitConfig(str(run[0])), total_steps=1)
-        start = train(dataclasses.replace(config, optim=OptimConfig(lr=1e-3, warmup_steps=1)), ColourBatches())
-        found = flat(start.params)  # the first update of a warm-up is zero
-        for path, leaf in flat(run[1].params).items():
-            if not path.startswith("colour/"):
-                np.testing.assert_array_equal(found[path], leaf)
-        assert any(path.startswith("colour/") for path in found) == bool(terms)
+def test_another_run_starts_from_the_model_and_draws_the_terms_afresh(run):
+    found = read_initial(InitConfig(str(run[0])), MODEL)
+    assert found.keys() == trees.flatten(param_shapes(MODEL)).keys()
+    optimizer, mesh_config = optax.sgd(0.1), MeshConfig(data=1)
+    mesh = make_mesh(mesh_config, jax.devices()[:1])
+    abstract = make_abstract_state(MODEL, optimizer, mesh=mesh, mesh_config=mesh_config, terms=LATE)
+    given = put(found, abstract.params)
+    start = flat(init_state(MODEL, optimizer, abstract_state=abstract, seed=0, terms=LATE, given=given).params)
+    trained, drawn = flat(run[1].params), fresh_params(LATE)
+    for path, leaf in start.items():
+        np.testing.assert_array_equal(leaf, (drawn if path.startswith("colour/") else trained)[path])
 
 
 @functools.cache
