@@ -35,7 +35,9 @@ T = TypeVar("T")
 _TOGETHER_S = 5  # errors that all processes raise come at the same time
 _LAST_WORDS_S = 2  # for the others to say their line before process 0 takes jax's service with it
 _PROXIES = re.compile("(grpc|https?|all)_proxy", re.IGNORECASE)
-# What jax says when a collective fails because a process at the other end is gone. On CPUs it comes as a ValueError.
+# What jax says where it finds no cluster, and where it looks for none because this process has used its devices already.
+_ALONE = re.compile("should be defined|must be defined|must be called before any JAX calls")
+# What it says when a collective fails because a process at the other end is gone. On CPUs it comes as a ValueError.
 _LOST = re.compile("gloo|nccl|unavailable|connection|heartbeat|barrier|another task died", re.IGNORECASE)
 
 
@@ -176,7 +178,7 @@ def _join(config: DistributedConfig) -> bool:
                 coordinator_bind_address=_bind_address(config.coordinator),
             )
     except Exception as error:
-        if several or "defined" not in str(error):
+        if several or not _ALONE.search(str(error)):
             raise UserError(
                 f"jax cannot join the processes of this job ({error}); give distributed.coordinator, .processes and "
                 f".process_id, or distributed.processes=1 to train alone"

@@ -35,7 +35,7 @@ def whole(jobs):
 def test_a_run_goes_on_in_another_layout(jobs, whole, before, after):
     (first_layout, first_flags), (second_layout, second_flags) = LAYOUTS[before], LAYOUTS[after]
     name = f"from-{first_layout['processes']}"
-    first = jobs.start(name, *first_flags, **first_layout, at={0: f"6:{signal.SIGTERM}"})
+    first = jobs.start(name, *first_flags, **first_layout, at={0: f"6:{signal.SIGTERM}"}, step_s=0.5)
     first.ends_with(128 + signal.SIGTERM)
     step = read_run_params(first.workdir)[2]
     assert 6 <= step < STEPS
