@@ -123,3 +123,27 @@ def test_who_fails_says_so_in_every_process(monkeypatch):
         launch.in_all_or_none(fail, bad_input=(OSError,))
     monkeypatch.undo()
     assert launch.in_all_or_none(lambda: 1, bad_input=(OSError,)) == 1
+
+
+@pytest.mark.slow
+def test_two_tasks_of_a_slurm_step_find_each_other():
+    # Two processes with the variables of srun, on this machine; a record longer than one message's padding.
+    code = (
+        "import jax; from siglip.parallel import launch; from siglip.parallel.collectives import gather_records\n"
+        "with launch.joined(launch.DistributedConfig(timeout_s=240), describe=lambda error: (1, repr(error))):\n"
+        "    texts = gather_records(['x' * (3000 + jax.process_index()), ''])\n"
+        "    print(jax.process_index(), [len(text) for text in texts], launch.in_all_or_none(lambda: 7, bad_input=()))"
+    )
+    step = SLURM | {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, **step, "SLURM_PROCID": str(index), "JAX_NUM_CPU_DEVICES": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for index in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0].splitlines()[-1] for process in started]
+    assert outputs == [f"{index} [3000, 0, 3001, 0] 7" for index in range(2)]
