@@ -15,7 +15,7 @@ from siglip import trees
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, param_shapes
 from siglip.parallel.sharding import MeshConfig, like_params, make_mesh, param_shardings, put_batch
 from siglip.training import optim
-from siglip.training.loop import _build, train
+from siglip.training.loop import make_program, train
 from siglip.training.step import LossConfig, init_state, make_train_step, state_like
 from tests.siglip.tiny_run import TinyBatches, tiny_config, use_devices
 
@@ -269,13 +269,12 @@ def test_the_loop_reads_from_the_device_only_to_log(tmp_path, monkeypatch):
             return super().__next__()
 
     config = tiny_config(tmp_path)  # logs after 2, 4, 6 and 8
-    mesh = make_mesh(config.mesh)
-    program = _build(config, mesh)
-    with jax.set_mesh(mesh), jax.transfer_guard_device_to_host("disallow_explicit"):
-        state = init_state(config.model, program.optimizer, like=program.like, seed=0)
+    program = make_program(config)
+    with jax.set_mesh(program.mesh), jax.transfer_guard_device_to_host("disallow_explicit"):
+        state = program.init({})
         batch = {name: rows for name, rows in next(TinyBatches()).items() if name != "key"}
         for _ in range(2):
-            state, _ = program.step(state, put_batch(batch, mesh))
+            state, _ = program.step(state, put_batch(batch, program.mesh))
     assert not reads
     with jax.transfer_guard_device_to_host("disallow"):
         train(config, Watched())
