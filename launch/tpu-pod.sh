@@ -23,7 +23,7 @@ shift 2
 
 # Compiler flags, commented out; docs/scaling.md says which are worth trying.
 environment="JAX_COMPILATION_CACHE_DIR=$(printf %q "$(dirname "$workdir")/xla-cache")" # LIBTPU_INIT_ARGS=...
-arguments=$(printf ' %q' "$config" --workdir "$workdir" --log.progress False "$@")
+arguments=$(printf ' %q' "$config" --workdir "$workdir" "$@")
 
 for attempt in $(seq 50); do
   gcloud compute tpus tpu-vm ssh "$tpu" --zone "$zone" --worker=all \

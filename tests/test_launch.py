@@ -1,4 +1,4 @@
-"""The launch files parse, start commands that exist, and set what siglip.parallel.launch reads."""
+"""The launch files parse, start commands that exist, and say who each process is where jax cannot see it."""
 
 import re
 import shlex
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from siglip.cli.arguments import parse
-from siglip.parallel.launch import PORT, DistributedConfig, detect
 from siglip.training.config import TrainConfig, load_config_file
 
 ROOT = Path(__file__).parents[1]
@@ -22,11 +21,15 @@ def check_command(words):
     return parse(TrainConfig, words[3:], prog="siglip", default=load_config_file(str(ROOT / words[2])))
 
 
+def read_jobset(text):
+    yaml = pytest.importorskip("yaml")
+    (document,) = yaml.safe_load_all(text)
+    return document
+
+
 @pytest.fixture
 def jobset():
-    yaml = pytest.importorskip("yaml")
-    (document,) = yaml.safe_load_all((LAUNCH / "gke-jobset.yaml").read_text())
-    return document
+    return read_jobset((LAUNCH / "gke-jobset.yaml").read_text())
 
 
 @pytest.mark.parametrize("name", SHELL)
@@ -52,7 +55,8 @@ def test_shell_files_start_a_command_that_exists(name, launcher, tmp_path):
     else:
         words = words[1:]
     config = check_command(words)
-    assert config.workdir == "/shared/a run" and config.optim.lr == 1e-4 and not config.log.progress
+    assert config.workdir == "/shared/a run" and config.optim.lr == 1e-4
+    assert config.log.progress  # plain lines, where there is no terminal: the loss is in the job's output
 
 
 @pytest.mark.parametrize("code, again", [(0, False), (1, True), (2, False), (143, True)])
@@ -71,28 +75,34 @@ def test_slurm_signals_the_steps_and_leaves_time_to_save():
     assert options["signal"].startswith("TERM@") and int(options["signal"][5:]) >= 60 and "requeue" in options
 
 
-def test_the_jobset_says_who_each_pod_is(jobset):
+def parts_of(jobset):
     (job,) = jobset["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
     (container,) = spec["template"]["spec"]["containers"]
-    check_command(container["command"] + container["args"])
+    return job, spec, container
+
+
+def test_on_tpus_the_jobset_leaves_it_to_jax(jobset):
+    _, spec, container = parts_of(jobset)
+    config = check_command(container["command"] + container["args"])
+    assert config.distributed.processes is None and config.log.progress
     assert spec["parallelism"] == spec["completions"] and spec["completionMode"] == "Indexed"
-    labels = {
-        "jobset-name": jobset["metadata"]["name"], "replicatedjob-name": job["name"], "job-index": "0",
-        "replicatedjob-replicas": str(job["replicas"]),
-    }  # fmt: skip
-    environ = {"JOB_COMPLETION_INDEX": "3"}
-    for variable in container["env"]:
-        if "value" in variable:
-            environ[variable["name"]] = variable["value"]
-        else:
-            path = variable["valueFrom"]["fieldRef"]["fieldPath"]
-            environ[variable["name"]] = labels[
-                re.fullmatch(r"metadata\.labels\['jobset\.sigs\.k8s\.io/(.*)'\]", path)[1]
-            ]
-    place = detect(environ, DistributedConfig())
-    assert place[:4] == ("siglip-train-0-0.siglip", PORT, spec["parallelism"], 3)
-    assert [port["containerPort"] for port in container["ports"]] == [PORT, PORT + 1]
+    assert jobset["spec"]["network"]["enableDNSHostnames"]
+
+
+def test_on_gpus_the_jobset_says_who_each_pod_is():
+    text = re.sub(r"(?m)^ *(cloud.google.com/gke-tpu|google.com/tpu).*\n", "", (LAUNCH / "gke-jobset.yaml").read_text())
+    jobset = read_jobset(text.replace("#gpu ", ""))
+    job, spec, container = parts_of(jobset)
+    (process_id,) = [variable for variable in container["env"] if variable["name"] == "PROCESS_ID"]
+    assert "job-completion-index" in process_id["valueFrom"]["fieldRef"]["fieldPath"]
+    words = [word.replace("$(PROCESS_ID)", "3") for word in container["command"] + container["args"]]
+    config = check_command(words).distributed
+    # The name that a JobSet gives its first pod; jax listens there.
+    name = jobset["metadata"]["name"]
+    assert config.coordinator == f"{name}-{job['name']}-0-0.{name}:{container['ports'][-1]['containerPort']}"
+    assert config.processes == spec["parallelism"] * job["replicas"] and config.process_id == 3
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
 
 
 def test_the_jobset_gives_up_on_bad_input_only(jobset):

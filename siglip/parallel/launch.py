@@ -35,8 +35,11 @@ T = TypeVar("T")
 _TOGETHER_S = 5  # errors that all processes raise come at the same time
 _LAST_WORDS_S = 2  # for the others to say their line before process 0 takes jax's service with it
 _PROXIES = re.compile("(grpc|https?|all)_proxy", re.IGNORECASE)
-# What jax says when a collective fails because a process at the other end is gone. On CPUs it comes as a ValueError.
-_LOST = re.compile("gloo|nccl|unavailable|connection|heartbeat|barrier|another task died", re.IGNORECASE)
+# What jax says where it finds no cluster, and where it looks for none because this process has used its devices already.
+_ALONE = re.compile("should be defined|must be defined|must be called before any JAX calls")
+# What it says, after the name of a status, when a collective fails because a process at the other end is gone. On CPUs it
+# comes as a ValueError.
+_LOST = re.compile(r"[A-Z_]+: .*(?i:gloo|nccl|unavailable|connection|heartbeat|barrier|another task died)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +138,7 @@ def in_all_or_none(make: Callable[[], T], *, bad_input: tuple[type[BaseException
 def is_lost_process(error: BaseException) -> bool:
     """Whether an operation of several processes failed because one of them is gone."""
     from_jax = isinstance(error, jax.errors.JaxRuntimeError | ValueError) and not isinstance(error, UserError)
-    return _several() and from_jax and _LOST.search(str(error)) is not None
+    return _several() and from_jax and _LOST.match(str(error)) is not None
 
 
 def _several() -> bool:
@@ -176,7 +179,7 @@ def _join(config: DistributedConfig) -> bool:
                 coordinator_bind_address=_bind_address(config.coordinator),
             )
     except Exception as error:
-        if several or "defined" not in str(error):
+        if several or not _ALONE.search(str(error)):
             raise UserError(
                 f"jax cannot join the processes of this job ({error}); give distributed.coordinator, .processes and "
                 f".process_id, or distributed.processes=1 to train alone"

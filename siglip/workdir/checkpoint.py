@@ -117,7 +117,9 @@ class Checkpointer:
         """Notes that the checkpoint of `step`, which is on disk, has the highest `best_metric` so far: it stays."""
         self.wait()
         if jax.process_index() == 0:
-            with new_file(self._folder / str(step) / "metrics" / "metrics") as partial:  # as orbax writes it
+            path = self._folder / str(step) / "metrics" / "metrics"  # where orbax writes it
+            path.parent.mkdir(exist_ok=True)
+            with new_file(path) as partial:
                 partial.write_text(json.dumps({self._best_name: value}))
         gather_records([])  # the others read what process 0 wrote
         self._manager.reload()

@@ -3,9 +3,10 @@
     SIGLIP_TEST_RECORD=FILE SIGLIP_TEST_AT=STEP:EVENT python -m tests.siglip.train_worker train …
 
 FILE gets a JSON line [step, keys] for every batch and ["read", key] for every training pair that is read. EVENT: "hold"
-touches FILE.holding and sleeps for ever, "fail" and "missing" raise, a number is a signal that the process sends itself. STEP may
-be "evaluating" or "evaluated": EVENT then comes before an evaluation's first forward pass, or when its results are there.
-SIGLIP_TEST_STEP_S: every batch takes so long. SIGLIP_TEST_TOY=1: a linear toy is trained in place of the two towers.
+touches FILE.holding and sleeps for ever, "missing" raises what a lost file does, "bug" what a mistake does, a number is a
+signal that the process sends itself. STEP may be "evaluating" or "evaluated": EVENT then comes before an evaluation's first
+forward pass, or when its results are there. SIGLIP_TEST_STEP_S: every batch takes so long. SIGLIP_TEST_TOY=1: a linear toy is
+trained in place of the two towers.
 """
 
 import json
@@ -60,8 +61,8 @@ def happen(event: str, path: Path) -> None:
     if event == "hold":
         path.with_suffix(".holding").touch()
         time.sleep(3600)
-    if event == "fail":
-        raise RuntimeError("the disk is on fire")
+    if event == "bug":
+        print(1 // 0)
     if event == "missing":
         raise FileNotFoundError("the shards are gone")
     os.kill(os.getpid(), int(event))

@@ -1,15 +1,20 @@
-"""Several processes as one run: the same pairs and losses as one process, and how they stop together."""
+"""Several processes as one run: the same pairs and losses as one process, and how they stop together.
+
+Where a process is lost, jax ends the others from C++ unless an error reaches Python first: their exit code is then any but 0
+and 2, and the line that says how to go on is there if Python still ran.
+"""
 
 import signal
+import socket
+import time
 
 import numpy as np
 import pytest
-from siglip.parallel.hub import listen
 
 from siglip.cli import run
 from siglip.workdir.checkpoint import read_run_params
 from siglip.workdir.metrics import read_metrics
-from tests.siglip.jobs import HEARTBEAT_S, LOSS_RTOL, STEPS, Jobs, free_ports, losses, params
+from tests.siglip.jobs import ANY, GONE_S, LOSS_RTOL, STEPS, Jobs, free_port, losses, params
 
 # Where a gradient is almost zero, Adam makes a step of some size of its rounding. For the keys' bias, which softmax cancels,
 # rounding is all there is: it is left out.
@@ -68,16 +73,16 @@ def test_four_processes_train_as_two_do(jobs, reference):
 
 @pytest.mark.slow
 def test_stopped_killed_and_started_again_it_goes_on_exactly(jobs, reference):
-    signalled = jobs.start("cut", processes=2, devices=2, at={1: f"5:{signal.SIGTERM}"})
+    # A step takes long enough for jax to pass the signal on before the last one.
+    signalled = jobs.start("cut", processes=2, devices=2, at={1: f"5:{signal.SIGTERM}"}, step_s=0.5)
     lines = signalled.ends_with(128 + signal.SIGTERM)
     step = read_run_params(signalled.workdir)[2]
     assert 5 <= step < STEPS and all(f"at step {step}, which is saved" in line for line in lines), lines
 
     killed = jobs.start("cut", processes=2, devices=2, at={1: "11:hold"})
-    took_s = killed.kill(1, saved=8)
-    line, _ = killed.ends_with(1, -signal.SIGKILL)
-    assert took_s < HEARTBEAT_S / 2  # its connection closes: nobody has to wait for its heartbeats
-    assert "process 1 of 2 is gone" in line and "it goes on from step 8 of" in line, line
+    assert killed.kill(1, saved=8) < GONE_S
+    line, _ = killed.ends_with(ANY, -signal.SIGKILL)
+    assert not line or "another process of this job is gone" in line and "it goes on from step 8 of" in line
 
     jobs.run("cut", processes=2, devices=2)
     assert losses(killed.workdir) == losses(reference.workdir)
@@ -87,75 +92,119 @@ def test_stopped_killed_and_started_again_it_goes_on_exactly(jobs, reference):
 
 
 @pytest.mark.slow
-def test_the_others_outlive_process_0_long_enough_to_say_so(jobs):
-    job = jobs.start("headless", processes=2, devices=1, at={0: "10:hold"})
-    assert job.kill(0, saved=8) < HEARTBEAT_S / 2
-    _, line = job.ends_with(-signal.SIGKILL, 1)
-    assert "process 0 of 2 is gone" in line and "it goes on from step 8 of" in line, line
+@pytest.mark.parametrize("lost", [0, 2])
+def test_when_one_of_four_is_killed_the_others_end(jobs, lost):
+    job = jobs.start(f"lost-{lost}", processes=4, devices=1, toy=True, at={lost: "11:hold"})
+    assert job.kill(lost, saved=8) < GONE_S
+    lines = job.ends_with(*[-signal.SIGKILL if index == lost else ANY for index in range(4)])
+    assert all(not line or "it goes on from step 8 of" in line for line in lines), lines
 
 
 @pytest.mark.slow
-def test_a_loader_that_fails_in_one_process_ends_all(jobs):
-    job = jobs.start("broken", processes=2, devices=1, at={1: "6:fail"})
-    lines = job.ends_with(1)
-    assert "process 1 stopped: the disk is on fire" in lines[0] and lines[1] == "siglip: error: the disk is on fire"
+def test_a_killed_process_is_missed_by_its_heartbeats(jobs):
+    # The others wait for nothing: no collective fails, only the heartbeats tell.
+    job = jobs.start("idle", processes=2, devices=1, toy=True, at={0: "11:hold", 1: "11:hold"})
+    job.wait_until_held(0)
+    assert job.kill(1, saved=8) < GONE_S
+    job.ends_with(ANY, -signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum, index", [(signal.SIGTERM, 0), (signal.SIGTERM, 3), (signal.SIGINT, 1)])
+def test_a_signal_to_any_process_stops_all_at_the_same_step(jobs, signum, index):
+    job = jobs.start(
+        f"signal-{signum}-{index}", processes=4, devices=1, toy=True, step_s=0.5, at={index: f"3:{int(signum)}"}
+    )
+    lines = job.ends_with(128 + signal.SIGTERM)  # SIGINT is passed on as SIGTERM
+    step = read_run_params(job.workdir)[2]
+    assert 3 <= step < STEPS and all(f"stopped by SIGTERM at step {step}, which is saved" in line for line in lines), (
+        lines
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_loader_that_fails_in_one_process_ends_all(jobs, failing):
+    job = jobs.start(f"broken-{failing}", processes=2, devices=1, toy=True, at={failing: "6:missing"})
+    began = time.monotonic()
+    # Files that are gone after the run began are a failed run: a launcher starts it again.
+    lines = job.ends_with(*[1 if index == failing else ANY for index in range(2)])
+    assert lines[failing] == "siglip: error: the shards are gone" and time.monotonic() - began < 240
+
+
+@pytest.mark.slow
+def test_a_bug_in_one_process_ends_all_and_shows_its_traceback(jobs):
+    job = jobs.start("bug", processes=2, devices=1, toy=True, at={1: "6:bug"})
+    job.processes[1].wait(240)
+    began = time.monotonic()
+    job.processes[0].wait(GONE_S)
+    assert job.processes[1].returncode == 1 and job.processes[0].returncode not in (0, 2), time.monotonic() - began
+    output = job.output(1).read_text()
+    assert "Traceback" in output and "in happen" in output and "ZeroDivisionError" in output
 
 
 @pytest.mark.slow
 def test_an_evaluation_that_fails_in_one_process_ends_all_and_keeps_what_was_trained(jobs):
-    job = jobs.start("evaluated", processes=2, devices=1, at={1: "evaluated:fail"})
+    job = jobs.start("evaluated", processes=2, devices=1, at={1: "evaluated:missing"})
     lines = job.ends_with(1)
-    assert all("the disk is on fire" in line for line in lines), lines
+    assert all("the shards are gone" in line for line in lines), lines
     # Saved by both together, though the evaluation came before the save.
     assert read_run_params(job.workdir)[2] == STEPS
 
 
 @pytest.mark.slow
 def test_an_evaluation_that_one_process_leaves_in_the_middle_does_not_hang_the_other(jobs):
-    # Process 0 waits in a collective for embeddings that never come; process 1 waits for it for a minute.
-    job = jobs.start("evaluating", processes=2, devices=1, at={1: "evaluating:fail"})
-    lines = job.ends_with(1)
-    assert all("the disk is on fire" in line for line in lines), lines
+    # Process 0 waits in a collective for embeddings that never come.
+    job = jobs.start("evaluating", processes=2, devices=1, at={1: "evaluating:missing"})
+    lines = job.ends_with(ANY, 1)
+    assert lines[1] == "siglip: error: the shards are gone", lines
     assert read_run_params(job.workdir)[2] == 8  # the checkpoint before
 
 
-def test_processes_with_other_settings_or_another_workdir_do_not_start(jobs):
-    job = jobs.start("other", processes=2, devices=1, process1=["--optim.lr", "0.1"])
+def test_processes_with_other_settings_do_not_start(jobs):
+    job = jobs.start("other", processes=2, devices=1, toy=True, process1=["--optim.lr", "0.1"])
     for line in job.ends_with(2):
         assert "optim.lr is 0.003 in process 0 and 0.1 in process 1; start the same command" in line
     assert not job.workdir.exists()
 
 
-def fails_to_join(capsys, jobs, *flags):
+def test_bad_input_that_only_one_process_sees_ends_all_with_2(jobs):
+    job = jobs.start("bad", processes=2, devices=1, toy=True, process1=["--data.tokenizer", "nix.model"])
+    first, second = job.ends_with(2)
+    assert "process 1 stopped: no tokenizer at 'nix.model'" in first and "no tokenizer at 'nix.model'" in second
+
+
+def test_a_host_that_never_joins(jobs):
+    # Behind a web proxy, which gRPC would ask.
+    env = {"https_proxy": "http://localhost:9", "http_proxy": "http://localhost:9"}
+    job = jobs.start("lonely", "--distributed.timeout-s", "10", processes=3, started=2, devices=1, toy=True, env=env)
+    for index, line in enumerate(job.ends_with(1)):  # a launcher starts it again: not 2
+        assert (
+            f"process {index} of 3 waits at localhost:" in line
+            and "not all processes of this job joined within 10 s" in line
+        )
+
+
+def test_processes_join_past_a_web_proxy(jobs):
+    env = {"https_proxy": "http://localhost:9", "http_proxy": "http://localhost:9"}
+    jobs.run("proxied", "--total-steps", "1", processes=2, devices=1, toy=True, env=env)
+
+
+def fails_to_start(capsys, jobs, *flags):
     capsys.readouterr()
-    assert run(["train", str(jobs.recipe), "--distributed.timeout-s", "1", *flags]) == 2
+    assert run(["train", str(jobs.recipe), *flags]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     return lines[0]
 
 
-def test_a_host_that_never_joins(jobs, capsys):
-    port = free_ports()
-    flags = [
-        "--distributed.coordinator",
-        f"localhost:{port}",
-        "--distributed.processes",
-        "3",
-        "--distributed.process-id",
-    ]
-    line = fails_to_join(capsys, jobs, *flags, "0")
-    assert "2 of 3 processes did not join process 0" in line and f":{port + 1} within 1 s (missing: 1, 2)" in line
-    line = fails_to_join(capsys, jobs, *flags, "2")
-    assert f"process 2 of 3 found no process 0 at localhost:{port + 1} within 1 s" in line
-
-
 def test_flags_that_do_not_fit_together(jobs, capsys):
-    line = fails_to_join(capsys, jobs, "--distributed.processes", "2")
+    line = fails_to_start(capsys, jobs, "--distributed.processes", "2")
     assert "give distributed.coordinator, .processes and .process_id together" in line
     flags = ["--distributed.coordinator", "localhost:1", "--distributed.processes", "2", "--distributed.process-id"]
-    assert "must be from 0 to 1" in fails_to_join(capsys, jobs, *flags, "2")
+    assert "must be from 0 to 1" in fails_to_start(capsys, jobs, *flags, "2")
     flags[1] = "localhost"
-    assert "must be HOST:PORT" in fails_to_join(capsys, jobs, *flags, "1")
-    flags[1] = f"localhost:{(taken := free_ports())}"
-    with listen(taken):
-        assert f"port {taken} of this host cannot be used" in fails_to_join(capsys, jobs, *flags, "0")
+    assert "must be HOST:PORT" in fails_to_start(capsys, jobs, *flags, "1")
+    flags[1] = f"localhost:{(taken := free_port())}"
+    with socket.create_server(("", taken), family=socket.AF_INET6, dualstack_ipv6=True):
+        assert f"port {taken} of this host cannot be used" in fails_to_start(capsys, jobs, *flags, "0")

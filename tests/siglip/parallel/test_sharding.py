@@ -15,7 +15,7 @@ from siglip import trees
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, param_shapes
 from siglip.parallel.sharding import MeshConfig, ParamLayout, like_params, make_mesh, param_shardings, put_batch
 from siglip.training import optim
-from siglip.training.loop import _build, train
+from siglip.training.loop import make_program, train
 from siglip.training.objective import LossConfig, make_objective
 from siglip.training.step import init_state, make_abstract_state, make_train_step
 from tests.siglip.rounding import rounding
@@ -303,13 +303,12 @@ def test_the_loop_reads_from_the_device_only_to_log(tmp_path, monkeypatch):
             return super().__next__()
 
     config = tiny_config(tmp_path)  # logs after 2, 4, 6 and 8
-    mesh = make_mesh(config.mesh)
-    program = _build(config, mesh)
-    with jax.set_mesh(mesh), jax.transfer_guard_device_to_host("disallow_explicit"):
-        state = init_state(config.model, program.optimizer, abstract_state=program.abstract_state, seed=0)
+    program = make_program(config)
+    with jax.set_mesh(program.mesh), jax.transfer_guard_device_to_host("disallow_explicit"):
+        state = program.init({})
         batch = {name: rows for name, rows in next(TinyBatches()).items() if name != "key"}
         for _ in range(2):
-            state, _ = program.step(state, put_batch(batch, mesh))
+            state, _ = program.step(state, put_batch(batch, program.mesh))
     assert not reads
     with jax.transfer_guard_device_to_host("disallow"):
         train(config, Watched())

@@ -15,7 +15,7 @@ from siglip.losses import sigmoid_loss
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, init_params, param_shapes
 from siglip.parallel.sharding import MeshConfig, ParamLayout, check_micro_batch_size, make_mesh, put_batch
 from siglip.training.accumulation import make_value_and_grad
-from siglip.training.loop import _build
+from siglip.training.loop import make_program
 from siglip.training.objective import LossConfig, Objective, Parts, make_objective, make_pair_loss
 from siglip.training.step import init_state, make_abstract_state, make_train_step
 from tests.siglip.rounding import rounding
@@ -270,7 +270,7 @@ def test_sizes_are_checked_before_anything_compiles():
         LossConfig(micro_batch_size=0)
     config = tiny_config("unused", loss=LossConfig(micro_batch_size=12))
     with pytest.raises(ValueError, match=r"micro_batch_size=12 .* use 8 or 16"):
-        _build(config, mesh_of(8))
+        make_program(config)
 
 
 @pytest.mark.parametrize("asked, tower, expected", [

@@ -465,7 +465,12 @@ def test_a_lost_process_is_told_with_how_to_go_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [UserError("connection refused"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1 GiB")]
+    "error",
+    [
+        UserError("INTERNAL: connection refused"),
+        ValueError("shapes do not fit: no connection between (3,) and (4,)"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1 GiB"),
+    ],
 )
 def test_other_errors_are_not_taken_for_a_lost_process(error, monkeypatch):
     monkeypatch.setattr(launch, "_several", lambda: True)

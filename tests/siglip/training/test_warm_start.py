@@ -9,17 +9,15 @@ import jax
 import numpy as np
 import pytest
 
-import siglip.training.loop
 from siglip import trees
 from siglip.encoder import Encoder
 from siglip.formats import big_vision, containers, hugging_face
 from siglip.models.two_tower import ModelConfig, TextConfig, param_shapes
-from siglip.parallel.sharding import MeshConfig, make_mesh
+from siglip.parallel.sharding import MeshConfig
 from siglip.training import warm_start
 from siglip.training.config import from_json, resolve, to_json
-from siglip.training.loop import train
+from siglip.training.loop import make_program, train
 from siglip.training.optim import OptimConfig
-from siglip.training.step import init_state
 from siglip.training.warm_start import InitConfig, SourceImage, SourceModel, SourceText, read_initial
 from siglip.workdir.checkpoint import CheckpointConfig, read_run_params
 from siglip.workdir.files import CONFIG_FILE
@@ -49,13 +47,9 @@ def trained(tmp_path_factory):
 def start(config):
     """The state that a run of this config would take its first step from."""
     config = resolve(config)
-    mesh = make_mesh(config.mesh)
-    program = siglip.training.loop._build(config, mesh)
-    with jax.set_mesh(mesh):
-        given = warm_start.put(read_initial(config.init, config.model), program.abstract_state.params)
-        return init_state(
-            config.model, program.optimizer, abstract_state=program.abstract_state, seed=config.seed, given=given
-        )
+    program = make_program(config)
+    with jax.set_mesh(program.mesh):
+        return program.init(read_initial(config.init, config.model))
 
 
 def start_from(src, *, model=MODEL, only=(".*",), skip=(), **overrides):
@@ -170,10 +164,7 @@ def test_a_new_text_tower_is_what_it_would_be_without_a_source(trained):
     model = dataclasses.replace(MODEL, text=NEW_TEXT, bias_init=-3.0)
     params = start_from(trained, model=model, only=("img/.*",))
     config = tiny_config("new", model=model)
-    program = siglip.training.loop._build(config, make_mesh(config.mesh))
-    fresh = flat_params(
-        init_state(model, program.optimizer, abstract_state=program.abstract_state, seed=config.seed).params
-    )
+    fresh = flat_params(make_program(config).init({}).params)
     image = [path for path in params if path.startswith("img/")]
     assert_equal(params, params_of(trained), image)
     assert_equal(params, fresh, params.keys() - set(image))
