@@ -112,26 +112,24 @@ def build_dataclass(cls: type[T], tree: Mapping[str, Any], *, where: str = "conf
 
 
 def _by_literal(options: Sequence[Any], value: Any, where: str) -> tuple[Any, dict[str, Any]] | None:
-    """The one of some dataclasses that `value` is, told by the Literal field that they share, and its fields; or None.
+    """The one of some dataclasses that `value` is, told by a Literal field that differs in all of them, and its fields; or None.
 
     Fields that only the other dataclasses have are left out.
     """
-    classes = [option for option in options if dataclasses.is_dataclass(option)]
-    hints = [typing.get_type_hints(cls) for cls in classes]
-    names = [{field.name for field in dataclasses.fields(cls)} for cls in classes]
-    shared = (
-        [n for n in set.intersection(*names) if all(typing.get_origin(h[n]) is Literal for h in hints)] if names else []
-    )
-    if len(classes) < 2 or not shared or not isinstance(value, Mapping):
+    hints = {cls: typing.get_type_hints(cls) for cls in options if dataclasses.is_dataclass(cls)}
+    if len(hints) < 2 or not isinstance(value, Mapping):
         return None
-    tags = {tag: cls for cls, hint in zip(classes, hints, strict=True) for tag in typing.get_args(hint[shared[0]])}
-    tag = value.get(shared[0])
-    if tag not in tags:
-        raise UserError(
-            f"{where}.{shared[0]}={tag!r} must be one of {', '.join(map(repr, tags))}{did_you_mean(str(tag), tags)}"
-        )
-    own = {field.name for field in dataclasses.fields(tags[tag])}
-    return tags[tag], {name: v for name, v in value.items() if name in own or name not in set.union(*names)}
+    for field in sorted(set.intersection(*map(set, hints.values()))):
+        literals = [typing.get_args(own[field]) * (typing.get_origin(own[field]) is Literal) for own in hints.values()]
+        tags = {tag: cls for cls, own in zip(hints, literals, strict=True) for tag in own}
+        if not all(literals) or len(tags) < sum(map(len, literals)):
+            continue
+        if (tag := value.get(field)) not in tags:
+            hint = did_you_mean(str(tag), tags)
+            raise UserError(f"{where}.{field}={tag!r} must be one of {', '.join(map(repr, tags))}{hint}")
+        own, others = hints[tags[tag]], set().union(*hints.values())
+        return tags[tag], {name: v for name, v in value.items() if name in own or name not in others}
+    return None
 
 
 def _build_value(hint: Any, value: Any, where: str) -> Any:

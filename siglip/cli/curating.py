@@ -158,11 +158,8 @@ class ModelScorer:
 
         self._made_from = (src, tokenizer, batch_size)
         embedder = embedder_of(src, tokenizer=tokenizer, batch_size=batch_size)
-        self.embed_images, self.embed_texts, self.image_size = (
-            embedder.embed_images,
-            embedder.embed_texts,
-            embedder.image_size,
-        )
+        self.embed_images, self.embed_texts = embedder.embed_images, embedder.embed_texts
+        self.image_size = embedder.image_size
         self.fingerprint = hashlib.sha256(self._probe().tobytes()).hexdigest()
 
     def __reduce__(self):

@@ -27,6 +27,7 @@ from siglip.parallel.collectives import gather_records, gather_rows, own_rows
 logger = logging.getLogger(__name__)
 
 _COLLAPSED = 1e-3  # embeddings that all lie this close together: their scores differ by rounding
+_FEW = 8  # so many inputs may happen to be copies of one
 
 Params = Mapping[str, Any]
 Value = str | int | float
@@ -190,5 +191,5 @@ class Embedder:
 
 def _warn_if_collapsed(z: Float[np.ndarray, "n e"], what: str, tower: str) -> None:
     """Names an encoder that maps everything to one point: its metrics would look like mere chance."""
-    if len(z) > 1 and jax.process_index() == 0 and np.linalg.norm(z - z[0], axis=1).max() < _COLLAPSED:
+    if len(z) > _FEW and jax.process_index() == 0 and np.linalg.norm(z - z[0], axis=1).max() < _COLLAPSED:
         logger.warning("the %s tower has collapsed: the embeddings of %d %s are all equal", tower, len(z), what)

@@ -1,5 +1,6 @@
 """Evaluations from flags and configs to results: every field of a shard, several processes, a new evaluation, old configs."""
 
+import dataclasses
 import datetime
 import decimal
 import io
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -313,6 +315,32 @@ def test_tasks_in_config_json_old_and_new(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             build_dataclass(EvalConfig, {"tasks": [tree["tasks"][0] | changed]})
+
+
+@dataclasses.dataclass(frozen=True)
+class Left:
+    a: int = 1
+    crop: Literal["square", "none"] = "none"
+    kind: Literal["left"] = "left"
+
+
+@dataclasses.dataclass(frozen=True)
+class Right(Left):
+    b: int = 2
+    kind: Literal["right"] = "right"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    sides: tuple[Left | Right, ...]
+
+
+def test_the_literal_that_differs_tells_dataclasses_apart():
+    sides = Sides((Right(b=3, crop="square"), Left(a=2)))
+    assert build_dataclass(Sides, json.loads(json.dumps(dataclasses.asdict(sides)))) == sides
+    assert build_dataclass(Sides, {"sides": [{"kind": "left", "a": 5, "b": 3}]}) == Sides((Left(5),))
+    with pytest.raises(ValueError, match="kind=None must be one of 'left', 'right'"):
+        build_dataclass(Sides, {"sides": [{"a": 5}]})
 
 
 def test_settings_that_do_not_fit(tmp_path):
