@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SAMPLE := data_pipelines/sample
 RUN ?= runs/quickstart
 STEPS ?=
-# Whole files go to a process each: what a file makes once is made once. Compiled programs are kept in .pytest_cache/xla.
+# Whole files go to a process each: what a file makes once is made once. Compiled programs stay in .pytest_cache/xla.
 PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile --durations 10
 # What compares numbers that floating point rounds.
 NUMERICS := $(addprefix tests/siglip/, test_losses.py models training/test_accumulation.py training/test_optim.py \

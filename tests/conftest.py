@@ -7,9 +7,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 # Many tests, workers of pytest-xdist and processes that tests start compile the same, and so does the next run: the second one
-# finds it done. XLA's flags are part of a program's key, and the programs used longest ago make room beyond the size.
+# finds it done. XLA's flags are part of a program's key.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
-os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
@@ -18,6 +17,19 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 
 FIXTURES = Path(__file__).parent / "fixtures"
+PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "xla"
+MAX_PROGRAMS_BYTES = 2**30
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """The oldest programs go when they are too many. jax's own limit stops all caching once a process is killed at a write."""
+    if hasattr(session.config, "workerinput"):  # pytest-xdist: the process that started the workers has done it
+        return
+    left_bytes = MAX_PROGRAMS_BYTES
+    for path in sorted(PROGRAMS.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True):
+        left_bytes -= path.stat().st_size
+        if left_bytes < 0:
+            path.unlink()
 
 
 @pytest.fixture(scope="session")
