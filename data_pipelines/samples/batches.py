@@ -26,7 +26,7 @@ import numpy as np
 
 from data_pipelines import augment, image_ops, text_ops
 from data_pipelines.counter_rng import Draws, Rng
-from data_pipelines.errors import RunFailed
+from data_pipelines.errors import UserError
 from data_pipelines.image_embeddings import ImageEmbeddings
 from data_pipelines.order.mixture import Mixture
 from data_pipelines.records import Pair, Source
@@ -209,7 +209,7 @@ class BatchSource:
             except BrokenPair as error:
                 first_reason = first_reason or error.reason
             place = Place(place.source, int(substitutes.random() * len(self.sources[place.source])))
-        raise RunFailed(
+        raise UserError(
             f"{MAX_TRIES} pairs drawn from source {place.source} cannot be used, the first for {first_reason!r}; "
             f"check its shards, and that they have one of captions={tuple(self.spec.captions[place.source])}"
         )
