@@ -82,7 +82,9 @@ def _locate(src: str | Path) -> _Source:
     if checkpoint.is_run(folder):
         workdir = folder if (folder / CONFIG_FILE).is_file() else folder.resolve().parents[1]
         config = functools.partial(_config_of_run, workdir)
-        return _Source(lambda size: (checkpoint.read_run_params(folder)[0], config(size)), config, workdir / TOKENIZER_FILE)
+        return _Source(
+            lambda size: (checkpoint.read_run_params(folder)[0], config(size)), config, workdir / TOKENIZER_FILE
+        )
     if (folder / "config.json").is_file():
         return _Source(
             lambda size: hugging_face.read(folder),

@@ -75,7 +75,9 @@ def _check_some_pairs(source: ShardedSource, fields: Collection[str]) -> None:
         if not {name.partition(".")[0] for name in there}.isdisjoint(fields):
             return
     name = min(fields)
-    raise UserError(f"no pair of {source.paths[0]!r} that was looked at has a field {name!r}{did_you_mean(name, there)}")
+    raise UserError(
+        f"no pair of {source.paths[0]!r} that was looked at has a field {name!r}{did_you_mean(name, there)}"
+    )
 
 
 def _open(paths: list[str], kind: str, image: str | None, fields: Collection[str] | None) -> ShardedSource:

@@ -202,7 +202,9 @@ def _version_of(response) -> str:
 
 def _check_version(url: str, opened: str, now: str) -> None:
     if opened and now and now != opened:
-        raise UserError(f"{url!r} was replaced: its version was {opened} when it was opened, now it is {now}; start again")
+        raise UserError(
+            f"{url!r} was replaced: its version was {opened} when it was opened, now it is {now}; start again"
+        )
 
 
 def _warn_no_ranges(url: str) -> None:

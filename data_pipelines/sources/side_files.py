@@ -26,7 +26,7 @@ def successes(shard: str) -> int | None:
         return None
     try:
         return int(json.loads(files.read_whole(path))["successes"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         warnings.warn(f"statistics {path!r} cannot be read; they are not used", stacklevel=2)
         return None
 
