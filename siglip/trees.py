@@ -151,7 +151,7 @@ def _build_value(hint: Any, value: Any, where: str) -> Any:
         for option in args:
             try:
                 return _build_value(option, value, where)
-            except ValueError:
+            except UserError:
                 continue
     if hint is type(None) and value is None:
         return None

@@ -1,9 +1,10 @@
 """Shards of any format: the reader is chosen by the files' names, and by their first bytes where a name says nothing.
 
-The trap: a caption field that the files do not have is found out here, not as a hundred thousand pairs without a text;
-tars are the exception, only their pairs tell what fields there are.
+The trap: a caption field that the files do not have is found out here, not as a hundred thousand pairs without a text. Of
+tars only the pairs tell what fields there are, so some of them are looked at.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Collection, Sequence
@@ -26,6 +27,7 @@ _KINDS = {
     "list": re.compile(r"\.(?:csv|tsv|jsonl)$"),
 }
 _MAGIC = {"parquet": (0, b"PAR1"), "arrayrecord": (0, b"\x83\xaf\x70\xd1\x0d\x88\x4a\x3f"), "tar": (257, b"ustar")}
+_PAIRS_LOOKED_AT = 100
 _KNOWN = "tar, parquet, array_record, tfrecord, csv, tsv and jsonl"
 
 
@@ -59,7 +61,23 @@ def open_source(
     for name in fields or ():
         if columns is not None and name not in columns:
             raise UserError(f"shard {paths[0]!r} has no field {name!r}{did_you_mean(name, columns)}")
+    if columns is None and fields:
+        _check_some_pairs(source, fields)
     return source
+
+
+def _check_some_pairs(source: ShardedSource, fields: Collection[str]) -> None:
+    """Raises UserError when none of some pairs spread over the source has one of the fields; the first usually has."""
+    there: set[str] = set()
+    for index in range(0, len(source), -(-len(source) // _PAIRS_LOOKED_AT)):
+        with contextlib.suppress(OSError):  # storage fails for a pair now and then
+            there |= source[index].fields.keys()
+        if not {name.partition(".")[0] for name in there}.isdisjoint(fields):
+            return
+    name = min(fields)
+    raise UserError(
+        f"no pair of {source.paths[0]!r} that was looked at has a field {name!r}{did_you_mean(name, there)}"
+    )
 
 
 def _open(paths: list[str], kind: str, image: str | None, fields: Collection[str] | None) -> ShardedSource:

@@ -119,7 +119,7 @@ def describe(error: BaseException) -> tuple[int, str]:
     elif package := _missing_package(error):
         message += f"; install that package: python -m pip install {package}"
     elif not (isinstance(error, RuntimeError) and message.startswith(_MACHINE)):
-        expected, message = False, f"{type(error).__name__}: {message}"
+        expected, message = False, traceback.format_exception_only(error)[-1]
     if not expected or os.environ.get("SIGLIP_TRACEBACK"):
         traceback.print_exception(error)
     if isinstance(error, OSError) and error.strerror and error.filename and error.errno:

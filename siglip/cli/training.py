@@ -1,6 +1,7 @@
 """`siglip train`: recipe file and flags -> config, loader and evaluations -> the loop."""
 
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from siglip.parallel import launch, sharding
 from siglip.training.config import TrainConfig, load_config_file, resolve
 from siglip.training.loop import Evaluate, train
 from siglip.training.step import TrainState
+
+logger = logging.getLogger(__name__)
 
 USAGE = """usage: siglip train CONFIG [flags]
 
@@ -75,6 +78,11 @@ def load_tokenizer(path: str, *, vocab_size: int) -> SentencePieceTokenizer:
             f"tokenizer {path} has {tokenizer.vocab_size} pieces, but model.text.vocab_size={vocab_size}; "
             f"use --model.text.vocab-size {tokenizer.vocab_size} or another tokenizer"
         )
+    if tokenizer.vocab_size < vocab_size:
+        logger.warning(
+            "tokenizer %s has %d pieces, model.text.vocab_size=%d: %d token embeddings will never be trained",
+            path, tokenizer.vocab_size, vocab_size, vocab_size - tokenizer.vocab_size,
+        )  # fmt: skip
     return tokenizer
 
 

@@ -178,7 +178,7 @@ def read_config(workdir: Path, *, fields: Sequence[str] = ()) -> dict[str, Any]:
     path = workdir / CONFIG_FILE
     try:
         tree = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError among them
         raise UserError(
             f"{path} is not valid JSON ({error}); restore it from a checkpoint's config/ or remove it"
         ) from None

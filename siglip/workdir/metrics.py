@@ -90,7 +90,7 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl in order; a line cut by a kill is left out.
+    """The lines of a run's metrics.jsonl in order; a line cut by a kill, or otherwise damaged, is left out.
 
     Raises:
         FileNotFoundError: if the run has none.
@@ -113,9 +113,10 @@ def format_value(value: float | None, *, rank: bool = False) -> str:
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
-            yield json.loads(line)
+            if isinstance(values := json.loads(line), dict) and isinstance(values.get("step"), int):
+                yield values
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

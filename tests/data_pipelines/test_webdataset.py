@@ -291,9 +291,10 @@ def test_fewer_pairs_than_the_statistics_count_is_a_cut(tmp_path):
         assert TarSource(shard).truncated_shards == [str(shard)]
     (tmp_path / "1_stats.json").write_text('{"successes": 3}')
     assert TarSource(write_pairs(tmp_path / "1.tar", 3)).truncated_shards == []
-    (tmp_path / "2_stats.json").write_text("{")
-    with pytest.warns(UserWarning, match="2_stats.json' cannot be read"):
-        TarSource(write_pairs(tmp_path / "2.tar", 3))
+    for damage in ("{", '{"successes": Infinity}'):
+        (tmp_path / "2_stats.json").write_text(damage)
+        with pytest.warns(UserWarning, match="2_stats.json' cannot be read"):
+            TarSource(write_pairs(tmp_path / "2.tar", 3))
 
 
 def test_packed_tars_are_named(tmp_path):

@@ -225,6 +225,8 @@ def test_mistakes_in_data_and_model(recipe, capsys, tmp_path):
     fails([*train, "--data.sources.0.shards", str(tmp_path / "no-*.tar")], capsys, r"no-\*\.tar")
     (tmp_path / "empty.tar").write_bytes(b"")
     fails([*train, "--data.sources.0.shards", str(tmp_path / "empty.tar")], capsys, r"empty\.tar")
+    typo = ["--data.sources.0.captions", "captoins.en", "1.0"]
+    fails([*train, *typo], capsys, "has a field 'captoins'.* did you mean 'captions'")
     fails([*train, "--data.tokenizer", str(recipe)], capsys, "SentencePiece")
     fails([*train, "--model.text.vocab-size", "100"], capsys, "4000 pieces", r"--model\.text\.vocab-size 4000")
     fails([*train, "--batch-size", "12"], capsys, "batch_size=12 does not divide over 8 devices; use 8 or 16")
