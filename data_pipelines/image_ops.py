@@ -46,6 +46,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
 _WHITE = (255, 255, 255)
 # JFIF, JPEG tables and frames, comments, ICC profiles; not APP1, where EXIF may say that the picture lies on its side.
 _START_OF_FRAME, _START_OF_SCAN = (0xC0, 0xC2), 0xDA
@@ -65,12 +66,14 @@ class DecodeError(ValueError):
         self.reason = reason
 
 
-def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
+def decode_image(data: bytes, *, max_pixels: int, min_size_px: tuple[int, int] | None = None) -> Image.Image:
     """The upright RGB picture in an encoded file: of an animation the first frame, transparent parts white.
 
     Args:
       data: a JPEG, PNG, WebP, GIF, BMP or AVIF file.
       max_pixels: the largest width x height to decode; larger ones are refused on sight of the header.
+      min_size_px: (h, w), upright; a plain JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is not smaller. None:
+        always in full.
 
     Raises:
       DecodeError: the file cannot be decoded in full, see its `reason`.
@@ -82,7 +85,9 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
         if picture.width * picture.height > max_pixels:
             raise _bomb(*picture.size, max_pixels)
         is_plain = simplejpeg is not None and picture.format == "JPEG" and picture.mode in ("L", "RGB")
-        pixels = _decode_jpeg(data, "RGBX", picture.size) if is_plain else None
+        if is_plain and min_size_px is not None and _orientation(picture) in _SIDEWAYS:
+            min_size_px = min_size_px[::-1]
+        pixels = _decode_jpeg(data, "RGBX", picture.size, min_size_px) if is_plain else None
         if pixels is None:
             picture.load()
         rgb = _to_rgb(picture) if pixels is None else _to_picture(pixels)
@@ -100,16 +105,16 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
         raise DecodeError(reason, f"{type(error).__name__}: {error}") from error
 
 
-def decode_pixels(data: bytes, *, max_pixels: int) -> np.ndarray:
+def decode_pixels(data: bytes, *, max_pixels: int, min_size_px: tuple[int, int] | None = None) -> np.ndarray:
     """`decode_image` as an array, uint8 [h, w, 3], without Pillow where the file is a plain JPEG."""
     size = _plain_jpeg_size(data)
     if size is not None:
         if size[0] * size[1] > max_pixels:
             raise _bomb(*size, max_pixels)
-        pixels = _decode_jpeg(data, "RGB", size)
+        pixels = _decode_jpeg(data, "RGB", size, min_size_px)
         if pixels is not None:
             return pixels
-    return np.asarray(decode_image(data, max_pixels=max_pixels))
+    return np.asarray(decode_image(data, max_pixels=max_pixels, min_size_px=min_size_px))
 
 
 def resize(
@@ -165,13 +170,23 @@ def _within(start: float, end: float, limit: int) -> tuple[float, float]:
     return start, length
 
 
-def _decode_jpeg(data: bytes, colors: str, size: tuple[int, int]) -> np.ndarray | None:
+def _decode_jpeg(
+    data: bytes, colors: str, size: tuple[int, int], min_size_px: tuple[int, int] | None
+) -> np.ndarray | None:
     """A grey or YCbCr JPEG of this (width, height); None when it has a flaw, which is Pillow's to judge."""
+    shape, factor = size[::-1], 1
+    if min_size_px is not None:  # The inverse DCT makes 4, 2 or 1 pixels of 8 for a part of its cost.
+        fits = (f for f in (8, 4, 2) if all(side >= f * least for side, least in zip(shape, min_size_px, strict=True)))
+        factor = next(fits, 1)
+    height, width = (-(-side // factor) for side in shape)
     try:
-        pixels = simplejpeg.decode_jpeg(data, colors, strict=True)
+        pixels = simplejpeg.decode_jpeg(data, colors, strict=True, min_height=height, min_width=width)
     except ValueError:
         return None
-    return pixels if pixels.shape[1::-1] == size else None
+    if pixels.shape[:2] != (height, width):
+        return None
+    # The last row or column may stand for less than half of its pixels; with it, the image would be stretched.
+    return np.ascontiguousarray(pixels[: round(shape[0] / factor), : round(shape[1] / factor)])
 
 
 def _to_picture(pixels: np.ndarray) -> Image.Image:
