@@ -15,7 +15,7 @@ from data_pipelines import image_embeddings
 from data_pipelines.augment import AugmentConfig
 from data_pipelines.loader import DataConfig, make_loader
 from data_pipelines.order.mixture import SourceConfig
-from data_pipelines.samples import batches
+from data_pipelines.samples.pairs import ImageDecoder
 from siglip import trees
 from siglip.cli import frozen_images, run
 from siglip.cli.frozen_images import StoppedComputing, check_frozen, fingerprint, make_prepare
@@ -137,13 +137,13 @@ def test_stopped_and_started_again_it_goes_on_with_the_next_part(folder, tmp_pat
     small_parts(monkeypatch)
     data = dataclasses.replace(config_of(folder).data, image_embeddings=str(tmp_path))
     config, tower = config_of(folder, data=data), {"img": random_params(MODEL)["img"]}
-    decoded, decode = [], batches.decode_picture
+    decoded, decode = [], ImageDecoder.decode
 
-    def count(pair, **options):
+    def count(decoder, pair):
         decoded.append(pair.key)
-        return decode(pair, **options)
+        return decode(decoder, pair)
 
-    monkeypatch.setattr(batches, "decode_picture", count)
+    monkeypatch.setattr(ImageDecoder, "decode", count)
     signals = iter([None, signal.SIGTERM])
     with pytest.raises(
         StoppedComputing, match="stopped by SIGTERM with 2 parts of the image embeddings left"
