@@ -202,7 +202,7 @@ def test_the_fingerprint_is_of_the_function_not_of_where_it_lies():
 @pytest.mark.parametrize(
     "change, match",
     [
-        ({"augment": AugmentConfig()}, "data.augment changes pictures every time; set data.augment to None"),
+        ({"augment": AugmentConfig()}, "data.augment changes images every time; set data.augment to None"),
         ({"image": {"patch_dropout": 0.5}}, r"model.image.patch_dropout=0.5 does so; use --model.image.patch-dropout 0"),
         ({"image": {"dropout": 0.1}}, r"model.image.dropout=0.1 does so"),
         ({"lr_mults": (("txt/.*", 0.5),)}, r"img/MAPHead_0/LayerNorm_0/bias and \d+ more trains; freeze the whole image tower"),
