@@ -10,6 +10,7 @@ whole pictures and reduce them with antialias, bilinear: that is the work, and a
 decode ceiling   the fastest decoder alone, one thread, into memory that is there already (simplejpeg)
 stages           what our loader does to a batch, each alone, in CPU microseconds per picture
 remote           streams from a server with latency, alone with --only remote: see remote_reads.py
+memory           a large first batch, and the peak memory of all processes, alone with --only memory: see first_batch.py
 loaders          --turns rounds through all of them, in a new order each time; medians. Every loader runs in a process of its own;
                  CPU seconds are those of all its processes, once it is warm; start s is from its first import to its first batch
 
@@ -33,6 +34,7 @@ import tarfile
 import tempfile
 import time
 
+import first_batch
 import numpy as np
 import remote_reads
 
@@ -314,7 +316,7 @@ def main() -> None:
     parser.add_argument("--pairs-timed", type=int, default=1536, help="per loader and turn")
     parser.add_argument("--warm-up", type=int, default=4, help="batches before the clock starts")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--only", help="loaders whose name contains this; or remote")
+    parser.add_argument("--only", help="loaders whose name contains this; or remote; or memory")
     parser.add_argument("--latency-ms", type=float, default=20, help="of each answer of the server, for --only remote")
     parser.add_argument("--remote-pairs", type=int, default=8192, help="in the shards, for --only remote")
     parser.add_argument("--out", type=pathlib.Path)
@@ -330,6 +332,10 @@ def main() -> None:
             names.remove(name)
     with tempfile.TemporaryDirectory() as folder:
         shards = make_shards(pathlib.Path(folder), args.pairs)
+        if args.only == "memory":
+            results = first_batch.measure(args, shards, str(SPIECE), family_mib)
+            first_batch.print_table(results)
+            return write(args.out, results)
         results = measure(names, shards, args)
     print_table(results)
     write(args.out, results)

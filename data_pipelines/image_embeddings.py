@@ -1,14 +1,14 @@
-"""Image embeddings on disk: what a frozen tower makes of every picture of one source, computed once.
+"""Image embeddings on disk: what a frozen tower makes of every image of one source, computed once.
 
     FOLDER/meta.json           what they are of, and how they are cut into parts
-    FOLDER/00012.npy           float32 [n, e]: pairs 12 * part_pairs onwards; a row of zeros where a picture is broken
+    FOLDER/00012.npy           float32 [n, e]: pairs 12 * part_pairs onwards; a row of zeros where an image is broken
     FOLDER/00012.broken.json   {pair: reason}; only where there are some, and written before its part
 
 A part is whole or absent: it is written under another name and renamed. Parts are mapped into memory, never read whole, so
 training needs the memory of the rows it looks up.
 
 The trap: embeddings of another tower look like any others. FOLDER is therefore named after all that they depend on
-(`make_key`), and two towers, picture sizes or data sets never meet in one.
+(`make_key`), and two towers, image sizes or data sets never meet in one.
 """
 
 import functools
@@ -71,7 +71,7 @@ class ImageEmbeddings:
         return [part for part in range(self.parts) if not self._is_whole(part)]
 
     def write(self, part: int, rows: np.ndarray, broken: Mapping[int, str]) -> None:
-        """Publishes a part. rows: float32 [n, e]; broken: pair -> why its picture has no embedding."""
+        """Publishes a part. rows: float32 [n, e]; broken: pair -> why its image has no embedding."""
         assert rows.shape == (len(self.records(part)), self.width) and rows.dtype == np.float32
         if broken:
             text = json.dumps({str(record): reason for record, reason in sorted(broken.items())})
@@ -79,16 +79,16 @@ class ImageEmbeddings:
         _publish(self._path(part, "npy"), lambda file: np.save(file, rows))
 
     def get(self, record: int) -> np.ndarray | str:
-        """The embedding of a pair, float32 [e], or the reason why its picture has none."""
+        """The embedding of a pair, float32 [e], or the reason why its image has none."""
         rows, broken = self._part(record // self.part_pairs)
         return broken.get(record) or np.array(rows[record % self.part_pairs])
 
     def count_broken(self) -> Counter:
-        """Pictures without an embedding, by reason."""
+        """Images without an embedding, by reason."""
         return Counter(reason for path in self.folder.glob("*.broken.json") for reason in _read(path).values())
 
     def sweep(self) -> None:
-        """Removes what killed processes have left behind. To be called when every part is there."""
+        """Removes what killed processes have left behind. Call it when every part is there."""
         for path in self.folder.glob(".*.partial"):
             path.unlink(missing_ok=True)
 
@@ -124,7 +124,7 @@ def open_image_embeddings(
     meta = _read(path)
     if (meta.get("pairs"), meta.get("width")) != (pairs, width) or not meta.get("part_pairs", 0) > 0:
         raise UserError(
-            f"{path} speaks of {meta.get('pairs')} pairs and embeddings of width {meta.get('width')}, but there are "
+            f"{path} describes {meta.get('pairs')} pairs and embeddings of width {meta.get('width')}, but there are "
             f"{pairs} of {width}; remove that folder to compute them again"
         )
     return ImageEmbeddings(folder, pairs, width, meta["part_pairs"])

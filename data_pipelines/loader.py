@@ -32,7 +32,6 @@ if TYPE_CHECKING:  # they import Pillow and SentencePiece
     from data_pipelines.samples.batches import TrainBatches
     from data_pipelines.samples.in_order import EvalBatches
     from data_pipelines.samples.pairs import Field
-    from data_pipelines.samples.pixels import Pixels
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class DataConfig:
       prefetch: local batches made ahead of the one in use, by all workers together; fewer, but at least one, where they
         exceed 16 GiB.
       max_image_pixels: larger images are refused as decompression bombs.
+      jpeg_scaling: decodes JPEGs at 1/2, 1/4 or 1/8 of their size where the model needs no more pixels: faster, other pixels.
       cache_bytes: memory for decoded images, in the main process or in each worker; 0 for none.
       image_embeddings: folder in which a frozen image tower's embeddings of all images are kept, computed when they are
         missing; training then reads them instead of images. All hosts share it. None decodes images.
@@ -65,6 +65,7 @@ class DataConfig:
     threads: int = 2
     prefetch: int = 2
     max_image_pixels: int = 1 << 26
+    jpeg_scaling: bool = False
     cache_bytes: int = 1 << 28
     image_embeddings: str | None = None
     shuffle_blocks: BlockShuffle | None = None
@@ -141,11 +142,14 @@ class Loader:
         Every part gives equally many batches, the last of them short or empty.
         """
         from data_pipelines.samples.in_order import ImagesInOrder
+        from data_pipelines.samples.pairs import ImageDecoder
+        from data_pipelines.samples.pixels import Pixels
 
         starts = range(0, embeddings.part_pairs, rows)
         ranges = [embeddings.records(part)[start : start + rows] for part in parts for start in starts]
-        pixels = dataclasses.replace(self._pixels(), augment=None)
-        images = ImagesInOrder(self.sources[source], ranges, rows, pixels, self._batches.decoder, fields=frozenset())
+        pixels = next(field for field in self._batches.fields if isinstance(field, Pixels))
+        decoder = ImageDecoder(self._config.max_image_pixels)  # in full: the store is named after nothing else
+        images = ImagesInOrder(self.sources[source], ranges, rows, Pixels(pixels.size_px), decoder, fields=frozenset())
         iterator = self._iterate(images)
         try:
             for batch in iterator:
@@ -153,11 +157,6 @@ class Loader:
                 yield {"image": batch["image"], "broken": broken}
         finally:
             iterator.close()
-
-    def _pixels(self) -> "Pixels":
-        from data_pipelines.samples.pixels import Pixels
-
-        return next(field for field in self._batches.fields if isinstance(field, Pixels))
 
     def progress(self) -> dict[str, float]:
         """What all processes together have seen of each source: {"source_0/pairs": …, "source_0/epochs": …, …}."""
@@ -249,6 +248,7 @@ def make_loader(
     from data_pipelines.samples.batches import TrainBatches
     from data_pipelines.samples.noisy_batches import NoisyBatches
     from data_pipelines.samples.pairs import ImageCache, ImageDecoder
+    from data_pipelines.samples.pixels import Pixels
     from data_pipelines.samples.reading import Reader
 
     if batch_size < 1 or batch_size % process_count:
@@ -261,7 +261,9 @@ def make_loader(
     mixture = Mixture(tuple(map(len, sources)), weights, seed, config.shuffle_blocks)
     caches = _block_caches(config, sources, readers=process_count * max(1, config.workers))
     reader = Reader(sources, mixture, batch_size, process_index, process_count, position, caches)
-    decoder, cache = ImageDecoder(config.max_image_pixels), ImageCache(config.cache_bytes)
+    pixels = next((field for field in fields if isinstance(field, Pixels)), None)
+    min_size_px = pixels.min_decoded_px if config.jpeg_scaling and pixels else None
+    decoder, cache = ImageDecoder(config.max_image_pixels, min_size_px), ImageCache(config.cache_bytes)
     batches = TrainBatches(reader, fields, decoder, cache, seed, tuple(source.shards for source in config.sources))
     if config.noise is not None:
         batches = NoisyBatches(reader, fields, decoder, cache, seed, batches.names, config.noise)

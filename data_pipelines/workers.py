@@ -294,11 +294,14 @@ def _serve(connection, pickled: bytes, shapes: Shapes, threads: int, chunk_rows:
                 while not pending or connection.poll():
                     batch, arrays = connection.recv(), _map(_receive_file(connection), shapes, close=True)
                     try:
+                        if isinstance(batches, Exception):
+                            raise batches
                         items = batches.items(batch, part, parts)
                         chunks = [items[start : start + chunk_rows] for start in range(0, len(items), chunk_rows)]
                         pending.append([pool.submit(batches.fill, chunk, arrays) for chunk in chunks])
                     except Exception as error:  # raised again in the process that asks
-                        pending.append([pool.submit(_raise, error)])
+                        pending.append([failed := Future()])
+                        failed.set_exception(error)
                     del arrays
                 connection.send(_answer(pending.popleft(), connection))
         except (EOFError, OSError):
@@ -318,25 +321,11 @@ def _answer(chunks: list[Future], connection) -> tuple[list[Any], Exception | No
         return [], _picklable(error)
 
 
-class _Unopened:
-    """In place of batches whose source cannot be opened here (a shard is gone)."""
-
-    def __init__(self, reason: Exception):
-        self.reason = reason
-
-    def items(self, batch: int, part: int, parts: int) -> Sequence[Any]:
-        raise self.reason
-
-
-def _load(pickled: bytes) -> "Batches | _Unopened":
+def _load(pickled: bytes) -> Batches | Exception:
     try:
         return pickle.loads(pickled)
-    except Exception as error:  # it is told with the first batch, in the process that asks
-        return _Unopened(error)
-
-
-def _raise(error: Exception) -> None:
-    raise error
+    except Exception as error:  # a shard is gone: told with the first batch, in the process that asks
+        return error
 
 
 def _picklable(error: Exception) -> Exception:

@@ -1,10 +1,10 @@
 """Which pair comes at which place of the endless training stream, by arithmetic alone.
 
     position -> source        shares of the weights, over any window to at most as many pairs as there are sources
-    j-th pair of a source     epoch = j // n, record = order[seed, source, epoch](j % n), see `order.py`
+    j-th pair of a source     epoch = j // n, record = order[seed, source, epoch](j % n), see permutation.py
 
-Weights may change on the way: the stream then goes on from the counts that each source has reached, so no pair of an epoch is
-lost or seen twice for it. What has to be remembered is one position and one count a source, however often they change.
+Weights may change on the way: each source then goes on from its own count, so no pair of an epoch is lost or seen twice.
+What has to be remembered is one position and one count a source, however often they change.
 
 The trap: the shares are rounded to 2**-20, so a source with less than a millionth of the weight is an error.
 """
@@ -50,8 +50,14 @@ class SourceConfig:
 
 
 class BlockPlace(NamedTuple):
-    """A pair of the stream: its source, its record in there, the block of that, first … end - 1, the count of the source at
-    which the block is over, who reads it, and the count at which this pair comes.
+    """A pair of the stream, and the block of neighbours that it is read with.
+
+    Attributes:
+      source, record: which pair.
+      first, end: the records of its block, first … end - 1.
+      until: the block is read no more once its source has given so many pairs.
+      reader: which worker reads the block.
+      count: pairs of the source that come before this one.
     """
 
     source: int

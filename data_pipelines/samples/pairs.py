@@ -54,9 +54,7 @@ class Field(Protocol):
 
 @dataclass(frozen=True)
 class ImageDecoder:
-    """How images are decoded: none with more than `max_pixels`; to no fewer pixels than `min_size_px`, (h, w), where a smaller
-    one is cheaper to decode.
-    """
+    """How images are decoded: none with more than `max_pixels`; large JPEGs reduced to no less than `min_size_px`, (h, w)."""
 
     max_pixels: int
     min_size_px: tuple[int, int] | None = None
@@ -66,7 +64,7 @@ class ImageDecoder:
         if pair.image is None:
             raise BrokenPair("missing_image")
         try:
-            return image_ops.decode_pixels(pair.image, max_pixels=self.max_pixels)
+            return image_ops.decode_pixels(pair.image, max_pixels=self.max_pixels, min_size_px=self.min_size_px)
         except image_ops.DecodeError as error:
             raise BrokenPair(error.reason) from error
 

@@ -1,5 +1,6 @@
 """The image of a sample, resized to the model's square: cut out, coloured and mirrored at random for training."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +23,14 @@ class Pixels:
     @cached_property
     def arrays(self) -> dict:
         return {"image": ((*self.size_px, 3), np.uint8)}
+
+    @property
+    def min_decoded_px(self) -> tuple[int, int]:
+        """(h, w) of a decoded image of which no cut-out has to be magnified."""
+        if self.augment is None:
+            return self.size_px
+        smallest = self.augment.scale[0] * math.exp(-self.augment.aspect / 2)
+        return math.ceil(self.size_px[0] / smallest), math.ceil(self.size_px[1] / smallest)
 
     def make(self, pair: SamplePair, rng: Rng) -> dict[str, np.ndarray]:
         config = self.augment

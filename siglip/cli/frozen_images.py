@@ -1,4 +1,4 @@
-"""A frozen image tower gives every picture one embedding, for ever: computed once, kept on disk, trained on without pictures.
+"""A frozen image tower gives every image one embedding, for good: computed once, kept on disk, trained on without images.
 
     for every part that is missing:  decode -> image tower -> FOLDER/KEY/PART.npy          (data_pipelines/image_embeddings.py)
 
@@ -60,16 +60,16 @@ class StoppedComputing(Interrupted):
 
 
 def check_frozen(config: TrainConfig) -> None:
-    """Checks that every picture has one embedding throughout training, so that `data.image_embeddings` can hold it.
+    """Checks that every image has one embedding throughout training, so that `data.image_embeddings` can hold it.
 
     Raises:
-        ValueError: if pictures change, or the image tower does.
+        ValueError: if images change, or the image tower does.
     """
     image, found = config.model.image, None
     mask = trees.flatten(optim.frozen_mask(config.optim, all_param_shapes(config.model, config.terms)))
     trained = [path for path, frozen in mask.items() if path.startswith("img/") and not frozen]
     if config.data.augment is not None:
-        found = "data.augment changes pictures every time", "set data.augment to None in the recipe"
+        found = "data.augment changes images every time", "set data.augment to None in the recipe"
     elif image.dropout or image.patch_dropout:
         name = "dropout" if image.dropout else "patch_dropout"
         found = f"model.image.{name}={getattr(image, name)} does so", f"use --model.image.{name.replace('_', '-')} 0"
@@ -77,10 +77,10 @@ def check_frozen(config: TrainConfig) -> None:
         more = f" and {len(trained) - 1} more" if len(trained) > 1 else ""
         found = f"{trained[0]}{more} trains", "freeze the whole image tower: --optim.lr-mults 'img/.*' 0 …"
     elif image.pool == "none":
-        found = "model.image.pool='none' leaves none", "choose a pooling, or train on pictures"
+        found = "model.image.pool='none' leaves none", "choose a pooling, or train on images"
     if found is not None:
         raise UserError(
-            f"data.image_embeddings needs one embedding of a picture throughout training, but {found[0]}; {found[1]}, "
+            f"data.image_embeddings needs one embedding of an image throughout training, but {found[0]}; {found[1]}, "
             f"or leave data.image_embeddings out"
         )
 
@@ -191,7 +191,7 @@ class _Computation:
         if missing:
             own = missing[index::count]
             rounds = -(-len(missing) // count)
-            own += [store.parts] * (rounds - len(own))  # a part behind the last one has no pictures
+            own += [store.parts] * (rounds - len(own))  # a part behind the last one has no images
             began = told = time.monotonic()
             with contextlib.closing(self.loader.part_images(self.index, store, own, rows=self.rows)) as batches:
                 for n, part in enumerate(own):
@@ -217,7 +217,7 @@ class _Computation:
         bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
         if bad.size:
             raise RunFailed(
-                f"the image tower makes NaN of pair {records[bad[0]]} of {self.shards}; look at that picture and the tower"
+                f"the image tower makes NaN of pair {records[bad[0]]} of {self.shards}; look at that image and the tower"
             )
         if records:
             store.write(part, np.asarray(rows, np.float32), broken)
@@ -225,11 +225,11 @@ class _Computation:
     def _tell(self, done: list[int], missing: list[int], took_s: float) -> None:
         if jax.process_index() > 0:
             return
-        pictures, all_pictures = (sum(len(self.store.records(part)) for part in parts) for parts in (done, missing))
-        per_s = pictures / max(took_s, 1e-9)
+        images, all_images = (sum(len(self.store.records(part)) for part in parts) for parts in (done, missing))
+        per_s = images / max(took_s, 1e-9)
         logger.info(
-            "image embeddings of %s: %d of %d, %.0f pictures/s, %.0f s left",
-            self.shards, pictures, all_pictures, per_s, (all_pictures - pictures) / per_s,
+            "image embeddings of %s: %d of %d, %.0f images/s, %.0f s left",
+            self.shards, images, all_images, per_s, (all_images - images) / per_s,
         )  # fmt: skip
 
     def _finish(self, *, computed: bool) -> None:
@@ -248,6 +248,6 @@ class _Computation:
         broken = self.store.count_broken()
         if broken:
             logger.warning(
-                "pictures of %s without an embedding, replaced in training: %s; remove %s to try them again",
+                "images of %s without an embedding, replaced in training: %s; remove %s to try them again",
                 self.shards, dict(broken), self.store.folder,
             )  # fmt: skip

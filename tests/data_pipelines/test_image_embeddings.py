@@ -67,7 +67,7 @@ def test_what_killed_processes_left_is_swept_up(tmp_path):
 def test_a_folder_of_other_pairs_or_a_damaged_one_is_refused(tmp_path):
     open_small(tmp_path)
     with pytest.raises(
-        ValueError, match="speaks of 13 pairs and embeddings of width 5, but there are 14 of 5; remove that"
+        ValueError, match="describes 13 pairs and embeddings of width 5, but there are 14 of 5; remove that"
     ):
         open_small(tmp_path, pairs=14)
     (tmp_path / "meta.json").write_text("{")

@@ -374,3 +374,26 @@ def test_a_machine_without_the_fast_libraries_decodes_too():
     data = encode(painting(20, 20), "JPEG")
     done = subprocess.run([sys.executable, "-c", script], input=data, check=True, capture_output=True)
     assert done.stdout == b"(2, 3, 3)\n"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_large_jpeg_is_decoded_smaller_and_upright(orientation):
+    y, x = np.mgrid[:240, :321] / 321
+    image = (255 * np.stack([x, y, 0.5 + 0.5 * np.sin(9 * x)], axis=-1)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(image, "JPEG", quality=95, **({"exif": exif} if orientation > 1 else {}))
+    full = image_ops.decode_pixels(data, max_pixels=1 << 20)
+    for min_size_px, factor in (
+        ((60, 60), 4),
+        ((61, 30), 2 if full.shape[0] == 240 else 4),
+        ((121, 161), 1),
+        ((1, 1), 8),
+    ):
+        small = image_ops.decode_pixels(data, max_pixels=1 << 20, min_size_px=min_size_px)
+        assert small.shape == (round(full.shape[0] / factor), round(full.shape[1] / factor), 3)
+        size = (24, 32)
+        off = image_ops.resize(small, size).astype(int) - image_ops.resize(full, size)
+        assert np.abs(off).max() <= (0 if factor == 1 else 16) and np.abs(off).mean() <= 2
+    with pytest.raises(image_ops.DecodeError, match="bomb"):
+        image_ops.decode_pixels(data, max_pixels=240 * 321 - 1, min_size_px=(1, 1))

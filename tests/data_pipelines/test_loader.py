@@ -14,6 +14,7 @@ from data_pipelines.counter_rng import Draws
 from data_pipelines.errors import UserError
 from data_pipelines.loader import DataConfig, make_eval_batches, make_loader
 from data_pipelines.order.mixture import SourceConfig
+from data_pipelines.samples.pixels import Pixels
 from data_pipelines.sources.webdataset import TarSource
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from tests.data_pipelines.shards import SAMPLE, SPIECE, encode, write_pairs, write_tar
@@ -273,3 +274,39 @@ def test_evaluation_leaves_out_and_counts_what_does_not_decode(broken):
         assert batches.counts == dict.fromkeys(REASONS[:5], 1)
     with pytest.raises(ValueError, match="batch_size=0"):
         make_eval_batches(TarSource(broken), batch_size=0, image_size=(4, 4))
+
+
+def test_evaluation_by_workers_or_threads_and_with_fewer_fields(broken):
+    source = TarSource(broken)
+    shape = {"batch_size": 7, "image_size": (4, 4), "max_image_pixels": 1000}
+    whole = list(make_eval_batches(source, threads=1, **shape))
+    for options in ({}, {"threads": 3}, {"workers": 2}, {"workers": 1, "threads": 2, "fields": ("txt",)}):
+        batches = make_eval_batches(source, **shape, **options)
+        for batch, expected in zip(batches, whole, strict=True):
+            assert (batch["image"] == expected["image"]).all()
+            assert batch["key"] == expected["key"] and batch["index"] == expected["index"]
+            told = [{"txt": it["txt"]} for it in expected["fields"]] if "fields" in options else expected["fields"]
+            assert batch["fields"] == told
+        assert batches.counts == dict.fromkeys(REASONS[:5], 1)
+    assert next(iter(make_eval_batches(source, fields=(), **shape)))["fields"][0] == {}
+    iterator = iter(make_eval_batches(source, workers=1, **shape))
+    next(iterator)
+    iterator.close()  # leaves no process: pytest would wait for it
+
+
+def test_scaled_jpegs_are_the_same_stream_of_nearly_the_same_pixels(tmp_path):
+    y, x = np.mgrid[:160, :160] / 160
+    members = {}
+    for number in range(12):
+        image = (255 * np.stack([x, y, 0.5 + 0.5 * np.sin(number * x)], axis=-1)).astype(np.uint8)
+        members |= {f"{number:03d}.jpg": encode(image, "JPEG", quality=95), f"{number:03d}.txt": b"a slope"}
+    config = replace(config_of(write_tar(tmp_path / "large.tar", members)), augment=AUGMENT)
+    full, _ = take(config, 3, image_size=(16, 16))
+    scaled, loader = take(replace(config, jpeg_scaling=True), 3, image_size=(16, 16))
+    cached = loader._batches.cache
+    assert {pair.pixels.shape for pair in cached._kept.values()} == {(40, 40, 3)}  # at least 16 / 0.7 * exp(0.05)
+    for one, other in zip(full, scaled, strict=True):
+        assert one["key"] == other["key"] and (one["text"] == other["text"]).all()
+        off = np.abs(one["image"].astype(int) - other["image"])
+        assert 0 < off.max() and off.mean() < 3
+    assert Pixels((16, 16), AUGMENT).min_decoded_px == (25, 25) and Pixels((16, 20)).min_decoded_px == (16, 20)

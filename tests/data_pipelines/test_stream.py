@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_pipelines import workers
+from data_pipelines.errors import UserError
 from data_pipelines.loader import DataConfig, make_loader
 from data_pipelines.order.mixture import SourceConfig
 from data_pipelines.order.permutation import BlockShuffle
@@ -64,6 +65,42 @@ def test_blocks_give_the_same_global_batches_and_neighbours_to_a_process(shards,
     assert set(collections.Counter(keys_of(whole)).values()) == {2} and len(set(keys_of(whole))) == 42
     with pytest.raises(ValueError, match="the data changed since this run was saved"):
         make_loader(config_of(shards / "*.tar"), **SHAPES).restore(make_loader(config, **SHAPES).state())
+
+
+def test_shards_and_a_manifest_that_were_moved_are_the_same_data(shards, tmp_path):
+    rows = [("a", 0, n) for n in range(13)] + [("b", 100, n) for n in range(29)]
+    columns = {
+        "shard": [str(shards / f"{name}.tar") for name, _, _ in rows],
+        "index": [index for _, _, index in rows],
+        "key": [f"{first + index:06d}" for _, first, index in rows],
+        "keep": [index % 3 != 0 for _, _, index in rows],
+    }
+    pq.write_table(pa.table(columns), shards / "manifest.parquet")
+    before = SourceConfig(str(shards / "*.tar"), manifest=str(shards / "manifest.parquet"))
+    expected, _ = take(DataConfig((before,), SPIECE), 6)
+    loader = take(DataConfig((before,), SPIECE), 3)[1]
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in (shards / "a.tar", shards / "b.tar"):
+        path.rename(moved / path.name)
+    (shards / "manifest.parquet").rename(tmp_path / "kept.parquet")
+    after = SourceConfig(str(moved / "*.tar"), manifest=str(tmp_path / "kept.parquet"))
+    resumed = make_loader(replace(DataConfig((after,), SPIECE), block_bytes=1 << 20), **SHAPES)
+    resumed.restore(json.loads(json.dumps(loader.state())))
+    assert_same(list(itertools.islice(resumed, 3)), expected[3:])
+    resumed.close()
+
+
+def test_a_state_that_does_not_describe_its_data_is_restored_or_refused(shards):
+    state = take(config_of(shards / "a.tar"), 2)[1].state()
+    del state["data"]  # as in checkpoints of before
+    loader = make_loader(config_of(shards / "a.tar"), **SHAPES)
+    loader.restore(state)
+    assert loader.state()["position"] == 2
+    with pytest.raises(
+        UserError, match=r"the data changed since this run was saved \(was: unknown; now: b.tar, 29 pairs\)"
+    ):
+        make_loader(config_of(shards / "b.tar"), **SHAPES).restore(state)
 
 
 def reweighted(config, *weights):

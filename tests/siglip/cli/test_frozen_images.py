@@ -15,7 +15,7 @@ from data_pipelines import image_embeddings
 from data_pipelines.augment import AugmentConfig
 from data_pipelines.loader import DataConfig, make_loader
 from data_pipelines.order.mixture import SourceConfig
-from data_pipelines.samples import batches
+from data_pipelines.samples.pairs import ImageDecoder
 from siglip import trees
 from siglip.cli import frozen_images, run
 from siglip.cli.frozen_images import StoppedComputing, check_frozen, fingerprint, make_prepare
@@ -138,13 +138,13 @@ def test_stopped_and_started_again_it_goes_on_with_the_next_part(folder, tmp_pat
     small_parts(monkeypatch)
     data = dataclasses.replace(config_of(folder).data, image_embeddings=str(tmp_path))
     config, tower = config_of(folder, data=data), {"img": random_params(MODEL)["img"]}
-    decoded, decode = [], batches.decode_picture
+    decoded, decode = [], ImageDecoder.decode
 
-    def count(pair, **options):
+    def count(decoder, pair):
         decoded.append(pair.key)
-        return decode(pair, **options)
+        return decode(decoder, pair)
 
-    monkeypatch.setattr(batches, "decode_picture", count)
+    monkeypatch.setattr(ImageDecoder, "decode", count)
     signals = iter([None, signal.SIGTERM])
     with pytest.raises(
         StoppedComputing, match="stopped by SIGTERM with 2 parts of the image embeddings left"
@@ -203,7 +203,7 @@ def test_the_fingerprint_is_of_the_function_not_of_where_it_lies():
 @pytest.mark.parametrize(
     "change, match",
     [
-        ({"augment": AugmentConfig()}, "data.augment changes pictures every time; set data.augment to None"),
+        ({"augment": AugmentConfig()}, "data.augment changes images every time; set data.augment to None"),
         ({"image": {"patch_dropout": 0.5}}, r"model.image.patch_dropout=0.5 does so; use --model.image.patch-dropout 0"),
         ({"image": {"dropout": 0.1}}, r"model.image.dropout=0.1 does so"),
         ({"lr_mults": (("txt/.*", 0.5),)}, r"img/MAPHead_0/LayerNorm_0/bias and \d+ more trains; freeze the whole image tower"),
