@@ -23,7 +23,7 @@ import tyro
 
 from examples.captioner.data import SAMPLE, read_heldout
 from siglip.atomic import new_folder
-from siglip.cli import EXPECTED, describe
+from siglip.cli import describe
 from siglip.cli.arguments import parse
 from siglip.encoder import ImageEncoder, load_encoder
 from siglip.exporting.export import export
@@ -215,7 +215,7 @@ def main(args: list[str]) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs much
     try:
         run(parse(PaliGemmaArgs, args, prog="python -m examples.hf_paligemma"))
-    except EXPECTED as error:
+    except (Exception, KeyboardInterrupt) as error:
         code, line = describe(error)
         print(f"hf_paligemma: error: {line}", file=sys.stderr)
         return code

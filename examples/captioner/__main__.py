@@ -20,7 +20,7 @@ from examples.captioner.decoder import DecoderConfig
 from examples.captioner.model import Captioner, init_captioner
 from examples.captioner.saved import save_captioner
 from examples.captioner.train import StageConfig, evaluate, train_stage
-from siglip.cli import EXPECTED, describe
+from siglip.cli import describe
 from siglip.cli.arguments import parse
 from siglip.encoder import load_encoder
 from siglip.errors import UserError
@@ -69,7 +69,7 @@ def main(args: list[str]) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs much
     try:
         run(parse(CaptionerArgs, args, prog="python -m examples.captioner"))
-    except EXPECTED as error:
+    except (Exception, KeyboardInterrupt) as error:
         code, line = describe(error)
         print(f"captioner: error: {line}", file=sys.stderr)
         return code

@@ -35,7 +35,7 @@ from siglip.parallel import sharding
 from siglip.training.config import EvalConfig, from_json, to_json
 from siglip.trees import build_dataclass
 from siglip.workdir.report import write_report
-from tests.siglip.jobs import ROOT, SAMPLE, free_ports
+from tests.siglip.jobs import ROOT, SAMPLE, free_port
 from tests.siglip.tiny import random_params
 from tests.siglip.tiny_run import tiny_config
 
@@ -402,7 +402,7 @@ def test_the_report_decodes_only_what_it_shows(src, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(src, table, tmp_path):
     def start(count: int, devices: int, out: Path, command: list[str]) -> None:
-        port, processes = free_ports(), []
+        port, processes = free_port(), []
         for index in range(count):
             who = ["--distributed.coordinator", f"localhost:{port}", "--distributed.processes", str(count)]
             who = [*who, "--distributed.process-id", str(index)] if count > 1 else []
