@@ -160,7 +160,9 @@ class Job:
             assert process.returncode == code or (code is ANY and process.returncode not in (0, 2, None)), outputs
         lines = [[line for line in output.splitlines() if line.startswith("siglip: error: ")] for output in outputs]
         assert all(len(own) <= 1 for own in lines), outputs
-        assert not any("Traceback" in text for text, code in zip(outputs, expected, strict=True) if code is not ANY), outputs
+        assert not any("Traceback" in text for text, code in zip(outputs, expected, strict=True) if code is not ANY), (
+            outputs
+        )
         return [own[0] if own else "" for own in lines]
 
     def wait_until_held(self, index: int) -> None:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import siglip
 from siglip import trees
 from siglip.encoder import Encoder
 from siglip.formats import big_vision, hugging_face
