@@ -70,6 +70,6 @@ def happen(event: str, path: Path) -> None:
 
 if __name__ == "__main__":
     if os.environ.get("SIGLIP_TEST_TOY") == "1":
-        loop.make_program = toy_program
+        loop.make_program, training.make_evaluate = toy_program, lambda *_: None
     record(Path(os.environ["SIGLIP_TEST_RECORD"]), os.environ.get("SIGLIP_TEST_AT", ""))
     main()
