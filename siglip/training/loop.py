@@ -25,7 +25,7 @@ from siglip.parallel import sharding
 from siglip.parallel.collectives import gather_records
 from siglip.parallel.launch import in_all_or_none, is_lost_process
 from siglip.training import optim, warm_start
-from siglip.training.config import BAD_INPUT, TrainConfig, resolve, to_json
+from siglip.training.config import BAD_INPUT, TrainConfig, from_json, resolve, to_json
 from siglip.training.divergence import NonFiniteLoss
 from siglip.training.hooks import Batches, Evaluate, RunHooks
 from siglip.training.objective import all_param_shapes, make_objective
@@ -133,7 +133,8 @@ def _agree(config: TrainConfig, batches: Batches, tokenizer: bytes | None, given
         tokenizer=tokenizer,
         initial=warm_start.digest(given) if given and jax.process_count() > 1 else None,
     )
-    open_workdir(Path(config.workdir), to_json(config), tokenizer=tokenizer)
+    with_defaults = lambda tree: to_json(from_json(tree))  # noqa: E731
+    open_workdir(Path(config.workdir), to_json(config), tokenizer=tokenizer, complete=with_defaults)
 
 
 def _steps(

@@ -14,7 +14,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,17 @@ def _plain(tree: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(tree))
 
 
-def open_workdir(workdir: Path, config: Mapping[str, Any], *, tokenizer: bytes | None = None) -> None:
+def open_workdir(
+    workdir: Path,
+    config: Mapping[str, Any],
+    *,
+    tokenizer: bytes | None = None,
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+) -> None:
     """Creates the workdir with its config.json and tokenizer, or checks that those there are of the same run.
+
+    Args:
+        complete: adds to a config.json the fields that are newer than it, with their defaults.
 
     Raises:
         ValueError: if config.json there differs in a field that changes the parameters or the pairs, if its tokenizer is
@@ -95,7 +104,7 @@ def open_workdir(workdir: Path, config: Mapping[str, Any], *, tokenizer: bytes |
         PermissionError, NotADirectoryError: if the folder cannot be made or written.
     """
     is_first = jax.process_index() == 0
-    make = functools.partial(_make_workdir, workdir, config, tokenizer) if is_first else lambda: None
+    make = functools.partial(_make_workdir, workdir, config, tokenizer, complete) if is_first else lambda: None
     in_all_or_none(make, bad_input=(UserError, PermissionError, NotADirectoryError))
     if jax.process_count() == 1:
         return
@@ -117,25 +126,26 @@ def open_workdir(workdir: Path, config: Mapping[str, Any], *, tokenizer: bytes |
         )
 
 
-def _make_workdir(workdir: Path, config: Mapping[str, Any], tokenizer: bytes | None) -> None:
+def _make_workdir(workdir: Path, config: Mapping[str, Any], tokenizer: bytes | None, complete: Callable) -> None:
     path = workdir / TOKENIZER_FILE
     if tokenizer is not None and path.exists() and path.read_bytes() != tokenizer:
         raise UserError(
             f"workdir {workdir} was trained with another tokenizer than {config['data']['tokenizer']}; "
             f"use --data.tokenizer {path}, or another --workdir"
         )
-    _make_config_file(workdir, config)
+    _make_config_file(workdir, config, complete)
     if tokenizer is not None and not path.exists():
         write_atomically(path, tokenizer)
 
 
-def _make_config_file(workdir: Path, config: Mapping[str, Any]) -> None:
+def _make_config_file(workdir: Path, config: Mapping[str, Any], complete: Callable) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if not os.access(workdir, os.W_OK):
         raise PermissionError(f"{workdir} is not writable; give another --workdir")
     path = workdir / CONFIG_FILE
     if path.exists():
-        differences = _differences(_flatten_json(read_config(workdir)), _flatten_json(_plain(config)), FREE_FIELDS)
+        saved, ours = (_flatten_json(_plain(tree)) for tree in (complete(read_config(workdir)), config))
+        differences = _differences(saved, ours, FREE_FIELDS)
         if differences:
             told = [f"{name} is {there!r} there and {here!r} here" for name, there, here in differences[:3]]
             raise UserError(

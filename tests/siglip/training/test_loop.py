@@ -248,6 +248,20 @@ def test_a_workdir_of_another_config_is_refused_and_untouched(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+def test_a_workdir_from_before_a_field_existed_goes_on_with_its_default(tmp_path):
+    train_toy(tiny_config(tmp_path), TinyBatches())
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["terms"], config["data"]["jpeg_scaling"]
+    path.write_text(json.dumps(config))
+    train_toy(tiny_config(tmp_path), TinyBatches())
+    assert json.loads(path.read_text())["data"]["jpeg_scaling"] is False
+    path.write_text(json.dumps(config))
+    data = dataclasses.replace(tiny_config(tmp_path).data, jpeg_scaling=True)
+    with pytest.raises(ValueError, match=r"another run: data.jpeg_scaling is False there and True here"):
+        train_toy(dataclasses.replace(tiny_config(tmp_path), data=data), TinyBatches())
+
+
 def test_what_only_reports_may_change_between_starts(tmp_path):
     train_toy(tiny_config(tmp_path), TinyBatches())
     train_toy(tiny_config(tmp_path, log=LogConfig(every_steps=1, progress=False)), TinyBatches())
