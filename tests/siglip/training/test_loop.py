@@ -1,5 +1,6 @@
 """The loop: learning, resuming bit for bit, signals, bad numbers, bad workdirs."""
 
+import dataclasses
 import json
 import os
 import re
