@@ -30,7 +30,7 @@ from data_pipelines.image_embeddings import ImageEmbeddings, make_key, open_imag
 from data_pipelines.loader import Loader
 from siglip import trees
 from siglip.errors import RunFailed, UserError
-from siglip.evaluation.embed import embed_rows, make_embed_fns, rows_per_process
+from siglip.evaluation.embed import embed_rows, image_embeddings, rows_per_process
 from siglip.models.two_tower import ModelConfig
 from siglip.parallel import sharding
 from siglip.parallel.collectives import gather_records
@@ -92,17 +92,15 @@ def make_prepare(config: TrainConfig, loader: Loader) -> Prepare:
         ValueError: as `check_frozen`.
     """
     check_frozen(config)
-    mesh = sharding.make_mesh(config.mesh)
-    model = config.model
-    forward = make_embed_fns(dataclasses.replace(model, text=None, out_dim=(model.out_dim[0], None))).images
+    model, mesh = config.model, sharding.make_mesh(config.mesh)
+    rows = rows_per_process(config.eval.batch_size, mesh)
+    image_model = dataclasses.replace(model, text=None, out_dim=(model.out_dim[0], None))
 
     def prepare(step: int, params: Mapping[str, Any], interrupted: Callable[[], int | None]) -> None:
         del step
-        image_params = {"img": params["img"]}
         tower = fingerprint(params["img"], model)
-
-        rows = rows_per_process(config.eval.batch_size, mesh)
-        embed = functools.partial(embed_rows, functools.partial(forward, image_params), mesh=mesh, rows_per_pass=rows)
+        forward = functools.partial(image_embeddings, image_model, {"img": params["img"]})
+        embed = functools.partial(embed_rows, forward, mesh=mesh, rows_per_pass=rows)
         stores = []
         for index, source in enumerate(config.data.sources):
             store = _open(config, loader, index, tower)

@@ -14,7 +14,6 @@ from siglip.cli.arguments import parse
 from siglip.cli.evaluation import first_values, make_embedder
 from siglip.cli.frozen_images import make_prepare
 from siglip.errors import UserError
-from siglip.evaluation.embed import make_embed_fns
 from siglip.evaluation.suite import named_metrics, run_tasks
 from siglip.parallel import launch, sharding
 from siglip.training.config import TrainConfig, load_config_file, resolve
@@ -93,12 +92,11 @@ def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer) -> Eva
     """
     for task in config.eval.tasks:
         task.check(first_values)
-    model, settings, mesh = config.model, config.eval, sharding.make_mesh(config.mesh)
-    fns = make_embed_fns(model)
+    settings, mesh = config.eval, sharding.make_mesh(config.mesh)
 
     def evaluate(params):
         embedder = make_embedder(
-            fns, params, model, mesh=mesh, tokenizer=tokenizer,
+            params, config.model, mesh=mesh, tokenizer=tokenizer,
             batch_size=settings.batch_size, threads=settings.threads, workers=settings.workers,
         )  # fmt: skip
         return named_metrics(run_tasks(settings.tasks, embedder))

@@ -95,9 +95,8 @@ class ZeroShot:
         label = values[0] if len(values) == 1 else values
         if isinstance(label, str) and label in index:
             return index[label]
-        if isinstance(label, str) and label.isdecimal() or isinstance(label, int):
-            return int(label)
-        if isinstance(label, float) and label.is_integer():  # a number column with gaps
+        number = isinstance(label, int) or (isinstance(label, str) and label.isdecimal())
+        if number or (isinstance(label, float) and label.is_integer()):  # a number column with gaps
             return int(label)
         names = ", ".join(list(index)[:_SHOWN_NAMES]) + (", …" if len(index) > _SHOWN_NAMES else "")
         raise UserError(
