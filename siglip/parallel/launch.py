@@ -109,8 +109,10 @@ def joined(config: DistributedConfig, *, describe: Callable[[BaseException], tup
         logger.info("%d processes with %d devices", jax.process_count(), jax.device_count())
         yield
     except BaseException as error:
-        if is_lost_process(error) or not _all_fail():
-            _end_alone(*describe(error))
+        if is_lost_process(error) or not wait_for_all("an error in every process", timeout_s=_TOGETHER_S):
+            if jax.process_index() == 0:
+                time.sleep(_LAST_WORDS_S)
+            end_process(*describe(error))
         raise
     finally:
         jax.distributed.shutdown()
@@ -138,11 +140,8 @@ def in_all_or_none(make: Callable[[], T], *, bad_input: tuple[type[BaseException
 def is_lost_process(error: BaseException) -> bool:
     """Whether an operation of several processes failed because one of them is gone."""
     from_jax = isinstance(error, jax.errors.JaxRuntimeError | ValueError) and not isinstance(error, UserError)
-    return _several() and from_jax and _LOST.match(str(error)) is not None
-
-
-def _several() -> bool:
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    several = jax.distributed.is_initialized() and jax.process_count() > 1
+    return several and from_jax and _LOST.match(str(error)) is not None
 
 
 def wait_for_all(name: str, *, timeout_s: float) -> bool:
@@ -185,10 +184,8 @@ def _join(config: DistributedConfig) -> bool:
                 f".process_id, or distributed.processes=1 to train alone"
             ) from error
         if int(environ.get("SLURM_NTASKS", 1)) > 1:
-            logger.warning(
-                "SLURM has %s tasks for this job, but this process was not started by srun: it trains alone",
-                environ["SLURM_NTASKS"],
-            )
+            alone = "SLURM has %s tasks for this job, but this process was not started by srun: it trains alone"
+            logger.warning(alone, environ["SLURM_NTASKS"])
         return False  # jax finds no cluster here
     finally:
         impatience.cancel()
@@ -223,12 +220,10 @@ def _bind_address(coordinator: str | None) -> str | None:
 
 def _check_port(coordinator: str) -> None:
     """Raises UserError if the port of process 0 is taken: jax would crash."""
-    family, port = (
-        socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET,
-        int(coordinator.rpartition(":")[2]),
-    )
+    port, dual = int(coordinator.rpartition(":")[2]), socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
     try:
-        socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
     except OSError as error:
         raise UserError(
             f"port {port} of this host cannot be used ({error.strerror}); another job may run here: "
@@ -257,16 +252,6 @@ def _nobody_came(config: DistributedConfig) -> NoReturn:
         f"{who}not all processes of this job joined within {config.timeout_s} s; start the same command on every host, check "
         f"that each reaches the port of process 0, raise distributed.timeout_s, or give distributed.processes=1 to train alone",
     )
-
-
-def _all_fail() -> bool:
-    return wait_for_all("an error in every process", timeout_s=_TOGETHER_S)
-
-
-def _end_alone(code: int, line: str) -> NoReturn:
-    if jax.process_index() == 0:
-        time.sleep(_LAST_WORDS_S)
-    end_process(code, line)
 
 
 def end_process(code: int, line: str) -> NoReturn:
