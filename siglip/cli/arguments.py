@@ -59,12 +59,10 @@ def _one_line(box: str) -> str:
 
 @contextlib.contextmanager
 def _columns(width: int):
-    before = os.environ.get("COLUMNS")
+    before = {name: value for name, value in os.environ.items() if name == "COLUMNS"}
     os.environ["COLUMNS"] = str(width)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = before
+        del os.environ["COLUMNS"]
+        os.environ.update(before)

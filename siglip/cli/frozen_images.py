@@ -147,23 +147,10 @@ def _mix(x: jax.Array) -> jax.Array:
 def _open(config: TrainConfig, loader: Loader, index: int, tower: str) -> ImageEmbeddings:
     source, data, image_size = loader.sources[index], config.data, config.model.image.image_size
     key = make_key(tower, source=source, image_size=image_size, max_image_pixels=data.max_image_pixels)
-    about = {
-        "shards": data.sources[index].shards,
-        "source": source.fingerprint,
-        "tower": tower,
-        "image_size": image_size,
-    }
-    open_it = functools.partial(
-        open_image_embeddings,
-        Path(data.image_embeddings) / key,
-        pairs=len(source),
-        width=config.model.embedding_dims[0],
-        about=about,
-    )
-    if jax.process_index() == 0:
-        open_it()
-    gather_records([])  # the others open what process 0 made
-    return open_it()
+    shards, width = data.sources[index].shards, config.model.embedding_dims[0]
+    about = {"shards": shards, "source": source.fingerprint, "tower": tower, "image_size": image_size}
+    # Every process may make the folder: they write the same.
+    return open_image_embeddings(Path(data.image_embeddings) / key, pairs=len(source), width=width, about=about)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,8 +208,6 @@ class _Computation:
             store.write(part, np.asarray(rows, np.float32), broken)
 
     def _tell(self, done: list[int], missing: list[int], took_s: float) -> None:
-        if jax.process_index() > 0:
-            return
         images, all_images = (sum(len(self.store.records(part)) for part in parts) for parts in (done, missing))
         per_s = images / max(took_s, 1e-9)
         logger.info(

@@ -41,8 +41,7 @@ def train_command(args: list[str]) -> None:
 
 
 def _train(config: TrainConfig) -> None:
-    start = launch.in_all_or_none(functools.partial(_open, config), bad_input=BAD_INPUT)
-    start()
+    launch.in_all_or_none(functools.partial(_open, config), bad_input=BAD_INPUT)()
 
 
 def _open(config: TrainConfig) -> Callable[[], TrainState]:

@@ -40,11 +40,7 @@ def check_names(tasks: Sequence[Task]) -> None:
 
 
 def run_tasks(tasks: Sequence[Task], embedder: Embedder) -> list[Result]:
-    """Runs one task after the other; every process gets all results.
-
-    Raises:
-        UserError: as the tasks' `run`.
-    """
+    """Runs one task after the other; every process gets all results. Raises UserError as the tasks' `run` do."""
     return [result for task in tasks for result in task.run(embedder)]
 
 

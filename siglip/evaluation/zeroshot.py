@@ -168,15 +168,15 @@ def make_prompts(classnames: Sequence[str], templates: Sequence[str] | Mapping[s
         missing = next((name for name in classnames if not templates.get(name)), None)
         if missing is not None:
             raise UserError(f"the templates have no prompts for class {missing!r}{did_you_mean(missing, templates)}")
-        return [[_prompt(template, name) for template in templates[name]] for name in classnames]
-    for template in templates:
-        if "{}" not in template and "{c}" not in template:
-            raise UserError(f"template {template!r} has no {{}} for the class name")
-    return [[_prompt(template, name) for template in templates] for name in classnames]
-
-
-def _prompt(template: str, classname: str) -> str:
-    return canonicalize(template.replace("{c}", "{}").replace("{}", classname))
+    else:
+        for template in templates:
+            if "{}" not in template and "{c}" not in template:
+                raise UserError(f"template {template!r} has no {{}} for the class name")
+        templates = dict.fromkeys(classnames, templates)
+    return [
+        [canonicalize(template.replace("{c}", "{}").replace("{}", name)) for template in templates[name]]
+        for name in classnames
+    ]
 
 
 def class_embeddings(

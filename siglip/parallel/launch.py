@@ -61,11 +61,10 @@ class DistributedConfig:
     heartbeat_timeout_s: int = 15
 
     def __post_init__(self) -> None:
-        for name, least in (("timeout_s", 1), ("heartbeat_timeout_s", 5)):
-            if getattr(self, name) < least:
-                raise UserError(f"distributed.{name}={getattr(self, name)} must be at least {least}")
-        if self.processes is not None and self.processes < 1:
-            raise UserError(f"distributed.processes={self.processes} must be at least 1")
+        for name, least in (("timeout_s", 1), ("heartbeat_timeout_s", 5), ("processes", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"distributed.{name}={value} must be at least {least}")
         given = {name: getattr(self, name) for name in ("coordinator", "processes", "process_id")}
         missing = [f"distributed.{name}" for name, value in given.items() if value is None]
         if self.processes != 1 and 0 < len(missing) < 3:
@@ -158,25 +157,25 @@ def _join(config: DistributedConfig) -> bool:
     environ, several = os.environ, config.processes is not None
     if config.processes == 1 or (not several and environ.get("SLURM_NTASKS") == "1"):
         return False
-    if config.process_id == 0:
-        _check_port(config.coordinator)
+    bind_address = _bind_address(config.coordinator) if config.process_id == 0 else None
     # A client of jax that waits longer than its timeout aborts: this one is to speak first.
     impatience = threading.Timer(config.timeout_s, _nobody_came, [config])
     impatience.daemon = True
     impatience.start()
+    # gRPC would send what the hosts tell each other through a cluster's web proxy.
+    proxies = {name: environ.pop(name) for name in list(environ) if _PROXIES.fullmatch(name)}
     try:
-        with _without_proxies():
-            jax.distributed.initialize(
-                config.coordinator,
-                config.processes,
-                config.process_id,
-                local_device_ids=local_device_ids(environ),
-                cluster_detection_method="deactivate" if several else None,
-                initialization_timeout=config.timeout_s + 60,
-                heartbeat_timeout_seconds=config.heartbeat_timeout_s,
-                shutdown_timeout_seconds=config.timeout_s,
-                coordinator_bind_address=_bind_address(config.coordinator),
-            )
+        jax.distributed.initialize(
+            config.coordinator,
+            config.processes,
+            config.process_id,
+            local_device_ids=local_device_ids(environ),
+            cluster_detection_method="deactivate" if several else None,
+            initialization_timeout=config.timeout_s + 60,
+            heartbeat_timeout_seconds=config.heartbeat_timeout_s,
+            shutdown_timeout_seconds=config.timeout_s,
+            coordinator_bind_address=bind_address,
+        )
     except Exception as error:
         if several or not _ALONE.search(str(error)):
             raise UserError(
@@ -189,6 +188,7 @@ def _join(config: DistributedConfig) -> bool:
         return False  # jax finds no cluster here
     finally:
         impatience.cancel()
+        environ.update(proxies)
     return True
 
 
@@ -201,25 +201,8 @@ def local_device_ids(environ: Mapping[str, str]) -> list[int] | None:
     return [] if tasks_per_node == {"1"} or "SLURM_GPUS_PER_TASK" in environ else None
 
 
-@contextlib.contextmanager
-def _without_proxies() -> Iterator[None]:
-    """gRPC would send what the hosts tell each other through a cluster's web proxy."""
-    proxies = {name: value for name, value in os.environ.items() if _PROXIES.fullmatch(name)}
-    for name in proxies:
-        del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.update(proxies)
-
-
-def _bind_address(coordinator: str | None) -> str | None:
-    """jax listens on [::], which not every machine has."""
-    return None if coordinator is None or socket.has_dualstack_ipv6() else f"0.0.0.0:{coordinator.rpartition(':')[2]}"
-
-
-def _check_port(coordinator: str) -> None:
-    """Raises UserError if the port of process 0 is taken: jax would crash."""
+def _bind_address(coordinator: str) -> str | None:
+    """Where process 0 listens; None for jax's [::], which not every machine has. Raises UserError if the port is taken."""
     port, dual = int(coordinator.rpartition(":")[2]), socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     try:
@@ -229,6 +212,7 @@ def _check_port(coordinator: str) -> None:
             f"port {port} of this host cannot be used ({error.strerror}); another job may run here: "
             f"give another port in distributed.coordinator"
         ) from None
+    return None if dual else f"0.0.0.0:{port}"
 
 
 def _check_devices(config: DistributedConfig) -> None:
