@@ -20,7 +20,7 @@ from siglip.atomic import new_file, write_atomically
 from siglip.cli import describe
 from siglip.cli.arguments import find_flag, parse
 from siglip.errors import UserError
-from siglip.evaluation.embed import Embedder, Params, Value, image_embeddings, rows_per_process, text_embeddings
+from siglip.evaluation.embed import Embedder, Params, Value, embeddings, rows_per_process
 from siglip.evaluation.suite import run_tasks, task_classes
 from siglip.model_source import read_model
 from siglip.models.two_tower import ModelConfig
@@ -175,8 +175,7 @@ def make_embedder(
         )  # fmt: skip
 
     return Embedder(
-        functools.partial(image_embeddings, config, params),
-        functools.partial(text_embeddings, config, params),
+        functools.partial(embeddings, config, params),
         mesh=mesh, rows=rows, image_size=image_size, tokenize=tokenize, read=read, values_of=values_of,
     )  # fmt: skip
 

@@ -30,7 +30,7 @@ from data_pipelines.image_embeddings import ImageEmbeddings, make_key, open_imag
 from data_pipelines.loader import Loader
 from siglip import trees
 from siglip.errors import RunFailed, UserError
-from siglip.evaluation.embed import embed_rows, image_embeddings, rows_per_process
+from siglip.evaluation.embed import embed_rows, embeddings, rows_per_process
 from siglip.models.two_tower import ModelConfig
 from siglip.parallel import sharding
 from siglip.parallel.collectives import gather_records
@@ -99,8 +99,8 @@ def make_prepare(config: TrainConfig, loader: Loader) -> Prepare:
     def prepare(step: int, params: Mapping[str, Any], interrupted: Callable[[], int | None]) -> None:
         del step
         tower = fingerprint(params["img"], model)
-        forward = functools.partial(image_embeddings, image_model, {"img": params["img"]})
-        embed = functools.partial(embed_rows, forward, mesh=mesh, rows_per_pass=rows)
+        forward = functools.partial(embeddings, image_model, {"img": params["img"]})
+        embed = functools.partial(embed_rows, forward, "image", mesh=mesh, rows_per_pass=rows)
         stores = []
         for index, source in enumerate(config.data.sources):
             store = _open(config, loader, index, tower)

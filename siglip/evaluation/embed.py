@@ -51,15 +51,10 @@ class EmbeddedImages(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def image_embeddings(model: ModelConfig, params: Params, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b e"]:
-    """L2-normalised; a new batch size compiles once."""
-    return make_model(model).apply({"params": params}, {"image": images})[0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def text_embeddings(model: ModelConfig, params: Params, texts: Int[Array, "b l"]) -> Float[Array, "b e"]:
-    """L2-normalised; a new batch size compiles once."""
-    return make_model(model).apply({"params": params}, {"text": texts})[1]
+def embeddings(model: ModelConfig, params: Params, batch: Mapping[str, Array]) -> Float[Array, "b e"]:
+    """{"image": uint8 [b, h, w, 3]} or {"text": int32 [b, l]} -> L2-normalised; a new batch size compiles once."""
+    zimg, ztxt, _ = make_model(model).apply({"params": params}, batch)
+    return zimg if "image" in batch else ztxt
 
 
 def rows_per_process(batch_size: int, mesh: Mesh) -> int:
@@ -68,9 +63,9 @@ def rows_per_process(batch_size: int, mesh: Mesh) -> int:
 
 
 def embed_rows(
-    function: Callable[[Array], Array], rows: np.ndarray, *, mesh: Mesh, rows_per_pass: int
+    embed: Callable[[Mapping[str, Array]], Array], name: str, rows: np.ndarray, *, mesh: Mesh, rows_per_pass: int
 ) -> Float[np.ndarray, "n e"]:
-    """`function` of this process's rows, `rows_per_pass` at a time over the mesh, by all processes at once.
+    """`embed({name: rows})` of this process's rows, `rows_per_pass` at a time over the mesh, by all processes at once.
 
     The last batch is filled up with zeros, so that one shape is compiled; no rows are one batch of zeros. All processes must
     come to the same number of passes.
@@ -78,8 +73,8 @@ def embed_rows(
     parts = []
     for start in range(0, max(len(rows), 1), rows_per_pass):
         part = rows[start : start + rows_per_pass]
-        batch = sharding.put_batch({"rows": _filled(part, rows_per_pass)}, mesh)["rows"]
-        parts.append(own_rows(function(batch), mesh)[: len(part)])
+        batch = sharding.put_batch({name: _filled(part, rows_per_pass)}, mesh)
+        parts.append(own_rows(embed(batch), mesh)[: len(part)])
     return np.concatenate(parts)
 
 
@@ -92,7 +87,7 @@ class Embedder:
     """Both towers of a model, ready to embed shards and strings on a mesh.
 
     Attributes:
-        images, texts: `image_embeddings` and `text_embeddings` with a model and its parameters.
+        embed: `embeddings` with a model and its parameters.
         rows: rows of this process in each forward pass, as `rows_per_process` says.
         image_size: (height, width) in pixels.
         tokenize: strings -> token ids, padded to the length of the text tower.
@@ -101,8 +96,7 @@ class Embedder:
         values_of: (fields of a pair, name of one) -> what that holds.
     """
 
-    images: Callable[[UInt8[Array, "b h w 3"]], Float[Array, "b e"]]
-    texts: Callable[[Int[Array, "b l"]], Float[Array, "b e"]]
+    embed: Callable[[Mapping[str, Array]], Float[Array, "b e"]]
     mesh: Mesh
     rows: int
     image_size: tuple[int, int]
@@ -112,14 +106,14 @@ class Embedder:
 
     def embed_images(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n e"]:
         """Embeddings of this process's images; all processes must bring as many batches."""
-        return embed_rows(self.images, images, mesh=self.mesh, rows_per_pass=self.rows)
+        return embed_rows(self.embed, "image", images, mesh=self.mesh, rows_per_pass=self.rows)
 
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "m e"]:
         """Embeddings of the texts, which are the same in every process; equal texts are embedded once."""
         distinct = list(dict.fromkeys(texts))
         share = -(-len(distinct) // jax.process_count())
         own = self.tokenize(distinct[jax.process_index() * share :][:share])
-        z = embed_rows(self.texts, _filled(own, share), mesh=self.mesh, rows_per_pass=self.rows)
+        z = embed_rows(self.embed, "text", _filled(own, share), mesh=self.mesh, rows_per_pass=self.rows)
         z = gather_rows(z[: len(own)])
         _warn_if_collapsed(z, "different texts", "text")
         row_of = {text: row for row, text in enumerate(distinct)}

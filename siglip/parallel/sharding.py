@@ -134,10 +134,20 @@ def param_shardings(shapes: Mapping[str, Any], mesh: Mesh, config: MeshConfig) -
         raise UserError(
             f"mesh.rules have none for {missing[0]!r}{_and_more(missing)}; end them with ('.*', 'fsdp') or ('.*', 'replicate')"
         )
-    specs = {path: _fsdp_spec(path, leaf, actions[path], config.fsdp, config) for path, leaf in flat.items()}
+
+    def specs_over(fsdp: int) -> dict[str, PartitionSpec | None]:
+        return {path: _fsdp_spec(path, leaf, actions[path], fsdp, config) for path, leaf in flat.items()}
+
+    specs = specs_over(config.fsdp)
     failed = [path for path, spec in specs.items() if spec is None]
     if failed:
-        raise UserError(_cannot_shard(failed, flat, actions, mesh, config))
+        path, smaller = failed[0], range(config.fsdp - 1, 0, -1)
+        fits = next(n for n in smaller if mesh.size % n == 0 and None not in specs_over(n).values())
+        dimension = "no dimension" if actions[path] == "fsdp" else f"not the dimension of {actions[path]!r}"
+        raise UserError(
+            f"mesh.fsdp={config.fsdp} divides {dimension} of {path} {tuple(flat[path].shape)}{_and_more(failed)}; "
+            f"use mesh.fsdp={fits}, or put ({path!r}, 'replicate') first in mesh.rules"
+        )
     meant = [path for path, action in actions.items() if action != "replicate"]
     if config.fsdp > 1 and all(specs[path] == P_REPLICATED for path in meant):
         raise UserError(
@@ -162,21 +172,6 @@ def _fsdp_spec(path: str, leaf: Any, action: str, fsdp: int, config: MeshConfig)
     if not divisible:
         return None
     return PartitionSpec(*[None] * max(divisible, key=lambda axis: leaf.shape[axis]), "fsdp")
-
-
-def _cannot_shard(
-    failed: Sequence[str], flat: Mapping[str, Any], actions: Mapping[str, str], mesh: Mesh, config: MeshConfig
-) -> str:
-    def all_fit(fsdp: int) -> bool:
-        return all(_fsdp_spec(path, leaf, actions[path], fsdp, config) is not None for path, leaf in flat.items())
-
-    fits = next(n for n in range(config.fsdp - 1, 0, -1) if mesh.size % n == 0 and all_fit(n))
-    path = failed[0]
-    dimension = "no dimension" if actions[path] == "fsdp" else f"not the dimension of {actions[path]!r}"
-    return (
-        f"mesh.fsdp={config.fsdp} divides {dimension} of {path} {tuple(flat[path].shape)}{_and_more(failed)}; "
-        f"use mesh.fsdp={fits}, or put ({path!r}, 'replicate') first in mesh.rules"
-    )
 
 
 def _and_more(paths: Sequence[str]) -> str:
