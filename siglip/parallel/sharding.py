@@ -190,13 +190,9 @@ def like_params(tree: Any, params: Mapping[str, Any], shardings: Mapping[str, An
 
     def choose(path: Any, leaf: Any) -> NamedSharding:
         names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-        for start in range(len(names)):
-            shape, spec = by_path.get("/".join(names[start:]), ((), P_REPLICATED))
-            if spec != P_REPLICATED and shape == leaf.shape:
-                return NamedSharding(mesh, spec)
-            if spec != P_REPLICATED and leaf.ndim == len(shape) - 1:
-                return NamedSharding(mesh, _without_one_dimension(spec, shape, leaf.shape))
-        return NamedSharding(mesh, P_REPLICATED)
+        suffixes = ("/".join(names[start:]) for start in range(len(names)))
+        shape, spec = next((by_path[suffix] for suffix in suffixes if suffix in by_path), (leaf.shape, P_REPLICATED))
+        return NamedSharding(mesh, spec if shape == leaf.shape else _without_one_dimension(spec, shape, leaf.shape))
 
     return jax.tree_util.tree_map_with_path(choose, tree)
 
