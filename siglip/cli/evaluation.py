@@ -85,17 +85,13 @@ class EmbedArgs(ModelArgs):
     out: str
 
 
-def _open(data: str, fields: Sequence[str]) -> Any:
-    return open_source(data, fields=_columns(fields))
-
-
 def _columns(fields: Sequence[str]) -> set[str]:
     return {field.split(".")[0] for field in fields}
 
 
 def first_values(data: str, fields: Sequence[str]) -> dict[str, list[Value]]:
     """What some fields of the first pair of some shards hold."""
-    record = _open(data, fields)[0].fields
+    record = open_source(data, fields=_columns(fields))[0].fields
     return {field: values_of(record, field) for field in fields}
 
 
@@ -105,10 +101,10 @@ def values_of(record: Mapping[str, Any], field: str) -> list[Value]:
     Each line of a `txt` is a caption of its own, as CLIP_benchmark writes them.
     """
     texts = captions_of(record, field)
+    if field == "txt":
+        texts = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
     if texts:
-        return (
-            [line.strip() for text in texts for line in text.splitlines() if line.strip()] if field == "txt" else texts
-        )
+        return texts
     value = lookup(record, field)
     values = value if isinstance(value, list | tuple) else [value]
     return [_plain(v) for v in values if v is not None and not isinstance(v, str | Mapping)]
@@ -168,9 +164,10 @@ def make_embedder(
         return np.array([tokenizer.encode(text, length) for text in texts], np.int32).reshape(-1, length)
 
     def read(data: str, fields: Sequence[str]) -> tuple[int, Any]:
-        source = _open(data, fields)
+        columns = _columns(fields)
+        source = open_source(data, fields=columns)
         return len(source), make_eval_batches(
-            source, batch_size=rows, image_size=image_size, threads=threads, workers=workers, fields=_columns(fields),
+            source, batch_size=rows, image_size=image_size, threads=threads, workers=workers, fields=columns,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
 

@@ -241,11 +241,8 @@ class ParamLayout:
     def like_params(self, tree: Mapping[str, Any]) -> dict[str, Any]:
         """A param-shaped tree (gradients), sharded as the parameters are."""
         specs = dict(self.specs)
-
-        def constrain(path: str, leaf: jax.Array) -> jax.Array:
-            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, specs.get(path, P_REPLICATED)))
-
-        return trees.map_with_path(constrain, tree)
+        where = {path: NamedSharding(self.mesh, specs.get(path, P_REPLICATED)) for path in trees.flatten(tree)}
+        return jax.lax.with_sharding_constraint(tree, trees.unflatten(where))
 
     def gather_outside_blocks(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """`params` with everything whole but blocks, which use `gather_block`, and tables, which use `look_up`."""
