@@ -177,7 +177,8 @@ def make_embedder(
     )  # fmt: skip
 
 
-def _settings(options: ModelArgs) -> dict[str, int]:
+def settings_of(options: Any) -> dict[str, int]:
+    """What `make_embedder` takes of `ModelArgs`, or of a recipe's `EvalConfig`."""
     return {"batch_size": options.batch_size, "threads": options.threads, "workers": options.workers}
 
 
@@ -194,7 +195,7 @@ def eval_command(args: list[str]) -> None:
         raise UserError(f"unknown task {name!r}{hint}" if name else f"no task given; add --task {'|'.join(classes)}")
     options = parse(EvalArgs[classes[name]], args, prog="siglip eval")
     with launch.joined(options.distributed, describe=describe):
-        embedder = embedder_of(options.src, tokenizer=options.tokenizer, **_settings(options))
+        embedder = embedder_of(options.src, tokenizer=options.tokenizer, **settings_of(options))
         options.task.check(first_values)
         results = run_tasks([options.task], embedder)
         if jax.process_index():
@@ -225,7 +226,7 @@ def embed_command(args: list[str]) -> None:
     if not out.parent.is_dir():
         raise FileNotFoundError(f"the folder {out.parent} of --out does not exist; make it first")
     with launch.joined(options.distributed, describe=describe):
-        embedder = embedder_of(options.src, with_texts=False, **_settings(options))
+        embedder = embedder_of(options.src, with_texts=False, **settings_of(options))
         images = embedder.embed_shards(options.data)
         if jax.process_index() == 0:
             _write_embeddings(out, images.keys, images.zimg)

@@ -11,7 +11,7 @@ from data_pipelines.loader import make_loader
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.cli import BAD_INPUT, describe
 from siglip.cli.arguments import parse
-from siglip.cli.evaluation import first_values, make_embedder
+from siglip.cli.evaluation import first_values, make_embedder, settings_of
 from siglip.cli.frozen_images import make_prepare
 from siglip.errors import UserError
 from siglip.evaluation.suite import named_metrics, run_tasks
@@ -91,13 +91,10 @@ def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer) -> Eva
     """
     for task in config.eval.tasks:
         task.check(first_values)
-    settings, mesh = config.eval, sharding.make_mesh(config.mesh)
+    mesh, settings = sharding.make_mesh(config.mesh), settings_of(config.eval)
 
     def evaluate(params):
-        embedder = make_embedder(
-            params, config.model, mesh=mesh, tokenizer=tokenizer,
-            batch_size=settings.batch_size, threads=settings.threads, workers=settings.workers,
-        )  # fmt: skip
-        return named_metrics(run_tasks(settings.tasks, embedder))
+        embedder = make_embedder(params, config.model, mesh=mesh, tokenizer=tokenizer, **settings)
+        return named_metrics(run_tasks(config.eval.tasks, embedder))
 
     return evaluate
