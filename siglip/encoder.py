@@ -28,7 +28,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from siglip import trees
 from siglip.array_types import Array, Float
 from siglip.errors import UserError
 from siglip.model_source import read_model
@@ -36,7 +35,6 @@ from siglip.models.two_tower import ImageConfig, ModelConfig, make_model
 from siglip.models.vit import ViT
 
 PIXEL_RANGE = (-1.0, 1.0)
-_STATIC = {"static": True}
 
 
 class Encoder:
@@ -199,10 +197,10 @@ class ImageEncoder:
     """
 
     params: Any
-    config: ImageConfig = dataclasses.field(metadata=_STATIC)
-    head_dim: int | None = dataclasses.field(metadata=_STATIC)
-    layer: int = dataclasses.field(default=-1, metadata=_STATIC)
-    frozen: bool = dataclasses.field(default=True, metadata=_STATIC)
+    config: ImageConfig
+    head_dim: int | None
+    layer: int = -1
+    frozen: bool = True
 
     @property
     def spec(self) -> EncoderSpec:
@@ -246,19 +244,14 @@ class ImageEncoder:
         """The same encoder, through which gradients flow."""
         return dataclasses.replace(self, frozen=False)
 
+    @jax.jit
     def _forward(self, images: ArrayLike) -> tuple[Array | None, Array]:
         images, params = check_images(images, self.config), self.params
         if self.frozen:
             images, params = jax.lax.stop_gradient((images, params))
-        return _apply(params, images, self.config, self.head_dim, self.layer)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _apply(
-    params: Mapping[str, Any], images: Array, config: ImageConfig, head_dim: int | None, layer: int
-) -> tuple[Array | None, Array]:
-    pooled, out = ViT(config, head_dim, final_norm=layer == -1).apply({"params": params}, images)
-    return pooled, out["encoded"]
+        tower = ViT(self.config, self.head_dim, final_norm=self.layer == -1)
+        pooled, out = tower.apply({"params": params}, images)
+        return pooled, out["encoded"]
 
 
 def load_encoder(
@@ -290,31 +283,18 @@ def load_encoder(
     image = dataclasses.replace(image, dtype=dtype, remat="none", dropout=0.0, patch_dropout=0.0)
     params, head_dim = params["img"], config.out_dim[0]
     if layer != -1:
-        params, image, head_dim = (
-            _cut(params, image, depth + layer + 1),
-            _without_pooling(image, depth + layer + 1),
-            None,
-        )
+        params, head_dim = _cut(params, depth + layer + 1), None
+        # The class token is part of the sequence: a tower that has one keeps it.
+        image = dataclasses.replace(image, depth=depth + layer + 1, pool="tok" if image.pool == "tok" else "none")
     return ImageEncoder(jax.device_put(params), image, head_dim, layer, frozen)
 
 
-def _cut(params: Mapping[str, Any], config: ImageConfig, depth: int) -> dict[str, Any]:
+def _cut(params: Mapping[str, Any], depth: int) -> dict[str, Any]:
     """The parameters that `depth` blocks need, with nothing after them."""
-    kept = {}
-    for path, leaf in trees.flatten(params).items():
-        top, *_ = path.split("/")
-        if top in ("embedding", "pos_embedding", "cls"):
-            kept[path] = leaf
-        elif path.startswith("Transformer/encoderblock/"):
-            kept[path] = leaf[:depth]
-        elif (
-            path.startswith("Transformer/encoderblock_")
-            and int(path.split("/")[1].removeprefix("encoderblock_")) < depth
-        ):
-            kept[path] = leaf
-    return trees.unflatten(kept)
-
-
-def _without_pooling(config: ImageConfig, depth: int) -> ImageConfig:
-    # The class token is part of the sequence: a tower that has one keeps it.
-    return dataclasses.replace(config, depth=depth, pool=config.pool if config.pool == "tok" else "none")
+    blocks = params["Transformer"]
+    if "encoderblock" in blocks:
+        kept = {"encoderblock": jax.tree.map(lambda leaf: leaf[:depth], blocks["encoderblock"])}
+    else:
+        kept = {f"encoderblock_{n}": blocks[f"encoderblock_{n}"] for n in range(depth)}
+    before = ("embedding", "pos_embedding", "cls")
+    return {name: params[name] for name in before if name in params} | {"Transformer": kept}

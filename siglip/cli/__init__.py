@@ -77,33 +77,22 @@ def _prepare_environment() -> None:
 
 def _dispatch(command: str, args: list[str]) -> None:
     if command == "train":
-        from siglip.cli.training import train_command
-
-        train_command(args)
+        from siglip.cli.training import train_command as call
     elif command == "eval":
-        from siglip.cli.evaluation import eval_command
-
-        eval_command(args)
+        from siglip.cli.evaluation import eval_command as call
     elif command == "embed":
-        from siglip.cli.evaluation import embed_command
-
-        embed_command(args)
+        from siglip.cli.evaluation import embed_command as call
     elif command == "export":
-        from siglip.cli.exporting import export_command
-
-        export_command(args)
+        from siglip.cli.exporting import export_command as call
     elif command == "report":
-        from siglip.cli.reporting import report_command
-
-        report_command(args)
+        from siglip.cli.reporting import report_command as call
     elif command == "data":
-        from siglip.cli.data import data_command
-
-        data_command(args)
+        from siglip.cli.data import data_command as call
     else:
         commands = ["train", "eval", "export", "embed", "report", "data"]
         hint = did_you_mean(command, commands) or f"; there are {', '.join(commands)}"
         raise UserError(f"unknown command {command!r}{hint}")
+    call(args)
 
 
 def describe(error: BaseException) -> tuple[int, str]:

@@ -1,6 +1,7 @@
 """Flags to frozen dataclasses with tyro, and tyro's error boxes to one line."""
 
 import contextlib
+import functools
 import io
 import os
 from collections.abc import Callable
@@ -20,17 +21,20 @@ def parse(cls: Callable[..., T], args: list[str], *, prog: str, default: T | Non
         ValueError: one line, for an unknown flag (with a suggestion), a wrong value or a missing one.
         SystemExit: with code 0, after --help.
     """
+    given = {} if default is None else {"default": default}
+    config = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    call = functools.partial(tyro.cli, cls, args=args, prog=prog, config=config, **given)
     printed = io.StringIO()
     try:
         # Error boxes are drawn as wide as the terminal: wide enough here that no message is broken.
         with contextlib.redirect_stderr(printed), _columns(2000):
             if "-h" not in args and "--help" not in args:
-                return _cli(cls, args, prog, default)
+                return call()
     except SystemExit as stop:
         if stop.code:
             raise UserError(_one_line(printed.getvalue())) from None
         raise
-    return _cli(cls, args, prog, default)
+    return call()
 
 
 def find_flag(args: list[str], flag: str) -> str | None:
@@ -40,13 +44,6 @@ def find_flag(args: list[str], flag: str) -> str | None:
         if name == flag:
             return value if equals else "".join(args[place + 1 : place + 2])
     return None
-
-
-def _cli(cls: Callable[..., T], args: list[str], prog: str, default: T | None) -> T:
-    config = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    if default is None:
-        return tyro.cli(cls, args=args, prog=prog, config=config)
-    return tyro.cli(cls, args=args, prog=prog, default=default, config=config)
 
 
 def _one_line(box: str) -> str:
@@ -62,12 +59,10 @@ def _one_line(box: str) -> str:
 
 @contextlib.contextmanager
 def _columns(width: int):
-    before = os.environ.get("COLUMNS")
+    before = {name: value for name, value in os.environ.items() if name == "COLUMNS"}
     os.environ["COLUMNS"] = str(width)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = before
+        del os.environ["COLUMNS"]
+        os.environ.update(before)

@@ -183,7 +183,6 @@ class Watch:
 
     def __init__(self):
         self._stage, self._bar, self._task = "", None, None
-        self._began = self._printed = time.perf_counter()
 
     def __enter__(self):
         return self
@@ -193,14 +192,13 @@ class Watch:
             self._bar.stop()
 
     def __call__(self, stage: str, done: int, of: int) -> None:
+        now = time.perf_counter()
         if stage != self._stage:
-            self._stage, self._began = stage, time.perf_counter()
-            self._printed = self._began
+            self._stage, self._began, self._printed = stage, now, now
         if sys.stderr.isatty():
             self._draw(stage, done, of)
-        elif time.perf_counter() - self._printed > _SECONDS_BETWEEN_LINES:
-            self._printed = time.perf_counter()
-            left_s = (self._printed - self._began) / done * (of - done)
+        elif now - self._printed > _SECONDS_BETWEEN_LINES:
+            self._printed, left_s = now, (now - self._began) / done * (of - done)
             print(f"{stage} {done}/{of}  {left_s:.0f} s left", file=sys.stderr, flush=True)
 
     def _draw(self, stage: str, done: int, of: int) -> None:

@@ -57,22 +57,20 @@ def data_command(args: list[str]) -> None:
     """Dispatches to the subcommand."""
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
-    elif args[0] == "index":
-        index_command(args[1:])
+        return
+    if args[0] == "index":
+        call = index_command
     elif args[0] == "tokenizer":
-        tokenizer_command(args[1:])
+        call = tokenizer_command
     elif args[0] == "curate":
-        from siglip.cli.curating import curate_command
-
-        curate_command(args[1:])
+        from siglip.cli.curating import curate_command as call
     elif args[0] == "stats":
-        from siglip.cli.curating import stats_command
-
-        stats_command(args[1:])
+        from siglip.cli.curating import stats_command as call
     else:
         commands = ["index", "tokenizer", "curate", "stats"]
         hint = did_you_mean(args[0], commands) or f"; there are {', '.join(commands)}"
         raise UserError(f"unknown command 'data {args[0]}'{hint}")
+    call(args[1:])
 
 
 def index_command(args: list[str]) -> None:

@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from siglip.atomic import new_file, write_atomically
 from siglip.cli import describe
 from siglip.cli.arguments import find_flag, parse
 from siglip.errors import UserError
-from siglip.evaluation.embed import Embedder, EmbedFns, ImageBatch, Params, Value, make_embed_fns, rows_per_process
+from siglip.evaluation.embed import Embedder, Params, Value, embeddings, rows_per_process
 from siglip.evaluation.suite import run_tasks, task_classes
 from siglip.model_source import read_model
 from siglip.models.two_tower import ModelConfig
@@ -29,7 +29,6 @@ from siglip.parallel.launch import DistributedConfig
 from siglip.trees import did_you_mean
 from siglip.workdir.metrics import format_value, short_name
 
-MAX_IMAGE_PIXELS = 1 << 26
 TaskT = TypeVar("TaskT")
 
 USAGE = """usage: siglip eval SRC --task {names} --data SHARDS [flags]
@@ -86,42 +85,13 @@ class EmbedArgs(ModelArgs):
     out: str
 
 
-class ShardImages:
-    """This process's share of the images of some shards, as `siglip.evaluation.embed.Images`."""
-
-    def __init__(
-        self, data: str, fields: Sequence[str], *, rows: int, image_size: tuple[int, int], threads: int, workers: int
-    ) -> None:
-        source, self._fields = _open(data, fields), fields
-        self.pairs = len(source)
-        self._batches = make_eval_batches(
-            source, batch_size=rows, image_size=image_size, max_image_pixels=MAX_IMAGE_PIXELS,
-            threads=threads or None, workers=workers, fields=_columns(fields), process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )  # fmt: skip
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        """Images that could not be decoded, by reason."""
-        return self._batches.counts
-
-    def __iter__(self) -> Iterator[ImageBatch]:
-        for batch in self._batches:
-            values = [[values_of(record, field) for field in self._fields] for record in batch["fields"]]
-            yield ImageBatch(batch["image"], batch["index"], batch["key"], values)
-
-
-def _open(data: str, fields: Sequence[str]) -> Any:
-    return open_source(data, fields=_columns(fields))
-
-
 def _columns(fields: Sequence[str]) -> set[str]:
     return {field.split(".")[0] for field in fields}
 
 
 def first_values(data: str, fields: Sequence[str]) -> dict[str, list[Value]]:
     """What some fields of the first pair of some shards hold."""
-    record = _open(data, fields)[0].fields
+    record = open_source(data, fields=_columns(fields))[0].fields
     return {field: values_of(record, field) for field in fields}
 
 
@@ -131,10 +101,10 @@ def values_of(record: Mapping[str, Any], field: str) -> list[Value]:
     Each line of a `txt` is a caption of its own, as CLIP_benchmark writes them.
     """
     texts = captions_of(record, field)
+    if field == "txt":
+        texts = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
     if texts:
-        return (
-            [line.strip() for text in texts for line in text.splitlines() if line.strip()] if field == "txt" else texts
-        )
+        return texts
     value = lookup(record, field)
     values = value if isinstance(value, list | tuple) else [value]
     return [_plain(v) for v in values if v is not None and not isinstance(v, str | Mapping)]
@@ -169,11 +139,10 @@ def embedder_of(src: str | Path, *, tokenizer: str | None = None, with_texts: bo
     mesh = sharding.make_mesh(sharding.MeshConfig())
     params = jax.device_put(params, NamedSharding(mesh, sharding.P_REPLICATED))
     pieces = SentencePieceTokenizer(str(path)) if with_texts else None
-    return make_embedder(make_embed_fns(config), params, config, mesh=mesh, tokenizer=pieces, **settings)
+    return make_embedder(params, config, mesh=mesh, tokenizer=pieces, **settings)
 
 
 def make_embedder(
-    fns: EmbedFns,
     params: Params,
     config: ModelConfig,
     *,
@@ -191,16 +160,25 @@ def make_embedder(
     rows, image_size = rows_per_process(batch_size, mesh), config.image.image_size
 
     def tokenize(texts: Sequence[str]) -> np.ndarray:
-        tokens = np.zeros((len(texts), config.text.length), np.int32)
-        for row, text in enumerate(texts):
-            tokens[row] = tokenizer.encode(text, config.text.length)
-        return tokens
+        length = config.text.length
+        return np.array([tokenizer.encode(text, length) for text in texts], np.int32).reshape(-1, length)
 
-    read = functools.partial(ShardImages, rows=rows, image_size=image_size, threads=threads, workers=workers)
-    return Embedder(fns, params, mesh=mesh, rows=rows, image_size=image_size, tokenize=tokenize, read=read)
+    def read(data: str, fields: Sequence[str]) -> tuple[int, Any]:
+        columns = _columns(fields)
+        source = open_source(data, fields=columns)
+        return len(source), make_eval_batches(
+            source, batch_size=rows, image_size=image_size, threads=threads, workers=workers, fields=columns,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+
+    return Embedder(
+        functools.partial(embeddings, config, params),
+        mesh=mesh, rows=rows, image_size=image_size, tokenize=tokenize, read=read, values_of=values_of,
+    )  # fmt: skip
 
 
-def _settings(options: ModelArgs) -> dict[str, int]:
+def settings_of(options: Any) -> dict[str, int]:
+    """What `make_embedder` takes of `ModelArgs`, or of a recipe's `EvalConfig`."""
     return {"batch_size": options.batch_size, "threads": options.threads, "workers": options.workers}
 
 
@@ -217,7 +195,7 @@ def eval_command(args: list[str]) -> None:
         raise UserError(f"unknown task {name!r}{hint}" if name else f"no task given; add --task {'|'.join(classes)}")
     options = parse(EvalArgs[classes[name]], args, prog="siglip eval")
     with launch.joined(options.distributed, describe=describe):
-        embedder = embedder_of(options.src, tokenizer=options.tokenizer, **_settings(options))
+        embedder = embedder_of(options.src, tokenizer=options.tokenizer, **settings_of(options))
         options.task.check(first_values)
         results = run_tasks([options.task], embedder)
         if jax.process_index():
@@ -248,7 +226,7 @@ def embed_command(args: list[str]) -> None:
     if not out.parent.is_dir():
         raise FileNotFoundError(f"the folder {out.parent} of --out does not exist; make it first")
     with launch.joined(options.distributed, describe=describe):
-        embedder = embedder_of(options.src, with_texts=False, **_settings(options))
+        embedder = embedder_of(options.src, with_texts=False, **settings_of(options))
         images = embedder.embed_shards(options.data)
         if jax.process_index() == 0:
             _write_embeddings(out, images.keys, images.zimg)
@@ -260,12 +238,8 @@ def _write_embeddings(out: Path, keys: list[str], z: np.ndarray) -> None:
         if out.suffix == ".npz":
             np.savez(file, key=np.asarray(keys), embedding=z)
         else:
-            _write_parquet(file, keys, z)
+            import pyarrow as pa
+            import pyarrow.parquet as pq
 
-
-def _write_parquet(file: BinaryIO, keys: list[str], z: np.ndarray) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(z.reshape(-1)), z.shape[1])
-    pq.write_table(pa.table({"key": pa.array(keys, pa.string()), "embedding": vectors}), file)
+            vectors = pa.FixedSizeListArray.from_arrays(pa.array(z.reshape(-1)), z.shape[1])
+            pq.write_table(pa.table({"key": pa.array(keys, pa.string()), "embedding": vectors}), file)

@@ -59,22 +59,13 @@ class ExportArgs:
 
 
 def export_command(args: list[str]) -> None:
-    """Prints the largest difference of every output, on noise and on real images."""
+    """Prints the largest difference of every output, on noise and on real images. The flags are what `export` takes."""
     options = parse(ExportArgs, args, prog="siglip export")
     # Ended from outside, it leaves nothing behind either.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    report = export(
-        options.src,
-        format=options.format,
-        out=options.out,
-        tower=options.tower,
-        image_size=options.image_size or None,
-        patch_size=options.patch_size or None,
-        head=options.head,
-        layout=options.layout,
-        licence=options.licence,
-        samples=lambda config, tokenizer: sample_inputs(open_source(options.samples), config, tokenizer),
-    )
+    settings = {name: None if value == () else value for name, value in dataclasses.asdict(options).items()}
+    settings["samples"] = lambda config, tokenizer: sample_inputs(open_source(options.samples), config, tokenizer)
+    report = export(**settings)
     outputs = list(dict.fromkeys(name for found in report.differences.values() for name in found))
     print(f"{'max |difference|':<20}" + "".join(f"{name:>10}" for name in report.differences))
     for output in outputs:

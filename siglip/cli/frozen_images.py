@@ -30,7 +30,7 @@ from data_pipelines.image_embeddings import ImageEmbeddings, make_key, open_imag
 from data_pipelines.loader import Loader
 from siglip import trees
 from siglip.errors import RunFailed, UserError
-from siglip.evaluation.embed import embed_rows, make_embed_fns, rows_per_process
+from siglip.evaluation.embed import embed_rows, embeddings, rows_per_process
 from siglip.models.two_tower import ModelConfig
 from siglip.parallel import sharding
 from siglip.parallel.collectives import gather_records
@@ -92,17 +92,15 @@ def make_prepare(config: TrainConfig, loader: Loader) -> Prepare:
         ValueError: as `check_frozen`.
     """
     check_frozen(config)
-    mesh = sharding.make_mesh(config.mesh)
-    model = config.model
-    forward = make_embed_fns(dataclasses.replace(model, text=None, out_dim=(model.out_dim[0], None))).images
+    model, mesh = config.model, sharding.make_mesh(config.mesh)
+    rows = rows_per_process(config.eval.batch_size, mesh)
+    image_model = dataclasses.replace(model, text=None, out_dim=(model.out_dim[0], None))
 
     def prepare(step: int, params: Mapping[str, Any], interrupted: Callable[[], int | None]) -> None:
         del step
-        image_params = {"img": params["img"]}
         tower = fingerprint(params["img"], model)
-
-        rows = rows_per_process(config.eval.batch_size, mesh)
-        embed = functools.partial(embed_rows, functools.partial(forward, image_params), mesh=mesh, rows_per_pass=rows)
+        forward = functools.partial(embeddings, image_model, {"img": params["img"]})
+        embed = functools.partial(embed_rows, forward, "image", mesh=mesh, rows_per_pass=rows)
         stores = []
         for index, source in enumerate(config.data.sources):
             store = _open(config, loader, index, tower)
@@ -149,23 +147,10 @@ def _mix(x: jax.Array) -> jax.Array:
 def _open(config: TrainConfig, loader: Loader, index: int, tower: str) -> ImageEmbeddings:
     source, data, image_size = loader.sources[index], config.data, config.model.image.image_size
     key = make_key(tower, source=source, image_size=image_size, max_image_pixels=data.max_image_pixels)
-    about = {
-        "shards": data.sources[index].shards,
-        "source": source.fingerprint,
-        "tower": tower,
-        "image_size": image_size,
-    }
-    open_it = functools.partial(
-        open_image_embeddings,
-        Path(data.image_embeddings) / key,
-        pairs=len(source),
-        width=config.model.embedding_dims[0],
-        about=about,
-    )
-    if jax.process_index() == 0:
-        open_it()
-    gather_records([])  # the others open what process 0 made
-    return open_it()
+    shards, width = data.sources[index].shards, config.model.embedding_dims[0]
+    about = {"shards": shards, "source": source.fingerprint, "tower": tower, "image_size": image_size}
+    # Every process may make the folder: they write the same.
+    return open_image_embeddings(Path(data.image_embeddings) / key, pairs=len(source), width=width, about=about)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +208,6 @@ class _Computation:
             store.write(part, np.asarray(rows, np.float32), broken)
 
     def _tell(self, done: list[int], missing: list[int], took_s: float) -> None:
-        if jax.process_index() > 0:
-            return
         images, all_images = (sum(len(self.store.records(part)) for part in parts) for parts in (done, missing))
         per_s = images / max(took_s, 1e-9)
         logger.info(

@@ -11,7 +11,7 @@ import tyro
 from data_pipelines.loader import make_eval_batches
 from data_pipelines.sources.opening import open_source
 from siglip.cli.arguments import parse
-from siglip.cli.evaluation import MAX_IMAGE_PIXELS, embedder_of, format_table
+from siglip.cli.evaluation import embedder_of, format_table, settings_of
 from siglip.errors import UserError
 from siglip.evaluation.retrieval import Retrieval
 from siglip.training.config import EvalConfig
@@ -65,10 +65,7 @@ def _read_baseline(path: str) -> dict[str, dict[str, float]]:
 
 def _gallery(workdir: Path, settings: EvalConfig, task: Retrieval) -> Gallery:
     """A few queries spread over the evaluation set: every other one in the first language, the rest in the others in turn."""
-    embedder = embedder_of(
-        workdir, tokenizer=str(workdir / TOKENIZER_FILE),
-        batch_size=settings.batch_size, threads=settings.threads, workers=settings.workers,
-    )  # fmt: skip
+    embedder = embedder_of(workdir, tokenizer=str(workdir / TOKENIZER_FILE), **settings_of(settings))
     found = embedder.embed_shards(task.data, task.captions)
     count = len(found.zimg)
     queries = []
@@ -81,9 +78,6 @@ def _gallery(workdir: Path, settings: EvalConfig, task: Retrieval) -> Gallery:
     def shown(rows: Sequence[int]) -> np.ndarray:
         source, size = open_source(task.data, fields=()), (SHOWN_PX, SHOWN_PX)
         some = [source[found.index[row]] for row in rows]
-        batches = make_eval_batches(
-            some, batch_size=max(1, len(some)), image_size=size, max_image_pixels=MAX_IMAGE_PIXELS
-        )
-        return next(iter(batches))["image"]
+        return next(iter(make_eval_batches(some, batch_size=max(1, len(some)), image_size=size)))["image"]
 
     return Gallery(shown, found.zimg, queries, embedder.embed_texts([text for _, text, _ in queries]))

@@ -11,10 +11,9 @@ from data_pipelines.loader import make_loader
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.cli import BAD_INPUT, describe
 from siglip.cli.arguments import parse
-from siglip.cli.evaluation import first_values, make_embedder
+from siglip.cli.evaluation import first_values, make_embedder, settings_of
 from siglip.cli.frozen_images import make_prepare
 from siglip.errors import UserError
-from siglip.evaluation.embed import make_embed_fns
 from siglip.evaluation.suite import named_metrics, run_tasks
 from siglip.parallel import launch, sharding
 from siglip.training.config import TrainConfig, load_config_file, resolve
@@ -42,8 +41,7 @@ def train_command(args: list[str]) -> None:
 
 
 def _train(config: TrainConfig) -> None:
-    start = launch.in_all_or_none(functools.partial(_open, config), bad_input=BAD_INPUT)
-    start()
+    launch.in_all_or_none(functools.partial(_open, config), bad_input=BAD_INPUT)()
 
 
 def _open(config: TrainConfig) -> Callable[[], TrainState]:
@@ -93,14 +91,10 @@ def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer) -> Eva
     """
     for task in config.eval.tasks:
         task.check(first_values)
-    model, settings, mesh = config.model, config.eval, sharding.make_mesh(config.mesh)
-    fns = make_embed_fns(model)
+    mesh, settings = sharding.make_mesh(config.mesh), settings_of(config.eval)
 
     def evaluate(params):
-        embedder = make_embedder(
-            fns, params, model, mesh=mesh, tokenizer=tokenizer,
-            batch_size=settings.batch_size, threads=settings.threads, workers=settings.workers,
-        )  # fmt: skip
-        return named_metrics(run_tasks(settings.tasks, embedder))
+        embedder = make_embedder(params, config.model, mesh=mesh, tokenizer=tokenizer, **settings)
+        return named_metrics(run_tasks(config.eval.tasks, embedder))
 
     return evaluate

@@ -8,11 +8,12 @@ known here. Every process calls the same methods with the same arguments, and ge
 The trap: a forward pass needs all processes. One that has run out of images still takes part, with a batch of zeros.
 """
 
+import dataclasses
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,29 +36,6 @@ Value = str | int | float
 FirstValues = Callable[[str, Sequence[str]], Mapping[str, list[Value]]]
 
 
-class ImageBatch(NamedTuple):
-    """Some decoded images. values: what the fields asked for hold, one list for each field, in the fields' order."""
-
-    images: UInt8[np.ndarray, "b h w 3"]
-    index: list[int]
-    keys: list[str]
-    values: list[list[list[Value]]]
-
-
-class Images(Protocol):
-    """This process's share of the images of some shards, in batches.
-
-    Attributes:
-        pairs: number of pairs in the shards, those of all processes and undecodable ones included.
-        counts: after a pass, how many images of this process could not be decoded, by reason.
-    """
-
-    pairs: int
-    counts: Mapping[str, int]
-
-    def __iter__(self) -> Iterator[ImageBatch]: ...
-
-
 class EmbeddedImages(NamedTuple):
     """All decodable images of some shards, in order.
 
@@ -72,20 +50,11 @@ class EmbeddedImages(NamedTuple):
     values: dict[str, list[list[Value]]]
 
 
-class EmbedFns(NamedTuple):
-    """Jitted forward passes of one tower each; leading axes are free, a new one compiles once."""
-
-    images: Callable[[Params, UInt8[Array, "b h w 3"]], Float[Array, "b e"]]
-    texts: Callable[[Params, Int[Array, "b l"]], Float[Array, "b e"]]
-
-
-def make_embed_fns(model: ModelConfig) -> EmbedFns:
-    """uint8 images or token ids -> L2-normalised embeddings."""
-    module = make_model(model)
-    return EmbedFns(
-        images=jax.jit(lambda params, images: module.apply({"params": params}, {"image": images})[0]),
-        texts=jax.jit(lambda params, texts: module.apply({"params": params}, {"text": texts})[1]),
-    )
+@functools.partial(jax.jit, static_argnums=0)
+def embeddings(model: ModelConfig, params: Params, batch: Mapping[str, Array]) -> Float[Array, "b e"]:
+    """{"image": uint8 [b, h, w, 3]} or {"text": int32 [b, l]} -> L2-normalised; a new batch size compiles once."""
+    zimg, ztxt, _ = make_model(model).apply({"params": params}, batch)
+    return zimg if "image" in batch else ztxt
 
 
 def rows_per_process(batch_size: int, mesh: Mesh) -> int:
@@ -94,9 +63,9 @@ def rows_per_process(batch_size: int, mesh: Mesh) -> int:
 
 
 def embed_rows(
-    function: Callable[[Array], Array], rows: np.ndarray, *, mesh: Mesh, rows_per_pass: int
+    embed: Callable[[Mapping[str, Array]], Array], name: str, rows: np.ndarray, *, mesh: Mesh, rows_per_pass: int
 ) -> Float[np.ndarray, "n e"]:
-    """`function` of this process's rows, `rows_per_pass` at a time over the mesh, by all processes at once.
+    """`embed({name: rows})` of this process's rows, `rows_per_pass` at a time over the mesh, by all processes at once.
 
     The last batch is filled up with zeros, so that one shape is compiled; no rows are one batch of zeros. All processes must
     come to the same number of passes.
@@ -104,62 +73,51 @@ def embed_rows(
     parts = []
     for start in range(0, max(len(rows), 1), rows_per_pass):
         part = rows[start : start + rows_per_pass]
-        full = np.zeros((rows_per_pass, *rows.shape[1:]), rows.dtype)
-        full[: len(part)] = part
-        parts.append(own_rows(function(sharding.put_batch({"rows": full}, mesh)["rows"]), mesh)[: len(part)])
+        batch = sharding.put_batch({name: _filled(part, rows_per_pass)}, mesh)
+        parts.append(own_rows(embed(batch), mesh)[: len(part)])
     return np.concatenate(parts)
 
 
+def _filled(rows: np.ndarray, count: int) -> np.ndarray:
+    return np.pad(rows, [(0, count - len(rows)), *[(0, 0)] * (rows.ndim - 1)])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Embedder:
     """Both towers of a model, ready to embed shards and strings on a mesh.
 
     Attributes:
-        rows: rows of this process in each forward pass.
+        embed: `embeddings` with a model and its parameters.
+        rows: rows of this process in each forward pass, as `rows_per_process` says.
         image_size: (height, width) in pixels.
+        tokenize: strings -> token ids, padded to the length of the text tower.
+        read: (shards, fields) -> number of pairs of all processes, and this process's share of the images, at most `rows` at a
+            time, as {"image", "index", "key", "fields"}. Its `counts` are the images that could not be decoded, by reason.
+        values_of: (fields of a pair, name of one) -> what that holds.
     """
 
-    def __init__(
-        self,
-        fns: EmbedFns,
-        params: Params,
-        *,
-        mesh: Mesh,
-        rows: int,
-        image_size: tuple[int, int],
-        tokenize: Callable[[Sequence[str]], Int[np.ndarray, "m l"]],
-        read: Callable[[str, Sequence[str]], Images],
-    ) -> None:
-        """Takes the parameters as they lie on the mesh.
-
-        Args:
-            rows: as `rows_per_process` says.
-            tokenize: strings -> token ids, padded to the length of the text tower.
-            read: (shards, fields) -> this process's share of the images, at most `rows` at a time.
-        """
-        self.rows, self.image_size = rows, image_size
-        embed = functools.partial(embed_rows, mesh=mesh, rows_per_pass=rows)
-        self._images = lambda rows: embed(functools.partial(fns.images, params), rows)
-        self._texts = lambda rows: embed(functools.partial(fns.texts, params), rows)
-        self._tokenize, self._read = tokenize, read
+    embed: Callable[[Mapping[str, Array]], Float[Array, "b e"]]
+    mesh: Mesh
+    rows: int
+    image_size: tuple[int, int]
+    tokenize: Callable[[Sequence[str]], Int[np.ndarray, "m l"]]
+    read: Callable[[str, Sequence[str]], tuple[int, Any]]
+    values_of: Callable[[Mapping[str, Any], str], list[Value]]
 
     def embed_images(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n e"]:
         """Embeddings of this process's images; all processes must bring as many batches."""
-        return self._images(images)
+        return embed_rows(self.embed, "image", images, mesh=self.mesh, rows_per_pass=self.rows)
 
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "m e"]:
         """Embeddings of the texts, which are the same in every process; equal texts are embedded once."""
-        rows: dict[str, int] = {}
-        for text in texts:
-            rows.setdefault(text, len(rows))
-        distinct, count = list(rows), jax.process_count()
-        own = self._tokenize(distinct[jax.process_index() :: count])
-        share = np.zeros((-(-len(distinct) // count), *own.shape[1:]), own.dtype)
-        share[: len(own)] = own
-        z = gather_rows(self._texts(share)[: len(own)])
-        order = [i for first in range(count) for i in range(first, len(distinct), count)]
-        z = z[np.argsort(order)]
+        distinct = list(dict.fromkeys(texts))
+        share = -(-len(distinct) // jax.process_count())
+        own = self.tokenize(distinct[jax.process_index() * share :][:share])
+        z = embed_rows(self.embed, "text", _filled(own, share), mesh=self.mesh, rows_per_pass=self.rows)
+        z = gather_rows(z[: len(own)])
         _warn_if_collapsed(z, "different texts", "text")
-        return z[[rows[text] for text in texts]]
+        row_of = {text: row for row, text in enumerate(distinct)}
+        return z[[row_of[text] for text in texts]]
 
     def embed_shards(self, data: str, fields: Sequence[str] = ()) -> EmbeddedImages:
         """Embeddings of every decodable image, with what `fields` hold; how many could not be decoded is logged.
@@ -167,13 +125,14 @@ class Embedder:
         Raises:
             FileNotFoundError, UserError: shards are missing or damaged, lack a field, or no image can be decoded.
         """
-        images = self._read(data, fields)
+        pairs, images = self.read(data, fields)
         batches, z, records = iter(images), [], []
-        nothing = ImageBatch(np.zeros((0, *self.image_size, 3), np.uint8), [], [], [])
-        for _ in range(-(-images.pairs // (self.rows * jax.process_count()))):
+        nothing = {"image": np.zeros((0, *self.image_size, 3), np.uint8), "index": [], "key": [], "fields": []}
+        for _ in range(-(-pairs // (self.rows * jax.process_count()))):
             batch = next(batches, nothing)
-            z.append(self._images(batch.images))
-            records += zip(batch.index, batch.keys, batch.values, strict=True)
+            z.append(self.embed_images(batch["image"]))
+            values = [[self.values_of(record, field) for field in fields] for record in batch["fields"]]
+            records += zip(batch["index"], batch["key"], values, strict=True)
         next(batches, None)  # what comes last may have to be counted as broken
         counts = sum(map(Counter, gather_records([dict(images.counts)])), Counter())
         records = gather_records(records)

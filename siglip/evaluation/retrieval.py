@@ -106,8 +106,6 @@ def retrieval(
         raise UserError(f"retrieval needs images and captions, got {len(zimg)} and {len(ztxt)}")
     if len(image_of_text) != len(ztxt) or image_of_text.min() < 0 or image_of_text.max() >= len(zimg):
         raise ValueError(f"image_of_text must name one of {len(zimg)} images for each of {len(ztxt)} captions")
-    if not (np.isfinite(zimg).all() and np.isfinite(ztxt).all()):
-        raise UserError("some embeddings are not finite; the model has diverged or its file is damaged")
     described = np.unique(image_of_text)  # an image whose captions are all missing is a candidate, but no query
     text_ranks, text_tied = rank_right_candidates(zimg[described], ztxt, described, image_of_text, texts=texts)
     image_ranks, image_tied = rank_right_candidates(ztxt, zimg, image_of_text, np.arange(len(zimg)))

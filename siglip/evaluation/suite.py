@@ -1,16 +1,20 @@
 """All evaluations there are, and how several of them are run.
 
 An evaluation is a frozen dataclass in a file of its own; its fields are its settings. To add one, write that file and put its
-name into `Task`: `siglip eval --task`, the config and its flags, config.json and the names of the metrics follow.
+name into `Task`: `siglip eval --task`, the config and its flags, config.json and the names of the metrics follow. It needs
+
+- `data`: shards; `name` of their data set, or None; `dataset`: that name, or one taken from the shards;
+- `task`: its kind, a Literal of one value, by which config.json tells the classes apart; `BENCHMARK_TASK`, CLIP_benchmark's;
+- `check(first_values)`: finds what is wrong with the files before a model is run;
+- `run(embedder)`: a list of `Result`; called by all processes, with the same result in all of them.
 """
 
 import typing
 from collections import Counter
 from collections.abc import Sequence
-from typing import ClassVar, Protocol, runtime_checkable
 
 from siglip.errors import UserError
-from siglip.evaluation.embed import Embedder, FirstValues
+from siglip.evaluation.embed import Embedder
 from siglip.evaluation.results import Result
 from siglip.evaluation.retrieval import Retrieval
 from siglip.evaluation.zeroshot import ZeroShot
@@ -18,54 +22,25 @@ from siglip.evaluation.zeroshot import ZeroShot
 Task = Retrieval | ZeroShot
 
 
-@runtime_checkable
-class Evaluation(Protocol):
-    """What each of `Task` is.
-
-    Attributes:
-        data: shards. name: name of their data set, or None. dataset: that name, or one taken from the shards.
-        task: the kind of evaluation; a Literal with one value, by which config.json tells the classes apart.
-        BENCHMARK_TASK: CLIP_benchmark's word for it.
-    """
-
-    data: str
-    name: str | None
-    task: str
-    BENCHMARK_TASK: ClassVar[str]
-
-    @property
-    def dataset(self) -> str: ...
-
-    def check(self, first_values: FirstValues) -> None:
-        """Finds what is wrong with the files before a model is run."""
-
-    def run(self, embedder: Embedder) -> list[Result]:
-        """The results; called by all processes, with the same result in all of them."""
-
-
 def task_classes() -> dict[str, type]:
     """{"retrieval": Retrieval, …}: every evaluation by its kind."""
     return {cls.task: cls for cls in typing.get_args(Task)}
 
 
-def metric_prefix(task: Evaluation, dataset: str) -> str:
+def metric_prefix(task: Task, dataset: str) -> str:
     """The beginning of the names of a result's metrics in metrics.jsonl."""
     return f"eval/{task.task}/{dataset}"
 
 
-def check_names(tasks: Sequence[Evaluation]) -> None:
+def check_names(tasks: Sequence[Task]) -> None:
     """Raises UserError if two evaluations of one kind would write the same metrics."""
     for prefix, count in Counter(metric_prefix(task, task.dataset) for task in tasks).items():
         if count > 1:
             raise UserError(f"{count} evaluations have the metrics {prefix}/…; give each of them a name of its own")
 
 
-def run_tasks(tasks: Sequence[Evaluation], embedder: Embedder) -> list[Result]:
-    """Runs one task after the other; every process gets all results.
-
-    Raises:
-        UserError: as the tasks' `run`.
-    """
+def run_tasks(tasks: Sequence[Task], embedder: Embedder) -> list[Result]:
+    """Runs one task after the other; every process gets all results. Raises UserError as the tasks' `run` do."""
     return [result for task in tasks for result in task.run(embedder)]
 
 

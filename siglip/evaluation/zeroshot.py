@@ -95,9 +95,8 @@ class ZeroShot:
         label = values[0] if len(values) == 1 else values
         if isinstance(label, str) and label in index:
             return index[label]
-        if isinstance(label, str) and label.isdecimal() or isinstance(label, int):
-            return int(label)
-        if isinstance(label, float) and label.is_integer():  # a number column with gaps
+        number = isinstance(label, int) or (isinstance(label, str) and label.isdecimal())
+        if number or (isinstance(label, float) and label.is_integer()):  # a number column with gaps
             return int(label)
         names = ", ".join(list(index)[:_SHOWN_NAMES]) + (", …" if len(index) > _SHOWN_NAMES else "")
         raise UserError(
@@ -169,15 +168,15 @@ def make_prompts(classnames: Sequence[str], templates: Sequence[str] | Mapping[s
         missing = next((name for name in classnames if not templates.get(name)), None)
         if missing is not None:
             raise UserError(f"the templates have no prompts for class {missing!r}{did_you_mean(missing, templates)}")
-        return [[_prompt(template, name) for template in templates[name]] for name in classnames]
-    for template in templates:
-        if "{}" not in template and "{c}" not in template:
-            raise UserError(f"template {template!r} has no {{}} for the class name")
-    return [[_prompt(template, name) for template in templates] for name in classnames]
-
-
-def _prompt(template: str, classname: str) -> str:
-    return canonicalize(template.replace("{c}", "{}").replace("{}", classname))
+    else:
+        for template in templates:
+            if "{}" not in template and "{c}" not in template:
+                raise UserError(f"template {template!r} has no {{}} for the class name")
+        templates = dict.fromkeys(classnames, templates)
+    return [
+        [canonicalize(template.replace("{c}", "{}").replace("{}", name)) for template in templates[name]]
+        for name in classnames
+    ]
 
 
 def class_embeddings(

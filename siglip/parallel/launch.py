@@ -61,11 +61,10 @@ class DistributedConfig:
     heartbeat_timeout_s: int = 15
 
     def __post_init__(self) -> None:
-        for name, least in (("timeout_s", 1), ("heartbeat_timeout_s", 5)):
-            if getattr(self, name) < least:
-                raise UserError(f"distributed.{name}={getattr(self, name)} must be at least {least}")
-        if self.processes is not None and self.processes < 1:
-            raise UserError(f"distributed.processes={self.processes} must be at least 1")
+        for name, least in (("timeout_s", 1), ("heartbeat_timeout_s", 5), ("processes", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"distributed.{name}={value} must be at least {least}")
         given = {name: getattr(self, name) for name in ("coordinator", "processes", "process_id")}
         missing = [f"distributed.{name}" for name, value in given.items() if value is None]
         if self.processes != 1 and 0 < len(missing) < 3:
@@ -109,8 +108,10 @@ def joined(config: DistributedConfig, *, describe: Callable[[BaseException], tup
         logger.info("%d processes with %d devices", jax.process_count(), jax.device_count())
         yield
     except BaseException as error:
-        if is_lost_process(error) or not _all_fail():
-            _end_alone(*describe(error))
+        if is_lost_process(error) or not wait_for_all("an error in every process", timeout_s=_TOGETHER_S):
+            if jax.process_index() == 0:
+                time.sleep(_LAST_WORDS_S)
+            end_process(*describe(error))
         raise
     finally:
         jax.distributed.shutdown()
@@ -138,11 +139,8 @@ def in_all_or_none(make: Callable[[], T], *, bad_input: tuple[type[BaseException
 def is_lost_process(error: BaseException) -> bool:
     """Whether an operation of several processes failed because one of them is gone."""
     from_jax = isinstance(error, jax.errors.JaxRuntimeError | ValueError) and not isinstance(error, UserError)
-    return _several() and from_jax and _LOST.match(str(error)) is not None
-
-
-def _several() -> bool:
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    several = jax.distributed.is_initialized() and jax.process_count() > 1
+    return several and from_jax and _LOST.match(str(error)) is not None
 
 
 def wait_for_all(name: str, *, timeout_s: float) -> bool:
@@ -159,25 +157,25 @@ def _join(config: DistributedConfig) -> bool:
     environ, several = os.environ, config.processes is not None
     if config.processes == 1 or (not several and environ.get("SLURM_NTASKS") == "1"):
         return False
-    if config.process_id == 0:
-        _check_port(config.coordinator)
+    bind_address = _bind_address(config.coordinator) if config.process_id == 0 else None
     # A client of jax that waits longer than its timeout aborts: this one is to speak first.
     impatience = threading.Timer(config.timeout_s, _nobody_came, [config])
     impatience.daemon = True
     impatience.start()
+    # gRPC would send what the hosts tell each other through a cluster's web proxy.
+    proxies = {name: environ.pop(name) for name in list(environ) if _PROXIES.fullmatch(name)}
     try:
-        with _without_proxies():
-            jax.distributed.initialize(
-                config.coordinator,
-                config.processes,
-                config.process_id,
-                local_device_ids=local_device_ids(environ),
-                cluster_detection_method="deactivate" if several else None,
-                initialization_timeout=config.timeout_s + 60,
-                heartbeat_timeout_seconds=config.heartbeat_timeout_s,
-                shutdown_timeout_seconds=config.timeout_s,
-                coordinator_bind_address=_bind_address(config.coordinator),
-            )
+        jax.distributed.initialize(
+            config.coordinator,
+            config.processes,
+            config.process_id,
+            local_device_ids=local_device_ids(environ),
+            cluster_detection_method="deactivate" if several else None,
+            initialization_timeout=config.timeout_s + 60,
+            heartbeat_timeout_seconds=config.heartbeat_timeout_s,
+            shutdown_timeout_seconds=config.timeout_s,
+            coordinator_bind_address=bind_address,
+        )
     except Exception as error:
         if several or not _ALONE.search(str(error)):
             raise UserError(
@@ -185,13 +183,12 @@ def _join(config: DistributedConfig) -> bool:
                 f".process_id, or distributed.processes=1 to train alone"
             ) from error
         if int(environ.get("SLURM_NTASKS", 1)) > 1:
-            logger.warning(
-                "SLURM has %s tasks for this job, but this process was not started by srun: it trains alone",
-                environ["SLURM_NTASKS"],
-            )
+            alone = "SLURM has %s tasks for this job, but this process was not started by srun: it trains alone"
+            logger.warning(alone, environ["SLURM_NTASKS"])
         return False  # jax finds no cluster here
     finally:
         impatience.cancel()
+        environ.update(proxies)
     return True
 
 
@@ -204,36 +201,18 @@ def local_device_ids(environ: Mapping[str, str]) -> list[int] | None:
     return [] if tasks_per_node == {"1"} or "SLURM_GPUS_PER_TASK" in environ else None
 
 
-@contextlib.contextmanager
-def _without_proxies() -> Iterator[None]:
-    """gRPC would send what the hosts tell each other through a cluster's web proxy."""
-    proxies = {name: value for name, value in os.environ.items() if _PROXIES.fullmatch(name)}
-    for name in proxies:
-        del os.environ[name]
+def _bind_address(coordinator: str) -> str | None:
+    """Where process 0 listens; None for jax's [::], which not every machine has. Raises UserError if the port is taken."""
+    port, dual = int(coordinator.rpartition(":")[2]), socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
     try:
-        yield
-    finally:
-        os.environ.update(proxies)
-
-
-def _bind_address(coordinator: str | None) -> str | None:
-    """jax listens on [::], which not every machine has."""
-    return None if coordinator is None or socket.has_dualstack_ipv6() else f"0.0.0.0:{coordinator.rpartition(':')[2]}"
-
-
-def _check_port(coordinator: str) -> None:
-    """Raises UserError if the port of process 0 is taken: jax would crash."""
-    family, port = (
-        socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET,
-        int(coordinator.rpartition(":")[2]),
-    )
-    try:
-        socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
     except OSError as error:
         raise UserError(
             f"port {port} of this host cannot be used ({error.strerror}); another job may run here: "
             f"give another port in distributed.coordinator"
         ) from None
+    return None if dual else f"0.0.0.0:{port}"
 
 
 def _check_devices(config: DistributedConfig) -> None:
@@ -257,16 +236,6 @@ def _nobody_came(config: DistributedConfig) -> NoReturn:
         f"{who}not all processes of this job joined within {config.timeout_s} s; start the same command on every host, check "
         f"that each reaches the port of process 0, raise distributed.timeout_s, or give distributed.processes=1 to train alone",
     )
-
-
-def _all_fail() -> bool:
-    return wait_for_all("an error in every process", timeout_s=_TOGETHER_S)
-
-
-def _end_alone(code: int, line: str) -> NoReturn:
-    if jax.process_index() == 0:
-        time.sleep(_LAST_WORDS_S)
-    end_process(code, line)
 
 
 def end_process(code: int, line: str) -> NoReturn:

@@ -134,10 +134,20 @@ def param_shardings(shapes: Mapping[str, Any], mesh: Mesh, config: MeshConfig) -
         raise UserError(
             f"mesh.rules have none for {missing[0]!r}{_and_more(missing)}; end them with ('.*', 'fsdp') or ('.*', 'replicate')"
         )
-    specs = {path: _fsdp_spec(path, leaf, actions[path], config.fsdp, config) for path, leaf in flat.items()}
+
+    def specs_over(fsdp: int) -> dict[str, PartitionSpec | None]:
+        return {path: _fsdp_spec(path, leaf, actions[path], fsdp, config) for path, leaf in flat.items()}
+
+    specs = specs_over(config.fsdp)
     failed = [path for path, spec in specs.items() if spec is None]
     if failed:
-        raise UserError(_cannot_shard(failed, flat, actions, mesh, config))
+        path, smaller = failed[0], range(config.fsdp - 1, 0, -1)
+        fits = next(n for n in smaller if mesh.size % n == 0 and None not in specs_over(n).values())
+        dimension = "no dimension" if actions[path] == "fsdp" else f"not the dimension of {actions[path]!r}"
+        raise UserError(
+            f"mesh.fsdp={config.fsdp} divides {dimension} of {path} {tuple(flat[path].shape)}{_and_more(failed)}; "
+            f"use mesh.fsdp={fits}, or put ({path!r}, 'replicate') first in mesh.rules"
+        )
     meant = [path for path, action in actions.items() if action != "replicate"]
     if config.fsdp > 1 and all(specs[path] == P_REPLICATED for path in meant):
         raise UserError(
@@ -164,21 +174,6 @@ def _fsdp_spec(path: str, leaf: Any, action: str, fsdp: int, config: MeshConfig)
     return PartitionSpec(*[None] * max(divisible, key=lambda axis: leaf.shape[axis]), "fsdp")
 
 
-def _cannot_shard(
-    failed: Sequence[str], flat: Mapping[str, Any], actions: Mapping[str, str], mesh: Mesh, config: MeshConfig
-) -> str:
-    def all_fit(fsdp: int) -> bool:
-        return all(_fsdp_spec(path, leaf, actions[path], fsdp, config) is not None for path, leaf in flat.items())
-
-    fits = next(n for n in range(config.fsdp - 1, 0, -1) if mesh.size % n == 0 and all_fit(n))
-    path = failed[0]
-    dimension = "no dimension" if actions[path] == "fsdp" else f"not the dimension of {actions[path]!r}"
-    return (
-        f"mesh.fsdp={config.fsdp} divides {dimension} of {path} {tuple(flat[path].shape)}{_and_more(failed)}; "
-        f"use mesh.fsdp={fits}, or put ({path!r}, 'replicate') first in mesh.rules"
-    )
-
-
 def _and_more(paths: Sequence[str]) -> str:
     return f" and {len(paths) - 1} more" if len(paths) > 1 else ""
 
@@ -195,13 +190,9 @@ def like_params(tree: Any, params: Mapping[str, Any], shardings: Mapping[str, An
 
     def choose(path: Any, leaf: Any) -> NamedSharding:
         names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-        for start in range(len(names)):
-            shape, spec = by_path.get("/".join(names[start:]), ((), P_REPLICATED))
-            if spec != P_REPLICATED and shape == leaf.shape:
-                return NamedSharding(mesh, spec)
-            if spec != P_REPLICATED and leaf.ndim == len(shape) - 1:
-                return NamedSharding(mesh, _without_one_dimension(spec, shape, leaf.shape))
-        return NamedSharding(mesh, P_REPLICATED)
+        suffixes = ("/".join(names[start:]) for start in range(len(names)))
+        shape, spec = next((by_path[suffix] for suffix in suffixes if suffix in by_path), (leaf.shape, P_REPLICATED))
+        return NamedSharding(mesh, spec if shape == leaf.shape else _without_one_dimension(spec, shape, leaf.shape))
 
     return jax.tree_util.tree_map_with_path(choose, tree)
 
@@ -250,11 +241,8 @@ class ParamLayout:
     def like_params(self, tree: Mapping[str, Any]) -> dict[str, Any]:
         """A param-shaped tree (gradients), sharded as the parameters are."""
         specs = dict(self.specs)
-
-        def constrain(path: str, leaf: jax.Array) -> jax.Array:
-            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, specs.get(path, P_REPLICATED)))
-
-        return trees.map_with_path(constrain, tree)
+        where = {path: NamedSharding(self.mesh, specs.get(path, P_REPLICATED)) for path in trees.flatten(tree)}
+        return jax.lax.with_sharding_constraint(tree, trees.unflatten(where))
 
     def gather_outside_blocks(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """`params` with everything whole but blocks, which use `gather_block`, and tables, which use `look_up`."""

@@ -84,6 +84,4 @@ def _unrolled(grid: np.ndarray) -> np.ndarray:
 
 def _back_and_forth(plane: np.ndarray) -> tuple[int, ...]:
     """The rows of a plane one after the other, every other row backwards."""
-    turned = plane.copy()
-    turned[1::2] = turned[1::2, ::-1]
-    return tuple(turned.ravel().tolist())
+    return tuple(_unrolled(plane[np.newaxis])[0].tolist())

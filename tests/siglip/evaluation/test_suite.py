@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import decimal
+import functools
 import io
 import json
 import os
@@ -19,13 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipelines import workers
 from data_pipelines.image_ops import decode_image, resize
 from data_pipelines.sources.webdataset import TarSource
 from siglip.cli import evaluation as cli
 from siglip.cli import reporting, run
 from siglip.cli.evaluation import embedder_of, first_values, values_of
 from siglip.evaluation import embed
-from siglip.evaluation.embed import Embedder, EmbedFns, ImageBatch
+from siglip.evaluation.embed import Embedder
 from siglip.evaluation.retrieval import Retrieval
 from siglip.evaluation.suite import run_tasks
 from siglip.evaluation.zeroshot import ZeroShot
@@ -99,15 +101,20 @@ def test_fields_of_any_type_do_not_matter_and_may_be_labels(src, table, tmp_path
 
 def test_only_the_fields_asked_for_are_read(src, table, monkeypatch):
     seen = []
-    original = cli.make_eval_batches
+    original, iterate = cli.make_eval_batches, workers.iterate
 
     def spy(source, **settings):
-        seen.append(set(source[0].fields) | {"threads"} if settings["threads"] >= cli.usable_cores() else set())
+        seen.append(set(source[0].fields))
         return original(source, **settings)
 
+    def count_threads(*args, threads, **settings):
+        seen.append(threads)
+        return iterate(*args, threads=threads, **settings)
+
     monkeypatch.setattr(cli, "make_eval_batches", spy)
+    monkeypatch.setattr(workers, "iterate", count_threads)
     embedder_of(src, tokenizer=SPIECE, batch_size=8).embed_shards(str(table), ("txt",))
-    assert seen == [{"txt", "threads"}]
+    assert seen == [{"txt"}, workers.usable_cores()]
 
 
 def test_values_of_a_field():
@@ -147,14 +154,13 @@ def test_lines_of_a_caption_file_are_captions_each(src, tmp_path):
 def test_all_devices_work_and_one_shape_is_compiled(src, monkeypatch):
     shapes = {"image": [], "text": []}
 
-    def tower(kind, width):
-        def forward(params, rows):
-            shapes[kind].append(rows.shape)
-            z = jax.numpy.zeros((len(rows), width)).at[:, 0].set(rows.reshape(len(rows), -1)[:, 0] + params["shift"])
-            jax.debug.callback(lambda: None)
-            return z
-
-        return jax.jit(forward)
+    @jax.jit
+    def towers(params, batch):
+        ((kind, rows),) = batch.items()
+        shapes[kind].append(rows.shape)
+        z = jax.numpy.zeros((len(rows), 5)).at[:, 0].set(rows.reshape(len(rows), -1)[:, 0] + params["shift"])
+        jax.debug.callback(lambda: None)
+        return z
 
     mesh = sharding.make_mesh(sharding.MeshConfig())
     assert mesh.size == 8
@@ -166,21 +172,26 @@ def test_all_devices_work_and_one_shape_is_compiled(src, monkeypatch):
     images = np.arange(21, dtype=np.uint8).reshape(21, 1, 1, 1) * np.ones((1, 2, 2, 3), np.uint8)
 
     class Read:
-        pairs, counts = 23, {"corrupt_image": 2}
+        counts = {"corrupt_image": 2}
 
         def __iter__(self):
             for start in (0, 16):
                 rows = list(range(start, min(start + 16, 21)))
-                yield ImageBatch(images[rows], [r + 1 for r in rows], [f"k{r}" for r in rows], [[[r]] for r in rows])
+                told = {
+                    "index": [r + 1 for r in rows],
+                    "key": [f"k{r}" for r in rows],
+                    "fields": [{"row": r} for r in rows],
+                }
+                yield told | {"image": images[rows]}
 
     embedder = Embedder(
-        EmbedFns(tower("image", 5), tower("text", 5)),
-        {"shift": np.float32(1)},
+        functools.partial(towers, {"shift": np.float32(1)}),
         mesh=mesh,
         rows=embed.rows_per_process(13, mesh),
         image_size=(2, 2),
         tokenize=lambda texts: np.array([[len(text)] for text in texts], np.int32).reshape(-1, 1),
-        read=lambda data, fields: Read(),
+        read=lambda data, fields: (23, Read()),
+        values_of=lambda record, field: [record[field]],
     )
     found = embedder.embed_shards("x", ("row",))
     np.testing.assert_array_equal(found.zimg[:, 0], np.arange(21) + 1)
