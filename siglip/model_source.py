@@ -83,7 +83,7 @@ def _locate(src: str | Path) -> _Source:
         config = functools.partial(_config_of_run, workdir)
 
         def read(size: Size | None) -> tuple[dict[str, Any], ModelConfig]:
-            params, _ = checkpoint.read_run_params(folder)  # a term's own parameters are not the model's
+            params, *_ = checkpoint.read_run_params(folder)  # a term's own parameters are not the model's
             return {name: params[name] for name in MODEL_PARTS if name in params}, config(size)
 
         return _Source(read, config, workdir / TOKENIZER_FILE)
