@@ -40,6 +40,11 @@ class Inputs:
     texts: Sequence[str] = ()
 
 
+def in_folder(packages: str, code: str, *, note: str = "") -> str:
+    """An example for the model card: code to run in the folder, once the packages are installed."""
+    return f"Run in this folder, with `pip install {packages}`{note}.\n\n```python\n{code.strip()}\n```"
+
+
 def _nothing(config: ModelConfig, has_tokenizer: bool) -> Sequence[str]:
     return ()
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from siglip.formats import hugging_face
-from siglip.formats.export_format import ExportFormat, ExportMismatch, Inputs, Outputs
+from siglip.formats.export_format import ExportFormat, ExportMismatch, Inputs, Outputs, in_folder
 from siglip.models.two_tower import ModelConfig
 
 _PIPELINE_LENGTH = 64
@@ -27,9 +27,6 @@ _TOKENIZER = (
 )
 _NO_TOKENIZER = "- no tokenizer is here, because the source had none: use that of training"
 _EXAMPLE_IMAGES = """
-Run in this folder, with `pip install transformers torch pillow`.
-
-```python
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, SiglipVisionModel
@@ -40,24 +37,16 @@ image = Image.new("RGB", (640, 480))
 with torch.no_grad():
     tokens = model(**processor(image, return_tensors="pt")).last_hidden_state
 print(tokens.shape)
-```
 """
 _EXAMPLE_PIPELINE = """
-Run in this folder, with `pip install transformers torch pillow`.
-
-```python
 from PIL import Image
 from transformers import pipeline
 
 classify = pipeline("zero-shot-image-classification", model=".")
 image = Image.new("RGB", (640, 480), "red")
 print(classify(image, candidate_labels=["a red wall", "two cats"]))
-```
 """
 _EXAMPLE_BOTH = """
-Run in this folder, with `pip install transformers torch pillow`.
-
-```python
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, SiglipModel
@@ -69,7 +58,6 @@ texts = tokenizer(["a red wall", "two cats"], padding="max_length", truncation=T
 with torch.no_grad():
     logits = model(**processor(image, return_tensors="pt"), **texts).logits_per_image
 print(torch.sigmoid(logits))
-```
 """
 
 
@@ -156,9 +144,8 @@ def _warnings(config: ModelConfig, has_tokenizer: bool) -> list[str]:
 
 
 def _example(config: ModelConfig, has_tokenizer: bool) -> str:
-    if config.text is None or not has_tokenizer:
-        return _EXAMPLE_IMAGES
-    return _EXAMPLE_BOTH if pipeline_length_warning(config) else _EXAMPLE_PIPELINE
+    both = _EXAMPLE_BOTH if pipeline_length_warning(config) else _EXAMPLE_PIPELINE
+    return in_folder("transformers torch pillow", both if config.text and has_tokenizer else _EXAMPLE_IMAGES)
 
 
 EXPORT = ExportFormat(
