@@ -23,7 +23,7 @@ from siglip.formats.export_format import TOKENIZER_FILE
 from siglip.formats.hf_tokenizer import convert
 from siglip.formats.infer_config import expected_shapes
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
-from siglip.models.variants import Variant, name_of
+from siglip.models.variants import VARIANTS, Variant
 from siglip.models.vit import sincos2d
 from siglip.trees import flatten, unflatten
 
@@ -31,10 +31,13 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _VISION_TYPE = "siglip_vision_model"
 _TEXT_TYPE = "siglip_text_model"
+_SIZES = {
+    "hidden_size": "width", "intermediate_size": "mlp_dim", "num_hidden_layers": "depth", "num_attention_heads": "num_heads",
+}  # fmt: skip
 # What config.json leaves out takes these values in transformers.
-_SIZES = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-_VISION_DEFAULTS = _SIZES | {"image_size": 224, "patch_size": 16, "num_channels": 3, "vision_use_head": True}
-_TEXT_DEFAULTS = _SIZES | {"vocab_size": 32_000, "max_position_embeddings": 64}
+_VARIANT = {theirs: getattr(VARIANTS["B"], ours) for theirs, ours in _SIZES.items()}
+_VISION_DEFAULTS = _VARIANT | {"image_size": 224, "patch_size": 16, "num_channels": 3, "vision_use_head": True}
+_TEXT_DEFAULTS = _VARIANT | {"vocab_size": 32_000, "max_position_embeddings": 64}
 _FIXED = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "attention_dropout": 0.0}
 
 
@@ -164,10 +167,9 @@ def model_config(tree: Mapping[str, Any], *, source: str) -> ModelConfig:
     vision, text = _parts(tree, source)
     _check_fields(vision, text, source)
     try:
-        size, spec = vision["image_size"], _spec(vision)
+        size = vision["image_size"]
         image = ImageConfig(
-            variant=f"{name_of(spec) or 'B'}/{vision['patch_size']}",
-            **_overrides(spec),
+            **_spec(vision).fields(patch=vision["patch_size"]),
             image_size=(size, size),
             pool="map" if vision["vision_use_head"] else "none",
         )
@@ -175,8 +177,7 @@ def model_config(tree: Mapping[str, Any], *, source: str) -> ModelConfig:
             return ModelConfig(image=image, text=None, out_dim=(None, None))
         spec = _spec(text)
         text_config = TextConfig(
-            variant=name_of(spec) or "B",
-            **_overrides(spec),
+            **spec.fields(),
             vocab_size=text["vocab_size"],
             length=text["max_position_embeddings"],
         )
@@ -223,22 +224,11 @@ def _check_fields(vision: Mapping[str, Any], text: Mapping[str, Any] | None, sou
 
 
 def _spec(part: Mapping[str, Any]) -> Variant:
-    return Variant(
-        part["hidden_size"], part["num_hidden_layers"], part["intermediate_size"], part["num_attention_heads"]
-    )
-
-
-def _overrides(spec: Variant) -> dict[str, int]:
-    return {} if name_of(spec) else vars(spec)
+    return Variant(**{ours: part[theirs] for theirs, ours in _SIZES.items()})
 
 
 def _sizes_json(spec: Variant) -> dict[str, int]:
-    return {
-        "hidden_size": spec.width,
-        "intermediate_size": spec.mlp_dim,
-        "num_hidden_layers": spec.depth,
-        "num_attention_heads": spec.num_heads,
-    }
+    return {theirs: getattr(spec, ours) for theirs, ours in _SIZES.items()}
 
 
 def _preprocessor_json(config: ModelConfig) -> dict[str, Any]:

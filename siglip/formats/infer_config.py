@@ -21,7 +21,7 @@ from siglip.errors import UserError
 from siglip.formats import key_maps
 from siglip.formats.containers import Shape
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, param_shapes
-from siglip.models.variants import Variant, name_of
+from siglip.models.variants import Variant
 from siglip.trees import did_you_mean, flatten
 
 _ATTENTION = "MultiHeadDotProductAttention_0/"
@@ -174,10 +174,8 @@ def _infer_image(
     if learned and "N" not in sizes:
         unclear["img/pos_embedding"] = f"(1, patches, {spec.width})"
     positions = sizes.get("N") if learned else None
-    name = name_of(spec)
     image = ImageConfig(
-        variant=f"{name or 'B'}/{patch[0]}",
-        **({} if name else dataclasses.asdict(spec)),
+        **spec.fields(patch=patch[0]),
         patch_size=None if patch[0] == patch[1] else patch,
         image_size=_infer_image_size(positions, patch, learned=learned, hint=hint, problems=problems),
         pool=pool,
@@ -217,10 +215,8 @@ def _infer_text(
     ):
         if axis not in sizes:
             unclear[path] = shape
-    name = name_of(spec)
     text = TextConfig(
-        variant=name or "B",
-        **({} if name else dataclasses.asdict(spec)),
+        **spec.fields(),
         vocab_size=sizes.get("V", 1),
         length=sizes.get("N", 1),
         pool="map" if _any(shapes, "txt/MAPHead_0/") else "last",

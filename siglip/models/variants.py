@@ -23,6 +23,11 @@ class Variant:
     mlp_dim: int
     num_heads: int
 
+    def fields(self, *, patch: int | None = None) -> dict[str, Any]:
+        """What a tower's config says of these sizes: the table's name, or "B" and an override of everything."""
+        name = next((name for name, known in VARIANTS.items() if known == self), None)
+        return {"variant": (name or "B") + (f"/{patch}" if patch else "")} | ({} if name else vars(self))
+
 
 VARIANTS: dict[str, Variant] = {
     "mu": Variant(32, 1, 128, 2),
@@ -72,11 +77,6 @@ def resolve(base: Variant, overrides: dict[str, int | None]) -> Variant:
     if variant.width % variant.num_heads:
         raise UserError(f"width={variant.width} is not divisible by num_heads={variant.num_heads}; change one of them")
     return variant
-
-
-def name_of(variant: Variant) -> str | None:
-    """The table's name for these sizes, or None."""
-    return next((name for name, known in VARIANTS.items() if known == variant), None)
 
 
 def check_choices(config: Any, fields: tuple[str, ...]) -> None:
