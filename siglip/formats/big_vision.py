@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from siglip.atomic import new_file
+from siglip.atomic import write_atomically
 from siglip.errors import UserError
 from siglip.formats import key_maps, old_names, pali_gemma
 from siglip.formats.containers import LazyArray, open_npz, write_npz
@@ -101,8 +101,7 @@ def write(path: Path, params: Mapping[str, Any], config: ModelConfig, *, layout:
     # First the config file: without it, or beside another model's, the npz would be read as what it is not.
     sidecar(path).unlink(missing_ok=True)
     if not _shapes_tell(shapes, config):
-        with new_file(sidecar(path)) as partial:
-            partial.write_text(json.dumps({"model": dataclasses.asdict(config)}, indent=1) + "\n")
+        write_atomically(sidecar(path), json.dumps({"model": dataclasses.asdict(config)}, indent=1) + "\n")
     write_npz(path, {f"params/{key}": array for key, array in arrays.items()})
 
 

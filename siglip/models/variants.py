@@ -2,8 +2,6 @@
 
 The table is that of big_vision's `models/vit.py` and the papers it follows (ViT, arXiv:2010.11929; scaling ViT,
 arXiv:2106.04560; So400m, arXiv:2305.13035).
-
-The trap: head widths are not always powers of two (So400m 72, g 88, g-opt 96, G 104, e 112).
 """
 
 import dataclasses

@@ -8,9 +8,6 @@ when every file is there. The last `keep` checkpoints stay, and the best one by 
 Several processes write one checkpoint together, so the workdir is a folder that all hosts share. It is laid out on whatever
 devices restore it: their number, the number of hosts, FSDP and the data workers may change between starts.
 
-How a run starts, in this order: the newest checkpoint of its workdir; else `init.src` (siglip/training/warm_start.py); else fresh
-parameters. A run that has a checkpoint never looks at `init.src` again: it may be gone.
-
 The trap: a folder under checkpoints/ may be half a checkpoint. Whole is what has orbax's last file.
 """
 
@@ -28,7 +25,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from siglip import trees
-from siglip.atomic import new_file
+from siglip.atomic import write_atomically
 from siglip.errors import UserError
 from siglip.parallel.collectives import gather_records
 from siglip.workdir.files import CONFIG_FILE, read_config
@@ -119,8 +116,7 @@ class Checkpointer:
         if jax.process_index() == 0:
             path = self._folder / str(step) / "metrics" / "metrics"  # where orbax writes it
             path.parent.mkdir(exist_ok=True)
-            with new_file(path) as partial:
-                partial.write_text(json.dumps({self._best_name: value}))
+            write_atomically(path, json.dumps({self._best_name: value}))
         gather_records([])  # the others read what process 0 wrote
         self._manager.reload()
 
@@ -162,14 +158,9 @@ class Checkpointer:
         self._manager.close()
 
 
-def is_run(path: Path) -> bool:
-    """Whether `path` is a run's workdir or one checkpoint inside it."""
-    return _run_of(path) is not None
-
-
 def locate(path: Path) -> tuple[Path, int] | None:
     """(workdir, step) of a workdir's newest checkpoint, or of the one that `path` names; None when there is none."""
-    workdir, step = _run_of(path) or (None, None)
+    workdir, step = run_of(path) or (None, None)
     steps = whole_steps(workdir) if workdir and step is None else [step]
     return (workdir, steps[-1]) if workdir and steps else None
 
@@ -183,7 +174,7 @@ def read_run_params(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
         FileNotFoundError: if the workdir has no whole checkpoint.
         ValueError: if the checkpoint is damaged.
     """
-    workdir, step = _run_of(path) or (path, None)
+    workdir, step = run_of(path) or (path, None)
     steps = whole_steps(workdir)
     step = steps[-1] if step is None and steps else step
     if step not in steps:
@@ -241,7 +232,7 @@ def whole_steps(workdir: Path) -> list[int]:
     )
 
 
-def _run_of(path: Path) -> tuple[Path, int | None] | None:
+def run_of(path: Path) -> tuple[Path, int | None] | None:
     """(workdir, step or None) when `path` is a workdir or WORKDIR/checkpoints/STEP, else None."""
     if (path / CONFIG_FILE).is_file() and (path / CHECKPOINTS_DIR).is_dir():
         return path, None
