@@ -21,7 +21,6 @@ from siglip.exporting.model_card import model_card, provenance
 from siglip.exporting.verification import compare, expected_outputs, model_outputs, random_inputs
 from siglip.formats import big_vision, hf_export, saved_model, stablehlo
 from siglip.formats.export_format import ExportFormat, Inputs, Layout, Outputs
-from siglip.formats.hf_tokenizer.convert import read_pieces
 from siglip.model_source import read_model
 from siglip.models.two_tower import ModelConfig
 
@@ -88,14 +87,11 @@ def export(
     out = Path(out)
     chosen = _check_request(out, format=format, tower=tower, layout=layout, samples=samples)
     params, config, tokenizer = _model(src, tower=tower, head=head, image_size=image_size, patch_size=patch_size)
-    chosen.check(config, tokenizer is not None)
-    if tokenizer is not None and chosen.holds_tokenizer:
-        read_pieces(tokenizer, room=config.text.vocab_size)
-    cases = [] if chosen.takes_files else [random_inputs(config)]  # noise has no encoded files
-    cases += [] if samples is None else [samples(config, tokenizer)]
-    expected = [expected_outputs(Encoder(params, config), case) for case in cases]
     with new_folder(out, publish=_publish_npz if out.suffix == ".npz" else os.rename) as partial:
         chosen.write(partial, params, config, tokenizer=tokenizer, layout=layout)
+        cases = [] if chosen.takes_files else [random_inputs(config)]  # noise has no encoded files
+        cases += [] if samples is None else [samples(config, tokenizer)]
+        expected = [expected_outputs(Encoder(params, config), case) for case in cases]
         del params  # held once while they are written, and once while they are read back
         verified = all(find_spec(package) for package in chosen.needs)
         found = chosen.outputs(partial, cases) if chosen.outputs and verified else _own_outputs(partial, cases)
@@ -136,7 +132,7 @@ def _check_request(out: Path, *, format: str, tower: Tower, layout: Layout, samp
     for name, value, choices in (("tower", tower, get_args(Tower)), ("layout", layout, chosen.layouts)):
         if value not in choices:
             raise UserError(f"{name}={value!r}: --format {format} has {', '.join(choices)}; take one of these")
-    if out.suffix == ".npz" and chosen.lone_file is None:
+    if out.suffix == ".npz" and chosen is not big_vision.EXPORT:
         raise UserError(f"--out {out}: only --format bigvision writes a lone npz; name a folder")
     # A config file that is left from another npz would be believed.
     for path in (out, big_vision.sidecar(out)) if out.suffix == ".npz" else (out,):

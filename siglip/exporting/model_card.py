@@ -90,13 +90,9 @@ def model_card(
 
 def _front_matter(origin: Provenance, *, library: str, both: bool) -> str:
     tag = "zero-shot-image-classification" if both else "image-feature-extraction"
-    # Hubs know a list of identifiers; everything else is "other" with a name.
-    known = origin.licence in _HUB_LICENCES
-    licence = (
-        f"license: {origin.licence}"
-        if known
-        else f"license: other\nlicense_name: {json.dumps(origin.licence or 'unknown')}"
-    )
+    licence = f"license: {origin.licence}"
+    if origin.licence not in _HUB_LICENCES:  # hubs know a list of identifiers; everything else is "other" with a name
+        licence = f"license: other\nlicense_name: {json.dumps(origin.licence or 'unknown')}"
     return f"---\nlibrary_name: {library}\npipeline_tag: {tag}\ntags: [siglip, vision]\n{licence}\n---"
 
 
@@ -188,8 +184,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _example(config: ModelConfig, example: str) -> str:
-    height, width = config.image.image_size
-    numbers = {"HEIGHT": height, "WIDTH": width, "LENGTH": config.text.length if config.text else 0}
-    for name, number in numbers.items():
+    numbers = (*config.image.image_size, config.text.length if config.text else 0)
+    for name, number in zip(("HEIGHT", "WIDTH", "LENGTH"), numbers, strict=True):
         example = example.replace(name, str(number))
     return example.strip()

@@ -156,7 +156,6 @@ EXPORT = ExportFormat(
     example=_example,
     outputs=outputs,
     needs=("transformers", "torch"),
-    check=lambda config, has_tokenizer: hugging_face.check_expressible(config),
     contract=_contract,
     warnings=_warnings,
 )

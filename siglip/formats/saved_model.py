@@ -41,7 +41,11 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, token
     Raises:
         UserError: there is a text tower but no tokenizer for it, or one with more pieces than the tower has.
     """
-    _check(config, tokenizer is not None)
+    if config.text is not None and tokenizer is None:
+        raise UserError(
+            "a SavedModel takes raw texts, but the source has no tokenizer; put its spiece.model beside it, "
+            "or export with --tower image"
+        )
     pieces = None if config.text is None else read_pieces(tokenizer, room=config.text.vocab_size)
     tf, _ = _tensorflow()
     module = tf.Module()
@@ -178,14 +182,6 @@ def _lower(
     )
 
 
-def _check(config: ModelConfig, has_tokenizer: bool) -> None:
-    if config.text is not None and not has_tokenizer:
-        raise UserError(
-            "a SavedModel takes raw texts, but the source has no tokenizer; put its spiece.model beside it, "
-            "or export with --tower image"
-        )
-
-
 def _tensorflow() -> tuple[Any, Any]:
     """TensorFlow and its text ops, on the CPU: an export needs no accelerator, and jax may have taken it."""
     import tensorflow as tf
@@ -224,7 +220,6 @@ EXPORT = ExportFormat(
     write=lambda folder, params, config, *, tokenizer, layout: write(folder, params, config, tokenizer=tokenizer),
     example=_example,
     outputs=lambda folder, cases: [outputs(folder, case.files, case.texts) for case in cases],
-    check=_check,
     contract=lambda config, has_tokenizer: _CONTRACT,
     takes_files=True,
 )

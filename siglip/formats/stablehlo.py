@@ -127,5 +127,4 @@ EXPORT = ExportFormat(
     write=lambda folder, params, config, *, tokenizer, layout: write(folder, params, config),
     example=_example,
     outputs=lambda folder, cases: [outputs(folder, case.images, case.tokens) for case in cases],
-    holds_tokenizer=False,
 )

@@ -193,15 +193,8 @@ def make_program(config: TrainConfig) -> Program:
     logger.info("%.1f M parameters, %s on %d x %s -> %s", parameters / 1e6, total, mesh.size, kind, config.workdir)
 
     def init(given: Mapping[str, np.ndarray]) -> TrainState:
-        on_devices = warm_start.put(given, abstract_state.params)
-        return init_state(
-            config.model,
-            optimizer,
-            abstract_state=abstract_state,
-            seed=config.seed,
-            terms=config.terms,
-            given=on_devices,
-        )
+        options = {"abstract_state": abstract_state, "seed": config.seed, "terms": config.terms}
+        return init_state(config.model, optimizer, given=warm_start.put(given, abstract_state.params), **options)
 
     return Program(mesh, abstract_state, init, step)
 
