@@ -47,7 +47,7 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, token
             "or export with --tower image"
         )
     pieces = None if config.text is None else read_pieces(tokenizer, room=config.text.vocab_size)
-    tf, _ = _tensorflow()
+    tf = _tensorflow()
     module = tf.Module()
     with jax.default_matmul_precision("highest"):
         graphs = _image_graphs(module, params, config)
@@ -65,7 +65,7 @@ def outputs(folder: Path, files: Sequence[bytes], texts: Sequence[str]) -> dict[
 
     `pixels` come as the tower takes them, float32 in [-1, 1]. Outputs that need texts, or files, are left out without them.
     """
-    tf, _ = _tensorflow()
+    tf = _tensorflow()
     model = tf.saved_model.load(str(folder))
     given = {"images": tf.constant(list(files), tf.string), "texts": tf.constant(list(texts), tf.string)}
     found = {}
@@ -182,14 +182,14 @@ def _lower(
     )
 
 
-def _tensorflow() -> tuple[Any, Any]:
+def _tensorflow() -> Any:
     """TensorFlow and its text ops, on the CPU: an export needs no accelerator, and jax may have taken it."""
     import tensorflow as tf
-    import tensorflow_text as tf_text
+    import tensorflow_text  # noqa: F401
 
     with contextlib.suppress(RuntimeError):  # TensorFlow is running already and has taken its devices.
         tf.config.set_visible_devices([], "GPU")
-    return tf, tf_text
+    return tf
 
 
 _CONTRACT = (
