@@ -1,10 +1,7 @@
 """Exports: write, read back, compare, and only then let the folder appear under its name.
 
 What was written is read back by the reader that its users have (Hugging Face's by `transformers` where that is installed) and
-fed noise and, where the caller has them, real images and texts (siglip/exporting/verification.py). A failed export leaves
-nothing behind.
-
-A format describes itself (siglip/formats/export_format.py). A new one is a module in siglip/formats and a line in `FORMATS`.
+fed noise and, where the caller has them, real images and texts. A new format is a module in siglip/formats and a line in `FORMATS`.
 """
 
 import dataclasses

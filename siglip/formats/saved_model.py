@@ -14,8 +14,8 @@ and resized as Pillow does it (siglip.formats.tf_pixels), texts lower-cased and 
 are StableHLO for CPU, CUDA and TPU with float32 products (jax2tf), for any b and k above 0; loading them needs neither jax nor
 this package.
 
-The trap: weights that a traced function merely closes over become constants of the graph, which ends at 2 GiB, once for each
-signature. Here they are variables, stored once and handed to every call.
+The trap: weights that a traced function merely closes over become constants, once for each signature, of a graph that ends at
+2 GiB. Here they are variables.
 """
 
 import contextlib
