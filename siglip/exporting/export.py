@@ -1,7 +1,7 @@
 """Exports: write, read back, compare, and only then let the folder appear under its name.
 
 What was written is read back by the reader that its users have (Hugging Face's by `transformers` where that is installed) and
-fed noise and, where the caller has them, real images and texts. A new format is a module in siglip/formats and a line in `FORMATS`.
+fed noise and, where the caller has them, real images and texts. A new format is a module of siglip.formats and a line in FORMATS.
 """
 
 import dataclasses
@@ -108,15 +108,14 @@ def export(
         )
         (partial / "README.md").write_text(card)
     own = f"verified with our own reader only; for {chosen.library}: pip install 'siglip-stage0[interop]'"
-    warnings = [*chosen.warnings(*known), "" if verified else own]
+    warnings = [*chosen.warnings(*known), *([] if verified else [own])]
     return ExportReport(out, differences, verified, _message(out, differences, warnings))
 
 
 def _message(out: Path, differences: Mapping[str, Mapping[str, float]], warnings: Sequence[str]) -> str:
     worst = max(value for found in differences.values() for value in found.values())
     count = len({name for found in differences.values() for name in found})
-    agree = f"wrote {out}: {count} outputs agree, largest difference {worst:.1e}"
-    return "; ".join(filter(None, [agree, *warnings]))
+    return "; ".join([f"wrote {out}: {count} outputs agree, largest difference {worst:.1e}", *warnings])
 
 
 def _check_request(out: Path, *, format: str, tower: Tower, layout: Layout, samples: Samples | None) -> ExportFormat:

@@ -121,30 +121,30 @@ def _preprocessed(folder: Path, inputs: Inputs) -> Outputs:
     return outputs
 
 
-def pipeline_length_warning(config: ModelConfig) -> str:
-    """A warning where transformers' zero-shot pipeline, which makes every text 64 tokens long, cannot be used; else empty."""
+def _no_pipeline(config: ModelConfig) -> list[str]:
+    """A warning where transformers' zero-shot pipeline, which makes every text 64 tokens long, cannot be used."""
     if config.text is None or config.text.length == _PIPELINE_LENGTH:
-        return ""
-    return (
+        return []
+    return [
         f"texts have {config.text.length} tokens, but pipeline('zero-shot-image-classification') pads or cuts them to "
         f"{_PIPELINE_LENGTH}; call the tokenizer and the model directly"
-    )
+    ]
 
 
 def _contract(config: ModelConfig, has_tokenizer: bool) -> list[str]:
     if config.text is None:
         return [_UPRIGHT]
-    warning = pipeline_length_warning(config)
-    return [_UPRIGHT, _TOKENIZER if has_tokenizer else _NO_TOKENIZER, *([f"- note: {warning}"] if warning else [])]
+    notes = [f"- note: {warning}" for warning in _no_pipeline(config)]
+    return [_UPRIGHT, _TOKENIZER if has_tokenizer else _NO_TOKENIZER, *notes]
 
 
 def _warnings(config: ModelConfig, has_tokenizer: bool) -> list[str]:
-    lacking = config.text is not None and not has_tokenizer
-    return [pipeline_length_warning(config), "the source has no tokenizer, so the folder has none" if lacking else ""]
+    lacks = ["the source has no tokenizer, so the folder has none"] if config.text and not has_tokenizer else []
+    return _no_pipeline(config) + lacks
 
 
 def _example(config: ModelConfig, has_tokenizer: bool) -> str:
-    both = _EXAMPLE_BOTH if pipeline_length_warning(config) else _EXAMPLE_PIPELINE
+    both = _EXAMPLE_BOTH if _no_pipeline(config) else _EXAMPLE_PIPELINE
     return in_folder("transformers torch pillow", both if config.text and has_tokenizer else _EXAMPLE_IMAGES)
 
 

@@ -180,11 +180,7 @@ def model_config(tree: Mapping[str, Any], *, source: str) -> ModelConfig:
         if text is None:
             return ModelConfig(image=image, text=None, out_dim=(None, None))
         spec = _spec(text)
-        text_config = TextConfig(
-            **spec.fields(),
-            vocab_size=text["vocab_size"],
-            length=text["max_position_embeddings"],
-        )
+        text_config = TextConfig(**spec.fields(), vocab_size=text["vocab_size"], length=text["max_position_embeddings"])
         return ModelConfig(image=image, text=text_config, out_dim=(None, text.get("projection_size") or spec.width))
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None

@@ -58,11 +58,7 @@ def resize(image: "tf.Tensor", size_px: tuple[int, int]) -> "tf.Tensor":
     image = tf.cast(image, tf.int32)
     height, width = tf.unstack(tf.shape(image)[:2])
     shrinks_more = (height > h) & (height - h > 2 * (width - w))
-    resized = tf.cond(
-        shrinks_more,
-        lambda: _resample(_rows(image, h), w),
-        lambda: _rows(_resample(image, w), h),
-    )
+    resized = tf.cond(shrinks_more, lambda: _resample(_rows(image, h), w), lambda: _rows(_resample(image, w), h))
     return tf.ensure_shape(tf.cast(resized, tf.uint8), (h, w, 3))
 
 

@@ -168,14 +168,8 @@ def make_program(config: TrainConfig) -> Program:
         sharding.check_micro_batch_size(config.loss.micro_batch_size, config.batch_size, mesh)
     shapes = all_param_shapes(config.model, config.terms)
     optimizer = optim.make_optimizer(config.optim, shapes, total_steps=config.total_steps)
-    abstract_state = make_abstract_state(
-        config.model,
-        optimizer,
-        mesh=mesh,
-        mesh_config=config.mesh,
-        terms=config.terms,
-        ema=config.optim.ema > 0,
-    )
+    options = {"mesh": mesh, "mesh_config": config.mesh, "terms": config.terms, "ema": config.optim.ema > 0}
+    abstract_state = make_abstract_state(config.model, optimizer, **options)
     layout = sharding.ParamLayout.of(abstract_state.params)
     step = make_train_step(
         make_objective(config.model, config.loss, layout=layout, terms=config.terms, total_steps=config.total_steps),
