@@ -16,8 +16,6 @@ from siglip.atomic import write_atomically
 from siglip.errors import RunFailed
 from siglip.parallel.collectives import gather_records
 
-BAD_BATCH_FILE = "non_finite_batch.json"
-
 
 class NonFiniteLoss(RunFailed):
     """The run diverged; the message names the step and where the batch's keys are."""
@@ -27,7 +25,7 @@ class LossMonitor:
     """Steps whose losses have not been checked, with the keys of their batches."""
 
     def __init__(self, workdir: Path, *, saved_step: Callable[[], int | None]) -> None:
-        self._path, self._saved_step = workdir / BAD_BATCH_FILE, saved_step
+        self._path, self._saved_step = workdir / "non_finite_batch.json", saved_step
         self._pending: list[tuple[int, Mapping[str, jax.Array], list[str]]] = []
 
     def add(self, step: int, metrics: Mapping[str, jax.Array], keys: list[str]) -> None:
