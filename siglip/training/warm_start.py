@@ -109,20 +109,13 @@ class SourceModel:
         """
         image = dataclasses.replace(base.image, **_given(self.image))
         if isinstance(self.text, TextConfig):
-            text = self.text
-            width = base.out_dim[0] or image.spec.width
-            out_dim = (base.out_dim[0], width)
+            text, out_dim = self.text, (base.out_dim[0], base.out_dim[0] or image.spec.width)
         elif base.text is None:
             raise UserError(f"{where} has no text tower; describe a new one in the recipe: model.text=TextConfig(…)")
         else:
             text, out_dim = dataclasses.replace(base.text, **_given(self.text)), base.out_dim
-        return ModelConfig(
-            image=image,
-            text=text,
-            out_dim=self.out_dim or out_dim,
-            temperature_init=base.temperature_init if self.temperature_init is None else self.temperature_init,
-            bias_init=base.bias_init if self.bias_init is None else self.bias_init,
-        )
+        starts = {name: value for name, value in _given(self).items() if name in ("temperature_init", "bias_init")}
+        return dataclasses.replace(base, image=image, text=text, out_dim=self.out_dim or out_dim, **starts)
 
 
 def _given(overrides: Any) -> dict[str, Any]:
