@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from siglip.formats import hugging_face
-from siglip.formats.export_format import ExportFormat, ExportMismatch, Inputs, Outputs, in_folder
+from siglip.formats.export_format import ExportFormat, ExportMismatch, Inputs, Layout, Outputs, in_folder
+from siglip.formats.hf_tokenizer.convert import read_pieces
 from siglip.models.two_tower import ModelConfig
 
 _PIPELINE_LENGTH = 64
@@ -148,11 +149,15 @@ def _example(config: ModelConfig, has_tokenizer: bool) -> str:
     return in_folder("transformers torch pillow", both if config.text and has_tokenizer else _EXAMPLE_IMAGES)
 
 
+def _write(folder: Path, params: Any, config: ModelConfig, *, tokenizer: Path | None, layout: Layout) -> None:
+    if tokenizer is not None:
+        read_pieces(tokenizer, room=config.text.vocab_size)
+    hugging_face.write(folder, params, config, tokenizer=tokenizer)
+
+
 EXPORT = ExportFormat(
     library="transformers",
-    write=lambda folder, params, config, *, tokenizer, layout: hugging_face.write(
-        folder, params, config, tokenizer=tokenizer
-    ),
+    write=_write,
     example=_example,
     outputs=outputs,
     needs=("transformers", "torch"),

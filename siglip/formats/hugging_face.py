@@ -85,10 +85,9 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, token
         tokenizer: SentencePiece model of the text tower; without one the folder has no tokenizer.
 
     Raises:
-        UserError: Hugging Face's SigLIP cannot express this model, or the tokenizer is another model's.
+        UserError: Hugging Face's SigLIP cannot express this model.
     """
     check_expressible(config)
-    model = tokenizer and config.text and convert.read_pieces(tokenizer, room=config.text.vocab_size)
     flat = key_maps.unstack_blocks({path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()})
     if config.image.posemb == "sincos2d":
         flat["img/pos_embedding"] = sincos2d(config.image.grid, config.image.spec.width)
@@ -99,8 +98,8 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, token
     write_safetensors(folder / _WEIGHTS, _their_arrays(flat))
     _write_json(folder / "config.json", config_json(config))
     _write_json(folder / "preprocessor_config.json", _preprocessor_json(config))
-    if model:
-        source, length = str(tokenizer), config.text.length
+    if config.text is not None and tokenizer is not None:
+        model, source, length = tokenizer.read_bytes(), str(tokenizer), config.text.length
         _write_json(folder / "tokenizer.json", convert.tokenizer_json(model, source=source))
         _write_json(folder / "tokenizer_config.json", convert.tokenizer_config(model, length=length, source=source))
         (folder / TOKENIZER_FILE).write_bytes(model)
