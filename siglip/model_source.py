@@ -7,7 +7,6 @@ config.json, which a run has as well.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,15 +77,13 @@ def _locate(src: str | Path) -> _Source:
     # Orbax is slow to import, and only runs need it.
     from siglip.workdir import checkpoint
 
-    if checkpoint.is_run(folder):
-        workdir = folder if (folder / CONFIG_FILE).is_file() else folder.resolve().parents[1]
-        config = functools.partial(_config_of_run, workdir)
+    if run := checkpoint.run_of(folder):
 
-        def read(size: Size | None) -> tuple[dict[str, Any], ModelConfig]:
-            params, _ = checkpoint.read_run_params(folder)  # a term's own parameters are not the model's
-            return {name: params[name] for name in MODEL_PARTS if name in params}, config(size)
+        def read() -> tuple[dict[str, Any], ModelConfig]:
+            params, *_ = checkpoint.read_run_params(folder)  # a term's own parameters are not the model's
+            return {name: params[name] for name in MODEL_PARTS if name in params}, config_of_run(run[0])
 
-        return _Source(read, config, workdir / TOKENIZER_FILE)
+        return _Source(lambda size: read(), lambda size: config_of_run(run[0]), run[0] / TOKENIZER_FILE)
     if (folder / "config.json").is_file():
         return _Source(
             lambda size: hugging_face.read(folder),
@@ -104,7 +101,7 @@ def _npz(src: str | Path, tokenizer: Path) -> _Source:
     )
 
 
-def _config_of_run(workdir: Path, size: Size | None) -> ModelConfig:
-    del size  # it tells its own
+def config_of_run(workdir: Path) -> ModelConfig:
+    """The architecture in a workdir's config.json."""
     tree = read_run_config(workdir, fields=("model",))["model"]
     return build_dataclass(ModelConfig, tree, where=f"{workdir / CONFIG_FILE}: model")

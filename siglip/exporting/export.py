@@ -1,10 +1,7 @@
 """Exports: write, read back, compare, and only then let the folder appear under its name.
 
 What was written is read back by the reader that its users have (Hugging Face's by `transformers` where that is installed) and
-fed noise and, where the caller has them, real images and texts (siglip/exporting/verification.py). A failed export leaves
-nothing behind.
-
-A format describes itself (siglip/formats/export_format.py). A new one is a module in siglip/formats and a line in `FORMATS`.
+fed noise and, where the caller has them, real images and texts. A new format is a module of siglip.formats and a line in FORMATS.
 """
 
 import dataclasses
@@ -20,8 +17,7 @@ from siglip.errors import UserError
 from siglip.exporting.model_card import model_card, provenance
 from siglip.exporting.verification import compare, expected_outputs, model_outputs, random_inputs
 from siglip.formats import big_vision, hf_export, saved_model, stablehlo
-from siglip.formats.export_format import ExportFormat, Inputs, Layout, Outputs
-from siglip.formats.hf_tokenizer.convert import read_pieces
+from siglip.formats.export_format import ExportFormat, Inputs, Layout
 from siglip.model_source import read_model
 from siglip.models.two_tower import ModelConfig
 
@@ -88,45 +84,38 @@ def export(
     out = Path(out)
     chosen = _check_request(out, format=format, tower=tower, layout=layout, samples=samples)
     params, config, tokenizer = _model(src, tower=tower, head=head, image_size=image_size, patch_size=patch_size)
-    chosen.check(config, tokenizer is not None)
-    if tokenizer is not None and chosen.holds_tokenizer:
-        read_pieces(tokenizer, room=config.text.vocab_size)
-    cases = [] if chosen.takes_files else [random_inputs(config)]  # noise has no encoded files
-    cases += [] if samples is None else [samples(config, tokenizer)]
-    expected = [expected_outputs(Encoder(params, config), case) for case in cases]
+    known = (config, tokenizer is not None)
     with new_folder(out, publish=_publish_npz if out.suffix == ".npz" else os.rename) as partial:
         chosen.write(partial, params, config, tokenizer=tokenizer, layout=layout)
+        cases = [] if chosen.takes_files else [random_inputs(config)]  # noise has no encoded files
+        cases += [] if samples is None else [samples(config, tokenizer)]
+        expected = [expected_outputs(Encoder(params, config), case) for case in cases]
         del params  # held once while they are written, and once while they are read back
         verified = all(find_spec(package) for package in chosen.needs)
-        found = chosen.outputs(partial, cases) if chosen.outputs and verified else _own_outputs(partial, cases)
+        if chosen.outputs and verified:
+            found = chosen.outputs(partial, cases)
+        else:
+            model = Encoder(*read_model(partial)[:2])
+            found = [model_outputs(model, case) for case in cases]
         differences = {case.name: compare(*pair) for case, *pair in zip(cases, expected, found, strict=True)}
         card = model_card(
             config,
             library=chosen.library,
-            contract=chosen.contract(config, tokenizer is not None),
-            example=chosen.example(config, tokenizer is not None),
+            contract=chosen.contract(*known),
+            example=chosen.example(*known),
             origin=provenance(src, licence=licence),
             differences=differences,
         )
         (partial / "README.md").write_text(card)
-    return ExportReport(out, differences, verified, _message(out, chosen, config, tokenizer, differences, verified))
+    own = f"verified with our own reader only; for {chosen.library}: pip install 'siglip-stage0[interop]'"
+    warnings = [*chosen.warnings(*known), *([] if verified else [own])]
+    return ExportReport(out, differences, verified, _message(out, differences, warnings))
 
 
-def _message(
-    out: Path,
-    chosen: ExportFormat,
-    config: ModelConfig,
-    tokenizer: Path | None,
-    differences: Mapping[str, Mapping[str, float]],
-    verified: bool,
-) -> str:
+def _message(out: Path, differences: Mapping[str, Mapping[str, float]], warnings: Sequence[str]) -> str:
     worst = max(value for found in differences.values() for value in found.values())
     count = len({name for found in differences.values() for name in found})
-    parts = [f"wrote {out}: {count} outputs agree, largest difference {worst:.1e}"]
-    parts += chosen.warnings(config, tokenizer is not None)
-    if not verified:
-        parts.append(f"verified with our own reader only; for {chosen.library}: pip install 'siglip-stage0[interop]'")
-    return "; ".join(filter(None, parts))
+    return "; ".join([f"wrote {out}: {count} outputs agree, largest difference {worst:.1e}", *warnings])
 
 
 def _check_request(out: Path, *, format: str, tower: Tower, layout: Layout, samples: Samples | None) -> ExportFormat:
@@ -136,7 +125,7 @@ def _check_request(out: Path, *, format: str, tower: Tower, layout: Layout, samp
     for name, value, choices in (("tower", tower, get_args(Tower)), ("layout", layout, chosen.layouts)):
         if value not in choices:
             raise UserError(f"{name}={value!r}: --format {format} has {', '.join(choices)}; take one of these")
-    if out.suffix == ".npz" and chosen.lone_file is None:
+    if out.suffix == ".npz" and chosen is not big_vision.EXPORT:
         raise UserError(f"--out {out}: only --format bigvision writes a lone npz; name a folder")
     # A config file that is left from another npz would be believed.
     for path in (out, big_vision.sidecar(out)) if out.suffix == ".npz" else (out,):
@@ -163,12 +152,6 @@ def _model(
     image = dataclasses.replace(config.image, dtype="float32", remat="none")
     text = config.text and dataclasses.replace(config.text, dtype="float32", remat="none")
     return params, dataclasses.replace(config, image=image, text=text), tokenizer
-
-
-def _own_outputs(src: Path, cases: Sequence[Inputs]) -> list[Outputs]:
-    params, config, _ = read_model(src)
-    model = Encoder(params, config)
-    return [model_outputs(model, case) for case in cases]
 
 
 def _publish_npz(partial: Path, out: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from siglip.models.two_tower import ModelConfig
 from siglip.workdir.files import read_config
 from siglip.workdir.metrics import format_value, read_metrics
+from siglip.workdir.report import final_results
 
 _HUB_LICENCES = (
     "apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "gpl-3.0", "gemma",
@@ -29,14 +30,14 @@ class Provenance:
         name: the name of the source.
         licence: an SPDX identifier or a name; None when the exporter was not told.
         config: the run's config.json, or {} when the source is not a run.
-        metrics: the run's last evaluation, {"eval/<task>/<name>/<metric>": value}.
+        results: the run's last evaluation, {task: {data set: {metric: value}}}.
         step: the checkpoint's step, or None.
     """
 
     name: str
     licence: str | None = None
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    results: Mapping[str, Mapping[str, Mapping[str, float]]] = dataclasses.field(default_factory=dict)
     step: int | None = None
 
 
@@ -51,11 +52,8 @@ def provenance(src: str | Path, *, licence: str | None = None) -> Provenance:
         return Provenance(path.resolve().name, licence)
     workdir, step = found
     config = read_config(workdir, fields=("data", "optim", "loss", "total_steps", "batch_size", "seed"))
-    lines = [line for line in read_metrics(workdir) if line["step"] <= step]
-    metrics = {}
-    for line in lines:
-        metrics |= {name: value for name, value in line.items() if name.startswith("eval/")}
-    return Provenance(workdir.resolve().name, licence, config, metrics, step)
+    results = final_results([line for line in read_metrics(workdir) if line["step"] <= step])
+    return Provenance(workdir.resolve().name, licence, config, results, step)
 
 
 def model_card(
@@ -92,13 +90,9 @@ def model_card(
 
 def _front_matter(origin: Provenance, *, library: str, both: bool) -> str:
     tag = "zero-shot-image-classification" if both else "image-feature-extraction"
-    # Hubs know a list of identifiers; everything else is "other" with a name.
-    known = origin.licence in _HUB_LICENCES
-    licence = (
-        f"license: {origin.licence}"
-        if known
-        else f"license: other\nlicense_name: {json.dumps(origin.licence or 'unknown')}"
-    )
+    licence = f"license: {origin.licence}"
+    if origin.licence not in _HUB_LICENCES:  # hubs know a list of identifiers; everything else is "other" with a name
+        licence = f"license: other\nlicense_name: {json.dumps(origin.licence or 'unknown')}"
     return f"---\nlibrary_name: {library}\npipeline_tag: {tag}\ntags: [siglip, vision]\n{licence}\n---"
 
 
@@ -164,44 +158,33 @@ def _recipe(origin: Provenance) -> str:
 
 def _evaluation(origin: Provenance) -> str:
     """A table per task, with a row per data set and a column per metric."""
-    tasks: dict[str, dict[str, dict[str, float]]] = {}
-    for path, value in sorted(origin.metrics.items()):
-        _, task, dataset, metric = path.split("/", 3)
-        tasks.setdefault(task, {}).setdefault(dataset, {})[metric] = value
-    tables = [_table(task, rows) for task, rows in tasks.items()]
+    tables = []
+    for task, results in sorted(origin.results.items()):
+        metrics = list(dict.fromkeys(metric for _, found in sorted(results.items()) for metric in sorted(found)))
+        rows = [
+            [dataset, *(format_value(found.get(metric), rank=metric.endswith("_rank")) for metric in metrics)]
+            for dataset, found in sorted(results.items())
+        ]
+        tables.append(_table([task, *(metric.replace("_", " ") for metric in metrics)], rows))
     return "\n\n".join(tables) or "None on record."
 
 
-def _table(task: str, rows: Mapping[str, Mapping[str, float]]) -> str:
-    metrics = list(dict.fromkeys(metric for found in rows.values() for metric in found))
-    lines = [
-        f"| {task} | " + " | ".join(metric.replace("_", " ") for metric in metrics) + " |",
-        "|---" * (1 + len(metrics)) + "|",
-    ]
-    for dataset, found in rows.items():
-        values = [format_value(found.get(metric), rank=metric.endswith("_rank")) for metric in metrics]
-        lines.append(f"| {dataset} | {' | '.join(values)} |")
-    return "\n".join(lines)
-
-
 def _differences(differences: Mapping[str, Mapping[str, float]]) -> str:
-    outputs = list(dict.fromkeys(name for found in differences.values() for name in found))
+    outputs = dict.fromkeys(name for found in differences.values() for name in found)
     rows = [
-        f"| {name} | "
-        + " | ".join(f"{found[name]:.1e}" if name in found else "" for found in differences.values())
-        + " |"
-        for name in outputs
+        [name, *(f"{found[name]:.1e}" if name in found else "" for found in differences.values())] for name in outputs
     ]
-    head = [
-        "| largest difference from the source | " + " | ".join(differences) + " |",
-        "|---" * (1 + len(differences)) + "|",
-    ]
-    return "\n".join(["Read back and fed the same inputs as its source:", "", *head, *rows])
+    table = _table(["largest difference from the source", *differences], rows)
+    return f"Read back and fed the same inputs as its source:\n\n{table}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def _example(config: ModelConfig, example: str) -> str:
-    height, width = config.image.image_size
-    numbers = {"HEIGHT": height, "WIDTH": width, "LENGTH": config.text.length if config.text else 0}
-    for name, number in numbers.items():
+    numbers = (*config.image.image_size, config.text.length if config.text else 0)
+    for name, number in zip(("HEIGHT", "WIDTH", "LENGTH"), numbers, strict=True):
         example = example.replace(name, str(number))
     return example.strip()

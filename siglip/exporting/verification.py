@@ -3,8 +3,6 @@
 Embeddings and probabilities must agree to 1e-5; image tokens and logits, which have no bound, to 1e-5 of their largest value, or
 of 1 where that is more. Two implementations of the same float32 arithmetic differ by rounding in the order of sums, typically by
 2e-6. Pixels and token ids must be equal.
-
-A checkpoint that loads need not be right: hence outputs are compared, not only loaded.
 """
 
 import functools

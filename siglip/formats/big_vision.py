@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from siglip.atomic import new_file
+from siglip.atomic import write_atomically
 from siglip.errors import UserError
 from siglip.formats import key_maps, old_names, pali_gemma
 from siglip.formats.containers import LazyArray, open_npz, write_npz
 from siglip.formats.export_format import TOKENIZER_FILE, ExportFormat, Layout
+from siglip.formats.hf_tokenizer.convert import read_pieces
 from siglip.formats.infer_config import Inferred, expected_shapes, infer_config
 from siglip.models.two_tower import ModelConfig
 from siglip.trees import build_dataclass, flatten, unflatten
@@ -101,8 +102,7 @@ def write(path: Path, params: Mapping[str, Any], config: ModelConfig, *, layout:
     # First the config file: without it, or beside another model's, the npz would be read as what it is not.
     sidecar(path).unlink(missing_ok=True)
     if not _shapes_tell(shapes, config):
-        with new_file(sidecar(path)) as partial:
-            partial.write_text(json.dumps({"model": dataclasses.asdict(config)}, indent=1) + "\n")
+        write_atomically(sidecar(path), json.dumps({"model": dataclasses.asdict(config)}, indent=1) + "\n")
     write_npz(path, {f"params/{key}": array for key, array in arrays.items()})
 
 
@@ -260,9 +260,9 @@ def _read_sidecar(path: Path) -> ModelConfig:
 def _export(
     folder: Path, params: Mapping[str, Any], config: ModelConfig, *, tokenizer: Path | None, layout: Layout
 ) -> None:
-    write(folder / EXPORTED_NPZ, params, config, layout=layout)
     if tokenizer is not None:
-        (folder / TOKENIZER_FILE).write_bytes(tokenizer.read_bytes())
+        (folder / TOKENIZER_FILE).write_bytes(read_pieces(tokenizer, room=config.text.vocab_size))
+    write(folder / EXPORTED_NPZ, params, config, layout=layout)
 
 
 _EXAMPLE = """
@@ -283,5 +283,4 @@ EXPORT = ExportFormat(
     write=_export,
     example=lambda config, has_tokenizer: _EXAMPLE,
     layouts=("loop", "scan"),
-    lone_file=EXPORTED_NPZ,
 )

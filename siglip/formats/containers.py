@@ -113,19 +113,12 @@ def _describe_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, file: Path)
     stored = np.dtype(jnp.bfloat16) if name == "bfloat16" else dtype
 
     def read() -> np.ndarray:
-        with _one_line(file, member.filename.removesuffix(".npy")):
-            return _read_npy(archive, member, start, shape[::-1] if fortran_order else shape, stored)
+        with _one_line(file, member.filename.removesuffix(".npy")), archive.open(member) as stream:
+            stream.read(start)
+            # At the last byte zipfile compares the checksum.
+            return _read_array(stream, shape[::-1] if fortran_order else shape, stored)
 
     return LazyArray(shape, (lambda: np.asarray(read().T, order="C")) if fortran_order else read, name)
-
-
-def _read_npy(
-    archive: zipfile.ZipFile, member: zipfile.ZipInfo, start: int, shape: Shape, dtype: np.dtype
-) -> np.ndarray:
-    with archive.open(member) as stream:
-        stream.read(start)
-        # At the last byte zipfile compares the checksum.
-        return _read_array(stream, shape, dtype)
 
 
 @contextlib.contextmanager

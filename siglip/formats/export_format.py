@@ -5,7 +5,7 @@ siglip/exporting/export.py lists them.
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -40,6 +40,11 @@ class Inputs:
     texts: Sequence[str] = ()
 
 
+def in_folder(packages: str, code: str, *, note: str = "") -> str:
+    """An example for the model card: code to run in the folder, once the packages are installed."""
+    return f"Run in this folder, with `pip install {packages}`{note}.\n\n```python\n{code.strip()}\n```"
+
+
 def _nothing(config: ModelConfig, has_tokenizer: bool) -> Sequence[str]:
     return ()
 
@@ -51,19 +56,16 @@ class ExportFormat:
     Attributes:
         library: what loads it, as model hubs call it.
         write: (folder, params, config, *, tokenizer: Path | None, layout) -> None: writes the model into an empty folder.
-            Raises UserError where the format cannot express it.
+            Raises UserError, before all else, where the format cannot express it.
         example: (config, has tokenizer) -> text and code for the model card, run in the folder; HEIGHT, WIDTH and LENGTH in it
             become the model's numbers.
         outputs: (folder, inputs) -> what the written model gives, through the reader that its users have; None where that is
             `siglip.load`. Raises ExportMismatch.
         needs: packages of that reader; without them `siglip.load` reads the export back, and the report says so.
-        check: (config, has tokenizer) -> None: raises UserError before anything is computed.
         contract: (config, has tokenizer) -> further lines for the model card on what to feed.
         warnings: (config, has tokenizer) -> what whoever exports should know.
         takes_files: it takes encoded images and raw texts, so noise cannot be fed to it.
-        holds_tokenizer: it writes the tokenizer that it is given.
         layouts: of the transformer's blocks, one by one or stacked.
-        lone_file: the file in the folder that is a model without the rest, so that --out may name it.
     """
 
     library: str
@@ -71,10 +73,7 @@ class ExportFormat:
     example: Callable[[ModelConfig, bool], str]
     outputs: Callable[[Path, Sequence[Inputs]], list[Outputs]] | None = None
     needs: Sequence[str] = ()
-    check: Callable[[ModelConfig, bool], Any] = _nothing
     contract: Callable[[ModelConfig, bool], Sequence[str]] = _nothing
     warnings: Callable[[ModelConfig, bool], Sequence[str]] = _nothing
     takes_files: bool = False
-    holds_tokenizer: bool = True
     layouts: tuple[Layout, ...] = ("loop",)
-    lone_file: str | None = None

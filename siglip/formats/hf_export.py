@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from siglip.formats import hugging_face
-from siglip.formats.export_format import ExportFormat, ExportMismatch, Inputs, Outputs
+from siglip.formats.export_format import ExportFormat, ExportMismatch, Inputs, Layout, Outputs, in_folder
+from siglip.formats.hf_tokenizer.convert import read_pieces
 from siglip.models.two_tower import ModelConfig
 
 _PIPELINE_LENGTH = 64
@@ -27,9 +28,6 @@ _TOKENIZER = (
 )
 _NO_TOKENIZER = "- no tokenizer is here, because the source had none: use that of training"
 _EXAMPLE_IMAGES = """
-Run in this folder, with `pip install transformers torch pillow`.
-
-```python
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, SiglipVisionModel
@@ -40,24 +38,16 @@ image = Image.new("RGB", (640, 480))
 with torch.no_grad():
     tokens = model(**processor(image, return_tensors="pt")).last_hidden_state
 print(tokens.shape)
-```
 """
 _EXAMPLE_PIPELINE = """
-Run in this folder, with `pip install transformers torch pillow`.
-
-```python
 from PIL import Image
 from transformers import pipeline
 
 classify = pipeline("zero-shot-image-classification", model=".")
 image = Image.new("RGB", (640, 480), "red")
 print(classify(image, candidate_labels=["a red wall", "two cats"]))
-```
 """
 _EXAMPLE_BOTH = """
-Run in this folder, with `pip install transformers torch pillow`.
-
-```python
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, SiglipModel
@@ -69,7 +59,6 @@ texts = tokenizer(["a red wall", "two cats"], padding="max_length", truncation=T
 with torch.no_grad():
     logits = model(**processor(image, return_tensors="pt"), **texts).logits_per_image
 print(torch.sigmoid(logits))
-```
 """
 
 
@@ -133,43 +122,45 @@ def _preprocessed(folder: Path, inputs: Inputs) -> Outputs:
     return outputs
 
 
-def pipeline_length_warning(config: ModelConfig) -> str:
-    """A warning where transformers' zero-shot pipeline, which makes every text 64 tokens long, cannot be used; else empty."""
+def _no_pipeline(config: ModelConfig) -> list[str]:
+    """A warning where transformers' zero-shot pipeline, which makes every text 64 tokens long, cannot be used."""
     if config.text is None or config.text.length == _PIPELINE_LENGTH:
-        return ""
-    return (
+        return []
+    return [
         f"texts have {config.text.length} tokens, but pipeline('zero-shot-image-classification') pads or cuts them to "
         f"{_PIPELINE_LENGTH}; call the tokenizer and the model directly"
-    )
+    ]
 
 
 def _contract(config: ModelConfig, has_tokenizer: bool) -> list[str]:
     if config.text is None:
         return [_UPRIGHT]
-    warning = pipeline_length_warning(config)
-    return [_UPRIGHT, _TOKENIZER if has_tokenizer else _NO_TOKENIZER, *([f"- note: {warning}"] if warning else [])]
+    notes = [f"- note: {warning}" for warning in _no_pipeline(config)]
+    return [_UPRIGHT, _TOKENIZER if has_tokenizer else _NO_TOKENIZER, *notes]
 
 
 def _warnings(config: ModelConfig, has_tokenizer: bool) -> list[str]:
-    lacking = config.text is not None and not has_tokenizer
-    return [pipeline_length_warning(config), "the source has no tokenizer, so the folder has none" if lacking else ""]
+    lacks = ["the source has no tokenizer, so the folder has none"] if config.text and not has_tokenizer else []
+    return _no_pipeline(config) + lacks
 
 
 def _example(config: ModelConfig, has_tokenizer: bool) -> str:
-    if config.text is None or not has_tokenizer:
-        return _EXAMPLE_IMAGES
-    return _EXAMPLE_BOTH if pipeline_length_warning(config) else _EXAMPLE_PIPELINE
+    both = _EXAMPLE_BOTH if _no_pipeline(config) else _EXAMPLE_PIPELINE
+    return in_folder("transformers torch pillow", both if config.text and has_tokenizer else _EXAMPLE_IMAGES)
+
+
+def _write(folder: Path, params: Any, config: ModelConfig, *, tokenizer: Path | None, layout: Layout) -> None:
+    if tokenizer is not None:
+        read_pieces(tokenizer, room=config.text.vocab_size)
+    hugging_face.write(folder, params, config, tokenizer=tokenizer)
 
 
 EXPORT = ExportFormat(
     library="transformers",
-    write=lambda folder, params, config, *, tokenizer, layout: hugging_face.write(
-        folder, params, config, tokenizer=tokenizer
-    ),
+    write=_write,
     example=_example,
     outputs=outputs,
     needs=("transformers", "torch"),
-    check=lambda config, has_tokenizer: hugging_face.check_expressible(config),
     contract=_contract,
     warnings=_warnings,
 )

@@ -23,7 +23,7 @@ from siglip.formats.export_format import TOKENIZER_FILE
 from siglip.formats.hf_tokenizer import convert
 from siglip.formats.infer_config import expected_shapes
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
-from siglip.models.variants import Variant, name_of
+from siglip.models.variants import VARIANTS, Variant
 from siglip.models.vit import sincos2d
 from siglip.trees import flatten, unflatten
 
@@ -31,10 +31,13 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _VISION_TYPE = "siglip_vision_model"
 _TEXT_TYPE = "siglip_text_model"
+_SIZES = {
+    "hidden_size": "width", "intermediate_size": "mlp_dim", "num_hidden_layers": "depth", "num_attention_heads": "num_heads",
+}  # fmt: skip
 # What config.json leaves out takes these values in transformers.
-_SIZES = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-_VISION_DEFAULTS = _SIZES | {"image_size": 224, "patch_size": 16, "num_channels": 3, "vision_use_head": True}
-_TEXT_DEFAULTS = _SIZES | {"vocab_size": 32_000, "max_position_embeddings": 64}
+_VARIANT = {theirs: getattr(VARIANTS["B"], ours) for theirs, ours in _SIZES.items()}
+_VISION_DEFAULTS = _VARIANT | {"image_size": 224, "patch_size": 16, "num_channels": 3, "vision_use_head": True}
+_TEXT_DEFAULTS = _VARIANT | {"vocab_size": 32_000, "max_position_embeddings": 64}
 _FIXED = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "attention_dropout": 0.0}
 
 
@@ -96,7 +99,10 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, token
     _write_json(folder / "config.json", config_json(config))
     _write_json(folder / "preprocessor_config.json", _preprocessor_json(config))
     if config.text is not None and tokenizer is not None:
-        _write_tokenizer(folder, tokenizer, length=config.text.length)
+        model, source, length = tokenizer.read_bytes(), str(tokenizer), config.text.length
+        _write_json(folder / "tokenizer.json", convert.tokenizer_json(model, source=source))
+        _write_json(folder / "tokenizer_config.json", convert.tokenizer_config(model, length=length, source=source))
+        (folder / TOKENIZER_FILE).write_bytes(model)
 
 
 def check_expressible(config: ModelConfig) -> None:
@@ -164,22 +170,16 @@ def model_config(tree: Mapping[str, Any], *, source: str) -> ModelConfig:
     vision, text = _parts(tree, source)
     _check_fields(vision, text, source)
     try:
-        size, spec = vision["image_size"], _spec(vision)
+        size = vision["image_size"]
         image = ImageConfig(
-            variant=f"{name_of(spec) or 'B'}/{vision['patch_size']}",
-            **_overrides(spec),
+            **_spec(vision).fields(patch=vision["patch_size"]),
             image_size=(size, size),
             pool="map" if vision["vision_use_head"] else "none",
         )
         if text is None:
             return ModelConfig(image=image, text=None, out_dim=(None, None))
         spec = _spec(text)
-        text_config = TextConfig(
-            variant=name_of(spec) or "B",
-            **_overrides(spec),
-            vocab_size=text["vocab_size"],
-            length=text["max_position_embeddings"],
-        )
+        text_config = TextConfig(**spec.fields(), vocab_size=text["vocab_size"], length=text["max_position_embeddings"])
         return ModelConfig(image=image, text=text_config, out_dim=(None, text.get("projection_size") or spec.width))
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
@@ -223,22 +223,11 @@ def _check_fields(vision: Mapping[str, Any], text: Mapping[str, Any] | None, sou
 
 
 def _spec(part: Mapping[str, Any]) -> Variant:
-    return Variant(
-        part["hidden_size"], part["num_hidden_layers"], part["intermediate_size"], part["num_attention_heads"]
-    )
-
-
-def _overrides(spec: Variant) -> dict[str, int]:
-    return {} if name_of(spec) else vars(spec)
+    return Variant(**{ours: part[theirs] for theirs, ours in _SIZES.items()})
 
 
 def _sizes_json(spec: Variant) -> dict[str, int]:
-    return {
-        "hidden_size": spec.width,
-        "intermediate_size": spec.mlp_dim,
-        "num_hidden_layers": spec.depth,
-        "num_attention_heads": spec.num_heads,
-    }
+    return {theirs: getattr(spec, ours) for theirs, ours in _SIZES.items()}
 
 
 def _preprocessor_json(config: ModelConfig) -> dict[str, Any]:
@@ -256,13 +245,6 @@ def _preprocessor_json(config: ModelConfig) -> dict[str, Any]:
         "image_std": [0.5, 0.5, 0.5],
         "do_convert_rgb": True,
     }
-
-
-def _write_tokenizer(folder: Path, tokenizer: Path, *, length: int) -> None:
-    model, source = tokenizer.read_bytes(), str(tokenizer)
-    _write_json(folder / "tokenizer.json", convert.tokenizer_json(model, source=source))
-    _write_json(folder / "tokenizer_config.json", convert.tokenizer_config(model, length=length, source=source))
-    (folder / TOKENIZER_FILE).write_bytes(model)
 
 
 def _their_arrays(flat: Mapping[str, np.ndarray]) -> dict[str, LazyArray]:

@@ -21,7 +21,7 @@ from siglip.errors import UserError
 from siglip.formats import key_maps
 from siglip.formats.containers import Shape
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, param_shapes
-from siglip.models.variants import Variant, name_of
+from siglip.models.variants import Variant
 from siglip.trees import did_you_mean, flatten
 
 _ATTENTION = "MultiHeadDotProductAttention_0/"
@@ -74,20 +74,17 @@ class Inferred:
 def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
     """The shape of every parameter by path, in the layout (loop or scan) of each tower."""
     shapes = {}
-    for path, shape in _stacked_shapes(_stacked(config)).items():
+    for path, shape in _stacked_shapes(config).items():
         tower = config.text if path.startswith("txt/") else config.image
         shapes |= {path: shape} if tower.scan else key_maps.unstack_shapes({path: shape})
     return shapes
 
 
-def _stacked(config: ModelConfig) -> ModelConfig:
-    text = config.text and dataclasses.replace(config.text, scan=True)
-    return dataclasses.replace(config, image=dataclasses.replace(config.image, scan=True), text=text)
-
-
 @functools.lru_cache(maxsize=8)
 def _stacked_shapes(config: ModelConfig) -> Mapping[str, Shape]:
     # One traced layer stands for all: forty of them would take seconds.
+    text = config.text and dataclasses.replace(config.text, scan=True)
+    config = dataclasses.replace(config, image=dataclasses.replace(config.image, scan=True), text=text)
     return key_maps.flat_shapes(flatten(param_shapes(config)))
 
 
@@ -174,10 +171,8 @@ def _infer_image(
     if learned and "N" not in sizes:
         unclear["img/pos_embedding"] = f"(1, patches, {spec.width})"
     positions = sizes.get("N") if learned else None
-    name = name_of(spec)
     image = ImageConfig(
-        variant=f"{name or 'B'}/{patch[0]}",
-        **({} if name else dataclasses.asdict(spec)),
+        **spec.fields(patch=patch[0]),
         patch_size=None if patch[0] == patch[1] else patch,
         image_size=_infer_image_size(positions, patch, learned=learned, hint=hint, problems=problems),
         pool=pool,
@@ -217,10 +212,8 @@ def _infer_text(
     ):
         if axis not in sizes:
             unclear[path] = shape
-    name = name_of(spec)
     text = TextConfig(
-        variant=name or "B",
-        **({} if name else dataclasses.asdict(spec)),
+        **spec.fields(),
         vocab_size=sizes.get("V", 1),
         length=sizes.get("N", 1),
         pool="map" if _any(shapes, "txt/MAPHead_0/") else "last",

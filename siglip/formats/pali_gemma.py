@@ -18,21 +18,18 @@ from siglip.formats.containers import LazyArray
 
 MODEL_TYPE = "paligemma"
 
-_LANGUAGE_MODEL = "llm/"
-_CONNECTOR = "img/head/"
 _TOWER = re.compile(r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)")
 
 
 def is_pali_gemma(arrays: Mapping[str, LazyArray]) -> bool:
     """Whether a flat big_vision tree is a PaliGemma."""
-    return any(path.startswith(_LANGUAGE_MODEL) for path in arrays)
+    return any(path.startswith("llm/") for path in arrays)
 
 
 def image_tower(arrays: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
     """The vision tower of a flat big_vision tree, under img/."""
-    return {
-        path: array for path, array in arrays.items() if path.startswith("img/") and not path.startswith(_CONNECTOR)
-    }
+    tower = {path: array for path, array in arrays.items() if path.startswith("img/")}
+    return {path: array for path, array in tower.items() if not path.startswith("img/head/")}
 
 
 def hugging_face_tower(state: Mapping[str, LazyArray], *, source: str) -> dict[str, LazyArray]:

@@ -14,10 +14,11 @@ and resized as Pillow does it (siglip.formats.tf_pixels), texts lower-cased and 
 are StableHLO for CPU, CUDA and TPU with float32 products (jax2tf), for any b and k above 0; loading them needs neither jax nor
 this package.
 
-The trap: weights that a traced function merely closes over become constants of the graph, which ends at 2 GiB, once for each
-signature. Here they are variables, stored once and handed to every call.
+The trap: weights that a traced function merely closes over become constants, once for each signature, of a graph that ends at
+2 GiB. Here they are variables.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,10 @@ import numpy as np
 
 from siglip.errors import UserError
 from siglip.formats import tf_pixels, tf_tokens
-from siglip.formats.big_vision import image_only
-from siglip.formats.export_format import ExportFormat
+from siglip.formats.export_format import ExportFormat, in_folder
 from siglip.formats.hf_tokenizer.convert import read_pieces, read_sentencepiece
-from siglip.models.two_tower import ModelConfig, make_model
-
-_PLATFORMS = ("cpu", "cuda", "tpu")
+from siglip.formats.stablehlo import PLATFORMS, towers
+from siglip.models.two_tower import ModelConfig
 
 
 def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, tokenizer: Path | None) -> None:
@@ -42,9 +41,13 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, token
     Raises:
         UserError: there is a text tower but no tokenizer for it, or one with more pieces than the tower has.
     """
-    _check(config, tokenizer is not None)
+    if config.text is not None and tokenizer is None:
+        raise UserError(
+            "a SavedModel takes raw texts, but the source has no tokenizer; put its spiece.model beside it, "
+            "or export with --tower image"
+        )
     pieces = None if config.text is None else read_pieces(tokenizer, room=config.text.vocab_size)
-    tf, _ = _tensorflow()
+    tf = _tensorflow()
     module = tf.Module()
     with jax.default_matmul_precision("highest"):
         graphs = _image_graphs(module, params, config)
@@ -62,7 +65,7 @@ def outputs(folder: Path, files: Sequence[bytes], texts: Sequence[str]) -> dict[
 
     `pixels` come as the tower takes them, float32 in [-1, 1]. Outputs that need texts, or files, are left out without them.
     """
-    tf, _ = _tensorflow()
+    tf = _tensorflow()
     model = tf.saved_model.load(str(folder))
     given = {"images": tf.constant(list(files), tf.string), "texts": tf.constant(list(texts), tf.string)}
     found = {}
@@ -85,15 +88,8 @@ _Graph = tuple[tuple[str, ...], Callable[..., dict[str, Any]]]
 def _image_graphs(module: Any, params: Mapping[str, Any], config: ModelConfig) -> dict[str, _Graph]:
     import tensorflow as tf
 
-    size_px, tower = config.image.image_size, make_model(image_only(config))
-    pooled = config.embedding_dims[0] is not None
-
-    def embed(weights: Any, pixels: jax.Array) -> dict[str, jax.Array]:
-        zimg, _, out = tower.apply({"params": {"img": weights}}, {"image": pixels})
-        return {"image_tokens": out["img/encoded"]} | ({"image_embedding": zimg} if pooled else {})
-
-    batches = {"b": tf.TensorSpec((None, *size_px, 3), tf.uint8)}
-    run = _lower(module, "image_weights", embed, params["img"], batches=batches)
+    size_px, (embed, weights) = config.image.image_size, towers(params, config)[0]
+    run = _lower(module, "image_weights", embed, weights, batches={"b": tf.TensorSpec((None, *size_px, 3), tf.uint8)})
 
     @_strings("images")
     def pixels(images: tf.Tensor) -> tf.Tensor:
@@ -102,10 +98,10 @@ def _image_graphs(module: Any, params: Mapping[str, Any], config: ModelConfig) -
 
     graphs: dict[str, _Graph] = {
         "pixels": (("images",), lambda images: {"pixels": pixels(images)}),
-        "image_tokens": (("images",), lambda images: _only(run(pixels(images)), "image_tokens")),
+        "image_tokens": (("images",), lambda images: {"image_tokens": run(pixels(images))["image_tokens"]}),
     }
-    if pooled:
-        graphs["embed_images"] = ("images",), lambda images: _only(run(pixels(images)), "image_embedding")
+    if config.embedding_dims[0] is not None:
+        graphs["embed_images"] = ("images",), lambda images: {"image_embedding": run(pixels(images))["image_embedding"]}
     graphs["serving_default"] = ("images",), lambda images: run(pixels(images))
     return graphs
 
@@ -114,14 +110,10 @@ def _text_graphs(module: Any, params: Mapping[str, Any], config: ModelConfig, *,
     import tensorflow as tf
     import tensorflow_text as tf_text
 
-    tower, length = make_model(config), config.text.length
+    length, (embed, weights) = config.text.length, towers(params, config)[1]
     eos = read_sentencepiece(pieces, source="the tokenizer").trainer_spec.eos_id
     module.sentencepiece = tf_text.SentencepieceTokenizer(model=pieces, out_type=tf.int32)
 
-    def embed(weights: Any, tokens: jax.Array) -> dict[str, jax.Array]:
-        return {"text_embedding": tower.apply({"params": weights}, {"text": tokens})[1]}
-
-    weights = {name: tree for name, tree in params.items() if name != "img"}
     run = _lower(module, "text_weights", embed, weights, batches={"k": tf.TensorSpec((None, length), tf.int32)})
 
     @_strings("texts")
@@ -167,10 +159,6 @@ def _strings(*names: str) -> Callable[[Callable[..., Any]], Any]:
     return lambda function: tf.function(function, autograph=False, input_signature=signature)
 
 
-def _only(found: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {name: found[name]}
-
-
 def _lower(
     module: Any, name: str, function: Callable[..., Any], weights: Any, *, batches: Mapping[str, Any]
 ) -> Callable[..., dict[str, Any]]:
@@ -186,7 +174,7 @@ def _lower(
     converted = jax2tf.convert(
         function,
         polymorphic_shapes=[None, *(f"({axis}, ...)" for axis in batches)],
-        native_serialization_platforms=_PLATFORMS,
+        native_serialization_platforms=PLATFORMS,
         with_gradient=False,
     )
     return tf.function(
@@ -194,62 +182,44 @@ def _lower(
     )
 
 
-def _check(config: ModelConfig, has_tokenizer: bool) -> None:
-    if config.text is not None and not has_tokenizer:
-        raise UserError(
-            "a SavedModel takes raw texts, but the source has no tokenizer; put its spiece.model beside it, "
-            "or export with --tower image"
-        )
-
-
-def _tensorflow() -> tuple[Any, Any]:
+def _tensorflow() -> Any:
     """TensorFlow and its text ops, on the CPU: an export needs no accelerator, and jax may have taken it."""
     import tensorflow as tf
-    import tensorflow_text as tf_text
+    import tensorflow_text  # noqa: F401
 
-    try:
+    with contextlib.suppress(RuntimeError):  # TensorFlow is running already and has taken its devices.
         tf.config.set_visible_devices([], "GPU")
-    except RuntimeError:  # TensorFlow is running already and has taken its devices.
-        pass
-    return tf, tf_text
+    return tf
 
 
 _CONTRACT = (
     "- all of it happens inside the graph: it takes encoded files (JPEG, PNG, WebP, GIF's first frame, 24-bit BMP; EXIF turned "
     "but in WebP, transparency over white but in GIF) and raw UTF-8 texts; a damaged file is an InvalidArgumentError",
 )
-_EXAMPLE_IMAGES = """
-Run in this folder, with `pip install tensorflow`.
-
-```python
+_IMAGES = """
 import tensorflow as tf
 
 model = tf.saved_model.load(".")
 image = tf.io.encode_png(tf.zeros((480, 640, 3), tf.uint8))
-outputs = model.signatures["serving_default"](images=tf.stack([image]))
-print(outputs["image_tokens"].shape)
-```
+print(model.signatures["image_tokens"](images=tf.stack([image]))["image_tokens"].shape)
 """
-_EXAMPLE_BOTH = """
-Run in this folder, with `pip install tensorflow tensorflow-text`; the second one is imported for its ops.
-
-```python
-import tensorflow as tf
-import tensorflow_text
-
-model = tf.saved_model.load(".")
-image = tf.io.encode_png(tf.zeros((480, 640, 3), tf.uint8))
+_TEXTS = """
 outputs = model.signatures["serving_default"](images=tf.stack([image]), texts=tf.constant(["a red wall", "two cats"]))
 print(outputs["probabilities"].numpy())
-```
 """
+
+
+def _example(config: ModelConfig, has_tokenizer: bool) -> str:
+    if config.text is None:
+        return in_folder("tensorflow", _IMAGES)
+    return in_folder("tensorflow tensorflow-text", f"import tensorflow_text  # for its ops{_IMAGES}{_TEXTS.lstrip()}")
+
 
 EXPORT = ExportFormat(
     library="tensorflow",
     write=lambda folder, params, config, *, tokenizer, layout: write(folder, params, config, tokenizer=tokenizer),
-    example=lambda config, has_tokenizer: _EXAMPLE_IMAGES if config.text is None else _EXAMPLE_BOTH,
+    example=_example,
     outputs=lambda folder, cases: [outputs(folder, case.files, case.texts) for case in cases],
-    check=_check,
     contract=lambda config, has_tokenizer: _CONTRACT,
     takes_files=True,
 )

@@ -26,34 +26,36 @@ from jax import export
 
 from siglip import trees
 from siglip.formats.big_vision import image_only
-from siglip.formats.export_format import ExportFormat
+from siglip.formats.export_format import ExportFormat, in_folder
 from siglip.models.two_tower import ModelConfig, make_model
 
 IMAGE, TEXT = "image", "text"
 PLATFORMS = ("cpu", "cuda", "tpu")
 _PREFIX = "params/"
+Tower = Callable[[Any, jax.Array], dict[str, jax.Array]]
 
 
 def write(folder: Path, params: Mapping[str, Any], config: ModelConfig) -> None:
     """Writes the image tower, and the text tower where there is one."""
-    height, width = config.image.image_size
-    image = make_model(image_only(config))
+    (embed_images, image), (embed_texts, rest) = towers(params, config)
+    _write(folder, IMAGE, embed_images, image, (*config.image.image_size, 3), jnp.float32)
+    if config.text is not None:
+        _write(folder, TEXT, embed_texts, rest, (config.text.length,), jnp.int32)
 
-    def embed_images(weights: Mapping[str, jax.Array], images: jax.Array) -> dict[str, jax.Array]:
-        zimg, _, out = image.apply({"params": _tree(weights)}, {"image": images})
-        pooled = {} if zimg is None else {"image_embedding": zimg}
-        return {"image_tokens": out["img/encoded"], **pooled}
 
-    _write(folder, IMAGE, embed_images, {"img": params["img"]}, (height, width, 3), jnp.float32)
-    if config.text is None:
-        return
-    model = make_model(config)
+def towers(params: Mapping[str, Any], config: ModelConfig) -> tuple[tuple[Tower, Any], tuple[Tower, Any]]:
+    """(function, its parameters) of the image tower and of what is beside it: (parameters, batch) -> outputs by name."""
+    image, both = make_model(image_only(config)), make_model(config)
 
-    def embed_texts(weights: Mapping[str, jax.Array], tokens: jax.Array) -> dict[str, jax.Array]:
-        return {"text_embedding": model.apply({"params": _tree(weights)}, {"text": tokens})[1]}
+    def embed_images(params: Any, images: jax.Array) -> dict[str, jax.Array]:
+        zimg, _, out = image.apply({"params": params}, {"image": images})
+        return {"image_tokens": out["img/encoded"]} | ({} if zimg is None else {"image_embedding": zimg})
+
+    def embed_texts(params: Any, tokens: jax.Array) -> dict[str, jax.Array]:
+        return {"text_embedding": both.apply({"params": params}, {"text": tokens})[1]}
 
     rest = {name: tree for name, tree in params.items() if name != "img"}
-    _write(folder, TEXT, embed_texts, rest, (config.text.length,), jnp.int32)
+    return (embed_images, {"img": params["img"]}), (embed_texts, rest)
 
 
 def outputs(folder: Path, images: np.ndarray, tokens: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -70,13 +72,16 @@ def outputs(folder: Path, images: np.ndarray, tokens: np.ndarray | None) -> dict
 
 
 def _write(
-    folder: Path, name: str, function: Callable[..., Any], params: Mapping[str, Any], shape: tuple[int, ...], dtype: Any
+    folder: Path, name: str, tower: Tower, params: Mapping[str, Any], shape: tuple[int, ...], dtype: Any
 ) -> None:
+    def program_of(weights: Mapping[str, jax.Array], batch: jax.Array) -> dict[str, jax.Array]:
+        return tower(trees.unflatten({p.removeprefix(_PREFIX): array for p, array in weights.items()}), batch)
+
     weights = {f"{_PREFIX}{path}": np.asarray(leaf, np.float32) for path, leaf in trees.flatten(params).items()}
     shapes = {path: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in weights.items()}
     (batch,) = export.symbolic_shape("b")
     with jax.default_matmul_precision("highest"):
-        program = export.export(jax.jit(function), platforms=PLATFORMS)(
+        program = export.export(jax.jit(program_of), platforms=PLATFORMS)(
             shapes, jax.ShapeDtypeStruct((batch, *shape), dtype)
         )
     (folder / f"{name}.stablehlo").write_bytes(program.serialize())
@@ -90,28 +95,7 @@ def _call(folder: Path, name: str, batch: np.ndarray) -> dict[str, np.ndarray]:
     return {key: np.asarray(array) for key, array in found.items()}
 
 
-def _tree(weights: Mapping[str, jax.Array]) -> dict[str, Any]:
-    return trees.unflatten({path.removeprefix(_PREFIX): array for path, array in weights.items()})
-
-
-_EXAMPLE_IMAGES = """
-Run in this folder, with `pip install jax numpy`; the program runs on CPU, CUDA and TPU, for any number of rows.
-
-```python
-import jax.export
-import numpy as np
-
-program = jax.export.deserialize(bytearray(open("image.stablehlo", "rb").read()))
-weights = dict(np.load("image.npz"))
-images = np.zeros((1, HEIGHT, WIDTH, 3), np.float32)
-outputs = program.call(weights, images)
-print(outputs["image_tokens"].shape)
-```
-"""
-_EXAMPLE_BOTH = """
-Run in this folder, with `pip install jax numpy`; the programs run on CPU, CUDA and TPU, for any number of rows.
-
-```python
+_IMAGES = """
 import jax.export
 import numpy as np
 
@@ -122,18 +106,25 @@ def load(name):
 
 
 embed_images, image_weights = load("image")
-embed_texts, text_weights = load("text")
-zimg = embed_images(image_weights, np.zeros((1, HEIGHT, WIDTH, 3), np.float32))["image_embedding"]
-ztxt = embed_texts(text_weights, np.ones((2, LENGTH), np.int32))["text_embedding"]
-logits = np.exp(text_weights["params/t"]) * zimg @ ztxt.T + text_weights["params/b"]
-print(1 / (1 + np.exp(-logits)))
-```
+images = embed_images(image_weights, np.zeros((1, HEIGHT, WIDTH, 3), np.float32))
+print(images["image_tokens"].shape)
 """
+_TEXTS = """
+embed_texts, text_weights = load("text")
+texts = embed_texts(text_weights, np.ones((2, LENGTH), np.int32))
+logits = np.exp(text_weights["params/t"]) * images["image_embedding"] @ texts["text_embedding"].T
+print(1 / (1 + np.exp(-logits - text_weights["params/b"])))
+"""
+
+
+def _example(config: ModelConfig, has_tokenizer: bool) -> str:
+    code = _IMAGES + ("" if config.text is None else _TEXTS.lstrip())
+    return in_folder("jax numpy", code, note="; programs run on CPU, CUDA and TPU, for any number of rows")
+
 
 EXPORT = ExportFormat(
     library="jax",
     write=lambda folder, params, config, *, tokenizer, layout: write(folder, params, config),
-    example=lambda config, has_tokenizer: _EXAMPLE_IMAGES if config.text is None else _EXAMPLE_BOTH,
+    example=_example,
     outputs=lambda folder, cases: [outputs(folder, case.images, case.tokens) for case in cases],
-    holds_tokenizer=False,
 )

@@ -58,11 +58,7 @@ def resize(image: "tf.Tensor", size_px: tuple[int, int]) -> "tf.Tensor":
     image = tf.cast(image, tf.int32)
     height, width = tf.unstack(tf.shape(image)[:2])
     shrinks_more = (height > h) & (height - h > 2 * (width - w))
-    resized = tf.cond(
-        shrinks_more,
-        lambda: _columns(_rows(image, h), w),
-        lambda: _rows(_columns(image, w), h),
-    )
+    resized = tf.cond(shrinks_more, lambda: _resample(_rows(image, h), w), lambda: _rows(_resample(image, w), h))
     return tf.ensure_shape(tf.cast(resized, tf.uint8), (h, w, 3))
 
 
@@ -71,10 +67,6 @@ def _rows(image: "tf.Tensor", h: int) -> "tf.Tensor":
 
     height, width = tf.unstack(tf.shape(image)[:2])
     return tf.reshape(_resample(tf.reshape(image, (1, height, width * 3)), h), (h, width, 3))
-
-
-def _columns(image: "tf.Tensor", w: int) -> "tf.Tensor":
-    return _resample(image, w)
 
 
 def _resample(lines: "tf.Tensor", out: int) -> "tf.Tensor":

@@ -23,8 +23,6 @@ from siglip.models.attention import AttentionFn, attention_fn
 from siglip.models.variants import Variant
 from siglip.parallel.sharding import ParamLayout
 
-__all__ = ["Encoder", "MAPHead", "Remat", "dropout"]
-
 Remat = Literal["none", "full", "dots"]
 
 _LAYER_NORM_EPS = 1e-6

@@ -22,8 +22,6 @@ from siglip.models.text import TextConfig, TextTransformer
 from siglip.models.vit import ImageConfig, ViT
 from siglip.parallel.sharding import ParamLayout
 
-__all__ = ["ImageConfig", "ModelConfig", "TextConfig", "TwoTower", "init_params", "make_model"]
-
 # The sub-trees of the parameters that are the model; a run may train others beside them (siglip.training.objective.Term).
 MODEL_PARTS = ("img", "txt", "t", "b")
 

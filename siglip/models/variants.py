@@ -2,8 +2,6 @@
 
 The table is that of big_vision's `models/vit.py` and the papers it follows (ViT, arXiv:2010.11929; scaling ViT,
 arXiv:2106.04560; So400m, arXiv:2305.13035).
-
-The trap: head widths are not always powers of two (So400m 72, g 88, g-opt 96, G 104, e 112).
 """
 
 import dataclasses
@@ -22,6 +20,11 @@ class Variant:
     depth: int
     mlp_dim: int
     num_heads: int
+
+    def fields(self, *, patch: int | None = None) -> dict[str, Any]:
+        """What a tower's config says of these sizes: the table's name, or "B" and an override of everything."""
+        name = next((name for name, known in VARIANTS.items() if known == self), None)
+        return {"variant": (name or "B") + (f"/{patch}" if patch else "")} | ({} if name else vars(self))
 
 
 VARIANTS: dict[str, Variant] = {
@@ -72,11 +75,6 @@ def resolve(base: Variant, overrides: dict[str, int | None]) -> Variant:
     if variant.width % variant.num_heads:
         raise UserError(f"width={variant.width} is not divisible by num_heads={variant.num_heads}; change one of them")
     return variant
-
-
-def name_of(variant: Variant) -> str | None:
-    """The table's name for these sizes, or None."""
-    return next((name for name, known in VARIANTS.items() if known == variant), None)
 
 
 def check_choices(config: Any, fields: tuple[str, ...]) -> None:

@@ -14,20 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines import errors as data_errors
-from data_pipelines.augment import AugmentConfig
 from data_pipelines.loader import DataConfig
-from data_pipelines.order.mixture import SourceConfig
-from data_pipelines.order.permutation import BlockShuffle
-from data_pipelines.samples.noise import NoiseConfig
 from siglip import trees
 from siglip.errors import UserError
-from siglip.evaluation.suite import Task, check_names, metric_prefix, task_classes
-from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
+from siglip.evaluation.suite import Task, check_names, metric_prefix
+from siglip.models.two_tower import ModelConfig
 from siglip.parallel.launch import DistributedConfig
 from siglip.parallel.sharding import MeshConfig
 from siglip.training.objective import LossConfig, Term, check_terms
 from siglip.training.optim import OptimConfig
-from siglip.training.warm_start import InitConfig, SourceImage, SourceModel, SourceText, read_base
+from siglip.training.warm_start import InitConfig, SourceModel, read_base
 from siglip.workdir.checkpoint import CheckpointConfig
 from siglip.workdir.metrics import LogConfig
 
@@ -117,12 +113,6 @@ class TrainConfig:
 
 BAD_INPUT = (UserError, data_errors.UserError)
 
-CONFIG_CLASSES = (
-    TrainConfig, EvalConfig, *task_classes().values(), DataConfig, SourceConfig, AugmentConfig, BlockShuffle, NoiseConfig,
-    ModelConfig, ImageConfig, TextConfig, InitConfig, SourceModel, SourceImage, SourceText,
-    OptimConfig, MeshConfig, LossConfig, Term, CheckpointConfig, LogConfig, DistributedConfig,
-)  # fmt: skip
-
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """The config with its open ends filled in: a SourceModel, and a tokenizer that is None.
@@ -180,14 +170,14 @@ def load_config_file(path: str) -> TrainConfig:
     except Exception as error:  # a recipe is a user's file: whatever it raises is told in one line
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         where = f", line {lines[-1]}" if lines else ""
-        raise UserError(f"config file {path}{where}: {error}{_suggest_field(error)}") from error
+        raise UserError(f"config file {path}{where}: {error}{_suggest_field(error, vars(module))}") from error
     if not isinstance(config, TrainConfig):
         raise UserError(f"get_config() of {path} returned {type(config).__name__}; it must return a TrainConfig")
     return config
 
 
-def _suggest_field(error: Exception) -> str:
-    """For "… got an unexpected keyword argument 'lrr'" the closest field of any config dataclass."""
+def _suggest_field(error: Exception, recipe: Mapping[str, Any]) -> str:
+    """For "… got an unexpected keyword argument 'lrr'" the closest field of the dataclasses that the recipe uses."""
     match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-    names = {field.name for cls in CONFIG_CLASSES for field in dataclasses.fields(cls)}
-    return "" if match is None else trees.did_you_mean(match[1], names)
+    used = [cls for cls in recipe.values() if dataclasses.is_dataclass(cls)]
+    return "" if match is None else trees.did_you_mean(match[1], {f.name for c in used for f in dataclasses.fields(c)})

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -16,31 +16,21 @@ from siglip.atomic import write_atomically
 from siglip.errors import RunFailed
 from siglip.parallel.collectives import gather_records
 
-BAD_BATCH_FILE = "non_finite_batch.json"
-
 
 class NonFiniteLoss(RunFailed):
     """The run diverged; the message names the step and where the batch's keys are."""
-
-
-class _Pending(NamedTuple):
-    """One step whose loss has not been checked."""
-
-    step: int
-    metrics: Mapping[str, jax.Array]
-    keys: list[str]
 
 
 class LossMonitor:
     """Steps whose losses have not been checked, with the keys of their batches."""
 
     def __init__(self, workdir: Path, *, saved_step: Callable[[], int | None]) -> None:
-        self._path, self._saved_step = workdir / BAD_BATCH_FILE, saved_step
-        self._pending: list[_Pending] = []
+        self._path, self._saved_step = workdir / "non_finite_batch.json", saved_step
+        self._pending: list[tuple[int, Mapping[str, jax.Array], list[str]]] = []
 
     def add(self, step: int, metrics: Mapping[str, jax.Array], keys: list[str]) -> None:
         """Notes a step that is still being computed; `keys`: of this process's pairs."""
-        self._pending.append(_Pending(step, metrics, keys))
+        self._pending.append((step, metrics, keys))
 
     def check(self) -> dict[str, float]:
         """Waits for the steps and returns the last one's metrics, {} if there was none.
@@ -49,7 +39,7 @@ class LossMonitor:
             NonFiniteLoss: at the first bad one, in every process.
         """
         pending, self._pending = self._pending, []
-        values = jax.device_get([step.metrics for step in pending])
+        values = jax.device_get([metrics for _, metrics, _ in pending])
         for (step, _, keys), metrics in zip(pending, values, strict=True):
             if not (math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["train/update_norm"])):
                 self._report(step, metrics, keys)

@@ -4,8 +4,6 @@
 
 Counted are the matrix products of the forward pass, times three for the backward pass; a product that `remat` or
 micro-batches compute again is not counted again, nor is anything elementwise.
-
-The trap: peaks are of dense bfloat16 products. Half the number on a data sheet is often a product of sparse matrices.
 """
 
 import jax
@@ -14,7 +12,7 @@ from siglip.models.two_tower import ModelConfig
 from siglip.models.variants import Variant
 
 # Dense bfloat16 FLOP/s of one jax device, by the start of its kind; the first that matches counts. Sources: the vendors' data
-# sheets. A v4, v5p or v6e device is a whole chip; a 7x chip is two devices.
+# sheets, which often name twice as much, for sparse matrices. A v4, v5p or v6e device is a whole chip; a 7x chip is two devices.
 PEAK_BF16_FLOPS = (
     ("NVIDIA H200", 989e12),
     ("NVIDIA H100 PCIe", 756e12),

@@ -58,11 +58,10 @@ class RunHooks:
         batches: Batches,
         checkpointer: Checkpointer,
         evaluate: Evaluate | None,
-        workdir: Path,
         start_step: int,
     ) -> None:
         self._config, self._batches, self._checkpointer = config, batches, checkpointer
-        self._evaluate, self._workdir = evaluate, workdir
+        self._evaluate, self._workdir = evaluate, (workdir := Path(config.workdir))
         first, run_config = jax.process_index() == 0, to_json(config)
         self._writer = MetricsWriter(workdir, config.log, run_config=run_config, start_step=start_step, enabled=first)
         self._progress = Progress(config.total_steps, start_step=start_step, enabled=config.log.progress and first)

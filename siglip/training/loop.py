@@ -10,10 +10,11 @@ The trap: the loader runs ahead of training. Its position is asked for after `ne
 that were handed out, and saved together with the state those batches made.
 """
 
+import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from siglip.training.hooks import Batches, Evaluate, RunHooks
 from siglip.training.objective import all_param_shapes, make_objective
 from siglip.training.signals import Interrupted, SignalFlag
 from siglip.training.step import TrainState, init_state, make_abstract_state, make_train_step
-from siglip.workdir.checkpoint import Checkpointer, has_checkpoint, newest_step
+from siglip.workdir.checkpoint import Checkpointer, whole_steps
 from siglip.workdir.files import check_same_run, open_workdir
 
 logger = logging.getLogger(__name__)
@@ -81,38 +82,33 @@ def train(
     config, workdir = resolve(config), Path(config.workdir)
     program = make_program(config) if program is None else program
     try:
-        given = _read_initial(config, tokenizer)
-        _agree(config, batches, tokenizer, given)
+        given, settings = _read_initial(config, tokenizer), to_json(config)
+        initial = warm_start.digest(given) if given and jax.process_count() > 1 else None
+        check_same_run(config=settings, data_state=batches.state(), tokenizer=tokenizer, initial=initial)
+        open_workdir(workdir, settings, tokenizer=tokenizer, complete=lambda saved: to_json(from_json(saved)))
         with jax.set_mesh(program.mesh), SignalFlag() as signals:
             checkpointer = Checkpointer(workdir, config.checkpoint)
             state, start_step = _restore_or_init(config, program, checkpointer, batches, given)
             del given
-            hooks = RunHooks(config, batches, checkpointer, evaluate, workdir, start_step)
-            return _run(config, program, state, start_step, batches, hooks, signals, prepare)
+            with _closing(RunHooks(config, batches, checkpointer, evaluate, start_step)) as hooks:
+                if prepare is not None and start_step < config.total_steps:
+                    prepare(start_step, state.params, signals.stop_now)
+                return _steps(config, program, state, start_step, batches, hooks, signals)
     except Exception as error:
         if not is_lost_process(error):
             raise
-        reason = str(error).splitlines()[0]
-        advice = f"start the same command again on every host: it goes on from {newest_step(workdir)}"
+        steps, reason = whole_steps(workdir), str(error).splitlines()[0]
+        where = f"step {steps[-1]} of" if steps else "the beginning, there is no checkpoint yet in"
+        advice = f"start the same command again on every host: it goes on from {where} {workdir}"
         raise RunFailed(f"another process of this job is gone ({reason}); {advice}") from error
 
 
-def _run(
-    config: TrainConfig,
-    program: Program,
-    state: TrainState,
-    start_step: int,
-    batches: Batches,
-    hooks: RunHooks,
-    signals: SignalFlag,
-    prepare: Prepare | None,
-) -> TrainState:
-    """From the restored state to the last step; raises RunFailed for what was bad input before the run began."""
+@contextlib.contextmanager
+def _closing(hooks: RunHooks) -> Iterator[RunHooks]:
+    """Closes the hooks after the run; raises RunFailed for what was bad input before the run began."""
     together = False
     try:
-        if prepare is not None and start_step < config.total_steps:
-            prepare(start_step, state.params, signals.stop_now)
-        state = _steps(config, program, state, start_step, batches, hooks, signals)
+        yield hooks
         together = True
     except (Interrupted, NonFiniteLoss):
         together = True  # the other processes raise it at the same step
@@ -122,19 +118,6 @@ def _run(
         raise RunFailed(str(error)) from error
     finally:
         hooks.close(together=together or jax.process_count() == 1)
-    return state
-
-
-def _agree(config: TrainConfig, batches: Batches, tokenizer: bytes | None, given: Mapping[str, np.ndarray]) -> None:
-    """All processes start the same run, and the workdir is that run's; raises UserError or OSError where not."""
-    check_same_run(
-        config=to_json(config),
-        data_state=batches.state(),
-        tokenizer=tokenizer,
-        initial=warm_start.digest(given) if given and jax.process_count() > 1 else None,
-    )
-    with_defaults = lambda tree: to_json(from_json(tree))  # noqa: E731
-    open_workdir(Path(config.workdir), to_json(config), tokenizer=tokenizer, complete=with_defaults)
 
 
 def _steps(
@@ -185,14 +168,8 @@ def make_program(config: TrainConfig) -> Program:
         sharding.check_micro_batch_size(config.loss.micro_batch_size, config.batch_size, mesh)
     shapes = all_param_shapes(config.model, config.terms)
     optimizer = optim.make_optimizer(config.optim, shapes, total_steps=config.total_steps)
-    abstract_state = make_abstract_state(
-        config.model,
-        optimizer,
-        mesh=mesh,
-        mesh_config=config.mesh,
-        terms=config.terms,
-        ema=config.optim.ema > 0,
-    )
+    options = {"mesh": mesh, "mesh_config": config.mesh, "terms": config.terms, "ema": config.optim.ema > 0}
+    abstract_state = make_abstract_state(config.model, optimizer, **options)
     layout = sharding.ParamLayout.of(abstract_state.params)
     step = make_train_step(
         make_objective(config.model, config.loss, layout=layout, terms=config.terms, total_steps=config.total_steps),
@@ -210,15 +187,8 @@ def make_program(config: TrainConfig) -> Program:
     logger.info("%.1f M parameters, %s on %d x %s -> %s", parameters / 1e6, total, mesh.size, kind, config.workdir)
 
     def init(given: Mapping[str, np.ndarray]) -> TrainState:
-        on_devices = warm_start.put(given, abstract_state.params)
-        return init_state(
-            config.model,
-            optimizer,
-            abstract_state=abstract_state,
-            seed=config.seed,
-            terms=config.terms,
-            given=on_devices,
-        )
+        options = {"abstract_state": abstract_state, "seed": config.seed, "terms": config.terms}
+        return init_state(config.model, optimizer, given=warm_start.put(given, abstract_state.params), **options)
 
     return Program(mesh, abstract_state, init, step)
 
@@ -226,7 +196,7 @@ def make_program(config: TrainConfig) -> Program:
 def _read_initial(config: TrainConfig, tokenizer: bytes | None) -> dict[str, np.ndarray]:
     """The parameters of `init.src`, in this process's memory; none where there is a checkpoint to go on from."""
     # Asked in every process, whatever its settings are: whether these agree is found out later.
-    goes_on = gather_records([has_checkpoint(Path(config.workdir))])[0]
+    goes_on = gather_records([bool(whole_steps(Path(config.workdir)))])[0]
     if config.init.src is None or goes_on:
         return {}
     read = functools.partial(warm_start.read_initial, config.init, config.model, tokenizer=tokenizer)

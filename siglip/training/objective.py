@@ -51,12 +51,9 @@ class LossConfig:
     micro_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise UserError(
-                f"loss.micro_batch_size={self.micro_batch_size} must be at least 1, or None for the whole batch"
-            )
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise UserError(f"loss.chunk_size={self.chunk_size} must be at least 1, or None to have it chosen")
+        for name, none in (("micro_batch_size", "for the whole batch"), ("chunk_size", "to have it chosen")):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"loss.{name}={value} must be at least 1, or None {none}")
 
 
 class Towers(NamedTuple):

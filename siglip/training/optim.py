@@ -175,7 +175,7 @@ def _add_decay(weight_decay: float, mults: Mapping[str, Any]) -> optax.GradientT
     flat = trees.flatten(mults)
 
     def add(updates: Any, params: Any) -> Any:
-        flat_params = dict(_paths(params))
+        flat_params = {_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
         return _map_trained(
             lambda path, update: update + weight_decay * flat[path] * flat_params[path] if flat[path] else update,
             updates,
@@ -184,13 +184,13 @@ def _add_decay(weight_decay: float, mults: Mapping[str, Any]) -> optax.GradientT
     return optax.stateless(add)
 
 
-def _paths(tree: Any) -> list[tuple[str, jax.Array]]:
-    """(path, leaf) of the arrays of a tree in which optax has put MaskedNodes in place of frozen parameters."""
-    return [("/".join(key.key for key in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
 def _map_trained(function: Callable[[str, jax.Array], jax.Array], tree: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: function("/".join(k.key for k in path), leaf), tree)
+    """Over a tree in which optax has put MaskedNodes, which have no leaves, in place of frozen parameters."""
+    return jax.tree_util.tree_map_with_path(lambda keys, leaf: function(_path(keys), leaf), tree)
+
+
+def _path(keys: Any) -> str:
+    return "/".join(key.key for key in keys)
 
 
 def _multipliers(

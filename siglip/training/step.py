@@ -3,8 +3,6 @@
 A batch is {"image": uint8 [b, h, w, 3], "text": int32 [b, l]}; pixels travel to the device as bytes and become
 x / 127.5 - 1 there. With a frozen image tower it may hold "zimg", float32 [b, e], in place of the images: what the tower
 makes of them, normalised, and then the tower does not run (LiT, arXiv:2111.07991). What is optimised is in objective.py.
-
-The trap: the donated state is gone after the call. Keep the returned one, never the argument.
 """
 
 import dataclasses

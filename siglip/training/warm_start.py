@@ -29,7 +29,7 @@ from siglip.formats import key_maps
 from siglip.models.attention import Attention
 from siglip.models.layers import Remat
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, param_shapes
-from siglip.workdir.files import CONFIG_FILE, TOKENIZER_FILE, read_config
+from siglip.workdir.files import CONFIG_FILE, TOKENIZER_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -109,20 +109,13 @@ class SourceModel:
         """
         image = dataclasses.replace(base.image, **_given(self.image))
         if isinstance(self.text, TextConfig):
-            text = self.text
-            width = base.out_dim[0] or image.spec.width
-            out_dim = (base.out_dim[0], width)
+            text, out_dim = self.text, (base.out_dim[0], base.out_dim[0] or image.spec.width)
         elif base.text is None:
             raise UserError(f"{where} has no text tower; describe a new one in the recipe: model.text=TextConfig(…)")
         else:
             text, out_dim = dataclasses.replace(base.text, **_given(self.text)), base.out_dim
-        return ModelConfig(
-            image=image,
-            text=text,
-            out_dim=self.out_dim or out_dim,
-            temperature_init=base.temperature_init if self.temperature_init is None else self.temperature_init,
-            bias_init=base.bias_init if self.bias_init is None else self.bias_init,
-        )
+        starts = {name: value for name, value in _given(self).items() if name in ("temperature_init", "bias_init")}
+        return dataclasses.replace(base, image=image, text=text, out_dim=self.out_dim or out_dim, **starts)
 
 
 def _given(overrides: Any) -> dict[str, Any]:
@@ -138,10 +131,9 @@ def read_base(src: str, *, workdir: Path, image_size: tuple[int, int] | None) ->
         FileNotFoundError, ValueError: as for `siglip.load`.
     """
     if (workdir / CONFIG_FILE).is_file():
-        path, tokenizer = workdir / CONFIG_FILE, workdir / TOKENIZER_FILE
-        tree = read_config(workdir).get("model", {})
-        model = trees.build_dataclass(ModelConfig, tree, where=f"{path}: model")
-        return model, tokenizer if tokenizer.is_file() else None, str(path)
+        tokenizer = workdir / TOKENIZER_FILE
+        model = model_source.config_of_run(workdir)
+        return model, tokenizer if tokenizer.is_file() else None, str(workdir / CONFIG_FILE)
     return *model_source.read_config(src, image_size), f"init.src={src!r}"
 
 
@@ -179,15 +171,12 @@ def read_initial(init: InitConfig, model: ModelConfig, *, tokenizer: bytes | Non
 
 def put(params: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Parameters by path on the devices, as the leaves of the tree `like` are laid out: none holds more than its part."""
+
+    def put_leaf(array: np.ndarray, leaf: Any) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda i: np.asarray(array[i], leaf.dtype))
+
     where = trees.flatten(like)
-
-    def put_leaf(path: str, array: np.ndarray) -> jax.Array:
-        leaf = where[path]
-        return jax.make_array_from_callback(
-            leaf.shape, leaf.sharding, lambda index: np.asarray(array[index], leaf.dtype)
-        )
-
-    return {path: put_leaf(path, array) for path, array in params.items()}
+    return {path: put_leaf(array, where[path]) for path, array in params.items()}
 
 
 def digest(params: Mapping[str, np.ndarray]) -> str:

@@ -8,9 +8,6 @@ when every file is there. The last `keep` checkpoints stay, and the best one by 
 Several processes write one checkpoint together, so the workdir is a folder that all hosts share. It is laid out on whatever
 devices restore it: their number, the number of hosts, FSDP and the data workers may change between starts.
 
-How a run starts, in this order: the newest checkpoint of its workdir; else `init.src` (siglip/training/warm_start.py); else fresh
-parameters. A run that has a checkpoint never looks at `init.src` again: it may be gone.
-
 The trap: a folder under checkpoints/ may be half a checkpoint. Whole is what has orbax's last file.
 """
 
@@ -28,7 +25,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from siglip import trees
-from siglip.atomic import new_file
+from siglip.atomic import write_atomically
 from siglip.errors import UserError
 from siglip.parallel.collectives import gather_records
 from siglip.workdir.files import CONFIG_FILE, read_config
@@ -100,7 +97,7 @@ class Checkpointer:
         config: Mapping[str, Any],
         best_metric: float | None = None,
     ) -> None:
-        """Starts saving and returns when the arrays are copied; the files are complete after `wait`."""
+        """Starts saving and returns when the arrays are copied; the files are complete after `close`."""
         if self._manager.latest_step() == step:
             return
         self._manager.save(
@@ -115,12 +112,11 @@ class Checkpointer:
 
     def mark_best(self, step: int, value: float) -> None:
         """Notes that the checkpoint of `step`, which is on disk, has the highest `best_metric` so far: it stays."""
-        self.wait()
+        self._manager.wait_until_finished()
         if jax.process_index() == 0:
             path = self._folder / str(step) / "metrics" / "metrics"  # where orbax writes it
             path.parent.mkdir(exist_ok=True)
-            with new_file(path) as partial:
-                partial.write_text(json.dumps({self._best_name: value}))
+            write_atomically(path, json.dumps({self._best_name: value}))
         gather_records([])  # the others read what process 0 wrote
         self._manager.reload()
 
@@ -156,31 +152,20 @@ class Checkpointer:
                 f"{here.get(path, 'absent')} here{more}; use the settings it was trained with, or another --workdir"
             )
 
-    def wait(self) -> None:
-        """Returns when everything saved is complete on disk."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
-        """Waits and releases."""
+        """Waits until everything saved is complete on disk, and releases."""
         self._manager.wait_until_finished()
         self._manager.close()
 
 
-def is_run(path: Path) -> bool:
-    """Whether `path` is a run's workdir or one checkpoint inside it."""
-    return _run_of(path) is not None
-
-
 def locate(path: Path) -> tuple[Path, int] | None:
     """(workdir, step) of a workdir's newest checkpoint, or of the one that `path` names; None when there is none."""
-    workdir, step = _run_of(path) or (None, None)
-    if workdir is None or step is not None:
-        return workdir and (workdir, step)
-    steps = _whole_steps(workdir)
-    return (workdir, steps[-1]) if steps else None
+    workdir, step = run_of(path) or (None, None)
+    steps = whole_steps(workdir) if workdir and step is None else [step]
+    return (workdir, steps[-1]) if workdir and steps else None
 
 
-def read_run_params(path: Path, *, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any], int]:
+def read_run_params(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
     """(params as numpy, config as JSON, step) of a workdir's newest checkpoint, or of the checkpoint `path` names.
 
     Only the parameters are read, whatever devices they were saved from; their running average where the run keeps one.
@@ -189,41 +174,35 @@ def read_run_params(path: Path, *, step: int | None = None) -> tuple[dict[str, A
         FileNotFoundError: if the workdir has no whole checkpoint.
         ValueError: if the checkpoint is damaged.
     """
-    workdir, named_step = _run_of(path) or (path, None)
-    step = named_step if step is None else step
-    folder, steps = workdir.resolve() / CHECKPOINTS_DIR, _whole_steps(workdir)
+    workdir, step = run_of(path) or (path, None)
+    steps = whole_steps(workdir)
     step = steps[-1] if step is None and steps else step
     if step not in steps:
         raise FileNotFoundError(
             f"{workdir} has no checkpoint{'' if step is None else f' {step}'}; it has {steps or 'none'}"
         )
-    config = read_config(workdir, fields=("model",))
-    with _reading(folder / str(step), fix="try another step"):
+    config, folder = read_config(workdir, fields=("model",)), workdir.resolve() / CHECKPOINTS_DIR / str(step)
+    with _reading(folder, fix="try another step"):
         with ocp.PyTreeCheckpointer() as reader:
-            tree = _stored_tree(reader, folder / str(step) / "state")
+            tree = _stored_tree(reader, folder / "state")
             name = "ema" if tree.get("ema") else "params"
-            stored = tree[name]
-            like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
+            like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree[name])
             restored = reader.restore(
-                folder / str(step) / "state",
+                folder / "state",
                 args=ocp.args.PyTreeRestore(
                     item={name: like},
                     restore_args={name: jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)},
                     partial_restore=True,
                 ),
             )
-    params = restored[name]
-    assert trees.flatten(params), "a checkpoint without parameters"
-    return params, config, step
+    return restored[name], config, step
 
 
 def _stored_tree(reader: ocp.PyTreeCheckpointer, folder: Path) -> dict[str, Any]:
     """Shapes and dtypes of what a folder of arrays holds."""
     logger = logging.getLogger("absl")
     before = logger.level
-    logger.setLevel(
-        logging.ERROR
-    )  # a warning that the metadata of the whole checkpoint is not in the folder of its arrays
+    logger.setLevel(logging.ERROR)  # it warns that the whole checkpoint's metadata is not in the folder of its arrays
     try:
         return reader.metadata(folder).item_metadata.tree
     finally:
@@ -244,18 +223,8 @@ def _reading(folder: Path, *, fix: str) -> Iterator[None]:
         raise UserError(f"checkpoint {folder} cannot be read ({first_line[:200]}); {fix}") from error
 
 
-def newest_step(workdir: Path) -> str:
-    """ "step N of WORKDIR" or "the beginning": where a run would go on that had to stop now."""
-    steps = _whole_steps(workdir)
-    return f"step {steps[-1]} of {workdir}" if steps else f"the beginning, workdir {workdir} has no checkpoint yet"
-
-
-def has_checkpoint(workdir: Path) -> bool:
-    """Whether a run in this workdir goes on from a checkpoint."""
-    return bool(_whole_steps(workdir))
-
-
-def _whole_steps(workdir: Path) -> list[int]:
+def whole_steps(workdir: Path) -> list[int]:
+    """Steps of the checkpoints that a run in this workdir can go on from, in order."""
     # orbax writes this file last: a folder without it is half a checkpoint.
     folders = (workdir.resolve() / CHECKPOINTS_DIR).glob("*")
     return sorted(
@@ -263,7 +232,7 @@ def _whole_steps(workdir: Path) -> list[int]:
     )
 
 
-def _run_of(path: Path) -> tuple[Path, int | None] | None:
+def run_of(path: Path) -> tuple[Path, int | None] | None:
     """(workdir, step or None) when `path` is a workdir or WORKDIR/checkpoints/STEP, else None."""
     if (path / CONFIG_FILE).is_file() and (path / CHECKPOINTS_DIR).is_dir():
         return path, None

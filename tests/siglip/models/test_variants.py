@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from siglip.models.variants import VARIANTS, Variant, check_choices, name_of, parse_variant, resolve
+from siglip.models.variants import VARIANTS, Variant, check_choices, parse_variant, resolve
 
 
 def test_names_are_size_and_patch():
@@ -17,7 +17,7 @@ def test_names_are_size_and_patch():
 
 def test_every_size_has_a_name_of_its_own_and_equal_heads():
     for name, variant in VARIANTS.items():
-        assert name_of(variant) == name
+        assert variant.fields() == {"variant": name}
         assert variant.width % variant.num_heads == 0
 
 
