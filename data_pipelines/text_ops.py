@@ -6,27 +6,19 @@ A caption spec is a tuple of (field, probability):
   "captions.*"            any entry of it, uniformly; also of a field that is a list
   "keywords"              a comma-separated (or JSON) list: a few of them in random order
   "captions.en+keywords"  the parts joined by a comma; only the first of them has to be there
-A field that this pair lacks is drawn again among those it has, so a rare language costs no pairs.
-
-The trap: web captions are often present and blank. Blank counts as missing here.
+A field that this pair lacks, or that is blank, is drawn again among those it has, so a rare language costs no pairs.
 """
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
 
 from data_pipelines.counter_rng import Rng
 from data_pipelines.errors import UserError
+from data_pipelines.records import Pair
 
 MAX_KEYWORDS = 4
 ALL_FIELDS = ("txt", "caption", "captions.*", "keywords")  # the usual ones
 CaptionSpec = Sequence[tuple[str, float]]
-
-
-class HasFields(Protocol):
-    """Such as `records.Pair`."""
-
-    fields: Mapping[str, object]
 
 
 class CaptionError(ValueError):
@@ -52,8 +44,7 @@ def draw_caption(fields: Mapping[str, object], spec: CaptionSpec, rng: Rng) -> s
     """Draws a caption of a pair. fields: as in `Pair`; spec: see above, checked by `check_spec`.
 
     Raises:
-      CaptionError: no field of the spec is there ("missing_text"), or all that are there are blank
-        ("empty_text").
+      CaptionError: no field of the spec is there ("missing_text"), or all that are there are blank ("empty_text").
     """
     remaining = list(spec)
     while remaining:
@@ -78,7 +69,7 @@ def captions_of(fields: Mapping[str, object], field: str) -> list[str]:
 
 
 def iter_captions(
-    pairs: Iterable[HasFields], *, fields: Sequence[str] = ALL_FIELDS, repeat: Mapping[str, int] | None = None
+    pairs: Iterable[Pair], *, fields: Sequence[str] = ALL_FIELDS, repeat: Mapping[str, int] | None = None
 ) -> Iterator[str]:
     """Every text that some fields of every pair hold, once a pair: what a tokenizer is trained on. A `Source` is iterable.
 
