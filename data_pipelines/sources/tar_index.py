@@ -70,9 +70,7 @@ def _group(members: Members) -> tuple[list[bytes], list[tuple[int, int, int, int
         slot, number = _SLOT_OF.get(extension), 0
         if slot is None:
             slot, number = _unusual_slot(extension)
-            if slot is None or not key:
-                continue
-        elif not key:
+        if slot is None or not key:
             continue
         names = seen.get(key)
         if names is None or extension in names:
