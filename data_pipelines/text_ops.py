@@ -11,14 +11,20 @@ A field that this pair lacks, or that is blank, is drawn again among those it ha
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from data_pipelines.counter_rng import Rng
 from data_pipelines.errors import UserError
-from data_pipelines.records import Pair
 
 MAX_KEYWORDS = 4
 ALL_FIELDS = ("txt", "caption", "captions.*", "keywords")  # the usual ones
 CaptionSpec = Sequence[tuple[str, float]]
+
+
+class HasFields(Protocol):
+    """Such as `records.Pair`."""
+
+    fields: Mapping[str, object]
 
 
 class CaptionError(ValueError):
@@ -69,7 +75,7 @@ def captions_of(fields: Mapping[str, object], field: str) -> list[str]:
 
 
 def iter_captions(
-    pairs: Iterable[Pair], *, fields: Sequence[str] = ALL_FIELDS, repeat: Mapping[str, int] | None = None
+    pairs: Iterable[HasFields], *, fields: Sequence[str] = ALL_FIELDS, repeat: Mapping[str, int] | None = None
 ) -> Iterator[str]:
     """Every text that some fields of every pair hold, once a pair: what a tokenizer is trained on. A `Source` is iterable.
 
