@@ -4,9 +4,6 @@
     pixel = clip(pixel * exp(brightness) * exp(color[channel]), 0, 255)
 
 The crop costs nothing: `image_ops.resize` reads the box instead of the whole image.
-
-The trap: a mirror image changes what some images show (letters, flags, arrows): flips pay on small sets that overfit
-and are off unless asked for.
 """
 
 import math
@@ -25,14 +22,12 @@ class AugmentConfig:
     """How far training images are varied; the defaults vary nothing.
 
     Attributes:
-      scale: smallest and largest side of the cut-out, relative to the image's (log-uniform). Below 1
-        magnifies; above 1 shrinks the image into a white frame.
+      scale: smallest and largest side of the cut-out, relative to the image's (log-uniform); above 1 has a white frame.
       aspect: the cut-out's aspect ratio is stretched by up to exp(+-aspect).
-      shift: the cut-out's middle moves by up to this fraction of the image's side, each way; white comes
-        in.
+      shift: the cut-out's middle moves by up to this fraction of the image's side, each way; white comes in.
       brightness: all channels are multiplied by up to exp(+-brightness).
       color: each channel is multiplied by up to exp(+-color).
-      flip: probability of a mirror image, left and right exchanged.
+      flip: probability of a mirror image, left and right exchanged; it changes letters, flags and arrows.
     """
 
     scale: tuple[float, float] = (1.0, 1.0)

@@ -6,9 +6,7 @@ A caption spec is a tuple of (field, probability):
   "captions.*"            any entry of it, uniformly; also of a field that is a list
   "keywords"              a comma-separated (or JSON) list: a few of them in random order
   "captions.en+keywords"  the parts joined by a comma; only the first of them has to be there
-A field that this pair lacks is drawn again among those it has, so a rare language costs no pairs.
-
-The trap: web captions are often present and blank. Blank counts as missing here.
+A field that this pair lacks, or that is blank, is drawn again among those it has, so a rare language costs no pairs.
 """
 
 import itertools
@@ -52,8 +50,7 @@ def draw_caption(fields: Mapping[str, object], spec: CaptionSpec, rng: Rng) -> s
     """Draws a caption of a pair. fields: as in `Pair`; spec: see above, checked by `check_spec`.
 
     Raises:
-      CaptionError: no field of the spec is there ("missing_text"), or all that are there are blank
-        ("empty_text").
+      CaptionError: no field of the spec is there ("missing_text"), or all that are there are blank ("empty_text").
     """
     remaining = list(spec)
     while remaining:

@@ -123,13 +123,8 @@ def train_tokenizer(
             raise UserError("no texts to train a tokenizer on; the shards hold no captions in these fields") from None
         reason = str(error).rpartition("] ")[2]  # behind the place in its source and the condition
         raise UserError(f"vocab_size={vocab_size} does not fit {count} texts: {reason}") from error
-    with new_file(Path(out)) as partial:
-        partial.write_bytes(_without_the_limit(model.getvalue(), unless=count > max_texts))
-
-
-def _without_the_limit(model: bytes, *, unless: bool) -> bytes:
-    """The model as if no number of texts had been set: whether that could have been reached does not change it."""
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-    if not unless:
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    if count <= max_texts:  # a limit that was not reached does not change the file
         proto.trainer_spec.ClearField("input_sentence_size")
-    return proto.SerializeToString()
+    with new_file(Path(out)) as partial:
+        partial.write_bytes(proto.SerializeToString())

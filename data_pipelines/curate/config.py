@@ -12,8 +12,9 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import pycld2
@@ -151,32 +152,16 @@ _PUBLISHED = CurateConfig(
 )
 
 
-def datacomp_basic() -> CurateConfig:
-    """English, at least 3 words and 6 characters, shorter side at least 200 px, aspect ratio at most 3."""
-    return dataclasses.replace(_PUBLISHED, languages=("en",), min_words=3, min_chars=6, min_side_px=200, max_aspect=3.0)
-
-
-def clip_top_30() -> CurateConfig:
-    """The best 30 % of the corpus by image-text score, whatever the language: DataComp's CLIP-score filter."""
-    return dataclasses.replace(_PUBLISHED, top_share=0.3, share_per="corpus")
-
-
-def metaclip_balance() -> CurateConfig:
-    """Captions that name a concept of the list; frequent concepts are thinned to about 20000 pairs each."""
-    return dataclasses.replace(_PUBLISHED, concept_cap=20_000)
-
-
-def pali_top_10() -> CurateConfig:
-    """The best tenth of each language by image-text score, after duplicates are removed.
-
-    The paper does not say what the 10 % is taken from; taken per language, no language is lost.
-    """
-    return dataclasses.replace(_PUBLISHED, duplicates="picture", top_share=0.1, share_per="language")
-
-
-PRESETS = {
-    "datacomp-basic": datacomp_basic,
-    "clip-top-30": clip_top_30,
-    "metaclip-balance": metaclip_balance,
-    "pali-top-10": pali_top_10,
+PRESETS: dict[str, Callable[[], CurateConfig]] = {
+    # English, at least 3 words and 6 characters, shorter side at least 200 px, aspect ratio at most 3.
+    "datacomp-basic": partial(
+        dataclasses.replace, _PUBLISHED, languages=("en",), min_words=3, min_chars=6, min_side_px=200, max_aspect=3.0
+    ),
+    # The best 30 % of the corpus by image-text score, whatever the language: DataComp's CLIP-score filter.
+    "clip-top-30": partial(dataclasses.replace, _PUBLISHED, top_share=0.3, share_per="corpus"),
+    # Captions that name a concept of the list; frequent concepts are thinned to about 20000 pairs each.
+    "metaclip-balance": partial(dataclasses.replace, _PUBLISHED, concept_cap=20_000),
+    # The best tenth of each language by image-text score, after duplicates are removed. The paper does not say what the
+    # 10 % is taken from; taken per language, no language is lost.
+    "pali-top-10": partial(dataclasses.replace, _PUBLISHED, duplicates="picture", top_share=0.1, share_per="language"),
 }

@@ -37,7 +37,6 @@ class Engine(Protocol):
 
     def map_with_model(self, function: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
         """The same for items that bring a model, which wants an accelerator or all cores of a machine to itself."""
-        ...
 
 
 class LocalEngine:

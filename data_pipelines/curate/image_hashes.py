@@ -11,7 +11,6 @@ for no reason.
 """
 
 import functools
-import hashlib
 import io
 import itertools
 import warnings
@@ -88,11 +87,6 @@ def read_thumbnail(data: bytes) -> np.ndarray:
     """The pixels of a thumbnail. -> uint8 [64, 64, 3]"""
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as thumbnail:
         return np.asarray(thumbnail)
-
-
-def content_hash(data: bytes) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def perceptual_hashes(grey: np.ndarray, crops: tuple[Box, ...] = CROPS) -> np.ndarray:

@@ -8,6 +8,7 @@ A task is pickled for every worker and a corpus may have a hundred thousand shar
 list of shards is read there, once per process.
 """
 
+import bisect
 import functools
 import json
 from collections.abc import Callable
@@ -55,14 +56,7 @@ class Layout:
     pairs: tuple[int, ...]
 
     def members(self, group: int) -> list[int]:
-        return self._members[group]
-
-    @functools.cached_property
-    def _members(self) -> dict[int, list[int]]:
-        found: dict[int, list[int]] = {}
-        for shard, group in enumerate(self.groups):
-            found.setdefault(group, []).append(shard)
-        return found
+        return list(range(bisect.bisect_left(self.groups, group), bisect.bisect_right(self.groups, group)))
 
 
 @dataclass(frozen=True)
@@ -168,7 +162,7 @@ def verdict_table(columns: dict[str, np.ndarray], rule: str | list[str]) -> pa.T
     nothing = {"of_shard": np.full(count, -1, np.int32), "of_index": np.full(count, -1, np.int32)}
     columns = nothing | {"of_rank": np.zeros(count, np.uint64)} | columns
     columns["rule"] = [rule] * count if isinstance(rule, str) else rule
-    return pa.table({name: pa.array(columns[name], VERDICT.field(name).type) for name in VERDICT.names}, VERDICT)
+    return pa.table(columns, VERDICT)
 
 
 def starts_of_runs(*keys: np.ndarray) -> np.ndarray:

@@ -37,8 +37,8 @@ def hash_verdicts(work: Work) -> Shuffle:
     return work.to_groups("leaks")
 
 
-def build_index(work: Work, scans: list[Path]) -> int:
-    """Writes the index of evaluation sets and returns how many images it holds. scans: made with `EVAL_CROPS`."""
+def build_index(work: Work, scans: list[Path]) -> None:
+    """Writes the index of evaluation sets. scans: made with `EVAL_CROPS`."""
     folder, crops = _index_folder(work), len(image_hashes.EVAL_CROPS)
     hashes, pairs, thumbnails = [np.zeros((0, crops), np.uint64)], [np.zeros((0, 2), np.int32)], []
     for number, path in enumerate(scans):
@@ -58,7 +58,6 @@ def build_index(work: Work, scans: list[Path]) -> int:
             order = np.argsort(bands, kind="stable")
             _save(folder / f"{name}-{band}-order.npy", order)
             _save(folder / f"{name}-{band}-keys.npy", bands[order])
-    return len(every)
 
 
 def find_leaks(work: Work, group: int) -> None:

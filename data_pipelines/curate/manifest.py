@@ -95,9 +95,9 @@ def join_verdicts(join: JoinTask, group: int) -> None:
         columns |= _joined(table["reasons"].to_pylist(), by_shard[shard], join)
         columns |= _scores(join.work, shard, len(table)) | {"shard": [layout.shards[shard]] * len(table)}
         columns["pixel_hash"] = [None if value is None else value.hex() for value in table["pixel_hash"].to_pylist()]
-        columns["perceptual_hash"] = [_first_hash(value) for value in table["hashes"].to_pylist()]
-        arrays = {field.name: _as(columns[field.name], field.type) for field in _JOINED_SCHEMA}
-        write_table(join.joined(shard), pa.table(arrays, _JOINED_SCHEMA))
+        hashes = (None if value is None else value[:8] for value in table["hashes"].to_pylist())
+        columns["perceptual_hash"] = [value and int.from_bytes(value, "little") for value in hashes]
+        write_table(join.joined(shard), pa.table(columns, _JOINED_SCHEMA))
 
 
 def _joined(reasons: list[list[str]], verdicts: list[dict], join: JoinTask) -> dict[str, list]:
@@ -182,20 +182,19 @@ def share_group(language: str, config: CurateConfig) -> str:
 
 def new_stats() -> dict:
     """Empty counts by name, and examples by rule: [draw, shard, index, caption, thumbnail in hex]."""
-    stats = {"pairs": 0, "kept": 0, "taken": {}, "applied": {}, "examples": {}}
-    return stats | {name: [{}, {}] for name in _BEFORE_AND_AFTER}
+    stats = {"pairs": 0, "kept": 0, "taken": collections.Counter(), "applied": collections.Counter(), "examples": {}}
+    return stats | {name: [collections.Counter(), collections.Counter()] for name in _BEFORE_AND_AFTER}
 
 
 def add_stats(total: dict, part: dict) -> None:
     """Adds a part to the total; the result does not depend on the order of additions."""
     for name in ("pairs", "kept"):
         total[name] += part[name]
-    counted = [(total["taken"], part["taken"]), (total["applied"], part["applied"])]
+    for name in ("taken", "applied"):
+        total[name].update(part[name])
     for name in _BEFORE_AND_AFTER:
-        counted += zip(total[name], part[name], strict=True)
-    for counts, more in counted:
-        for name, count in more.items():
-            counts[name] = counts.get(name, 0) + count
+        for counts, more in zip(total[name], part[name], strict=True):
+            counts.update(more)
     for rule, examples in part["examples"].items():
         total["examples"][rule] = sorted(total["examples"].get(rule, []) + examples)[:EXAMPLES]
 
@@ -234,18 +233,18 @@ def _count(stats: dict, shard: int, table: pa.Table) -> None:
         stats["pairs"] += 1
         stats["kept"] += row["keep"]
         for rule in row["reasons"]:
-            stats["applied"][rule] = stats["applied"].get(rule, 0) + 1
+            stats["applied"][rule] += 1
             draw = scores.uniform_of(rule, str(shard), str(row["index"]))
             thumbnail = row["thumbnail"].hex() if row["thumbnail"] else ""
             drawn[rule].append([draw, shard, row["index"], row["caption"][:200], thumbnail])
         if row["reason"]:
-            stats["taken"][row["reason"]] = stats["taken"].get(row["reason"], 0) + 1
+            stats["taken"][row["reason"]] += 1
         side = side_label(min(row["width"], row["height"])) if row["width"] else None
         score = None if row["score"] is None or np.isnan(row["score"]) else scores.score_label(row["score"])
         for name, value in zip(_BEFORE_AND_AFTER, (row["language"], side, score), strict=True):
             for counts in stats[name] if row["keep"] else stats[name][:1]:
                 if value is not None:
-                    counts[value] = counts.get(value, 0) + 1
+                    counts[value] += 1
     for rule, examples in drawn.items():
         stats["examples"][rule] = sorted(stats["examples"].get(rule, []) + examples)[:EXAMPLES]
 
@@ -255,14 +254,6 @@ def _scores(work: Work, shard: int, count: int) -> dict:
         return {"score": [None] * count, "leak_similarity": [None] * count}
     table = pq.read_table(scores.scores_path(work, shard))
     return {"score": table["score"], "leak_similarity": table["similarity"]}
-
-
-def _first_hash(hashes: bytes | None) -> int | None:
-    return None if hashes is None else int.from_bytes(hashes[:8], "little")
-
-
-def _as(values: list | pa.ChunkedArray, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
-    return pa.array(values, kind) if isinstance(values, list) else values.cast(kind)
 
 
 @functools.lru_cache(1)

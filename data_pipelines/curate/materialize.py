@@ -48,7 +48,7 @@ def materialize(
     kept, shards = _survey(manifest)
     check_place(out, shards)
     names = [f"{number:05d}.{kind}" for number in range(-(-kept // pairs_per_shard))]
-    earlier = _written(out)
+    earlier = set(json.loads((out / _LISTING).read_text())) if (out / _LISTING).exists() else set()
     for name in set(names) - earlier:
         if (out / name).exists():
             raise UserError(
@@ -90,11 +90,6 @@ def _survey(manifest: Path) -> tuple[int, set[str]]:
             kept += batch["keep"].true_count
             shards.update(batch["shard"].dictionary.to_pylist())
     return kept, shards
-
-
-def _written(out: Path) -> set[str]:
-    path = out / _LISTING
-    return set(json.loads(path.read_text())) if path.exists() else set()
 
 
 def _write_listing(out: Path, names: set[str]) -> None:

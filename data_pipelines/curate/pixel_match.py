@@ -72,7 +72,7 @@ def same_image(part: np.ndarray, whole: np.ndarray, cut: np.ndarray, tolerance: 
     same = np.zeros(len(part), bool)
     for start in range(0, len(part), _BATCH):
         rows = slice(start, start + _BATCH)
-        a, b = _planes(part[rows]), _planes(whole[rows])
+        a, b = (images[rows].transpose(0, 3, 1, 2).astype(np.float32) for images in (part, whole))
         if tolerance.grey:
             _drop_colour(a, b)
         same[rows] = _same_batch(a, b, cut[rows], tolerance)
@@ -271,10 +271,6 @@ def _operators(samples: int) -> _Operators:
     np.add.at(gradient, (rows, after), samples / 2)
     np.add.at(gradient, (rows, before), -samples / 2)
     return _Operators(((rows + 0.5) / samples).astype(np.float32), blur, gradient)
-
-
-def _planes(images: np.ndarray) -> np.ndarray:
-    return images.transpose(0, 3, 1, 2).astype(np.float32)
 
 
 def _halve(images: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ A shard that cannot be read does not cost the work on the others: everything tha
 names it. A cut or empty shard is not a failure but a finding.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -197,16 +199,14 @@ class _Run:
         """Embeds the evaluation sets and scores every shard."""
         tables = tuple(_table(self.out, "against", name) for name in protected)
         scoring = Scoring(work, scorer, tuple(protected), tables)
-        for stage, function, count in (
-            ("against: embedded", embed_protected, len(protected)),
-            ("scores", score_group, work.groups),
-        ):
-            self._all(stage, function, [(scoring, number) for number in range(count)], with_model=True)
+        shards, groups = ([(scoring, number) for number in range(count)] for count in (len(protected), work.groups))
+        self._all("against: embedded", embed_protected, shards, with_model=True)
+        self._all("scores", score_group, groups, with_model=True)
 
     def _all(self, stage: str, function: Callable, tasks: list[tuple], *, with_model: bool = False) -> list:
         """Calls a function with each task. -> the results in the order of the tasks; the first failure is raised"""
         compute = self.engine.map_with_model if with_model else self.engine.map
-        outcomes = compute(_Numbered(function), [(number, *task) for number, task in enumerate(tasks)])
+        outcomes = compute(functools.partial(_call, function), [(number, *task) for number, task in enumerate(tasks)])
         indexed = {number: outcome for (number, *_), outcome in self._watched(outcomes, stage, len(tasks))}
         results = [indexed[number] for number in range(len(tasks))]
         for result in results:
@@ -220,14 +220,9 @@ class _Run:
             self.progress(stage, done, of)
 
 
-class _Numbered:
-    """A function that is called with a tuple of a number, which it ignores, and its arguments."""
-
-    def __init__(self, function: Callable):
-        self.function = function
-
-    def __call__(self, numbered: tuple):
-        return self.function(*numbered[1:])
+def _call(function: Callable, numbered: tuple) -> Any:
+    """Calls a function with what follows the number of its task."""
+    return function(*numbered[1:])
 
 
 def _table(out: Path, kind: str, shard: str) -> Path:

@@ -106,11 +106,7 @@ def _batches(source: ShardedSource, task: ScanTask) -> Iterator[pa.RecordBatch]:
     for start in range(0, len(source), _ROWS_PER_GROUP):
         indexes = range(start, min(start + _ROWS_PER_GROUP, len(source)))
         rows = [_scan_pair(in_order, index, source.member_extents(index), task, with_json) for index in indexes]
-        columns = [
-            pa.array([row[name] for row in rows], kind)
-            for name, kind in zip(SCAN_SCHEMA.names, SCAN_SCHEMA.types, strict=True)
-        ]
-        yield pa.record_batch(columns, schema=SCAN_SCHEMA)
+        yield pa.RecordBatch.from_pylist(rows, SCAN_SCHEMA)
 
 
 def _scan_pair(pairs: InOrder, index: int, extents: Mapping, task: ScanTask, with_json: bool) -> dict:
@@ -133,7 +129,7 @@ def _scan_pair(pairs: InOrder, index: int, extents: Mapping, task: ScanTask, wit
         "caption": caption,
         "language": language,
         "reasons": in_order(faults),
-        "sha256": image_hashes.content_hash(pair.image) if pair.image else None,
+        "sha256": hashlib.sha256(pair.image).hexdigest() if pair.image else None,
     }
     if image is not None:
         row |= {"format": image.format, "width": image.width, "height": image.height}

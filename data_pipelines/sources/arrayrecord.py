@@ -8,7 +8,7 @@ on first use (see `copies`), and shards should be written with group_size:1, as 
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from data_pipelines.errors import UserError
 from data_pipelines.records import Pair, ShardLost
@@ -26,8 +26,28 @@ _IDENTITY_BYTES = 1 << 16
 class ArrayRecordSource(ColumnSource):
     """The records of ArrayRecord shards, in their order. Arguments and errors: see `ColumnSource`."""
 
-    def __init__(self, shards: str | os.PathLike | Sequence[str | os.PathLike], *, image: str | None = None):
-        super().__init__(shards, "arrayrecord", build, image=image)
+    kind = "arrayrecord"
+
+    @staticmethod
+    def build(shard: str, stat: FileStat) -> Contents:
+        """The index of a shard. Raises UserError: it is cut, or not an ArrayRecord file of tf.train.Example."""
+        with copies.local_copy(shard, stat.size, stat.version) as copy:
+            reader = _open_file(copy)
+        count = reader.num_records()
+        if not reader.ok() or not count:
+            raise UserError(
+                f"shard {shard!r} is cut, empty or not an ArrayRecord file: it has no index at its end; fetch it again"
+            )
+        try:
+            first = examples.parse(reader.read([0])[0])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"shard {shard!r} does not hold tf.train.Example records: {error}") from error
+        finally:
+            reader.close()
+        notes = examples.notes(shard, first, count)
+        # The index at the end has the position of every chunk, and a chunk's header has the hash of its data.
+        end = Window(shard, stat.size).fetch(max(0, stat.size - _IDENTITY_BYTES), _IDENTITY_BYTES)
+        return Contents(count, {}, notes, index_file.digest(stat, f"{count}\n".encode(), end[-_IDENTITY_BYTES:]))
 
     def _prepare(self) -> None:
         super()._prepare()
@@ -57,27 +77,6 @@ class ArrayRecordSource(ColumnSource):
             raise OSError(f"record {row} of shard {self.paths[shard]!r} is damaged: {detail}") from error
         name = f"{os.path.basename(self.paths[shard])}/{row}"
         return examples.to_pair(features, image=self._images[shard], fallback_key=name)
-
-
-def build(shard: str, stat: FileStat) -> Contents:
-    """The index of a shard. Raises UserError: it is cut, or not an ArrayRecord file of tf.train.Example."""
-    with copies.local_copy(shard, stat.size, stat.version) as copy:
-        reader = _open_file(copy)
-    count = reader.num_records()
-    if not reader.ok() or not count:
-        raise UserError(
-            f"shard {shard!r} is cut, empty or not an ArrayRecord file: it has no index at its end; fetch it again"
-        )
-    try:
-        first = examples.parse(reader.read([0])[0])
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"shard {shard!r} does not hold tf.train.Example records: {error}") from error
-    finally:
-        reader.close()
-    notes = examples.notes(shard, first, count)
-    # The index at the end has the position of every chunk, and a chunk's header has the hash of its data.
-    end = Window(shard, stat.size).fetch(max(0, stat.size - _IDENTITY_BYTES), _IDENTITY_BYTES)
-    return Contents(count, {}, notes, index_file.digest(stat, f"{count}\n".encode(), end[-_IDENTITY_BYTES:]))
 
 
 def _open_file(path: str):

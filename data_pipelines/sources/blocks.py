@@ -184,13 +184,14 @@ class InOrder:
         return Block(first, end, until=end)
 
 
-def pieces(places: np.ndarray) -> np.ndarray:
+def pieces(places: np.ndarray, *, gap_bytes: int = 0, limit_bytes: int = 0) -> np.ndarray:
     """What to read of a file to have all of some places. places: int64 [m, 2], (offset, bytes) -> int64 [k, 2], (start, end)."""
+    gap_bytes, limit_bytes = gap_bytes or GAP_BYTES, limit_bytes or PIECE_BYTES
     places = places[np.argsort(places[:, 0], kind="stable")]
     found: list[list[int]] = []
     for offset, size in places.tolist():
         end = offset + size
-        if found and offset - found[-1][1] <= GAP_BYTES and max(end, found[-1][1]) - found[-1][0] <= PIECE_BYTES:
+        if found and offset - found[-1][1] <= gap_bytes and max(end, found[-1][1]) - found[-1][0] <= limit_bytes:
             found[-1][1] = max(found[-1][1], end)
         else:
             found.append([offset, end])

@@ -35,35 +35,26 @@ def _example_class() -> type:
     """The message class, wire compatible with tensorflow/core/example/example.proto."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-    field = descriptor_pb2.FieldDescriptorProto
+    proto = descriptor_pb2.FieldDescriptorProto
+    one, many = proto.LABEL_OPTIONAL, proto.LABEL_REPEATED
     file = descriptor_pb2.FileDescriptorProto(
         name="data_pipelines/example.proto", package="data_pipelines", syntax="proto3"
     )
-    feature = descriptor_pb2.DescriptorProto(name="Feature")
+
+    def of(message: str) -> dict:
+        return {"type": proto.TYPE_MESSAGE, "type_name": f".data_pipelines.{message}"}
+
+    feature = file.message_type.add(name="Feature")
     feature.oneof_decl.add(name="kind")
     for number, (name, (message, kind)) in enumerate(_LISTS.items(), 1):
-        values = file.message_type.add(name=message)
-        values.field.add(name="value", number=1, type=getattr(field, kind), label=field.LABEL_REPEATED)
-        feature.field.add(
-            name=name,
-            number=number,
-            type=field.TYPE_MESSAGE,
-            type_name=f".data_pipelines.{message}",
-            label=1,
-            oneof_index=0,
-        )
-    file.message_type.append(feature)
+        file.message_type.add(name=message).field.add(name="value", number=1, type=getattr(proto, kind), label=many)
+        feature.field.add(name=name, number=number, label=one, oneof_index=0, **of(message))
     features = file.message_type.add(name="Features")
-    entry = features.nested_type.add(name="FeatureEntry")
-    entry.options.map_entry = True
-    entry.field.add(name="key", number=1, type=field.TYPE_STRING, label=1)
-    of_feature = {"type": field.TYPE_MESSAGE, "type_name": ".data_pipelines.Feature"}
-    entry.field.add(name="value", number=2, label=1, **of_feature)
-    of_entry = {"type": field.TYPE_MESSAGE, "type_name": ".data_pipelines.Features.FeatureEntry"}
-    features.field.add(name="feature", number=1, label=field.LABEL_REPEATED, **of_entry)
-    example = file.message_type.add(name="Example")
-    of_features = {"type": field.TYPE_MESSAGE, "type_name": ".data_pipelines.Features"}
-    example.field.add(name="features", number=1, label=1, **of_features)
+    features.field.add(name="feature", number=1, label=many, **of("Features.FeatureEntry"))
+    entry = features.nested_type.add(name="FeatureEntry", options={"map_entry": True})
+    entry.field.add(name="key", number=1, label=one, type=proto.TYPE_STRING)
+    entry.field.add(name="value", number=2, label=one, **of("Feature"))
+    file.message_type.add(name="Example").field.add(name="features", number=1, label=one, **of("Features"))
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("data_pipelines.Example"))

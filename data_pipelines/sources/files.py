@@ -3,8 +3,7 @@
 Local files are read with `pread`, URLs through `remote`. Readers keep no position and no lock, so any number of threads
 reads at once.
 
-The trap: a file that was cut after it was indexed returns fewer bytes than asked for, without an error. Here that is
-one.
+The trap: a file that was cut after it was indexed returns fewer bytes than asked for, without an error; here that is one.
 """
 
 import functools

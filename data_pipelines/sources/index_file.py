@@ -17,7 +17,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -78,29 +78,20 @@ def open_index(shard: str, kind: str, build: Callable[[str, FileStat], Contents]
       FileNotFoundError, PermissionError, ValueError, OSError: as `files.stat` and `build` raise.
     """
     stat = files.stat(shard)
+    current = (_VERSION, kind, stat.size, stat.version)
     places = [files.cache_path(shard, ".idx")]
     if not files.is_remote(shard):
         places.insert(0, f"{shard}.idx")
     for place in places:
-        found = _map(place)
-        if found and _fits(found[0], kind, stat) and _checksum(found[1]) == found[0].tables_crc32:
-            return Index(found[0], place)
+        header, tables = _map(place) or (None, {})
+        if header and astuple(header)[:4] == current and _checksum(tables) == header.tables_crc32:
+            return Index(header, place)
     contents = build(shard, stat)
     tables = {name: np.ascontiguousarray(table) for name, table in contents.tables.items()}
     described = tuple((name, table.dtype.descr, len(table)) for name, table in tables.items())
-    header = Header(
-        _VERSION,
-        kind,
-        stat.size,
-        stat.version,
-        contents.pairs,
-        described,
-        _checksum(tables),
-        contents.digest,
-        contents.notes,
-    )
+    header = Header(*current, contents.pairs, described, _checksum(tables), contents.digest, contents.notes)
     line = json.dumps(asdict(header)).encode() + b"\n"
-    header = _parse(line)  # as it will be read: json has no tuples
+    header = Header(**json.loads(line))  # as it will be read: json has no tuples
     for place in places:
         if _write(Path(place), line, tables):
             return Index(header, place)
@@ -115,11 +106,6 @@ def digest(stat: FileStat, *parts: bytes | np.ndarray) -> str:
     return sha.hexdigest()
 
 
-def _fits(header: Header, kind: str, stat: FileStat) -> bool:
-    told = (header.version, header.kind, header.shard_bytes, header.shard_version)
-    return told == (_VERSION, kind, stat.size, stat.version)
-
-
 def _checksum(tables: Mapping[str, np.ndarray]) -> int:
     crc = 0
     for table in tables.values():
@@ -127,16 +113,12 @@ def _checksum(tables: Mapping[str, np.ndarray]) -> int:
     return crc
 
 
-def _parse(line: bytes) -> Header:
-    return Header(**json.loads(line))
-
-
 def _map(place: str) -> tuple[Header, dict[str, np.ndarray]] | None:
     """The index at `place`, or None when there is none or it is damaged."""
     try:
         with open(place, "rb") as file:
             line = file.readline(_HEADER_BYTES)
-            header = _parse(line)
+            header = Header(**json.loads(line))
             tables, offset = {}, len(line)
             whole = np.memmap(file, np.uint8, mode="r")
             for name, columns, count in header.tables:

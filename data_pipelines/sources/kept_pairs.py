@@ -258,5 +258,5 @@ def _open(manifest: str | os.PathLike) -> pyarrow.parquet.ParquetFile:
     return file
 
 
-def _other_shards(manifest: str, shard: str, what: str) -> ValueError:
-    return ValueError(f"manifest {manifest!r} is of other shards: for {shard!r} it has {what}; curate again")
+def _other_shards(manifest: str, shard: str, what: str) -> UserError:
+    return UserError(f"manifest {manifest!r} is of other shards: for {shard!r} it has {what}; curate again")

@@ -34,8 +34,18 @@ class ListSource(ColumnSource):
     A pair whose image file does not exist has no image and the problem "missing_image".
     """
 
-    def __init__(self, shards: str | os.PathLike | Sequence[str | os.PathLike], *, image: str | None = None):
-        super().__init__(shards, "list", build, image=image)
+    kind = "list"
+
+    @staticmethod
+    def build(shard: str, stat: FileStat) -> Contents:
+        """The index of a list. Raises UserError: it has no rows, or is not a list."""
+        offsets, sizes, columns = _scan_json(shard, stat) if _is_json(shard) else _scan_csv(shard, stat)
+        if not offsets:
+            raise UserError(f"list {shard!r} has no rows; leave it out")
+        rows = join_offsets(offsets, sizes)
+        image = next((name for name in IMAGE_COLUMNS if name in columns), None)
+        notes = {"columns": columns, "image": image}
+        return Contents(len(rows), {"rows": rows}, notes, index_file.digest(stat, rows, repr(columns).encode()))
 
     def _pair(self, shard: int, row: int, read: Callable[[int, int], bytes]) -> Pair:
         path, column = self.paths[shard], self._images[shard]
@@ -55,17 +65,6 @@ class ListSource(ColumnSource):
         return Pair(str(key), image, fields, tuple(problems))
 
 
-def build(shard: str, stat: FileStat) -> Contents:
-    """The index of a list. Raises UserError: it has no rows, or is not a list."""
-    offsets, sizes, columns = _scan_json(shard, stat) if _is_json(shard) else _scan_csv(shard, stat)
-    if not offsets:
-        raise UserError(f"list {shard!r} has no rows; leave it out")
-    rows = join_offsets(offsets, sizes)
-    image = next((name for name in IMAGE_COLUMNS if name in columns), None)
-    notes = {"columns": columns, "image": image}
-    return Contents(len(rows), {"rows": rows}, notes, index_file.digest(stat, rows, repr(columns).encode()))
-
-
 def _is_json(path: str) -> bool:
     return path.lower().endswith(".jsonl")
 
@@ -76,8 +75,7 @@ def _dialect(path: str) -> dict:
 
 def _lines(shard: str, stat: FileStat) -> Iterator[tuple[int, bytes]]:
     """Every line with its offset."""
-    window, offset, rest = Window(shard, stat.size), 0, b""
-    base = 0
+    window, offset, base, rest = Window(shard, stat.size), 0, 0, b""
     while offset < stat.size:
         block = window.fetch(offset)
         offset += len(block)
@@ -90,35 +88,25 @@ def _lines(shard: str, stat: FileStat) -> Iterator[tuple[int, bytes]]:
         yield base, rest
 
 
-class _Decoded:
-    """Lines as text for the csv module; `end` is the offset after the last line it took."""
-
-    def __init__(self, lines: Iterator[tuple[int, bytes]]):
-        self._lines = lines
-        self.end = 0
-
-    def __iter__(self) -> "_Decoded":
-        return self
-
-    def __next__(self) -> str:
-        offset, line = next(self._lines)
-        self.end = offset + len(line)
-        return (line.removeprefix(_BOM) if offset == 0 else line).decode("utf-8", "replace")
-
-
 def _scan_csv(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[str]]:
     csv.field_size_limit(_MAX_FIELD_CHARS)
-    lines = _Decoded(_lines(shard, stat))
-    reader = csv.reader(lines, **_dialect(shard))
-    offsets, sizes = [], []
+    offsets, sizes, end = [], [], 0
+
+    def decoded() -> Iterator[str]:
+        nonlocal end
+        for offset, line in _lines(shard, stat):
+            end = offset + len(line)
+            yield (line.removeprefix(_BOM) if offset == 0 else line).decode("utf-8", "replace")
+
+    reader = csv.reader(decoded(), **_dialect(shard))
     try:
         columns = [name.strip() for name in next(reader, [])]
-        start = lines.end
+        start = end
         for row in reader:
             if row:
                 offsets.append(start)
-                sizes.append(lines.end - start)
-            start = lines.end
+                sizes.append(end - start)
+            start = end
     except csv.Error as error:
         raise UserError(f"list {shard!r} is not CSV at line {reader.line_num} ({error}); fix that line") from error
     return offsets, sizes, columns

@@ -83,15 +83,11 @@ def _check_some_pairs(source: ShardedSource, fields: Collection[str]) -> None:
 def _open(paths: list[str], kind: str, image: str | None, fields: Collection[str] | None) -> ShardedSource:
     if kind == "parquet":
         return ParquetSource(paths, image=image, fields=fields)
-    if kind == "arrayrecord":
-        return ArrayRecordSource(paths, image=image)
-    if kind == "tfrecord":
-        return TFRecordSource(paths, image=image)
-    if kind == "list":
-        return ListSource(paths, image=image)
-    if image is not None:
-        raise UserError(f"image={image!r}: a tar has no columns; its pictures are its members KEY.jpg, KEY.png, …")
-    return TarSource(paths)
+    if kind == "tar":
+        if image is not None:
+            raise UserError(f"image={image!r}: a tar has no columns; its pictures are its members KEY.jpg, KEY.png, …")
+        return TarSource(paths)
+    return {"arrayrecord": ArrayRecordSource, "tfrecord": TFRecordSource, "list": ListSource}[kind](paths, image=image)
 
 
 def _kind(path: str) -> str:

@@ -19,11 +19,14 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import types
 
 from data_pipelines.errors import UserError
 from data_pipelines.records import Pair, ShardLost
 from data_pipelines.sources import files, index_file
-from data_pipelines.sources.blocks import Block, BlockCache
+from data_pipelines.sources.blocks import Block, BlockCache, pieces
 from data_pipelines.sources.index_file import Contents
 from data_pipelines.sources.remote import FileStat
 from data_pipelines.sources.shards import ColumnSource
@@ -44,6 +47,31 @@ class ParquetSource(ColumnSource):
       fields: the other columns to read; None for all.
     """
 
+    kind = "parquet"
+    _carried = (*ColumnSource._carried, "_fields")
+
+    @staticmethod
+    def build(shard: str, stat: FileStat) -> Contents:
+        """The index of a shard. Raises UserError: it is cut, not a Parquet file, or has no rows."""
+        read = functools.partial(files.Reader([shard], [stat.size]).read, 0)
+        try:
+            metadata = pq.read_metadata(_footer_file(read, stat.size))
+        except (pa.ArrowException, OSError) as error:
+            if not isinstance(error, pa.ArrowException) and files.is_remote(shard):
+                raise
+            detail = " ".join(str(error).split())
+            raise UserError(f"shard {shard!r} is cut or not a Parquet file ({detail}); fetch it again") from error
+        if not metadata.num_rows:
+            raise UserError(f"shard {shard!r} holds no rows; leave it out")
+        counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        groups = np.zeros(len(counts), [("first", "<i8")])
+        groups["first"][1:] = np.cumsum(counts)[:-1]
+        schema = metadata.schema.to_arrow_schema()
+        notes = {"columns": schema.names, "image": _image_column(schema)}
+        return Contents(
+            metadata.num_rows, {"groups": groups}, notes, index_file.digest(stat, groups, _identity(metadata))
+        )
+
     def __init__(
         self,
         shards: str | os.PathLike | Sequence[str | os.PathLike],
@@ -52,20 +80,13 @@ class ParquetSource(ColumnSource):
         fields: Collection[str] | None = None,
     ):
         self._fields = fields
-        super().__init__(shards, "parquet", build, image=image)
+        super().__init__(shards, image=image)
 
     def _prepare(self) -> None:
         super()._prepare()
         self._footer = functools.lru_cache(_OPEN_FOOTERS)(self._read_footer)
         self._group_read = functools.lru_cache(_PLANNED_GROUPS)(self._plan_group)
         self._groups = _GroupCache(CACHE_BYTES)
-
-    def __getstate__(self) -> tuple:
-        return self._fields, super().__getstate__()
-
-    def __setstate__(self, state: tuple) -> None:
-        self._fields, opened = state
-        super().__setstate__(opened)
 
     @property
     def group_starts(self) -> np.ndarray:
@@ -105,7 +126,7 @@ class ParquetSource(ColumnSource):
         fetch = functools.partial(self._read_group, shard, group)
         return {"key": (shard, group), "fetch": fetch, "nbytes": nbytes}
 
-    def _to_pair(self, shard: int, row: int, table, row_in_group: int) -> Pair:
+    def _to_pair(self, shard: int, row: int, table: pa.Table, row_in_group: int) -> Pair:
         values = table.slice(row_in_group, 1).to_pylist()[0]
         image = values.pop(self._images[shard])
         if isinstance(image, dict):
@@ -115,24 +136,19 @@ class ParquetSource(ColumnSource):
         name = f"{os.path.basename(self.paths[shard])}/{row}" if key is None else str(key)
         return Pair(name, image, {name: value for name, value in values.items() if value is not None})
 
-    def _read_footer(self, shard: int):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+    def _read_footer(self, shard: int) -> pq.FileMetaData:
         read = functools.partial(self._files.read, shard)
         try:
             return pq.read_metadata(_footer_file(read, self._indexes[shard].header.shard_bytes))
         except pa.ArrowException as error:
             raise ShardLost(f"shard {self.paths[shard]!r} was replaced while it was in use; start again") from error
 
-    def _read_group(self, shard: int, group: int):
+    def _read_group(self, shard: int, group: int) -> pa.Table:
         """Reads the needed columns of a row group; columns that lie close together take one read."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        spans = [_span(chunk) for chunk in self._chunks(shard, group)]
-        blocks = [(start, self._files.read(shard, start, end - start)) for start, end in _joined(spans)]
-        source = _Blocks(blocks, self._indexes[shard].header.shard_bytes)
+        size, spans = self._indexes[shard].header.shard_bytes, [_span(chunk) for chunk in self._chunks(shard, group)]
+        places = np.array([(start, end - start) for start, end in spans], np.int64).reshape(-1, 2)
+        joined = pieces(places, gap_bytes=_JOIN_GAP_BYTES, limit_bytes=size).tolist()
+        source = _Blocks([(start, self._files.read(shard, start, end - start)) for start, end in joined], size)
         try:
             file = pq.ParquetFile(pa.PythonFile(source, "r"), metadata=self._footer(shard))
             return file.read_row_group(group, columns=self._names(shard), use_threads=False)
@@ -165,22 +181,18 @@ class _GroupCache:
 
     def get(self, key: tuple[int, int], read):
         with self._lock:
-            future = self._tables.get(key)
-            reading = future is None
-            if reading:
-                future = self._tables[key] = Future()
+            mine = key not in self._tables
+            future = self._tables.setdefault(key, Future())
             self._tables.move_to_end(key)
-        if not reading:
-            return future.result()
-        try:
-            future.set_result(read())
-        except BaseException as error:  # threads that wait for this table must not wait for ever
+        if mine:
+            try:
+                future.set_result(read())
+            except BaseException as error:  # threads that wait for this table must not wait for ever
+                with self._lock:
+                    self._tables.pop(key, None)
+                future.set_exception(error)
             with self._lock:
-                self._tables.pop(key, None)
-            future.set_exception(error)
-            raise
-        with self._lock:
-            self._shrink(key)
+                self._shrink(key)
         return future.result()
 
     def _shrink(self, newest: tuple[int, int]) -> None:
@@ -215,31 +227,7 @@ class _Blocks(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def seekable(self) -> bool:
-        return True
-
-
-def build(shard: str, stat: FileStat) -> Contents:
-    """The index of a shard. Raises UserError: it is cut, not a Parquet file, or has no rows."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    read = functools.partial(files.Reader([shard], [stat.size]).read, 0)
-    try:
-        metadata = pq.read_metadata(_footer_file(read, stat.size))
-    except (pa.ArrowException, OSError) as error:
-        if not isinstance(error, pa.ArrowException) and files.is_remote(shard):
-            raise
-        detail = " ".join(str(error).split())
-        raise UserError(f"shard {shard!r} is cut or not a Parquet file ({detail}); fetch it again") from error
-    if not metadata.num_rows:
-        raise UserError(f"shard {shard!r} holds no rows; leave it out")
-    counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    groups = np.zeros(len(counts), [("first", "<i8")])
-    groups["first"][1:] = np.cumsum(counts)[:-1]
-    schema = metadata.schema.to_arrow_schema()
-    notes = {"columns": schema.names, "image": _image_column(schema)}
-    return Contents(metadata.num_rows, {"groups": groups}, notes, index_file.digest(stat, groups, _identity(metadata)))
+    seekable = readable
 
 
 def _identity(metadata) -> bytes:
@@ -249,10 +237,8 @@ def _identity(metadata) -> bytes:
     return repr([(_span(column), column.path_in_schema, column.total_uncompressed_size) for column in columns]).encode()
 
 
-def _image_column(schema) -> str | None:
-    import pyarrow.types as types
-
-    def is_bytes(kind) -> bool:
+def _image_column(schema: pa.Schema) -> str | None:
+    def is_bytes(kind: pa.DataType) -> bool:
         return types.is_binary(kind) or types.is_large_binary(kind)
 
     structs = [
@@ -276,8 +262,6 @@ def _footer_file(read, size: int) -> _Blocks:
     needed = int.from_bytes(end[-8:-4], "little") + 8
     if len(end) < needed <= size and end[-4:] == b"PAR1":
         end = read(size - needed, needed)
-    import pyarrow as pa
-
     return pa.PythonFile(_Blocks([(size - len(end), end)], size), "r")
 
 
@@ -287,14 +271,3 @@ def _span(chunk) -> tuple[int, int]:
     if chunk.dictionary_page_offset is not None:
         start = min(start, chunk.dictionary_page_offset)
     return start, start + chunk.total_compressed_size
-
-
-def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges that cover these spans; spans with a small gap between them share a range."""
-    joined: list[tuple[int, int]] = []
-    for start, end in sorted(spans):
-        if joined and start - joined[-1][1] <= _JOIN_GAP_BYTES:
-            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-        else:
-            joined.append((start, end))
-    return joined

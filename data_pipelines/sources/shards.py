@@ -38,7 +38,9 @@ _SHARDS_PER_PROCESS = 16
 
 
 class ShardedSource(abc.ABC):
-    """Base of the sources. A format adds `_pair`, `_extents` if it reads by ranges, and `_prepare` for what it opens.
+    """Base of the sources.
+
+    A format adds `kind`, `build`, `_pair`, `_extents` if it reads by ranges, and `_prepare` for what it opens.
 
     Attributes:
       paths: of the shards, as strings; local or URLs.
@@ -48,14 +50,13 @@ class ShardedSource(abc.ABC):
       is_remote: whether any shard is.
     """
 
-    def __init__(
-        self,
-        shards: str | os.PathLike | Sequence[str | os.PathLike],
-        kind: str,
-        build: Callable[[str, FileStat], Contents],
-    ):
-        paths = files.expand_shards(shards)
-        self._open(paths, open_indexes(paths, kind, build), kind, build)
+    kind: str
+    _carried: tuple[str, ...] = ("paths", "_indexes")  # what goes to another process
+
+    def __init__(self, shards: str | os.PathLike | Sequence[str | os.PathLike]):
+        self.paths = files.expand_shards(shards)
+        self._indexes = open_indexes(self.paths, self.kind, self.build)
+        self._open()
         for path, index in zip(self.paths, self._indexes, strict=True):
             if path in self.truncated_shards:
                 pairs, due = index.header.pairs, index.header.notes.get("pairs_due")
@@ -63,11 +64,8 @@ class ShardedSource(abc.ABC):
                 message = f"shard {path!r} is cut off: its {pairs} whole pairs are used{told}; fetch it again"
                 warnings.warn(message, stacklevel=3)
 
-    def _open(
-        self, paths: list[str], indexes: list[Index], kind: str, build: Callable[[str, FileStat], Contents]
-    ) -> None:
-        self.paths, self._indexes, self._kind, self._build = paths, indexes, kind, build
-        headers = [index.header for index in indexes]
+    def _open(self) -> None:
+        paths, headers = self.paths, [index.header for index in self._indexes]
         self.truncated_shards = [
             path for path, header in zip(paths, headers, strict=True) if header.notes.get("truncated")
         ]
@@ -85,6 +83,11 @@ class ShardedSource(abc.ABC):
     def _prepare(self) -> None:  # noqa: B027  most formats have nothing to open
         """Called once the shards are known, here and again in every process that the source goes to."""
 
+    @staticmethod
+    @abc.abstractmethod
+    def build(shard: str, stat: FileStat) -> Contents:
+        """The index of a shard. Raises UserError if it is cut, empty or of another format."""
+
     @abc.abstractmethod
     def _pair(self, shard: int, row: int, read: Callable[[int, int], bytes]) -> Pair:
         """A pair of a shard. read(offset, size): bytes of that. Raises ShardLost, OSError."""
@@ -96,7 +99,7 @@ class ShardedSource(abc.ABC):
         if tables is not None:
             return tables
         try:
-            again = index_file.open_index(path, self._kind, self._build)
+            again = index_file.open_index(path, self.kind, self.build)
         except (FileNotFoundError, PermissionError, UserError) as error:
             raise ShardLost(f"shard {path!r} cannot be read any more: {error}") from error
         tables = again.load()
@@ -104,11 +107,12 @@ class ShardedSource(abc.ABC):
             raise ShardLost(f"shard {path!r} was replaced while it was in use; start again")
         return tables
 
-    def __getstate__(self) -> tuple:
-        return self.paths, self._indexes, self._kind, self._build
+    def __getstate__(self) -> dict:
+        return {name: getattr(self, name) for name in self._carried}
 
-    def __setstate__(self, state: tuple) -> None:
-        self._open(*state)
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._open()
 
     def __iter__(self) -> Iterator[Pair]:
         return map(blocks.InOrder(self).__getitem__, range(len(self)))
@@ -208,26 +212,14 @@ class ColumnSource(ShardedSource):
       OSError: a server does not answer.
     """
 
-    def __init__(
-        self,
-        shards: str | os.PathLike | Sequence[str | os.PathLike],
-        kind: str,
-        build: Callable[[str, FileStat], Contents],
-        *,
-        image: str | None,
-    ):
+    _carried = (*ShardedSource._carried, "_image")
+
+    def __init__(self, shards: str | os.PathLike | Sequence[str | os.PathLike], *, image: str | None = None):
         self._image = image
-        super().__init__(shards, kind, build)
+        super().__init__(shards)
 
     def _prepare(self) -> None:
         self._images = [check_image(path, self.notes(shard), self._image) for shard, path in enumerate(self.paths)]
-
-    def __getstate__(self) -> tuple:
-        return self._image, super().__getstate__()
-
-    def __setstate__(self, state: tuple) -> None:
-        self._image, opened = state
-        super().__setstate__(opened)
 
 
 def open_indexes(paths: Sequence[str], kind: str, build: Callable[[str, FileStat], Contents]) -> list[Index]:

@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_pipelines.records import ShardLost
 from data_pipelines.sources import files
@@ -40,9 +42,6 @@ def match(shard: str, rows: np.ndarray, first_json: bytes | None) -> tuple[np.nd
     path = f"{_stem(shard)}.parquet"
     if not files.exists(path):
         return None
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
         side = pq.ParquetFile(io.BytesIO(files.read_whole(path)))
         own = parse_object(first_json or b"") or {}
@@ -62,9 +61,6 @@ class SideTable:
     """The added columns of one side file, in memory."""
 
     def __init__(self, shard: str, columns: Sequence[str]):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         self._path = f"{_stem(shard)}.parquet"
         try:
             self._table = pq.read_table(io.BytesIO(files.read_whole(self._path)), columns=[KEY, *columns])

@@ -108,14 +108,13 @@ def _drop_after_damage(members: Members, headers: list[bytes], whole_at: list[in
     # The checksum is that of the header with eight spaces in its place; float32 holds sums below 2**24 exactly.
     found = blocks.astype(np.float32) @ _ONES - blocks[:, 148:156].astype(np.float32) @ _ONES[:8] + 8 * 32
     odd = np.flatnonzero((stated != found) | (digits < 0).any(1) | (digits > 7).any(1))
-    damaged = np.array([row for row in odd if _number_or(headers[row][148:156], -1) != found[row]], np.int64)
-    if damaged.size == 0:
+    damaged = next((row for row in odd if _number_or(headers[row][148:156], -1) != found[row]), None)
+    if damaged is None:
         return
-    if damaged[0] == 0:
+    if damaged == 0:
         raise NotATar("the checksum of its first header is wrong")
-    count = whole_at[damaged[0]]
     for column in (members.names, members.offsets, members.sizes):
-        del column[count:]
+        del column[whole_at[damaged] :]
     members.truncated, members.cut_name = True, None
 
 

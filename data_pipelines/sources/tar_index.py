@@ -34,14 +34,6 @@ _PACKED_AS = (
 )
 
 
-def row_dtype(key_bytes: int) -> np.dtype:
-    """The dtype of the table `rows`."""
-    columns = [("key", f"S{key_bytes}")]
-    for slot in SLOTS:
-        columns += [(slot, "<i8"), (f"{slot}_bytes", "<i8")]
-    return np.dtype(columns)
-
-
 def build(shard: str, stat: FileStat) -> Contents:
     """The index of a shard. Raises UserError: it is not an uncompressed tar archive, or holds no pairs."""
     window = Window(shard, stat.size)
@@ -56,18 +48,15 @@ def build(shard: str, stat: FileStat) -> Contents:
     rows = tables["rows"]
     if not len(rows):
         raise UserError(f"shard {shard!r} holds no image-text pairs ({stat.size} bytes); leave it out")
-    # Most shards have no such table; it is left out there, so that their digest stays what it was.
-    digest = (
-        index_file.digest(stat, rows, tables["captions"]) if len(tables["captions"]) else index_file.digest(stat, rows)
-    )
     notes: dict[str, object] = {"truncated": members.truncated}
     due = side_files.successes(shard)
     if due is not None and due > len(rows):
         notes |= {"truncated": True, "pairs_due": due}
-    side = side_files.match(shard, rows, _first_json(window, rows))
+    offset, size = rows["json"][0].item(), rows["json_bytes"][0].item()
+    side = side_files.match(shard, rows, window.fetch(offset, size)[:size] if offset >= 0 else None)
     if side is not None:
         tables["side"], notes["side_columns"] = side
-    return Contents(len(rows), tables, notes, digest)
+    return Contents(len(rows), tables, notes, index_file.digest(stat, rows, tables["captions"]))
 
 
 def _group(members: Members) -> tuple[list[bytes], list[tuple[int, int, int, int, int]], int | None]:
@@ -81,9 +70,7 @@ def _group(members: Members) -> tuple[list[bytes], list[tuple[int, int, int, int
         slot, number = _SLOT_OF.get(extension), 0
         if slot is None:
             slot, number = _unusual_slot(extension)
-            if slot is None or not key:
-                continue
-        elif not key:
+        if slot is None or not key:
             continue
         names = seen.get(key)
         if names is None or extension in names:
@@ -112,7 +99,8 @@ def _unusual_slot(extension: bytes) -> tuple[int | None, int]:
 
 
 def _tables(keys: list[bytes], used: list, cut_pair: int | None) -> dict[str, np.ndarray]:
-    rows = np.zeros(len(keys), row_dtype(max(map(len, keys), default=1)))
+    columns = [(name, "<i8") for slot in SLOTS for name in (slot, f"{slot}_bytes")]
+    rows = np.zeros(len(keys), [("key", f"S{max(map(len, keys), default=1)}"), *columns])
     rows["key"] = keys
     pair, slot, number, offset, size = np.array(used, np.int64).reshape(-1, 5).T
     for index, name in enumerate(SLOTS):
@@ -127,9 +115,3 @@ def _tables(keys: list[bytes], used: list, cut_pair: int | None) -> dict[str, np
         rows = np.delete(rows, cut_pair)
         captions["pair"] -= captions["pair"] > cut_pair
     return {"rows": rows, "captions": captions}
-
-
-def _first_json(window: Window, rows: np.ndarray) -> bytes | None:
-    """The json of the first pair; the side file need not add what it holds."""
-    offset, size = int(rows["json"][0]), int(rows["json_bytes"][0])
-    return window.fetch(offset, size)[:size] if offset >= 0 else None

@@ -5,13 +5,11 @@
 
 One pass over the lengths, from record to record, finds the offsets, which are kept as an index. See `examples` for how a
 record becomes a pair.
-
-The trap: files packed as a whole (GZIP) look damaged; they have no random access, and the message says so.
 """
 
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -30,8 +28,23 @@ _GZIP_MAGIC = b"\x1f\x8b"
 class TFRecordSource(ColumnSource):
     """The records of TFRecord shards, in their order. Arguments and errors: see `ColumnSource`."""
 
-    def __init__(self, shards: str | os.PathLike | Sequence[str | os.PathLike], *, image: str | None = None):
-        super().__init__(shards, "tfrecord", build, image=image)
+    kind = "tfrecord"
+
+    @staticmethod
+    def build(shard: str, stat: FileStat) -> Contents:
+        """The index of a shard. Raises UserError: it is not a TFRecord file of tf.train.Example."""
+        window = Window(shard, stat.size)
+        offsets, sizes, crcs, whole = _walk(shard, window)
+        if not offsets:
+            raise UserError(f"shard {shard!r} does not hold one whole record ({stat.size} bytes); fetch it again")
+        rows = join_offsets(offsets, sizes)
+        try:
+            first = examples.parse(window.fetch(offsets[0], sizes[0])[: sizes[0]])
+        except ValueError as error:
+            raise UserError(f"shard {shard!r} does not hold tf.train.Example records: {error}") from error
+        notes = {"truncated": not whole} | examples.notes(shard, first, len(rows))
+        digest = index_file.digest(stat, rows, b"".join(crcs))
+        return Contents(len(rows), {"rows": rows}, notes, digest)
 
     def _pair(self, shard: int, row: int, read: Callable[[int, int], bytes]) -> Pair:
         offset, size = self._tables(shard)["rows"][row].item()
@@ -49,22 +62,6 @@ class TFRecordSource(ColumnSource):
     def _extents(self, shard: int, rows: np.ndarray) -> np.ndarray:
         chosen = self._tables(shard)["rows"][rows]
         return np.stack([chosen["offset"], chosen["bytes"] + _FOOTER_BYTES], axis=1)
-
-
-def build(shard: str, stat: FileStat) -> Contents:
-    """The index of a shard. Raises UserError: it is not a TFRecord file of tf.train.Example."""
-    window = Window(shard, stat.size)
-    offsets, sizes, crcs, whole = _walk(shard, window)
-    if not offsets:
-        raise UserError(f"shard {shard!r} does not hold one whole record ({stat.size} bytes); fetch it again")
-    rows = join_offsets(offsets, sizes)
-    try:
-        first = examples.parse(window.fetch(offsets[0], sizes[0])[: sizes[0]])
-    except ValueError as error:
-        raise UserError(f"shard {shard!r} does not hold tf.train.Example records: {error}") from error
-    notes = {"truncated": not whole} | examples.notes(shard, first, len(rows))
-    digest = index_file.digest(stat, rows, b"".join(crcs))
-    return Contents(len(rows), {"rows": rows}, notes, digest)
 
 
 def _walk(shard: str, window: Window) -> tuple[list[int], list[int], list[bytes], bool]:

@@ -1,14 +1,11 @@
 """Tar shards in the WebDataset / img2dataset layout (KEY.jpg, KEY.txt, KEY.json), read by random access.
 
-A tar with an offset index is as fast as ArrayRecord, so no conversion step is needed.
-
 A cut shard does not fail a run, and does not go unnoticed: its whole pairs are used, a warning says how many, and
 `truncated_shards` lists it.
 """
 
 import functools
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -33,8 +30,8 @@ class TarSource(ShardedSource):
       OSError: a server does not answer.
     """
 
-    def __init__(self, shards: str | os.PathLike | Sequence[str | os.PathLike]):
-        super().__init__(shards, "tar", tar_index.build)
+    kind = "tar"
+    build = staticmethod(tar_index.build)
 
     def _prepare(self) -> None:
         paths, notes = self.paths, self.notes
@@ -47,7 +44,8 @@ class TarSource(ShardedSource):
         key, *flat = tables["rows"][row].item()
         extents = list(zip(flat[::2], flat[1::2], strict=True))
         if len(tables["captions"]):
-            extents += _further_captions(tables["captions"], row)
+            first, last = np.searchsorted(tables["captions"]["pair"], (row, row + 1))
+            extents += [(offset, size) for _, offset, size in tables["captions"][first:last].tolist()]
         image, txt, meta, cls, *more = _read_members(extents, read)
         fields, problems = _parse_fields([text for text in (txt, *more) if text is not None], meta, cls)
         name = key.decode("utf-8", "replace")
@@ -90,11 +88,6 @@ def _read_members(extents: list[tuple[int, int]], read: Callable[[int, int], byt
         return [read(offset, size) if offset >= 0 else None for offset, size in extents]
     block = read(start, end - start)
     return [block[at - start : at - start + size] if at >= 0 else None for at, size in extents]
-
-
-def _further_captions(captions: np.ndarray, row: int) -> list[tuple[int, int]]:
-    first, last = np.searchsorted(captions["pair"], (row, row + 1))
-    return [(offset, size) for _, offset, size in captions[first:last].tolist()]
 
 
 def _parse_fields(texts: list[bytes], meta: bytes | None, cls: bytes | None) -> tuple[dict, tuple[str, ...]]:

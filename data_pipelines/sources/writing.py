@@ -44,7 +44,8 @@ class _ShardWriter:
     def _close(self, kind, error, traceback) -> None:
         self._end()
         if kind is None:
-            _sync(self._partial)
+            with open(self._partial, "rb") as file:
+                os.fsync(file.fileno())
 
 
 class TarWriter(_ShardWriter):
@@ -112,8 +113,3 @@ def _extension(image: bytes) -> str:
     if image[4:12] in (b"ftypavif", b"ftypavis"):
         return "avif"
     return next((extension for magic, extension in _EXTENSIONS if image.startswith(magic)), "jpg")
-
-
-def _sync(path: str) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.curate.engine import LocalEngine
-from data_pipelines.sources import tar_index
 from data_pipelines.sources.webdataset import TarSource
 from tests.data_pipelines.shards import keys, write_pairs
 
@@ -21,8 +20,8 @@ def index_of(shard: Path) -> Path:
 def builds(monkeypatch):
     """Counts how often an index is built."""
     count = []
-    build = tar_index.build
-    monkeypatch.setattr(tar_index, "build", lambda *args: count.append(1) or build(*args))
+    build = TarSource.build
+    monkeypatch.setattr(TarSource, "build", staticmethod(lambda *args: count.append(1) or build(*args)))
     return count
 
 
