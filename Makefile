@@ -45,7 +45,7 @@ isa: $(VENV)/.installed
 	for isa in $(ISA); do \
 	    echo "--xla_cpu_max_isa=$$isa"; \
 	    XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_max_isa=$$isa" \
-	        $(BIN)/python -m pytest -m 'not interop' -rs $(PARALLEL) $(NUMERICS) || exit 1; \
+	        $(BIN)/python -m pytest -m 'not interop and not slow' -rs $(PARALLEL) $(NUMERICS) || exit 1; \
 	done
 
 slow: $(VENV)/.installed
