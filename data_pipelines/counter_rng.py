@@ -2,7 +2,7 @@
 
 SplitMix64 (Steele, Lea and Flood 2014): the n-th number of a stream is mix(start + n * GOLDEN), where `mix`
 is a bijection of 64-bit integers. Making an `np.random.Generator` costs 10-20 us, a tenth of all the time
-that a small picture takes; this starts for 1 us and is the same on every platform and numpy version.
+that a small image takes; this starts for 1 us and is the same on every platform and numpy version.
 
 The trap: streams must not share seeds. Whatever draws for another purpose passes another `stream` number.
 """

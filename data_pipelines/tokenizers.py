@@ -49,7 +49,7 @@ class SentencePieceTokenizer:
                 raise UserError("0 bytes")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"tokenizer {self.path!r} is no SentencePiece model; use a spiece.model") from error
+            raise UserError(f"tokenizer {self.path!r} is not a SentencePiece model; use a spiece.model") from error
         self.vocab_size = self._processor.vocab_size()
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:

@@ -45,7 +45,7 @@ def local_copy(path: str, size: int, version: str) -> Iterator[str]:
 
 
 def limit_bytes() -> int:
-    """How much all copies may take. Raises ValueError: SIGLIP_COPIES_GIB is no positive number."""
+    """How much all copies may take. Raises ValueError: SIGLIP_COPIES_GIB is not a positive number."""
     told = os.environ.get("SIGLIP_COPIES_GIB", str(DEFAULT_GIB))
     try:
         gib = float(told)

@@ -41,7 +41,7 @@ def open_source(
 
     Args:
       shards: a pattern or several, see `files.expand_shards`; or a folder that TFDS wrote.
-      image: the column or feature that holds the picture, where the files have such; None finds it.
+      image: the column or feature that holds the image, where the files have such; None finds it.
       fields: the fields that will be asked for, such as "captions" of "captions.en"; None for all of them.
 
     Raises:
@@ -85,7 +85,7 @@ def _open(paths: list[str], kind: str, image: str | None, fields: Collection[str
         return ParquetSource(paths, image=image, fields=fields)
     if kind == "tar":
         if image is not None:
-            raise UserError(f"image={image!r}: a tar has no columns; its pictures are its members KEY.jpg, KEY.png, …")
+            raise UserError(f"image={image!r}: a tar has no columns; its images are its members KEY.jpg, KEY.png, …")
         return TarSource(paths)
     return {"arrayrecord": ArrayRecordSource, "tfrecord": TFRecordSource, "list": ListSource}[kind](paths, image=image)
 

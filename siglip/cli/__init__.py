@@ -23,7 +23,7 @@ HELP = """usage: siglip COMMAND …
   eval    SRC --task TASK --data SHARDS [--out FILE.json]                 evaluate zero-shot
   export  SRC --format hf|bigvision|… --out DIR …                         hand the encoder over, verified
   embed   SRC --data SHARDS --out FILE.npz|FILE.parquet                   embed images
-  report  WORKDIR                                                         report.html: curves, tables, pictures found
+  report  WORKDIR                                                         report.html: curves, tables, images found
   data    index | tokenizer | stats SHARDS… | curate SHARDS… --out DIR    prepare data
 
 SRC is a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.

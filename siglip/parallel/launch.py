@@ -158,10 +158,10 @@ def _join(config: DistributedConfig) -> bool:
     if config.processes == 1 or (not several and environ.get("SLURM_NTASKS") == "1"):
         return False
     bind_address = _bind_address(config.coordinator) if config.process_id == 0 else None
-    # A client of jax that waits longer than its timeout aborts: this one is to speak first.
-    impatience = threading.Timer(config.timeout_s, _nobody_came, [config])
-    impatience.daemon = True
-    impatience.start()
+    # jax aborts the process when its own timeout is over, so ours comes first and says why in one line.
+    timer = threading.Timer(config.timeout_s, _nobody_came, [config])
+    timer.daemon = True
+    timer.start()
     # gRPC would send what the hosts tell each other through a cluster's web proxy.
     proxies = {name: environ.pop(name) for name in list(environ) if _PROXIES.fullmatch(name)}
     try:
@@ -187,7 +187,7 @@ def _join(config: DistributedConfig) -> bool:
             logger.warning(alone, environ["SLURM_NTASKS"])
         return False  # jax finds no cluster here
     finally:
-        impatience.cancel()
+        timer.cancel()
         environ.update(proxies)
     return True
 

@@ -121,7 +121,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
     Raises:
         FileNotFoundError: there is nothing at `init.src`.
-        ValueError: it is no model, has no tokenizer, or the parts do not fit each other.
+        UserError: it is not a model, has no tokenizer, or the parts do not fit each other.
     """
     model, tokenizer = config.model, config.data.tokenizer
     if isinstance(model, ModelConfig) and tokenizer is not None:

@@ -25,8 +25,8 @@ from siglip.workdir.checkpoint import Checkpointer
 from siglip.workdir.metrics import MetricsWriter, Progress, Throughput, read_metrics
 
 # How long a process whose evaluation failed waits for the others: they may be in a collective that never ends.
-_PATIENCE_S = 10
-_A_DAY_S = 86400  # how long the others wait for the slowest one
+_AFTER_FAILURE_S = 10
+_EVALUATION_S = 86400  # how long the others wait for the slowest one
 
 # Called with the parameters; returns {"eval/<task>/<name>/<metric>": value}.
 Evaluate = Callable[[Mapping[str, Any]], Mapping[str, float]]
@@ -172,8 +172,8 @@ class RunHooks:
         except BaseException as error:
             failure = error
         # Nothing is gathered before all have left the evaluation: this process's collective would meet another one of theirs.
-        patience_s = _A_DAY_S if failure is None else _PATIENCE_S
-        if not wait_for_all(f"after the evaluation of step {step}", timeout_s=patience_s):
+        timeout_s = _EVALUATION_S if failure is None else _AFTER_FAILURE_S
+        if not wait_for_all(f"after the evaluation of step {step}", timeout_s=timeout_s):
             raise failure or RunFailed("the evaluation failed in another process; its output says why")
         everyones = gather_records([{"results": results, "failure": None if failure is None else str(failure)}])
         failures = [f"process {i}: {one['failure']}" for i, one in enumerate(everyones) if one["failure"] is not None]

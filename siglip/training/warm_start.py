@@ -34,7 +34,7 @@ from siglip.workdir.files import CONFIG_FILE, TOKENIZER_FILE
 logger = logging.getLogger(__name__)
 
 _EMBEDDING_TABLE = "txt/Embed_0/embedding"
-_MOST_NAMED = 12
+_MAX_NAMED = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ def read_initial(init: InitConfig, model: ModelConfig, *, tokenizer: bytes | Non
 
     Raises:
         FileNotFoundError: there is nothing at `init.src`.
-        ValueError: it is no model; its architecture differs; an array that is to be taken is left over or has another shape
+        UserError: it is not a model; its architecture differs; an array that is to be taken is left over or has another shape
             (all of them are named); a pattern takes nothing; or its token embeddings belong to another tokenizer.
     """
     assert init.src is not None
@@ -270,8 +270,8 @@ def _tell(init: InitConfig, taken: Mapping[str, key_maps.Shape], shapes: Mapping
     count = Counter(path.partition("/")[0] for path in fresh)
     told = [top for top in count if count[top] == whole[top]]
     told += [path for path in fresh if path.partition("/")[0] not in told]
-    more = f" and {len(told) - _MOST_NAMED} more" if len(told) > _MOST_NAMED else ""
+    more = f" and {len(told) - _MAX_NAMED} more" if len(told) > _MAX_NAMED else ""
     numbers = sum(math.prod(shape) for shape in taken.values()) / 1e6
     logger.info(
-        "%.1f M parameters from %s; fresh: %s%s", numbers, init.src, ", ".join(told[:_MOST_NAMED]) or "none", more
+        "%.1f M parameters from %s; fresh: %s%s", numbers, init.src, ", ".join(told[:_MAX_NAMED]) or "none", more
     )

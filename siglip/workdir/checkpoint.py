@@ -120,21 +120,22 @@ class Checkpointer:
         gather_records([])  # the others read what process 0 wrote
         self._manager.reload()
 
-    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """(state, data_state) of a step; `like` is the state as shapes with shardings: arrays arrive laid out so.
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """(state, data_state) of a step; arrays arrive with the shardings of `abstract_state`.
 
         Raises:
             ValueError: if the checkpoint is damaged or belongs to another model.
         """
-        self._check_model(step, like)
+        self._check_model(step, abstract_state)
         with _reading(self._folder / str(step), fix="move that folder away to go on from the one before"):
             items = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()),
             )
         return items.state, items.data
 
-    def _check_model(self, step: int, like: Any) -> None:
-        """Raises ValueError if the parameters of a step have other names or shapes than `like`: config.json may be gone."""
+    def _check_model(self, step: int, abstract_state: Any) -> None:
+        """Raises ValueError if the parameters of a step have other names or shapes than `abstract_state`: config.json may be gone."""
         folder = self._folder / str(step)
         try:
             with ocp.PyTreeCheckpointer() as reader:
@@ -142,8 +143,8 @@ class Checkpointer:
             there = {path: tuple(leaf.shape) for path, leaf in trees.flatten(tree["params"]).items()}
         except Exception:  # `restore` says what is wrong with the files
             return
-        here = {path: tuple(leaf.shape) for path, leaf in trees.flatten(like.params).items()}
-        here["ema"], there["ema"] = like.ema is not None, bool(tree.get("ema"))
+        here = {path: tuple(leaf.shape) for path, leaf in trees.flatten(abstract_state.params).items()}
+        here["ema"], there["ema"] = abstract_state.ema is not None, bool(tree.get("ema"))
         other = sorted(path for path in there.keys() | here.keys() if there.get(path) != here.get(path))
         if other:
             path, more = other[0], f" and {len(other) - 1} more" if len(other) > 1 else ""

@@ -183,7 +183,7 @@ def read_config(workdir: Path, *, fields: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is no JSON object, or lacks a field.
+        UserError: if it is not a JSON object, or lacks a field.
     """
     path = workdir / CONFIG_FILE
     try:
@@ -193,6 +193,6 @@ def read_config(workdir: Path, *, fields: Sequence[str] = ()) -> dict[str, Any]:
             f"{path} is not valid JSON ({error}); restore it from a checkpoint's config/ or remove it"
         ) from None
     if not isinstance(tree, dict) or (lacks := [name for name in fields if name not in tree]):
-        what = f"lacks {', '.join(lacks)}" if isinstance(tree, dict) else "is no object"
-        raise UserError(f"{path} is no run's config, it {what}; restore it from a checkpoint's config/")
+        what = f"lacks {', '.join(lacks)}" if isinstance(tree, dict) else "is not an object"
+        raise UserError(f"{path} is not the config of a run: it {what}; restore it from a checkpoint's config/")
     return tree

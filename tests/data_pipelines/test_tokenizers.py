@@ -109,10 +109,10 @@ def test_bad_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no tokenizer at .*siglip data tokenizer"):
         SentencePieceTokenizer(tmp_path / "none.model")
     (tmp_path / "text.model").write_text("not a model")
-    with pytest.raises(ValueError, match="is no SentencePiece model"):
+    with pytest.raises(ValueError, match="is not a SentencePiece model"):
         SentencePieceTokenizer(tmp_path / "text.model")
     (tmp_path / "empty.model").write_bytes(b"")
-    with pytest.raises(ValueError, match="is no SentencePiece model"):
+    with pytest.raises(ValueError, match="is not a SentencePiece model"):
         SentencePieceTokenizer(tmp_path / "empty.model")
 
 
