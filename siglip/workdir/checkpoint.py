@@ -135,7 +135,7 @@ class Checkpointer:
         return items.state, items.data
 
     def _check_model(self, step: int, abstract_state: Any) -> None:
-        """Raises ValueError if the parameters of a step have other names or shapes than `abstract_state`: config.json may be gone."""
+        """Raises UserError if the parameters of a step have other names or shapes: config.json may be gone."""
         folder = self._folder / str(step)
         try:
             with ocp.PyTreeCheckpointer() as reader:
