@@ -1,4 +1,4 @@
-"""The image of a sample, resized to the model's square: cut out, coloured and mirrored at random for training."""
+"""The image of a sample, resized to the model's size: cropped, coloured and mirrored at random for training."""
 
 import math
 from dataclasses import dataclass

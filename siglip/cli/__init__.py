@@ -1,4 +1,4 @@
-"""The command line: the only composition root, and the only place that joins siglip and data_pipelines.
+"""The command line: flags in, one call, lines out. Here siglip and data_pipelines are put together.
 
 Exit codes: 0 on success, 2 on bad input, 1 on a failed run, 128 + the signal's number when a signal stopped a run whose
 state was then saved. Bad input and failed runs are one line that says what is wrong and how to fix it (SIGLIP_TRACEBACK=1

@@ -166,7 +166,7 @@ class ModelScorer:
         return _unpickled_scorer, (*self._made_from, self.fingerprint)
 
     def _probe(self) -> np.ndarray:
-        """what the model makes of a fixed image and text: other weights, another answer."""
+        """What the model makes of a fixed image and text: other weights, another answer."""
         ramp = np.arange(int(np.prod(self.image_size)) * 3, dtype=np.uint32).astype(np.uint8)
         return np.concatenate([self.embed_images(ramp.reshape(1, *self.image_size, 3)), self.embed_texts(["a probe"])])
 

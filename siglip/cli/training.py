@@ -37,15 +37,13 @@ def train_command(args: list[str]) -> None:
         return
     config = parse(TrainConfig, args[1:], prog=f"siglip train {args[0]}", default=load_config_file(args[0]))
     with launch.joined(config.distributed, describe=describe):
-        _train(config)
+        # What only one process finds bad, such as a missing file, must end all of them.
+        start_training = launch.in_all_or_none(functools.partial(_prepare, config), bad_input=BAD_INPUT)
+        start_training()
 
 
-def _train(config: TrainConfig) -> None:
-    launch.in_all_or_none(functools.partial(_open, config), bad_input=BAD_INPUT)()
-
-
-def _open(config: TrainConfig) -> Callable[[], TrainState]:
-    """Opens all that training reads, so that what only one process finds bad is known to all; returns what starts it."""
+def _prepare(config: TrainConfig) -> Callable[[], TrainState]:
+    """Opens everything that training reads; returns the function that trains."""
     config = resolve(config)
     tokenizer = load_tokenizer(config.data.tokenizer, vocab_size=config.model.text.vocab_size)
     sharding.check_batch_size(config.batch_size, sharding.make_mesh(config.mesh))

@@ -9,6 +9,7 @@ name into `Task`: `siglip eval --task`, the config and its flags, config.json an
 - `run(embedder)`: a list of `Result`; called by all processes, with the same result in all of them.
 """
 
+import dataclasses
 import typing
 from collections import Counter
 from collections.abc import Sequence
@@ -51,3 +52,28 @@ def named_metrics(results: Sequence[Result]) -> dict[str, float]:
         for result in results
         for name, value in result.metrics.items()
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """The evaluations of a training run.
+
+    Attributes:
+        tasks: what is evaluated; metrics are called eval/<task>/<name>/<metric>.
+        every_steps: steps between evaluations; 0 evaluates at the end only.
+        batch_size: images or texts per forward pass, over all devices and hosts.
+        threads: threads per process that decode images; 0 takes one per core that the process may use.
+        workers: processes per process that decode images; with 0, threads alone do it.
+    """
+
+    tasks: tuple[Task, ...] = ()
+    every_steps: int = 0
+    batch_size: int = 256
+    threads: int = 0
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("every_steps", 0), ("batch_size", 1), ("threads", 0), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"eval.{name}={getattr(self, name)} must be at least {least}")
+        check_names(self.tasks)

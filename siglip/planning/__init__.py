@@ -1,1 +1,1 @@
-"""What a run will cost, before any accelerator is rented."""
+"""What a compiled program costs, read from it, also for accelerators that are not there."""

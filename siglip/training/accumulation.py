@@ -14,6 +14,7 @@ device's own block, so no pair moves; coupled arrays are put back in the batch's
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +102,11 @@ def _in_micro_batches(
     )
 
     def backward(grads: list[Array], j: Array) -> tuple[list[Array], None]:
-        _, vjp = jax.vjp(lambda trained: run(trained, j)[:2], trained)
+        def differentiated(trained: list[Array]) -> tuple[Any, Array]:
+            parts = run(trained, j)
+            return parts.coupled, parts.separate
+
+        _, vjp = jax.vjp(differentiated, trained)
         return jax.tree.map(jnp.add, grads, vjp((rows(given.coupled, j), given.separate))[0]), None
 
     grads, _ = lax.scan(backward, grads, numbers)

@@ -17,7 +17,7 @@ from data_pipelines import errors as data_errors
 from data_pipelines.loader import DataConfig
 from siglip import trees
 from siglip.errors import UserError
-from siglip.evaluation.suite import Task, check_names, metric_prefix
+from siglip.evaluation.suite import EvalConfig, metric_prefix
 from siglip.models.two_tower import ModelConfig
 from siglip.parallel.launch import DistributedConfig
 from siglip.parallel.sharding import MeshConfig
@@ -26,31 +26,6 @@ from siglip.training.optim import OptimConfig
 from siglip.training.warm_start import InitConfig, SourceModel, read_base
 from siglip.workdir.checkpoint import CheckpointConfig
 from siglip.workdir.metrics import LogConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """Evaluations inside the loop.
-
-    Attributes:
-        tasks: what is evaluated; metrics are called eval/<task>/<name>/<metric>.
-        every_steps: steps between evaluations; 0 evaluates at the end only.
-        batch_size: images or texts per forward pass, over all devices and hosts.
-        threads: threads per process that decode images; 0 takes one per core that the process may use.
-        workers: processes per process that decode images; with 0, threads alone do it.
-    """
-
-    tasks: tuple[Task, ...] = ()
-    every_steps: int = 0
-    batch_size: int = 256
-    threads: int = 0
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("every_steps", 0), ("batch_size", 1), ("threads", 0), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"eval.{name}={getattr(self, name)} must be at least {least}")
-        check_names(self.tasks)
 
 
 @dataclasses.dataclass(frozen=True)

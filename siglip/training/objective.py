@@ -5,8 +5,9 @@
 An objective has two halves. `forward` sees some rows of the batch and gives what couples all pairs (their embeddings), what
 simply adds up, and metrics. `couple` sees the coupled arrays of the whole batch. accumulation.py differentiates both.
 
-To add a term: a file beside this one with a frozen dataclass on `Term`, its head, if it has one, in siglip/models, its class
-in `TrainConfig.terms`, and, if it reads more than images and texts, a field of data_pipelines/samples.
+To add a term: a file beside this one with a frozen dataclass that subclasses `Term`, its head, if it has one, in siglip/models,
+and its class in the type of `TrainConfig.terms`. If it reads more than images and texts it also needs a field: a file in
+data_pipelines/samples and its name in `data_pipelines.loader.default_fields`.
 """
 
 import dataclasses
@@ -56,7 +57,7 @@ class LossConfig:
                 raise UserError(f"loss.{name}={value} must be at least 1, or None {none}")
 
 
-class Towers(NamedTuple):
+class TowerOutputs(NamedTuple):
     """What the model gave for some rows of the batch: see `TwoTower`. zimg and ztxt are normalised."""
 
     zimg: Float[Array, "b e"]
@@ -90,7 +91,7 @@ class Term:
         return {}
 
     def forward(
-        self, params: Params, batch: Batch, key: Array, *, towers: Towers, model: ModelConfig, layout: ParamLayout
+        self, params: Params, batch: Batch, key: Array, *, towers: TowerOutputs, model: ModelConfig, layout: ParamLayout
     ) -> tuple[Float[Array, ""], Metrics]:
         """The sum of the term over these rows, and sums of other metrics over them; all float32.
 
@@ -154,7 +155,7 @@ def make_objective(
 
     def forward(params: Params, batch: Batch, key: Array, step: Int[Array, ""]) -> Parts:
         params = layout.gather_outside_blocks(params)
-        towers = Towers(*module.apply({"params": params}, batch, train=True, rngs={"dropout": key}))
+        towers = TowerOutputs(*module.apply({"params": params}, batch, train=True, rngs={"dropout": key}))
         separate, metrics = jnp.zeros(()), {}
         for term in terms:
             own, draws = params.get(term.name, {}), jax.random.fold_in(key, _number(term.name))
@@ -201,7 +202,7 @@ def init_all_params(model: ModelConfig, terms: Sequence[Term], key: Array) -> di
 
 
 def all_param_shapes(model: ModelConfig, terms: Sequence[Term]) -> dict[str, Any]:
-    """The same tree with `jax.ShapeDtypeStruct` leaves; nothing is computed or allocated."""
+    """The tree of `init_all_params` with `jax.ShapeDtypeStruct` leaves; nothing is computed or allocated."""
     return jax.eval_shape(lambda: init_all_params(model, terms, jax.random.key(0)))
 
 

@@ -220,7 +220,7 @@ def _check_architecture(
     different: dict[str, tuple[Any, Any]] = {}
 
     def compare(name: str, there: Any, here: Any, *, unless_excluded: str | None = None) -> None:
-        """`unless_excluded`: a difference is meant if the patterns leave out what begins so."""
+        """`unless_excluded`: a difference is allowed if init.only or init.skip leave out parameters with this prefix."""
         meant = unless_excluded is not None and any(path.startswith(unless_excluded) for path in excluded)
         if there != here and not meant:
             different[f"model.{name}"] = (there, here)

@@ -116,7 +116,7 @@ def test_a_micro_batch_of_the_whole_batch_is_the_plain_step():
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_exact_in_float64_for_what_couples_pairs_and_for_what_adds_up(devices):
-    """Towers of one layer, where nothing rounds to float32, and a term with a head and dropout of its own."""
+    """TowerOutputs of one layer, where nothing rounds to float32, and a term with a head and dropout of its own."""
     with jax.enable_x64(True):
         rng, mesh = np.random.default_rng(0), mesh_of(devices)
         params = {
