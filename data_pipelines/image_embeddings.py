@@ -113,7 +113,7 @@ def open_image_embeddings(
     """The embeddings in `folder`, which is made if need be. about: what they are of, for whoever finds the folder.
 
     Raises:
-      ValueError: what is there has another number of pairs or another width.
+      UserError: what is there has another number of pairs or another width.
       OSError: the folder cannot be made.
     """
     path = folder / _META_FILE

@@ -182,7 +182,7 @@ class Loader:
         """Goes to where `state()` was taken. Where the weights were others, each source goes on from its own count.
 
         Raises:
-          ValueError: the state belongs to other data, another seed or another batch size.
+          UserError: the state belongs to other data, another seed or another batch size.
         """
         for name, ours in self._identity.items():
             if state.get(name) == ours:
@@ -243,7 +243,7 @@ def make_loader(
       fields: what becomes of each pair; None for `default_fields`.
 
     Raises:
-      FileNotFoundError, PermissionError, ValueError: shards, tokenizer or numbers that cannot be used.
+      FileNotFoundError, PermissionError, UserError: shards, tokenizer or numbers that cannot be used.
     """
     from data_pipelines.samples.batches import TrainBatches
     from data_pipelines.samples.noisy_batches import NoisyBatches
@@ -307,7 +307,7 @@ def make_eval_batches(
       fields: which fields of the pairs to carry along; None for all.
 
     Raises:
-      ValueError: batch_size is below 1.
+      UserError: batch_size is below 1.
     """
     from data_pipelines.samples.in_order import EvalBatches, ImagesInOrder
     from data_pipelines.samples.pairs import ImageDecoder

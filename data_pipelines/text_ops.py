@@ -36,7 +36,7 @@ class CaptionError(ValueError):
 
 
 def check_spec(spec: CaptionSpec) -> None:
-    """Raises ValueError when a caption spec cannot be drawn from."""
+    """Raises UserError when a caption spec cannot be drawn from."""
     if not spec:
         raise UserError('captions=() names no caption field; use e.g. captions=(("txt", 1.0),)')
     for field, probability in spec:

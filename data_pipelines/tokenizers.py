@@ -28,7 +28,7 @@ class SentencePieceTokenizer:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is not a SentencePiece model, or the model has no end token.
+      UserError: the file is not a SentencePiece model, or the model has no end token.
     """
 
     def __init__(self, path: str | os.PathLike):

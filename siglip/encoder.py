@@ -59,7 +59,7 @@ class Encoder:
         """float32 [b, h, w, 3] in [-1, 1] -> float32 [b, e], L2-normalised.
 
         Raises:
-            ValueError: the size is not the model's, pixels are integers, or the image tower has no pooling.
+            UserError: the size is not the model's, pixels are integers, or the image tower has no pooling.
         """
         if self.config.image.pool == "none":
             raise UserError("this image tower has no pooling, so an image has no embedding; use image_tokens")
@@ -72,7 +72,7 @@ class Encoder:
         first.
 
         Raises:
-            ValueError: the size is not the model's, or pixels are integers.
+            UserError: the size is not the model's, or pixels are integers.
         """
         return self._tokens(self.params, check_images(images, self.config.image))
 
@@ -80,7 +80,7 @@ class Encoder:
         """int32 [b, l] token ids -> float32 [b, e], L2-normalised.
 
         Raises:
-            ValueError: there is no text tower, the length is not the model's, or an id is outside the vocabulary.
+            UserError: there is no text tower, the length is not the model's, or an id is outside the vocabulary.
         """
         text = self.config.text
         if text is None:
@@ -104,7 +104,7 @@ class Encoder:
         belongs together.
 
         Raises:
-            ValueError: there is no text tower, and so no temperature and no bias.
+            UserError: there is no text tower, and so no temperature and no bias.
         """
         if self.config.text is None:
             raise UserError(
@@ -149,7 +149,7 @@ def load(
 
     Raises:
         FileNotFoundError: there is nothing at `src`.
-        ValueError: it is none of these, or damaged, or does not hold exactly one model's arrays.
+        UserError: it is none of these, or damaged, or does not hold exactly one model's arrays.
     """
     params, config, tokenizer = read_model(src, image_size, patch_size=patch_size)
     return Encoder(params, config, tokenizer=tokenizer)
@@ -222,7 +222,7 @@ class ImageEncoder:
         """float32 [b, h, w, 3] in [-1, 1] -> float32 [b, n, d].
 
         Raises:
-            ValueError: the images have another size, or integer pixels.
+            UserError: the images have another size, or integer pixels.
         """
         return self._forward(images)[1]
 
@@ -231,7 +231,7 @@ class ImageEncoder:
         the embedding that texts are compared with.
 
         Raises:
-            ValueError: as for `tokens`, or the encoder has no pooling, or reads from an earlier layer.
+            UserError: as for `tokens`, or the encoder has no pooling, or reads from an earlier layer.
         """
         if self.spec.pooled_width is None:
             raise UserError(
@@ -274,7 +274,7 @@ def load_encoder(
 
     Raises:
         FileNotFoundError: there is nothing at `src`.
-        ValueError: it is not a model, the size holds no patch, or the tower has no such layer.
+        UserError: it is not a model, the size holds no patch, or the tower has no such layer.
     """
     params, config, _ = read_model(src, image_size, patch_size=patch_size)
     image, depth = config.image, config.image.spec.depth

@@ -37,7 +37,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """{"a/b": 1} -> {"a": {"b": 1}}.
 
     Raises:
-        ValueError: if one path is a prefix of another ("a" and "a/b").
+        UserError: if one path is a prefix of another ("a" and "a/b").
     """
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
@@ -74,7 +74,7 @@ def first_matches(
         optional: patterns that may match nothing (defaults that suit every model).
 
     Raises:
-        ValueError: if a pattern is not a regular expression, or is not `optional` and matches no path.
+        UserError: if a pattern is not a regular expression, or is not `optional` and matches no path.
     """
     paths = list(paths)
     try:
@@ -97,7 +97,7 @@ def build_dataclass(cls: type[T], tree: Mapping[str, Any], *, where: str = "conf
     default.
 
     Raises:
-        ValueError: for an unknown field (with a suggestion), or for a value that does not fit its field.
+        UserError: for an unknown field (with a suggestion), or for a value that does not fit its field.
     """
     hints = typing.get_type_hints(cls)
     names = {field.name for field in dataclasses.fields(cls)}

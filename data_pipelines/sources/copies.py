@@ -29,7 +29,7 @@ def local_copy(path: str, size: int, version: str) -> Iterator[str]:
     """The path of a file on this machine: its own, or that of a copy, which stays there at least until the block ends.
 
     Raises:
-      FileNotFoundError, PermissionError, ValueError, OSError: it cannot be read, or not be kept.
+      FileNotFoundError, PermissionError, UserError, OSError: it cannot be read, or not be kept.
     """
     if not files.is_remote(path):
         yield path
@@ -45,7 +45,7 @@ def local_copy(path: str, size: int, version: str) -> Iterator[str]:
 
 
 def limit_bytes() -> int:
-    """How much all copies may take. Raises ValueError: SIGLIP_COPIES_GIB is not a positive number."""
+    """How much all copies may take. Raises UserError: SIGLIP_COPIES_GIB is not a positive number."""
     told = os.environ.get("SIGLIP_COPIES_GIB", str(DEFAULT_GIB))
     try:
         gib = float(told)

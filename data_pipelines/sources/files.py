@@ -39,7 +39,7 @@ def expand_shards(shards: str | os.PathLike | Sequence[str | os.PathLike]) -> li
 
     Raises:
       FileNotFoundError: a pattern names no file.
-      ValueError: there is no pattern, or a URL cannot be opened.
+      UserError: there is no pattern, or a URL cannot be opened.
       OSError: a server does not answer.
     """
     patterns = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
@@ -87,7 +87,7 @@ def stat(path: str) -> FileStat:
 
     Raises:
       FileNotFoundError, PermissionError: it is not there, or not to be read.
-      ValueError: it is a folder, empty, or a URL that cannot be opened.
+      UserError: it is a folder, empty, or a URL that cannot be opened.
       OSError: a server does not answer.
     """
     if is_remote(path):

@@ -56,7 +56,7 @@ class KeptPairs:
 
     Raises:
       FileNotFoundError, PermissionError: there is no such file, or it must not be read.
-      ValueError: it is no manifest, or one of other shards, or keeps nothing.
+      UserError: it is no manifest, or one of other shards, or keeps nothing.
     """
 
     def __init__(self, source: ShardedSource, manifest: str | os.PathLike):
@@ -71,7 +71,7 @@ class KeptPairs:
         self.fingerprint = digest.hexdigest()
 
     def _compare(self, manifest: str, some: Sequence[tuple[int, Mapping]]) -> None:
-        """Raises ValueError if rows are not what the manifest says of them."""
+        """Raises UserError if rows are not what the manifest says of them."""
         stride = -(-len(some) // _COMPARED_PAIRS)
         for number, (row, told) in enumerate(some):
             shard = self.paths[self.source.locate(row)[0]]
@@ -161,7 +161,7 @@ def read_manifest(
       starts: the first row of each shard, and the number of all rows.
 
     Raises:
-      FileNotFoundError, PermissionError, ValueError: see `KeptPairs`.
+      FileNotFoundError, PermissionError, UserError: see `KeptPairs`.
     """
     name, file = os.fspath(manifest), _open(manifest)
     bits = np.zeros(-(-starts[-1] // 8), np.uint8)
@@ -190,7 +190,7 @@ def read_manifest(
 
 
 def _batches(file: pyarrow.parquet.ParquetFile, name: str) -> Iterator[pyarrow.RecordBatch]:
-    """Raises ValueError where the file is damaged, or lacks a value."""
+    """Raises UserError where the file is damaged, or lacks a value."""
     columns = [*_COLUMNS, *(column for column in _COMPARED_COLUMNS if column in file.schema_arrow.names)]
     try:
         for batch in file.iter_batches(_ROWS_AT_ONCE, columns=list(dict.fromkeys(columns))):

@@ -46,7 +46,7 @@ def open_source(
 
     Raises:
       FileNotFoundError, PermissionError: a shard is missing or not to be read.
-      ValueError: a shard is damaged, of an unknown or another format, or lacks a column.
+      UserError: a shard is damaged, of an unknown or another format, or lacks a column.
       OSError: a server does not answer.
     """
     paths = files.expand_shards(shards)

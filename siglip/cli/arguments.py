@@ -18,7 +18,7 @@ def parse(cls: Callable[..., T], args: list[str], *, prog: str, default: T | Non
     """Parses `args` into `cls`; with `default`, every field of that instance is an optional flag.
 
     Raises:
-        ValueError: one line, for an unknown flag (with a suggestion), a wrong value or a missing one.
+        UserError: one line, for an unknown flag (with a suggestion), a wrong value or a missing one.
         SystemExit: with code 0, after --help.
     """
     given = {} if default is None else {"default": default}

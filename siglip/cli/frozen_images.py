@@ -63,7 +63,7 @@ def check_frozen(config: TrainConfig) -> None:
     """Checks that every image has one embedding throughout training, so that `data.image_embeddings` can hold it.
 
     Raises:
-        ValueError: if images change, or the image tower does.
+        UserError: if images change, or the image tower does.
     """
     image, found = config.model.image, None
     mask = trees.flatten(optim.frozen_mask(config.optim, all_param_shapes(config.model, config.terms)))
@@ -89,7 +89,7 @@ def make_prepare(config: TrainConfig, loader: Loader) -> Prepare:
     """Computes what is missing of the image embeddings and has the loader use them.
 
     Raises:
-        ValueError: as `check_frozen`.
+        UserError: as `check_frozen`.
     """
     check_frozen(config)
     model, mesh = config.model, sharding.make_mesh(config.mesh)

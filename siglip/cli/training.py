@@ -67,7 +67,7 @@ def _prepare(config: TrainConfig) -> Callable[[], TrainState]:
 
 
 def load_tokenizer(path: str, *, vocab_size: int) -> SentencePieceTokenizer:
-    """Raises ValueError when its ids do not fit a text tower of `vocab_size`."""
+    """Raises UserError when its ids do not fit a text tower of `vocab_size`."""
     tokenizer = SentencePieceTokenizer(path)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(

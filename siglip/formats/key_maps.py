@@ -71,7 +71,7 @@ def check_arrays(
         problems: what else is wrong, each the rest of a sentence that starts with "it".
 
     Raises:
-        ValueError: in one line, every key that is missing, left over or of the wrong shape or type, with suggestions.
+        UserError: in one line, every key that is missing, left over or of the wrong shape or type, with suggestions.
     """
     missing = [key for key in expected if key not in found]
     unknown = [key for key in found if key not in expected]

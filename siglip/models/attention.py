@@ -108,7 +108,7 @@ def choose_kernel(
     "auto" is cuDNN on NVIDIA when the sizes allow it, splash on TPU from SPLASH_MIN_TOKENS tokens on, and XLA otherwise.
 
     Raises:
-        ValueError: if `choice` names a kernel that cannot run there.
+        UserError: if `choice` names a kernel that cannot run there.
     """
     obstacles = {
         "cudnn": _cudnn_obstacle(device, head_dim, dtype),

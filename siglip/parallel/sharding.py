@@ -74,7 +74,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """The (data, fsdp) mesh over `devices` (default: all of this job).
 
     Raises:
-        ValueError: if the axes do not multiply to the number of devices.
+        UserError: if the axes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     data = len(devices) // config.fsdp if config.data == -1 else config.data
@@ -89,7 +89,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises ValueError, with the nearest sizes that fit, when the batch does not divide over the devices."""
+    """Raises UserError, with the nearest sizes that fit, when the batch does not divide over the devices."""
     devices = mesh.size
     if batch_size < 1 or batch_size % devices:
         lower, upper = batch_size // devices * devices, (batch_size // devices + 1) * devices
@@ -98,7 +98,7 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
 
 
 def check_micro_batch_size(micro_batch_size: int, batch_size: int, mesh: Mesh) -> None:
-    """Raises ValueError, with the nearest sizes that fit, unless micro-batches fill the batch and the devices exactly."""
+    """Raises UserError, with the nearest sizes that fit, unless micro-batches fill the batch and the devices exactly."""
     fitting = [n for n in range(mesh.size, batch_size + 1, mesh.size) if batch_size % n == 0]
     if micro_batch_size not in fitting:
         lower = [n for n in fitting if n < micro_batch_size][-1:]
@@ -122,7 +122,7 @@ def param_shardings(shapes: Mapping[str, Any], mesh: Mesh, config: MeshConfig) -
         shapes: nested dict of arrays or ShapeDtypeStructs.
 
     Raises:
-        ValueError: if a pattern matches nothing, a parameter has no rule, a rule cannot shard a large parameter it applies
+        UserError: if a pattern matches nothing, a parameter has no rule, a rule cannot shard a large parameter it applies
             to, or fsdp > 1 and no parameter is large enough to be sharded.
     """
     flat = trees.flatten(shapes)

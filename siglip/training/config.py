@@ -118,7 +118,7 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_json(tree: Mapping[str, Any]) -> TrainConfig:
-    """Raises ValueError for unknown fields, with a suggestion."""
+    """Raises UserError for unknown fields, with a suggestion."""
     return trees.build_dataclass(TrainConfig, tree)
 
 
@@ -127,7 +127,7 @@ def load_config_file(path: str) -> TrainConfig:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it defines no `get_config`, or that does not return a TrainConfig.
+        UserError: if it defines no `get_config`, or that does not return a TrainConfig.
     """
     file = Path(path)
     if not file.is_file():

@@ -147,7 +147,7 @@ def make_objective(
         total_steps: of the run, for terms that start later.
 
     Raises:
-        ValueError: if the model asks for an attention kernel that cannot run on the devices of `layout`.
+        UserError: if the model asks for an attention kernel that cannot run on the devices of `layout`.
     """
     assert total_steps > 0 or not any(term.start for term in terms), "a start is a fraction of total_steps"
     module = make_model(model, layout=layout)
@@ -207,7 +207,7 @@ def all_param_shapes(model: ModelConfig, terms: Sequence[Term]) -> dict[str, Any
 
 
 def check_terms(terms: Sequence[Term]) -> None:
-    """Raises ValueError unless every term has a name of its own that can be a sub-tree of the parameters."""
+    """Raises UserError unless every term has a name of its own that can be a sub-tree of the parameters."""
     names = [term.name for term in terms]
     for name in names:
         if name in MODEL_PARTS or "/" in name or not name or names.count(name) > 1:

@@ -82,7 +82,7 @@ def make_schedule(config: OptimConfig, total_steps: int) -> Callable[[ArrayLike]
     """step -> factor in [0, 1] on lr and weight decay; 0 at `total_steps`.
 
     Raises:
-        ValueError: if warm-up and cool-down are longer than the run.
+        UserError: if warm-up and cool-down are longer than the run.
     """
     warmup, cooldown = config.warmup_steps, config.cooldown_steps if config.schedule == "rsqrt" else 0
     if warmup + cooldown > total_steps:
@@ -119,7 +119,7 @@ def make_optimizer(config: OptimConfig, params: Mapping[str, Any], *, total_step
     """The optax chain for these parameters (arrays or ShapeDtypeStructs; only paths and shapes are used).
 
     Raises:
-        ValueError: if a pattern matches no parameter, or the schedule does not fit the run.
+        UserError: if a pattern matches no parameter, or the schedule does not fit the run.
     """
     schedule = make_schedule(config, total_steps)
     frozen = frozen_mask(config, params)

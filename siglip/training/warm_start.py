@@ -105,7 +105,7 @@ class SourceModel:
         """The whole architecture, on that of a source; `where` names the source in errors.
 
         Raises:
-            ValueError: if the source has no text tower and no new one is given, or the parts do not fit each other.
+            UserError: if the source has no text tower and no new one is given, or the parts do not fit each other.
         """
         image = dataclasses.replace(base.image, **_given(self.image))
         if isinstance(self.text, TextConfig):
@@ -128,7 +128,7 @@ def read_base(src: str, *, workdir: Path, image_size: tuple[int, int] | None) ->
     A workdir that has been opened knows both, so a run goes on when its source is gone; else they are the source's.
 
     Raises:
-        FileNotFoundError, ValueError: as for `siglip.load`.
+        FileNotFoundError, UserError: as for `siglip.load`.
     """
     if (workdir / CONFIG_FILE).is_file():
         tokenizer = workdir / TOKENIZER_FILE
@@ -215,7 +215,7 @@ def _select(init: InitConfig, found: Mapping[str, Any], shapes: Mapping[str, Any
 def _check_architecture(
     init: InitConfig, theirs: ModelConfig, ours: ModelConfig, taken: list[str], excluded: set[str]
 ) -> None:
-    """Raises ValueError with every field that makes a tower another function of the parameters that are taken."""
+    """Raises UserError with every field that makes a tower another function of the parameters that are taken."""
     towers = {path.partition("/")[0] for path in taken}
     different: dict[str, tuple[Any, Any]] = {}
 

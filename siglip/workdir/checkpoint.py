@@ -124,7 +124,7 @@ class Checkpointer:
         """(state, data_state) of a step; arrays arrive with the shardings of `abstract_state`.
 
         Raises:
-            ValueError: if the checkpoint is damaged or belongs to another model.
+            UserError: if the checkpoint is damaged or belongs to another model.
         """
         self._check_model(step, abstract_state)
         with _reading(self._folder / str(step), fix="move that folder away to go on from the one before"):
@@ -173,7 +173,7 @@ def read_run_params(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
 
     Raises:
         FileNotFoundError: if the workdir has no whole checkpoint.
-        ValueError: if the checkpoint is damaged.
+        UserError: if the checkpoint is damaged.
     """
     workdir, step = run_of(path) or (path, None)
     steps = whole_steps(workdir)

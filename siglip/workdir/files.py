@@ -57,7 +57,7 @@ def check_same_run(
     tokenizer: bytes | None,
     initial: str | None = None,
 ) -> None:
-    """Raises ValueError, in every process, if one was started with other settings or other data than process 0.
+    """Raises UserError, in every process, if one was started with other settings or other data than process 0.
 
     `initial` is the digest of the parameters that this process has read from `init.src`.
     """
@@ -99,7 +99,7 @@ def open_workdir(
         complete: adds to a config.json the fields that are newer than it, with their defaults.
 
     Raises:
-        ValueError: if config.json there differs in a field that changes the parameters or the pairs, if its tokenizer is
+        UserError: if config.json there differs in a field that changes the parameters or the pairs, if its tokenizer is
             another one, or if the processes do not all see the same folder.
         PermissionError, NotADirectoryError: if the folder cannot be made or written.
     """
