@@ -45,6 +45,7 @@ from data_pipelines.errors import RunFailed
 MAX_DEATHS = 3
 SILENCE_S = 1200.0  # Longer than a pair takes whose storage stalls in every retry, of a long read and then of its own.
 MAX_PREFETCHED_BYTES = 1 << 34
+MAX_PREFETCHED_BATCHES = 64  # orders to a worker and its answers must fit into the pipes between them
 MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 8, 64
 _ALIVE_S = 60.0
 _ALIGNMENT_BYTES = 64
@@ -88,11 +89,11 @@ def iterate(batches: Batches, *, workers: int, threads: int, prefetch: int) -> "
       batches: see there.
       workers: processes; 0 for threads of this one.
       threads: in each process.
-      prefetch: batches made ahead by all of them together; fewer, but at least one, where MAX_PREFETCHED_BYTES is exceeded.
+      prefetch: batches made ahead by all of them together, within MAX_PREFETCHED_BATCHES and MAX_PREFETCHED_BYTES; at least one.
     """
     keep_freed_memory()
     batch_bytes = sum(_nbytes(*shape) for shape in batches.shapes.values())
-    prefetch = max(1, min(prefetch, MAX_PREFETCHED_BYTES // max(1, batch_bytes)))
+    prefetch = max(1, min(prefetch, MAX_PREFETCHED_BATCHES, MAX_PREFETCHED_BYTES // max(1, batch_bytes)))
     chunk_rows = batches.rows // (4 * max(1, workers) * threads)
     options = {"threads": threads, "prefetch": prefetch}
     options["chunk_rows"] = min(MAX_CHUNK_ROWS, max(MIN_CHUNK_ROWS, chunk_rows))
@@ -109,7 +110,7 @@ class ThreadedBatches:
         self._chunks = max(1, -(-batches.rows // chunk_rows))
         self._open: dict[int, Arrays] = {}
         self._handed_out, self._closed, self._changed = 0, False, threading.Condition()
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch * self._chunks)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch * self._chunks))
         chunks = grain.MapDataset.range(len(batches) * self._chunks).map(self._fill)
         self._iterator = iter(chunks.to_iter_dataset(options).batch(self._chunks, batch_fn=self._finish))
 

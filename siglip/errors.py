@@ -12,3 +12,7 @@ class RunFailed(RuntimeError):
     """
 
     exit_code = 1
+
+
+# Paths that a user names wrongly. Other OSErrors (a full disk, a network that is down) are the machine's.
+BAD_PATH = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)

@@ -63,7 +63,8 @@ class ImagesInOrder:
             images[row] = 0
             return RowNote(row, index, error.reason)
         images[row] = self.pixels.make(pair, None)["image"]
-        fields = {name: value for name, value in pair.fields.items() if self.fields is None or name in self.fields}
+        wanted = self.fields
+        fields = {name: v for name, v in pair.fields.items() if wanted is None or name.partition(".")[0] in wanted}
         return RowNote(row, index, None, pair.key, fields)
 
 

@@ -58,8 +58,9 @@ def open_source(
         raise UserError(f"shards {paths[0]!r} and {other!r} are of two formats; make them two sources")
     source = _open(paths, kind, image, fields)
     columns = source.columns
+    roots = {column.partition(".")[0] for column in columns or ()}  # the name of a column may have a dot itself
     for name in fields or ():
-        if columns is not None and name not in columns:
+        if columns is not None and name not in roots:
             raise UserError(f"shard {paths[0]!r} has no field {name!r}{did_you_mean(name, columns)}")
     if columns is None and fields:
         _check_some_pairs(source, fields)

@@ -158,8 +158,10 @@ class ParquetSource(ColumnSource):
 
     def _names(self, shard: int) -> list[str]:
         """The needed columns."""
-        wanted = {self._images[shard], *KEY_COLUMNS, *(self._fields or ())}
-        return [name for name in self.notes(shard)["columns"] if self._fields is None or name in wanted]
+        columns, always = self.notes(shard)["columns"], {self._images[shard], *KEY_COLUMNS}
+        return [
+            name for name in columns if self._fields is None or name in always or name.partition(".")[0] in self._fields
+        ]
 
     def _chunks(self, shard: int, group: int) -> list:
         """What the footer says about the needed columns of a row group."""

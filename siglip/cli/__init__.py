@@ -14,7 +14,7 @@ import sys
 import traceback
 
 from data_pipelines import errors as data_errors
-from siglip.errors import RunFailed, UserError
+from siglip.errors import BAD_PATH, RunFailed, UserError
 from siglip.trees import did_you_mean
 
 HELP = """usage: siglip COMMAND …
@@ -30,8 +30,6 @@ SRC is a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging 
 `siglip COMMAND --help` explains a command, `siglip train CONFIG --help` lists every config field.
 """
 
-# Paths that a user names wrongly. Other OSErrors (a full disk, a network that is down) are the machine's: exit code 1.
-BAD_PATH = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 BAD_INPUT = (UserError, data_errors.UserError, *BAD_PATH)
 FAILED = (RunFailed, data_errors.RunFailed, OSError)
 # What jax says of the machine, not of the code: no GPU where JAX_PLATFORMS asks for one, no memory left on a device.

@@ -17,7 +17,7 @@ from data_pipelines.sources.opening import open_source
 from data_pipelines.text_ops import captions_of, lookup
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.atomic import new_file, write_atomically
-from siglip.cli import describe
+from siglip.cli import BAD_INPUT, describe
 from siglip.cli.arguments import find_flag, parse
 from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder, Params, Value, embeddings, rows_per_process
@@ -195,6 +195,8 @@ def eval_command(args: list[str]) -> None:
         raise UserError(f"unknown task {name!r}{hint}" if name else f"no task given; add --task {'|'.join(classes)}")
     options = parse(EvalArgs[classes[name]], args, prog="siglip eval")
     with launch.joined(options.distributed, describe=describe):
+        if options.out is not None:
+            _check_folder_of(Path(options.out))
         embedder = embedder_of(options.src, tokenizer=options.tokenizer, **settings_of(options))
         options.task.check(first_values)
         results = run_tasks([options.task], embedder)
@@ -223,14 +225,23 @@ def embed_command(args: list[str]) -> None:
     out = Path(options.out)
     if out.suffix not in (".npz", ".parquet"):
         raise UserError(f"--out {options.out} must end in .npz or .parquet")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"the folder {out.parent} of --out does not exist; make it first")
     with launch.joined(options.distributed, describe=describe):
+        _check_folder_of(out)
         embedder = embedder_of(options.src, with_texts=False, **settings_of(options))
         images = embedder.embed_shards(options.data)
         if jax.process_index() == 0:
             _write_embeddings(out, images.keys, images.zimg)
             print(f"{len(images.keys)} images -> {out}")
+
+
+def _check_folder_of(out: Path) -> None:
+    """Raises FileNotFoundError in every process if process 0, which writes `out`, does not see its folder."""
+
+    def check() -> None:
+        if jax.process_index() == 0 and not out.absolute().parent.is_dir():
+            raise FileNotFoundError(f"the folder {out.parent} of --out does not exist; make it first")
+
+    launch.in_all_or_none(check, bad_input=BAD_INPUT)
 
 
 def _write_embeddings(out: Path, keys: list[str], z: np.ndarray) -> None:

@@ -36,7 +36,7 @@ def train_command(args: list[str]) -> None:
         print(USAGE)
         return
     config = parse(TrainConfig, args[1:], prog=f"siglip train {args[0]}", default=load_config_file(args[0]))
-    with launch.joined(config.distributed, describe=describe):
+    with launch.joined(config.distributed, describe=describe, asks_for_signals=True):
         # What only one process finds bad, such as a missing file, must end all of them.
         start_training = launch.in_all_or_none(functools.partial(_prepare, config), bad_input=BAD_INPUT)
         start_training()

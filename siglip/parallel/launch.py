@@ -86,7 +86,9 @@ class DistributedConfig:
 
 
 @contextlib.contextmanager
-def joined(config: DistributedConfig, *, describe: Callable[[BaseException], tuple[int, str]]) -> Iterator[None]:
+def joined(
+    config: DistributedConfig, *, describe: Callable[[BaseException], tuple[int, str]], asks_for_signals: bool = False
+) -> Iterator[None]:
     """Within it this process is joined with the others of its job, if there are any. To be entered before a device is touched.
 
     An error that all processes raise leaves it as usual. One that only this process raises ends this process at once, and
@@ -94,10 +96,12 @@ def joined(config: DistributedConfig, *, describe: Callable[[BaseException], tup
 
     Args:
         describe: the exit code and the line for an error.
+        asks_for_signals: whether what runs inside asks for SIGTERM (siglip.training.signals); if not, the signal ends it.
 
     Raises:
         UserError: if the processes disagree about who they are, or the port of process 0 is taken.
     """
+    jax.config.update("jax_enable_preemption_service", asks_for_signals)
     if not _join(config):
         yield
         return
@@ -108,7 +112,10 @@ def joined(config: DistributedConfig, *, describe: Callable[[BaseException], tup
         logger.info("%d processes with %d devices", jax.process_count(), jax.device_count())
         yield
     except BaseException as error:
-        if is_lost_process(error) or not wait_for_all("an error in every process", timeout_s=_TOGETHER_S):
+        lost = is_lost_process(error)
+        if lost:
+            error = RunFailed(f"another process of this job is gone ({str(error).splitlines()[0]})")
+        if lost or not wait_for_all("an error in every process", timeout_s=_TOGETHER_S):
             if jax.process_index() == 0:
                 time.sleep(_LAST_WORDS_S)
             end_process(*describe(error))

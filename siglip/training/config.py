@@ -117,9 +117,9 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_json(tree: Mapping[str, Any]) -> TrainConfig:
-    """Raises UserError for unknown fields, with a suggestion."""
-    return trees.build_dataclass(TrainConfig, tree)
+def from_json(tree: Mapping[str, Any], *, where: str = "config") -> TrainConfig:
+    """Raises UserError for unknown fields of the file `where`, with a suggestion."""
+    return trees.build_dataclass(TrainConfig, tree, where=where)
 
 
 def load_config_file(path: str) -> TrainConfig:

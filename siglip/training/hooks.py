@@ -179,6 +179,7 @@ class RunHooks:
         failures = [f"process {i}: {one['failure']}" for i, one in enumerate(everyones) if one["failure"] is not None]
         if failures:
             self.save(step, state)
+            self._checkpointer.wait()  # the last thing that the processes do together
             raise failure or RunFailed(f"the evaluation failed in {failures[0]}")
         return everyones[0]["results"]
 

@@ -11,7 +11,6 @@ that were handed out, and saved together with the state those batches made.
 """
 
 import contextlib
-import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from siglip.errors import RunFailed
+from siglip.errors import BAD_PATH, RunFailed
 from siglip.parallel import sharding
 from siglip.parallel.collectives import gather_records
 from siglip.parallel.launch import in_all_or_none, is_lost_process
@@ -85,7 +84,12 @@ def train(
         given, settings = _read_initial(config, tokenizer), to_json(config)
         initial = warm_start.digest(given) if given and jax.process_count() > 1 else None
         check_same_run(config=settings, data_state=batches.state(), tokenizer=tokenizer, initial=initial)
-        open_workdir(workdir, settings, tokenizer=tokenizer, complete=lambda saved: to_json(from_json(saved)))
+        open_workdir(
+            workdir,
+            settings,
+            tokenizer=tokenizer,
+            complete=lambda saved: to_json(from_json(saved, where=f"{workdir}/config.json")),
+        )
         with jax.set_mesh(program.mesh), SignalFlag() as signals:
             checkpointer = Checkpointer(workdir, config.checkpoint)
             state, start_step = _restore_or_init(config, program, checkpointer, batches, given)
@@ -197,10 +201,13 @@ def _read_initial(config: TrainConfig, tokenizer: bytes | None) -> dict[str, np.
     """The parameters of `init.src`, in this process's memory; none where there is a checkpoint to go on from."""
     # Asked in every process, whatever its settings are: whether these agree is found out later.
     goes_on = gather_records([bool(whole_steps(Path(config.workdir)))])[0]
-    if config.init.src is None or goes_on:
-        return {}
-    read = functools.partial(warm_start.read_initial, config.init, config.model, tokenizer=tokenizer)
-    return in_all_or_none(read, bad_input=(*BAD_INPUT, OSError))
+
+    def read() -> dict[str, np.ndarray]:
+        if config.init.src is None or goes_on:
+            return {}
+        return warm_start.read_initial(config.init, config.model, tokenizer=tokenizer)
+
+    return in_all_or_none(read, bad_input=(*BAD_INPUT, *BAD_PATH))
 
 
 def _restore_or_init(

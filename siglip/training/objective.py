@@ -26,6 +26,11 @@ from siglip.losses import Impl, chunked_sigmoid_loss, softmax_loss
 from siglip.models.two_tower import MODEL_PARTS, ModelConfig, init_params, make_model
 from siglip.parallel.sharding import BATCH_AXES, ParamLayout
 
+# What a run reports as train/<name>; a term is reported under its name too.
+_METRICS = (
+    "loss", "pair_loss", "temperature", "bias", "schedule", "grad_norm", "param_norm", "update_norm", "mfu", "pairs_per_s",
+)  # fmt: skip
+
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
 Metrics = dict[str, Float[Array, ""]]
@@ -210,9 +215,10 @@ def check_terms(terms: Sequence[Term]) -> None:
     """Raises UserError unless every term has a name of its own that can be a sub-tree of the parameters."""
     names = [term.name for term in terms]
     for name in names:
-        if name in MODEL_PARTS or "/" in name or not name or names.count(name) > 1:
+        if name in (*MODEL_PARTS, *_METRICS) or "/" in name or not name or names.count(name) > 1:
             raise UserError(
-                f"terms: the name {name!r} is taken, empty or has a slash; names are unique and none of {MODEL_PARTS}"
+                f"terms: the name {name!r} is taken, empty or has a slash; names are unique and none of "
+                f"{(*MODEL_PARTS, *_METRICS)}"
             )
 
 

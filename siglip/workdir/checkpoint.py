@@ -153,6 +153,10 @@ class Checkpointer:
                 f"{here.get(path, 'absent')} here{more}; use the settings it was trained with, or another --workdir"
             )
 
+    def wait(self) -> None:
+        """Returns when everything saved is complete on disk."""
+        self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Waits until everything saved is complete on disk, and releases."""
         self._manager.wait_until_finished()

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from siglip.atomic import write_atomically
-from siglip.errors import UserError
+from siglip.errors import BAD_PATH, UserError
 from siglip.parallel.collectives import gather_records
 from siglip.parallel.launch import in_all_or_none
 
@@ -105,7 +105,7 @@ def open_workdir(
     """
     is_first = jax.process_index() == 0
     make = functools.partial(_make_workdir, workdir, config, tokenizer, complete) if is_first else lambda: None
-    in_all_or_none(make, bad_input=(UserError, PermissionError, NotADirectoryError))
+    in_all_or_none(make, bad_input=(UserError, *BAD_PATH))
     if jax.process_count() == 1:
         return
     # Leftovers of an earlier run may lie on every host: only a file written now proves that the folder is one.
