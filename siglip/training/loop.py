@@ -32,7 +32,7 @@ from siglip.training.objective import all_param_shapes, make_objective
 from siglip.training.signals import Interrupted, SignalFlag
 from siglip.training.step import TrainState, init_state, make_abstract_state, make_train_step
 from siglip.workdir.checkpoint import Checkpointer, whole_steps
-from siglip.workdir.files import check_same_run, open_workdir
+from siglip.workdir.files import CONFIG_FILE, check_same_run, open_workdir
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +84,8 @@ def train(
         given, settings = _read_initial(config, tokenizer), to_json(config)
         initial = warm_start.digest(given) if given and jax.process_count() > 1 else None
         check_same_run(config=settings, data_state=batches.state(), tokenizer=tokenizer, initial=initial)
-        open_workdir(
-            workdir,
-            settings,
-            tokenizer=tokenizer,
-            complete=lambda saved: to_json(from_json(saved, where=f"{workdir}/config.json")),
-        )
+        complete = lambda saved: to_json(from_json(saved, where=str(workdir / CONFIG_FILE)))  # noqa: E731
+        open_workdir(workdir, settings, tokenizer=tokenizer, complete=complete)
         with jax.set_mesh(program.mesh), SignalFlag() as signals:
             checkpointer = Checkpointer(workdir, config.checkpoint)
             state, start_step = _restore_or_init(config, program, checkpointer, batches, given)
