@@ -91,7 +91,7 @@ def _columns(fields: Sequence[str]) -> set[str]:
 
 def first_values(data: str, fields: Sequence[str]) -> dict[str, list[Value]]:
     """What some fields of the first pair of some shards hold."""
-    record = open_source(data, fields=_columns(fields))[0].fields
+    record = open_source(data)[0].fields
     return {field: values_of(record, field) for field in fields}
 
 

@@ -150,9 +150,9 @@ def _example(config: ModelConfig, has_tokenizer: bool) -> str:
 
 
 def _write(folder: Path, params: Any, config: ModelConfig, *, tokenizer: Path | None, layout: Layout) -> None:
+    hugging_face.write(folder, params, config, tokenizer=tokenizer)
     if tokenizer is not None:
         read_pieces(tokenizer, room=config.text.vocab_size)
-    hugging_face.write(folder, params, config, tokenizer=tokenizer)
 
 
 EXPORT = ExportFormat(

@@ -146,8 +146,11 @@ def in_all_or_none(make: Callable[[], T], *, bad_input: tuple[type[BaseException
 def is_lost_process(error: BaseException) -> bool:
     """Whether an operation of several processes failed because one of them is gone."""
     from_jax = isinstance(error, jax.errors.JaxRuntimeError | ValueError) and not isinstance(error, UserError)
-    several = jax.distributed.is_initialized() and jax.process_count() > 1
-    return several and from_jax and _LOST.match(str(error)) is not None
+    return _several() and from_jax and _LOST.match(str(error)) is not None
+
+
+def _several() -> bool:
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def wait_for_all(name: str, *, timeout_s: float) -> bool:

@@ -274,7 +274,7 @@ def test_bytes_are_normalised_inside_and_float_pixels_taken_as_they_are():
     apply = jax.jit(make_model(config).apply)
     params = random_params(config)
     zimg = apply({"params": params}, {"image": pixels})[0]
-    close(zimg, apply({"params": params}, {"image": normalize_pixels(pixels)})[0])
+    close(zimg, apply({"params": params}, {"image": normalize_pixels(pixels)})[0], config)
     ends = normalize_pixels(np.array([0, 255, 255], np.uint8).reshape(1, 1, 1, 3))
     np.testing.assert_array_equal(ends.ravel(), [-1, 1, 1])
 
