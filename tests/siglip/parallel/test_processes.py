@@ -43,7 +43,11 @@ def assert_same_run(job, reference):
     expected, actual = losses(reference.workdir), losses(job.workdir)
     assert list(actual) == list(expected)
     np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=LOSS_RTOL)
-    results = [read_metrics(one.workdir)[-1] for one in (job, reference)]
+    # A tie is an equality of floats: parameters that differ in their last bits do not tie alike.
+    results = [
+        {name: value for name, value in read_metrics(one.workdir)[-1].items() if not name.endswith("/tied_fraction")}
+        for one in (job, reference)
+    ]
     assert len(results[1]) > 20 and results[0] == results[1]
     theirs = params(reference.workdir)
     for path, leaf in params(job.workdir).items():
