@@ -76,6 +76,9 @@ def check_frozen(config: TrainConfig) -> None:
     elif trained:
         more = f" and {len(trained) - 1} more" if len(trained) > 1 else ""
         found = f"{trained[0]}{more} trains", "freeze the whole image tower: --optim.lr-mults 'img/.*' 0 …"
+    elif config.terms:
+        names = ", ".join(term.name for term in config.terms)
+        found = f"the image tower does not run then, which the terms {names} may read", "leave out the terms"
     elif image.pool == "none":
         found = "model.image.pool='none' leaves none", "choose a pooling, or train on images"
     if found is not None:

@@ -23,6 +23,7 @@ from siglip.formats import big_vision
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.parallel.sharding import MeshConfig, make_mesh, param_shardings
 from siglip.training.config import TrainConfig
+from siglip.training.objective import Term
 from siglip.training.optim import OptimConfig
 from siglip.workdir.metrics import read_metrics
 from tests.siglip.jobs import LOSS_RTOL, Jobs, losses, params
@@ -208,6 +209,7 @@ def test_the_fingerprint_is_of_the_function_not_of_where_it_lies():
         ({"image": {"dropout": 0.1}}, r"model.image.dropout=0.1 does so"),
         ({"lr_mults": (("txt/.*", 0.5),)}, r"img/MAPHead_0/LayerNorm_0/bias and \d+ more trains; freeze the whole image tower"),
         ({"lr_mults": (("img/head/.*", 1.0), ("img/.*", 0.0))}, r"img/head/bias and 1 more trains"),
+        ({"terms": (Term("depth"),)}, r"the image tower does not run then, which the terms depth may read; leave out"),
     ],
 )  # fmt: skip
 def test_pictures_without_one_lasting_embedding_are_refused(tmp_path, change, match):
@@ -217,7 +219,8 @@ def test_pictures_without_one_lasting_embedding_are_refused(tmp_path, change, ma
     model = ModelConfig(image, MODEL.text, out_dim=(32, 32))
     optim = dataclasses.replace(FROZEN, lr_mults=change.get("lr_mults", FROZEN.lr_mults))
     with pytest.raises(ValueError, match=f"throughout training, but {match}") as error:
-        check_frozen(dataclasses.replace(config, data=data, model=model, optim=optim))
+        terms = change.get("terms", ())
+        check_frozen(dataclasses.replace(config, data=data, model=model, optim=optim, terms=terms))
     assert "\n" not in str(error.value)
     check_frozen(config)
 
