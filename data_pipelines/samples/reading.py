@@ -89,14 +89,11 @@ class Reader:
     def _plan(self, batch: int, part: int, parts: int) -> list[Place]:
         if self.mixture.blocks is not None:
             return self._plan_blocks(batch, part, parts)
-        first, rows = (
-            (self.start + batch) * self.batch_pairs,
-            range(part * self.rows // parts, (part + 1) * self.rows // parts),
-        )
-        positions = first + self.process_index + np.array(rows, np.int64) * self.process_count
-        return [
-            Place(*row, *place) for *row, place in zip(rows, positions.tolist(), self.locate(positions), strict=True)
-        ]
+        rows = range(part * self.rows // parts, (part + 1) * self.rows // parts)
+        first = (self.start + batch) * self.batch_pairs + self.process_index
+        positions = first + np.array(rows, np.int64) * self.process_count
+        columns = positions, *self.mixture.locate(positions)
+        return list(map(Place, rows, *map(np.ndarray.tolist, columns)))
 
     def _plan_blocks(self, batch: int, part: int, parts: int) -> list[Place]:
         places, counts = self._in_blocks(batch, part, parts)
