@@ -35,7 +35,7 @@ def whole(jobs):
 def test_a_run_goes_on_in_another_layout(jobs, whole, before, after):
     (first_layout, first_flags), (second_layout, second_flags) = LAYOUTS[before], LAYOUTS[after]
     name = f"from-{first_layout['processes']}"
-    first = jobs.start(name, *first_flags, **first_layout, at={0: f"6:{signal.SIGTERM}"}, step_s=0.5)
+    first = jobs.start(name, *first_flags, **first_layout, at={0: f"6:{signal.SIGTERM}"}, step_s=1.0)
     first.ends_with(128 + signal.SIGTERM)
     step = read_run_params(first.workdir)[2]
     assert 6 <= step < STEPS
@@ -55,13 +55,13 @@ def test_a_run_goes_on_in_another_layout(jobs, whole, before, after):
 def test_four_processes_go_on_as_two_and_as_four_again(jobs):
     whole = jobs.run("toy-whole", processes=1, devices=1, toy=True)
     steps, parts = [0], []
-    for processes, devices, stop_at in ((4, 1, 2), (2, 2, 8), (4, 1, None)):
+    for processes, devices, stop_at in ((4, 1, 2), (2, 2, 7), (4, 1, None)):
         at = {} if stop_at is None else {1: f"{stop_at}:{int(signal.SIGTERM)}"}
-        part = jobs.start("toy", processes=processes, devices=devices, toy=True, step_s=0.8, at=at)
+        part = jobs.start("toy", processes=processes, devices=devices, toy=True, step_s=1.5, at=at)
         part.ends_with(0 if stop_at is None else 128 + signal.SIGTERM)
         steps.append(read_run_params(part.workdir)[2])
         parts.append(part.keys())
-    assert 0 < steps[1] < 8 <= steps[2] < steps[3] == STEPS
+    assert 0 < steps[1] < 7 <= steps[2] < steps[3] == STEPS
     for n, expected in whole.keys().items():
         (shares,) = [part[n] for part, end in zip(parts, steps[1:], strict=True) if n in part and n <= end][:1]
         assert sorted(sum(shares, [])) == sorted(sum(expected, [])), n

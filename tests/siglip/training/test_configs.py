@@ -11,7 +11,7 @@ import data_pipelines
 from data_pipelines.sources.opening import open_source
 from data_pipelines.sources.writing import TarWriter
 from siglip import trees
-from siglip.cli.training import _train
+from siglip.cli.training import _prepare
 from siglip.training.config import EvalConfig, TrainConfig, load_config_file
 from siglip.workdir.checkpoint import read_run_params
 from siglip.workdir.files import CONFIG_FILE
@@ -39,13 +39,13 @@ def smoke(name: str, workdir: Path, src: Path | None = None) -> TrainConfig:
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "quickstart"
-    _train(smoke("quickstart", workdir))
+    _prepare(smoke("quickstart", workdir))()
     return workdir
 
 
 def train(name: str, workdir: Path, src: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
     """(parameters of the source, parameters after two steps, config.json)."""
-    _train(smoke(name, workdir, src))
+    _prepare(smoke(name, workdir, src))()
     before, after = (trees.flatten(read_run_params(run)[0]) for run in (src, workdir))
     assert all(np.isfinite(line["train/loss"]) for line in read_metrics(workdir))
     return before, after, json.loads((workdir / CONFIG_FILE).read_text())
@@ -93,7 +93,7 @@ def test_alignment_mixes_the_sample_with_pairs_of_ones_own_that_have_one_caption
     config = smoke("alignment", tmp_path / "run")
     emoji, own = config.data.sources
     sources = (emoji, dataclasses.replace(own, shards=str(tmp_path / "own.tar")))
-    _train(dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources)))
+    _prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources)))()
     first, last = read_metrics(tmp_path / "run")
     assert 0 < last["data/source_1/pairs"] < 2 * config.batch_size and np.isfinite(last["train/loss"])
     assert last["data/source_0/pairs"] + last["data/source_1/pairs"] == 2 * config.batch_size
