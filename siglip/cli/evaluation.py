@@ -91,7 +91,10 @@ def _columns(fields: Sequence[str]) -> set[str]:
 
 def first_values(data: str, fields: Sequence[str]) -> dict[str, list[Value]]:
     """What some fields of the first pair of some shards hold."""
-    record = open_source(data)[0].fields
+    source = open_source(data)
+    if source.columns is not None:  # of tars only the pairs tell what fields there are
+        source = open_source(data, fields=_columns(fields))
+    record = source[0].fields
     return {field: values_of(record, field) for field in fields}
 
 
