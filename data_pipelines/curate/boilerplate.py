@@ -2,7 +2,7 @@
 
 A caption is boilerplate if it is nothing else. One that merely contains such words says something and is kept: "a picture of
 a dog available in red", "logo of the Red Cross". Only notices that a page shows instead of a text (cookies, lorem ipsum) are
-recognised by how they begin. The kinds (`boilerplate_phrases` has the words):
+recognised by how they begin. The kinds (boilerplate_phrases.toml has the words):
 
     phrases    the whole caption is on a list, in twenty languages
     labels     the same, but only with a capital: "Menu" is a button, "menu" may lie on the table
@@ -14,9 +14,9 @@ The trap: what an image can show is not boilerplate. "home", "5 stars", "Image m
 something; "next", "1 review" and "image" never do. So every rule but that for file names needs a word that is on a list.
 """
 
+import importlib.resources
 import re
-
-from data_pipelines.curate.boilerplate_phrases import BAGS, CAMERAS, COUNTED, LABELS, PHRASES
+import tomllib
 
 _MAX_CHARS, _MAX_FILE_CHARS, _MAX_BAG_WORDS = 240, 125, 14
 _AROUND = " \t.!?…:;,|-–—*·•«»‹›<>\"'“”„‘’()[]{}→←▶►✓×"
@@ -151,7 +151,7 @@ def is_boilerplate(text: str) -> bool:
     words, bare = _words(core), text.strip(_AROUND)
     return (
         " ".join(words) in _PHRASES
-        or bare in LABELS
+        or bare in _LABELS
         or _is_counted(core)
         or _is_from_a_bag(words)
         or (len(core) <= _MAX_FILE_CHARS and _FILE.search(core) is not None)
@@ -168,7 +168,7 @@ def _is_counted(core: str) -> bool:
     if _COUNT.fullmatch(count) is None:
         return False
     what = " ".join(words)
-    return what in _COUNTED or (what in CAMERAS and _FOUR_DIGITS.match(count) is not None) or _is_from_a_bag(words)
+    return what in _COUNTED or (what in _CAMERAS and _FOUR_DIGITS.match(count) is not None) or _is_from_a_bag(words)
 
 
 def _is_from_a_bag(words: list[str]) -> bool:
@@ -186,7 +186,15 @@ def _listed(text: str) -> frozenset[str]:
     return frozenset(" ".join(_words(phrase.lower())) for phrase in text.replace("\n", " ").split(",")) - {""}
 
 
-_PHRASES = frozenset().union(*map(_listed, PHRASES.values()))
-_BAGS = [(frozenset(heads.split()), frozenset(f"{heads} {around}".split())) for heads, around in BAGS.values()]
+_WORDS = tomllib.loads(
+    (importlib.resources.files(__package__) / "boilerplate_phrases.toml").read_text(encoding="utf-8")
+)
+_PHRASES = frozenset().union(*map(_listed, _WORDS["phrases"].values()))
+_LABELS = frozenset(label.strip() for label in _WORDS["labels"].split(","))
+_BAGS = [
+    (frozenset(bag["image"].split()), frozenset((bag["image"] + bag["around"]).split()))
+    for bag in _WORDS["bags"].values()
+]
 _HEADS = frozenset().union(*(heads for heads, _ in _BAGS))
-_COUNTED = _listed(COUNTED)
+_COUNTED = _listed(_WORDS["counted"])
+_CAMERAS = frozenset(_WORDS["cameras"].split())
