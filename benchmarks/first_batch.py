@@ -3,7 +3,8 @@
     memory <= what the libraries take + (prefetched batches + 1) x a local batch + workers x a chunk
 
 Each number of workers runs in processes of its own. The consumer holds one batch and waits until the next ones are ready, which
-is when most memory is in use; it is sampled all the while, shared pages counted once.
+is when most memory is in use; it is sampled all the while. Shared memory is the machine's, less what it was before: nothing else
+should be using any.
 """
 
 import contextlib
@@ -12,6 +13,8 @@ import threading
 import time
 
 import numpy as np
+
+from data_pipelines.workers import MAX_CHUNK_ROWS
 
 ROW = "{:>8}{:>10}{:>16}{:>12}{:>12}{:>12}{:>14}"
 TEXT_LENGTH = 64
@@ -37,8 +40,9 @@ def _in_process(*task) -> dict:
 def _run(connection, args, shards: list[str], spiece: str, family_mib, workers: int) -> None:
     libraries_mib = _peak_mib(args, shards, spiece, family_mib, workers, batch_size=8)["peak_mib"]
     row = _peak_mib(args, shards, spiece, family_mib, workers, batch_size=args.batch_size)
-    batch_mib = args.batch_size * (args.image_size**2 * 3 + 4 * TEXT_LENGTH) / 2**20
-    formula_mib = libraries_mib + (row["prefetch"] + 1) * batch_mib
+    row_mib = (args.image_size**2 * 3 + 4 * TEXT_LENGTH) / 2**20
+    batch_mib = args.batch_size * row_mib
+    formula_mib = libraries_mib + (row["prefetch"] + 1) * batch_mib + max(1, workers) * MAX_CHUNK_ROWS * row_mib
     connection.send(
         row
         | {

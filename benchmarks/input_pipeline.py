@@ -45,6 +45,19 @@ CAPTION = "a photograph of a harbour at dusk, boats along the quay, number {}"
 ROW = "{:34}{:>12}{:>12}{:>10}{:>10}{:>10}"
 
 
+def read_kib(path: str) -> dict[str, int]:
+    """The lines "Name:  123 kB" of a file of the kernel."""
+    lines = (line.split() for line in pathlib.Path(path).read_text().splitlines() if line.endswith(" kB"))
+    return {name.rstrip(":"): int(kib) for name, kib, _ in lines}
+
+
+def shared_kib() -> int:
+    return read_kib("/proc/meminfo")["Shmem"]
+
+
+SHARED_BEFORE_KIB = shared_kib()  # a process that is started later begins to count then
+
+
 def paint(seed: int) -> np.ndarray:
     """Noise with a power law's spectrum, channels correlated as in photographs: uint8 [h, w, 3]."""
     rng = np.random.default_rng(seed)
@@ -254,11 +267,19 @@ def family_cpu_s() -> float:
 
 
 def family_mib() -> float:
-    """Memory of this process and its children, shared pages counted once."""
+    """Memory of this process and its children, pages that they share counted once, and the machine's shared memory.
+
+    A batch that no process has mapped, because it waits for its reader, is in none of them: only the machine knows it.
+    """
     import psutil
 
     process = psutil.Process()
-    return sum(member.memory_full_info().pss for member in (process, *process.children(recursive=True))) / 2**20
+    kib = shared_kib() - SHARED_BEFORE_KIB
+    for member in (process, *process.children(recursive=True)):
+        with contextlib.suppress(OSError):  # it is gone
+            sizes = read_kib(f"/proc/{member.pid}/smaps_rollup")
+            kib += sizes["Pss"] - sizes["Pss_Shmem"]
+    return kib / 2**10
 
 
 def run_loader(name: str, shards: list[str], args, connection) -> None:

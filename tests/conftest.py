@@ -21,6 +21,14 @@ PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "xla"
 MAX_PROGRAMS_BYTES = 2**30
 
 
+LONG = ("training", "cli", "models", "exporting", "parallel")  # folders of tests/siglip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first: pytest-xdist hands out files in this order, and the last one should be short."""
+    items.sort(key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG))
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """The oldest programs go when they are too many. jax's own limit stops all caching once a process is killed at a write."""
     if hasattr(session.config, "workerinput"):  # pytest-xdist: the process that started the workers has done it
@@ -30,6 +38,18 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         left_bytes -= path.stat().st_size
         if left_bytes < 0:
             path.unlink()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimized(request: pytest.FixtureRequest):
+    """Files with `pytestmark = pytest.mark.unoptimized` are not about numbers: their programs compile several times as fast."""
+    off = request.node.get_closest_marker("unoptimized") is not None
+    patch = pytest.MonkeyPatch()
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(off)))  # for processes that tests start
+    jax.config.update("jax_disable_most_optimizations", off)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    patch.undo()
 
 
 @pytest.fixture(scope="session")

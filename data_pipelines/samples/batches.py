@@ -104,28 +104,27 @@ class TrainBatches:
 
     def sample(self, place: Place, fields: Sequence[Field]) -> tuple[dict[str, Any], str, str | None]:
         """The arrays and the key of the sample at a place, and why it is a substitute (None: it is not)."""
-        substitutes = Draws(self.seed, _SUBSTITUTE_STREAM, place.position)
-        source, first_reason = self.reader.sources[place.source], None
+        substitutes = first_reason = None
         for _ in range(MAX_TRIES):
             try:
-                pair = self._pair(place, fields)
+                pair = self.cache.get(place.source, place.record) or self._read(place, fields)
                 rng, values = Draws(self.seed, _SAMPLE_STREAM, place.position), {}
                 for field in fields:
-                    values |= field.make(pair, rng)
+                    values.update(field.make(pair, rng))
                 return values, pair.key, first_reason
             except BrokenPair as error:
                 first_reason = first_reason or error.reason
-            place = place._replace(record=int(substitutes.random() * len(source)), block=None)
+            substitutes = substitutes or Draws(self.seed, _SUBSTITUTE_STREAM, place.position)
+            record = int(substitutes.random() * len(self.reader.sources[place.source]))
+            place = place._replace(record=record, block=None)
         raise self._unusable(place.source, first_reason)
 
-    def _pair(self, place: Place, fields: Sequence[Field]) -> SamplePair:
-        pair = self.cache.get(place.source, place.record)
-        if pair is None:
-            read = self.reader.read(place)
-            decoder = self.decoder if any(field.reads_pixels for field in fields) else None
-            pair = to_sample_pair(read, place.source, place.record, decoder)
-            if fields is self.fields:  # With fewer fields it may lack its image.
-                self.cache.add(pair, file_bytes=len(read.image or b""))
+    def _read(self, place: Place, fields: Sequence[Field]) -> SamplePair:
+        read = self.reader.read(place)
+        decoder = self.decoder if any(field.reads_pixels for field in fields) else None
+        pair = to_sample_pair(read, place.source, place.record, decoder)
+        if fields is self.fields:  # With fewer fields it may lack its image.
+            self.cache.add(pair, file_bytes=len(read.image or b""))
         return pair
 
     def _unusable(self, source: int, reason: str) -> UserError:

@@ -13,6 +13,8 @@ from siglip.formats.big_vision import image_only
 from tests.siglip.rounding import towers_apart
 from tests.siglip.tiny import random_inputs, random_params, square_model
 
+pytestmark = pytest.mark.unoptimized
+
 
 @pytest.fixture(scope="module")
 def model() -> Encoder:

@@ -5,6 +5,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.unoptimized
+
 ROOT = Path(__file__).parents[2]
 
 BLOCK = """

@@ -1,6 +1,7 @@
 """The smallest run that is a run: a real two-tower model and batches made from nothing but their position."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,21 @@ class TinyBatches:
 
     def close(self):
         pass
+
+
+class StopsAt(TinyBatches):
+    """Sends this process a signal while batch `stop_at` is being made."""
+
+    def __init__(self, stop_at: int, signum: int) -> None:
+        super().__init__()
+        self.stop_at, self.signum = stop_at, signum
+
+    def __next__(self):
+        if self.position == self.stop_at - 1:
+            os.kill(os.getpid(), self.signum)
+        return super().__next__()
+
+
+def assert_bit_equal(a: Any, b: Any) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))

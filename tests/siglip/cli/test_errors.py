@@ -14,6 +14,8 @@ from siglip.training.signals import Interrupted
 from tests.siglip.cli.test_commands import fails, recipe, shard  # noqa: F401
 from tests.siglip.tiny_run import use_devices
 
+pytestmark = pytest.mark.unoptimized
+
 
 def mismatched(zimg, ztxt, positive_row, temperature, bias):
     return zimg + jnp.zeros(3)

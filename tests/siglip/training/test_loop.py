@@ -1,4 +1,4 @@
-"""The loop: learning, resuming bit for bit, signals, bad numbers, bad workdirs."""
+"""The loop around a toy program: resuming bit for bit, signals, bad numbers, bad workdirs."""
 
 import dataclasses
 import json
@@ -15,14 +15,13 @@ from siglip import trees
 from siglip.errors import RunFailed, UserError
 from siglip.evaluation.retrieval import Retrieval
 from siglip.parallel import launch
-from siglip.parallel.sharding import MeshConfig, put_batch
+from siglip.parallel.sharding import MeshConfig
 from siglip.training.config import EvalConfig
-from siglip.training.loop import Interrupted, NonFiniteLoss, make_program, train
-from siglip.training.objective import LossConfig
+from siglip.training.loop import Interrupted, NonFiniteLoss, train
 from siglip.training.optim import OptimConfig
 from siglip.workdir.checkpoint import CheckpointConfig, read_run_params
 from siglip.workdir.metrics import LogConfig, read_metrics
-from tests.siglip.tiny_run import TinyBatches, tiny_config, toy_program, use_devices
+from tests.siglip.tiny_run import StopsAt, TinyBatches, assert_bit_equal, tiny_config, toy_program, use_devices
 
 FSDP = MeshConfig(fsdp=4, fsdp_min_size_bytes=1024)
 
@@ -38,52 +37,16 @@ def train_toy(config, batches, **kwargs):
     return train(config, batches, program=toy_program(config), **kwargs)
 
 
-def leaves(state):
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-
-
-def assert_bit_equal(a, b):
-    for x, y in zip(leaves(a), leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
-class StopsAt(TinyBatches):
-    """Sends this process a signal while batch `stop_at` is being made."""
-
-    def __init__(self, stop_at, signum):
-        super().__init__()
-        self.stop_at, self.signum = stop_at, signum
-
-    def __next__(self):
-        if self.position == self.stop_at - 1:
-            os.kill(os.getpid(), self.signum)
-        return super().__next__()
-
-
-def test_the_loss_falls_and_metrics_are_written(tmp_path):
-    config = tiny_config(tmp_path, total_steps=30, optim=OptimConfig(lr=1e-2, warmup_steps=3))
-    train(config, TinyBatches())
-    lines = read_metrics(tmp_path)
-    assert [line["step"] for line in lines] == list(range(2, 31, 2))
-    assert lines[-1]["train/loss"] < 0.7 * lines[0]["train/loss"]
-    for name in ("train/temperature", "train/bias", "train/pairs_per_s", "train/data_wait", "train/grad_norm"):
-        assert np.isfinite(lines[-1][name])
-    # t and b are logged before the update of their step: at step 2 the warm-up's first update, which is zero, is all there was.
-    assert lines[0]["train/temperature"] == pytest.approx(10, rel=1e-6) and lines[0]["train/bias"] == -10
-
-
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_and_resumed_is_bit_equal_to_uninterrupted(tmp_path, signum):
     whole = TinyBatches()
-    expected = train(tiny_config(tmp_path / "a"), whole)
+    expected = train_toy(tiny_config(tmp_path / "a"), whole)
 
     first, second = StopsAt(5, signum), TinyBatches()
     with pytest.raises(Interrupted, match="at step 5, which is saved") as stopped:
-        train(tiny_config(tmp_path / "b"), first)
+        train_toy(tiny_config(tmp_path / "b"), first)
     assert stopped.value.signum == signum
-    actual = train(tiny_config(tmp_path / "b"), second)
-
-    assert_bit_equal(actual, expected)
+    assert_bit_equal(train_toy(tiny_config(tmp_path / "b"), second), expected)
     assert first.seen + second.seen == whole.seen
     steps = [line["step"] for line in read_metrics(tmp_path / "b") if "train/loss" in line]
     assert steps == sorted(set(steps)) and steps[-1] == 8
@@ -168,25 +131,6 @@ def test_another_tokenizer_in_the_same_workdir_is_refused(tmp_path):
     with pytest.raises(ValueError, match="trained with another tokenizer"):
         train_toy(tiny_config(tmp_path), TinyBatches(), tokenizer=b"two")
     assert (tmp_path / "tokenizer.model").read_bytes() == b"one"
-
-
-def test_under_fsdp_moments_are_sharded_and_the_step_compiles_once(monkeypatch):
-    use_devices(monkeypatch, 8)
-    config = tiny_config("unused", mesh=FSDP, loss=LossConfig(impl="ring", chunk_size=1))
-    program = make_program(config)
-    sharded = {
-        leaf.shape for leaf in jax.tree.leaves(program.abstract_state.params) if not leaf.sharding.is_fully_replicated
-    }
-    moments = [leaf for leaf in jax.tree.leaves(program.abstract_state.opt_state) if leaf.shape in sharded]
-    assert sharded and moments and not any(leaf.sharding.is_fully_replicated for leaf in moments)
-    with jax.set_mesh(program.mesh):
-        state = program.init({})
-        batch = {name: rows for name, rows in next(TinyBatches()).items() if name != "key"}
-        for _ in range(3):
-            state, _ = program.step(state, put_batch(batch, program.mesh))
-    assert program.step._cache_size() == 1
-    for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True):
-        assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
 
 
 def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
@@ -297,71 +241,6 @@ def test_a_batch_that_does_not_divide_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="batch_size=12 does not divide over 8 devices; use 8 or 16"):
         train(tiny_config(tmp_path, batch_size=12), TinyBatches(12))
     assert not (tmp_path / "config.json").exists()
-
-
-@pytest.mark.parametrize(
-    "mesh, impl",
-    [
-        pytest.param(MeshConfig(), "all_gather", marks=pytest.mark.slow),
-        (FSDP, "ring"),
-        pytest.param(MeshConfig(), "ring", marks=pytest.mark.slow),
-        pytest.param(FSDP, "all_gather", marks=pytest.mark.slow),
-    ],
-)
-def test_any_mesh_and_loss_gives_the_same_run(tmp_path, mesh, impl, monkeypatch):
-    use_devices(monkeypatch, 1)
-    expected = train(tiny_config(tmp_path / "one"), TinyBatches())
-    use_devices(monkeypatch, 8)
-    config = tiny_config(tmp_path / "many", mesh=mesh, loss=LossConfig(impl=impl, chunk_size=1))
-    actual = train(config, TinyBatches())
-    # Sums over devices are added in another order; Adam divides by the root of small second moments. The bias of a key
-    # shifts all logits of a query alike: its gradient is zero but for rounding, which Adam makes as large as any other.
-    for path, leaf in trees.flatten(expected.params).items():
-        if path.endswith("key/bias"):
-            continue
-        np.testing.assert_allclose(trees.flatten(actual.params)[path], leaf, rtol=0, atol=2e-5, err_msg=path)
-
-
-def test_the_softmax_baseline_trains(tmp_path):
-    config = tiny_config(
-        tmp_path, total_steps=30, loss=LossConfig("softmax"), optim=OptimConfig(lr=1e-2, warmup_steps=3)
-    )
-    train(config, TinyBatches())
-    lines = read_metrics(tmp_path)
-    assert lines[-1]["train/loss"] < 0.8 * lines[0]["train/loss"]
-    assert {line["train/bias"] for line in lines} == {-10.0}
-
-
-def test_frozen_parameters_do_not_move(tmp_path):
-    config = tiny_config(tmp_path, optim=OptimConfig(lr=1e-2, warmup_steps=2, lr_mults=(("img/.*", 0.0),)))
-    with pytest.raises(Interrupted):
-        train(config, StopsAt(1, signal.SIGTERM))
-    start, _, step = read_run_params(tmp_path)  # the warm-up's first update is zero: still the initial parameters
-    assert step == 1
-    state = train(config, TinyBatches())
-    for path, leaf in trees.flatten(state.params).items():
-        moved = np.any(np.asarray(leaf) != trees.flatten(start)[path])
-        assert moved != path.startswith("img/"), path
-
-
-def test_the_running_average_is_evaluated_saved_and_resumed(tmp_path):
-    seen = []
-    config = tiny_config(
-        tmp_path / "run", optim=OptimConfig(lr=3e-3, warmup_steps=2, ema=0.5), **with_task(every_steps=1)
-    )
-    state = train(config, TinyBatches(), evaluate=lambda params: seen.append(np.asarray(params["t"])[0]) or {})
-    exported, _, _ = read_run_params(tmp_path / "run")
-    assert_bit_equal(exported, state.ema)
-    assert np.any(exported["t"] != np.asarray(state.params["t"])) and seen[-1] == exported["t"][0]
-    # decay min(0.5, (1 + step) / (10 + step)), by hand from the parameters of a run without an average
-    plain = []
-    config = tiny_config(tmp_path / "plain", eval=config.eval)
-    train(config, TinyBatches(), evaluate=lambda params: plain.append(np.float64(params["t"])[0]) or {})
-    average = np.log(10.0)
-    for step, t in enumerate(plain):
-        decay = min(0.5, (1 + step) / (10 + step))
-        average = decay * average + (1 - decay) * t
-    assert seen[-1] == pytest.approx(average, abs=1e-6)
 
 
 def test_substitutions_appear_in_the_metrics(tmp_path):
