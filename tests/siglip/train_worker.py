@@ -3,10 +3,10 @@
     SIGLIP_TEST_RECORD=FILE SIGLIP_TEST_AT=STEP:EVENT python -m tests.siglip.train_worker train …
 
 FILE gets a JSON line [step, keys] for every batch and ["read", key] for every training pair that is read. EVENT: "hold"
-touches FILE.holding and sleeps for ever, "missing" raises what a lost file does, "bug" what a mistake does, a number is a
-signal that the process sends itself. STEP may be "evaluating" or "evaluated": EVENT then comes before an evaluation's first
-forward pass, or when its results are there. SIGLIP_TEST_STEP_S: every batch takes so long. SIGLIP_TEST_TOY=1: a linear toy is
-trained in place of the two towers.
+touches FILE.holding and sleeps for ever, "missing" raises what a lost file does, "bug" what a mistake does, "poison" gives the
+batch tokens out of range, which embed as NaN, a number is a signal that the process sends itself. STEP may be "evaluating" or
+"evaluated": EVENT then comes before an evaluation's first forward pass, or when its results are there. SIGLIP_TEST_STEP_S:
+every batch takes so long. SIGLIP_TEST_TOY=1: a linear toy is trained in place of the two towers.
 """
 
 import json
@@ -14,6 +14,8 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from data_pipelines.loader import Loader
 from data_pipelines.sources.webdataset import TarSource
@@ -33,9 +35,11 @@ def record(path: Path, at: str) -> None:
     def hand_out_and_tell(self: Loader) -> dict:
         time.sleep(float(os.environ.get("SIGLIP_TEST_STEP_S", 0)))
         step = self.state()["position"] + 1
-        if str(step) == event_step:
+        if str(step) == event_step and event != "poison":
             happen(event, path)
         batch = hand_out(self)
+        if at == f"{step}:poison":
+            batch["text"] = np.full_like(batch["text"], 1 << 20)
         file.write(json.dumps([step, batch["key"]]) + "\n")
         return batch
 

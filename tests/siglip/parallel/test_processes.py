@@ -4,6 +4,7 @@ Where a process is lost, jax ends the others from C++ unless an error reaches Py
 and 2, and the line that says how to go on is there if Python still ran.
 """
 
+import json
 import signal
 import socket
 import time
@@ -184,6 +185,21 @@ def test_bad_input_that_only_one_process_sees_ends_all_with_2(jobs, flag):
     job = jobs.start(f"bad{flag}", processes=2, devices=1, toy=True, process1=[flag, "nix.npz"])
     first, second = job.ends_with(2)
     assert "process 1 stopped: " in first and "nix.npz" in first and "nix.npz" in second
+
+
+@pytest.mark.slow
+def test_a_workdir_that_one_process_does_not_see_is_told_by_all(jobs):
+    job = jobs.start("blind", processes=2, devices=1, toy=True, process1=["--workdir", str(jobs.folder / "elsewhere")])
+    for line in job.ends_with(2):
+        assert f"process 1 does not see, or may not write, what process 0 writes to workdir {job.workdir}" in line
+
+
+@pytest.mark.slow
+def test_of_a_batch_that_makes_nan_the_keys_of_every_process_are_kept(jobs):
+    job = jobs.start("poisoned", processes=2, devices=1, toy=True, at={1: "6:poison"})
+    assert all("non_finite_batch.json" in line for line in job.ends_with(1))
+    kept = json.loads((job.workdir / "non_finite_batch.json").read_text())
+    assert kept["step"] == 6 and sorted(kept["keys"]) == sorted(sum(job.keys()[6], []))
 
 
 def test_a_host_that_never_joins(jobs):
