@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.curate.run import curate
+from data_pipelines.errors import UserError
 from data_pipelines.sources.kept_pairs import Kept, KeptPairs, read_manifest
 from data_pipelines.sources.webdataset import TarSource
 from tests.data_pipelines.shards import encode, write_pairs, write_tar
@@ -77,7 +78,7 @@ def test_shards_that_were_moved_are_known_by_name(corpus):
     source = KeptPairs(TarSource(folder / "*.tar"), write_manifest(folder, moved))
     assert len(source) == 27
     doubled = moved + [row | {"shard": row["shard"].replace("web", "other")} for row in moved]
-    with pytest.raises(ValueError, match="the manifest has both 's3://bucket/web/a.tar' and 's3://bucket/other/a.tar'"):
+    with pytest.raises(UserError, match="the manifest has both 's3://bucket/web/a.tar' and 's3://bucket/other/a.tar'"):
         KeptPairs(TarSource(folder / "*.tar"), write_manifest(folder, doubled))
 
 
@@ -102,7 +103,7 @@ def test_the_fingerprint_is_of_pairs_and_choice(corpus):
 )
 def test_a_manifest_of_other_shards_is_refused(corpus, change, message):
     folder, rows = corpus
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         KeptPairs(TarSource(folder / "*.tar"), write_manifest(folder, change(rows)))
 
 
@@ -111,10 +112,10 @@ def test_what_is_no_manifest(corpus):
     source = TarSource(folder / "a.tar")
     with pytest.raises(FileNotFoundError, match="no manifest at .*none.parquet"):
         KeptPairs(source, folder / "none.parquet")
-    with pytest.raises(ValueError, match="a.tar' is no Parquet file"):
+    with pytest.raises(UserError, match="a.tar' is no Parquet file"):
         KeptPairs(source, folder / "a.tar")
     pq.write_table(pa.table({"shard": ["a"]}), folder / "other.parquet")
-    with pytest.raises(ValueError, match="has no column 'index'"):
+    with pytest.raises(UserError, match="has no column 'index'"):
         KeptPairs(source, folder / "other.parquet")
 
 
@@ -132,7 +133,7 @@ def test_columns_of_another_kind(corpus, column, values, message):
     table = pa.Table.from_pylist(rows[:2])
     table = table.set_column(table.column_names.index(column), column, values)
     pq.write_table(table, folder / "manifest.parquet")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         KeptPairs(TarSource(folder / "a.tar"), folder / "manifest.parquet")
 
 
@@ -142,7 +143,7 @@ def test_a_damaged_page_is_told_with_the_name(corpus):
     content = bytearray(manifest.read_bytes())
     content[4:60] = bytes(56)
     manifest.write_bytes(content)
-    with pytest.raises(ValueError, match=r"manifest '.*manifest.parquet' is damaged \([^\n]*\); curate again"):
+    with pytest.raises(UserError, match=r"manifest '.*manifest.parquet' is damaged \([^\n]*\); curate again"):
         KeptPairs(TarSource(folder / "*.tar"), manifest)
 
 
@@ -161,7 +162,7 @@ def test_other_pictures_under_the_same_names_and_keys(tmp_path):
         curate(str(tmp_path / "ours" / "00000.tar"), made_of, config=CurateConfig(min_side_px=0), engine=engine)
     assert len(KeptPairs(TarSource(tmp_path / "ours" / "00000.tar"), made_of / "manifest.parquet")) == 5
     for name, told in (("theirs", "another picture '000000000'"), ("longer", "picture '000000000' in another place")):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(UserError, match=told):
             KeptPairs(TarSource(tmp_path / name / "00000.tar"), made_of / "manifest.parquet")
 
 

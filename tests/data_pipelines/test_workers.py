@@ -128,7 +128,10 @@ def test_no_more_batches_are_begun_than_there_is_room_for_and_all_lanes_work_on_
     assert len(watched.makers(0)) == 2 * max(1, workers)
 
 
-def test_prefetched_batches_are_bounded_in_bytes(tmp_path, monkeypatch):
+def test_prefetched_batches_are_bounded_in_number_and_bytes(tmp_path, monkeypatch):
+    with contextlib.closing(workers.iterate(Numbered(200, tmp_path), workers=1, threads=1, prefetch=100)) as made:
+        assert made._prefetch == 64 == len(made._memory)
+        assert [next(made)["keys"] for _ in range(2)]  # no order waits in a full pipe
     batch_bytes = sum(workers._nbytes(*shape) for shape in Numbered.shapes.values())
     for limit, batches in ((10 * batch_bytes, 8), (3 * batch_bytes, 3), (1, 1)):
         monkeypatch.setattr(workers, "MAX_PREFETCHED_BYTES", limit)
