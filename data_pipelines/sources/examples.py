@@ -122,9 +122,9 @@ def to_pair(features: Mapping[str, list], *, image: str, fallback_key: str) -> P
         fields[name] = values if len(values) > 1 else values[0]
     key = fields.pop("key", None)
     if features.get("json"):
-        parsed = parse_object(features["json"][0])
-        fields = (parsed or {}) | fields
-        problems += ["invalid_json"] if parsed is None else []
+        entry = features["json"][0]
+        parsed, found = parse_object(entry if isinstance(entry, bytes) else b"")
+        fields, problems = parsed | fields, problems + found
     if not isinstance(key, str | int):
         key = next((fields[name] for name in KEY_FEATURES if isinstance(fields.get(name), str | int)), fallback_key)
     images = features.get(image)

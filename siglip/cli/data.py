@@ -1,6 +1,7 @@
 """`siglip data index|tokenizer|curate|stats`: preparing data without training."""
 
 import dataclasses
+from typing import Any
 
 import tyro
 
@@ -86,13 +87,15 @@ def tokenizer_command(args: list[str]) -> None:
         raise UserError(f"--repeat {options.repeat}: a field counts at least once; leave it out instead")
     if min(options.max_texts, options.threads, options.vocab_size) < 1 or not options.captions:
         raise UserError("--max-texts, --threads and --vocab-size must be at least 1, and --captions must name a field")
-    texts = iter_captions(_open(options.shards), fields=options.captions, repeat=dict(options.repeat))
+    names = (*options.captions, *(name for name, _ in options.repeat))
+    source = _open(options.shards, fields={name.partition(".")[0] for name in names}, required=False)
+    texts = iter_captions(source, fields=options.captions, repeat=dict(options.repeat))
     sizes = {"vocab_size": options.vocab_size, "max_texts": options.max_texts, "threads": options.threads}
     train_tokenizer(texts, options.out, **sizes)
     print(f"{SentencePieceTokenizer(options.out).vocab_size} pieces -> {options.out}")
 
 
-def _open(shards: tuple[str, ...]) -> Source:
+def _open(shards: tuple[str, ...], **settings: Any) -> Source:
     if not shards:
         raise UserError("no shards given; name some, for instance 'data/train-*.tar'")
-    return open_source(shards)
+    return open_source(shards, **settings)
