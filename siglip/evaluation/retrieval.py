@@ -79,6 +79,10 @@ class Retrieval:
                 raise UserError(
                     f"no image of {self.data} has the caption field {field!r}; look at a member's .json for its fields"
                 )
+            missing = sum(not own for own in captions)
+            if missing and jax.process_index() == 0:
+                told = "%s: %d images have no caption in %r: nothing is asked for them, but they can be found"
+                logger.warning(told, self.data, missing, field)
             image_of_text = np.repeat(np.arange(len(captions)), [len(own) for own in captions])
             metrics = retrieval(images.zimg, embedder.embed_texts(texts), image_of_text, texts=texts)
             language = field.partition("captions.")[2]

@@ -16,6 +16,7 @@ from data_pipelines.sources.opening import open_source
 from data_pipelines.sources.writing import ArrayRecordWriter
 from data_pipelines.text_ops import iter_captions
 from data_pipelines.tokenizers import train_tokenizer
+from siglip.cli.data import data_command
 from tests.data_pipelines.shards import SPIECE, encode, quadrants, write_tar
 from tests.data_pipelines.streams import SHAPES
 from tests.data_pipelines.test_tf_examples import framed
@@ -141,3 +142,15 @@ def test_columns_with_dots(tmp_path, name):
     for fields in (None, [name.partition(".")[0]]):
         source = open_source(tmp_path / "a.parquet", image="picture", fields=fields)
         assert [pair.fields[name] for pair in source] == columns[name]
+
+
+def test_a_tokenizer_is_trained_without_what_cannot_be_read(tmp_path, caplog):
+    path, data = tmp_path / "a.tfrecord", []
+    for n in range(30):
+        data.append(
+            bytearray(framed(examples.serialize({"image": [PICTURE], "txt": [f"a dog {n}" if n != 3 else LATIN]})))
+        )
+    data[7][-20] ^= 1
+    path.write_bytes(b"".join(data))
+    data_command(["tokenizer", str(path), "--out", str(tmp_path / "m.model"), "--vocab-size", "275"])
+    assert "{'invalid_utf8': 1, 'unreadable': 1}" in caplog.text
