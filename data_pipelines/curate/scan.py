@@ -27,7 +27,7 @@ from data_pipelines.sources.blocks import InOrder
 from data_pipelines.sources.opening import open_source
 from data_pipelines.sources.shards import ShardedSource
 
-_VERSION = 2
+_VERSION = 3
 # the thresholds that a scan depends on
 _SCAN_FIELDS = ("captions", "max_image_pixels", "animated", "min_side_px", "max_aspect", "languages")
 _SCAN_FIELDS += ("min_chars", "max_chars", "min_words", "markup", "boilerplate")

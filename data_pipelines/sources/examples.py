@@ -13,7 +13,7 @@ The trap: on the wire, a feature without a value and a missing feature are the s
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from data_pipelines.errors import UserError
 from data_pipelines.records import Pair
@@ -23,6 +23,7 @@ from data_pipelines.sources.columns import parse_object
 IMAGE_FEATURES = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "image_raw")
 KEY_FEATURES = ("__key__", "tfds_id", "image/filename", "id")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM")
+_LOOKED_AT_RECORDS = 100
 _LISTS = {
     "bytes_list": ("BytesList", "TYPE_BYTES"),
     "float_list": ("FloatList", "TYPE_FLOAT"),
@@ -73,6 +74,17 @@ def parse(record: bytes) -> dict[str, list]:
         kind = feature.WhichOneof("kind")
         features[name] = list(getattr(feature, kind).value) if kind else []
     return features
+
+
+def parse_first(read: Callable[[int], bytes], records: int) -> dict[str, list]:
+    """The features of the first record that can be read. Raises what its reader or `parse` does if none of some can."""
+    failed: Exception | None = None
+    for number in range(min(records, _LOOKED_AT_RECORDS)):
+        try:
+            return parse(read(number))
+        except (RuntimeError, ValueError) as error:
+            failed = failed or error
+    raise failed or UserError("there is none")
 
 
 def serialize(features: Mapping[str, Sequence]) -> bytes:

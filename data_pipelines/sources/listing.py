@@ -27,6 +27,7 @@ from data_pipelines.sources.shards import ColumnSource, join_offsets
 IMAGE_COLUMNS = ("image", "file_name", "filename", "filepath", "image_path", "path", "file", "img")
 _BOM = b"\xef\xbb\xbf"
 _MAX_LINE_BYTES = 1 << 24
+_LOOKED_AT_ROWS = 100
 
 
 class ListSource(ColumnSource):
@@ -131,13 +132,13 @@ def _scan_json(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[s
     for offset, line in _lines(shard, stat):
         if not line.strip():
             continue
-        if columns is None:
+        if columns is None and len(offsets) < _LOOKED_AT_ROWS:
             fields, problems = parse_object(line.removeprefix(_BOM))
-            if "invalid_json" in problems:
-                raise UserError(f"list {shard!r} does not begin with a JSON object; write one per line")
-            columns = sorted(fields)
+            columns = None if "invalid_json" in problems else sorted(fields)
         offsets.append(offset)
         sizes.append(len(line))
+    if offsets and columns is None:
+        raise UserError(f"list {shard!r} does not begin with a JSON object; write one per line")
     return offsets, sizes, columns or []
 
 

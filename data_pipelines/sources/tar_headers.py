@@ -23,7 +23,7 @@ _REGULAR, _NO_DATA = frozenset(b"0\x007"), frozenset(b"123456")
 _MAX_DIGITS = 19  # of a number that fits into 63 bits
 _MAX_TEXT_BYTES = 1 << 24  # of a name, or of PAX records
 _MAX_RECORDS, _MIN_RECORD_BYTES = 1000, 5  # "5 a=\n"
-_HEADERS_AT_ONCE = 4096
+_HEADERS_AT_ONCE = 512
 _ONES = np.ones(_BLOCK, np.float32)
 _OCTAL = 8.0 ** np.arange(5, -1, -1, dtype=np.float32)
 _GNU_LONG, _PAX, _SPARSE = {ord("L"): b"path", ord("K"): b"linkpath"}, frozenset(b"xX"), ord("S")

@@ -39,7 +39,7 @@ class TFRecordSource(ColumnSource):
             raise UserError(f"shard {shard!r} does not hold one whole record ({stat.size} bytes); fetch it again")
         rows = join_offsets(offsets, sizes)
         try:
-            first = examples.parse(window.fetch(offsets[0], sizes[0])[: sizes[0]])
+            first = examples.parse_first(lambda n: window.fetch(offsets[n], sizes[n])[: sizes[n]], len(offsets))
         except ValueError as error:
             raise UserError(f"shard {shard!r} does not hold tf.train.Example records: {error}") from error
         notes = {"truncated": not whole} | examples.notes(shard, first, len(rows))

@@ -105,16 +105,16 @@ class ZeroShot:
         return [Result(self, self.dataset, "", metrics)]
 
     def _number(self, values: Sequence[Any], pair: str, index: Mapping[str, int]) -> int | None:
-        """The class of a pair; None if it has no label."""
+        """The class of a pair; None if it has no label, or a number that no list of classes reaches."""
         label = values[0] if len(values) == 1 else values
         if not values or (isinstance(label, float) and not math.isfinite(label)):
             return None
         if isinstance(label, str) and label in index:
             return index[label]
-        number = isinstance(label, int) or (isinstance(label, str) and label.isdecimal() and len(label) < _MAX_DIGITS)
-        number = number or (isinstance(label, float) and label.is_integer())  # a number column with gaps
-        if number and abs(int(label)) < 10**_MAX_DIGITS:
-            return int(label)
+        if isinstance(label, str) and label.isdecimal():
+            return int(label) if len(label) <= _MAX_DIGITS else None
+        if isinstance(label, int) or (isinstance(label, float) and label.is_integer()):  # a number column with gaps
+            return int(label) if abs(label) < 10**_MAX_DIGITS else None
         label = str(label)[:_SHOWN_CHARS]
         names = ", ".join(list(index)[:_SHOWN_NAMES]) + (", …" if len(index) > _SHOWN_NAMES else "")
         raise UserError(

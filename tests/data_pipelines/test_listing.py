@@ -84,6 +84,8 @@ def test_broken_rows_are_stated_not_raised(tmp_path):
     pairs = list(open_source(tmp_path / "a.jsonl"))
     assert [pair.image for pair in pairs] == [PICTURE, None, None, None, None]
     assert [pair.problems for pair in pairs] == [(), ("invalid_json",), ("invalid_json",), (), ()]
+    (tmp_path / "b.jsonl").write_bytes(b'{"image": \n[1]\n{"image": "1.png", "txt": "a"}\n')
+    assert [pair.problems for pair in open_source(tmp_path / "b.jsonl")] == [("invalid_json",)] * 2 + [()]
     (tmp_path / "a.csv").write_bytes(b"image,txt\n1.png\n1.png,a,b\n\n1.png,\xff\xe9\n1.png,c,\n")
     pairs = list(open_source(tmp_path / "a.csv"))
     assert [(pair.image, pair.fields.get("txt"), pair.problems) for pair in pairs] == [
