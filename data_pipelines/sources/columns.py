@@ -9,7 +9,7 @@ from typing import Any
 from data_pipelines.errors import UserError
 from data_pipelines.text_ops import without_surrogates
 
-_MAX_DEPTH = 100
+_MAX_DEPTH, _MAX_JSON_BYTES = 100, 1 << 24
 
 
 def did_you_mean(name: str, candidates: Collection[str]) -> str:
@@ -30,10 +30,12 @@ def _how_to_name_one(columns: Collection[str]) -> str:
 
 
 def parse_object(text: bytes) -> tuple[dict[str, Any], list[str]]:
-    """The JSON object in a text, and its problems: {} and "invalid_json" if it holds anything else or is nested too deep.
+    """The JSON object in a text, and its problems: {} and "invalid_json" if it holds anything else, or too much.
 
     Half an emoji ("\\ud83d") is taken out: no encoding has it. That is the problem "control_chars".
     """
+    if len(text) > _MAX_JSON_BYTES:
+        return {}, ["invalid_json"]
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError):  # RecursionError: nested a thousand deep

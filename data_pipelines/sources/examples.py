@@ -23,7 +23,7 @@ from data_pipelines.sources.columns import parse_object
 IMAGE_FEATURES = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "image_raw")
 KEY_FEATURES = ("__key__", "tfds_id", "image/filename", "id")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM")
-_LOOKED_AT_RECORDS = 100
+LOOKED_AT_RECORDS = 100
 _LISTS = {
     "bytes_list": ("BytesList", "TYPE_BYTES"),
     "float_list": ("FloatList", "TYPE_FLOAT"),
@@ -79,7 +79,7 @@ def parse(record: bytes) -> dict[str, list]:
 def parse_first(read: Callable[[int], bytes], records: int) -> dict[str, list]:
     """The features of the first record that can be read. Raises what its reader or `parse` does if none of some can."""
     failed: Exception | None = None
-    for number in range(min(records, _LOOKED_AT_RECORDS)):
+    for number in range(min(records, LOOKED_AT_RECORDS)):
         try:
             return parse(read(number))
         except (RuntimeError, ValueError) as error:

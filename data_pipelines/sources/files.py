@@ -125,15 +125,16 @@ def read_whole(path: str) -> bytes:
     """A small file. Raises as `stat`, or OSError."""
     if is_remote(path):
         found = remote.stat(path)
-        _check_small(path, found.size)
+        check_fits(path, found.size)
         return remote.read_range(path, 0, found.size, total=found.size, version=found.version)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size  # 0 for most files of /proc, which may be endless
-        _check_small(path, size)
+        check_fits(path, size)
         return file.read(size)
 
 
-def _check_small(path: str, size: int) -> None:
+def check_fits(path: str, size: int) -> None:
+    """Raises OSError where one image, text or record is larger than any is."""
     if size > _MAX_WHOLE_BYTES:
         raise OSError(f"{path!r} has {size} bytes, more than {_MAX_WHOLE_BYTES}")
 

@@ -38,7 +38,7 @@ KEY_COLUMNS = ("key", "__key__")
 _OPEN_FOOTERS = 64
 _PLANNED_GROUPS = 1024
 _JOIN_GAP_BYTES = 1 << 20
-_FOOTER_GUESS_BYTES = 1 << 16
+_FOOTER_GUESS_BYTES, _MAX_FOOTER_BYTES = 1 << 16, 1 << 30
 
 
 class ParquetSource(ColumnSource):
@@ -265,7 +265,7 @@ def _footer_file(read, size: int) -> _Blocks:
     """The end of a file as a file-like object, in one read or two. read(offset, size) -> bytes"""
     end = read(max(0, size - _FOOTER_GUESS_BYTES), min(size, _FOOTER_GUESS_BYTES))
     needed = int.from_bytes(end[-8:-4], "little") + 8
-    if len(end) < needed <= size and end[-4:] == b"PAR1":
+    if len(end) < needed <= min(size, _MAX_FOOTER_BYTES) and end[-4:] == b"PAR1":
         end = read(size - needed, needed)
     return pa.PythonFile(_Blocks([(size - len(end), end)], size), "r")
 

@@ -29,7 +29,7 @@ from data_pipelines.sources.tar_headers import Members, NotATar, walk_members
 SLOTS = ("image", "txt", "json", "cls")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "avif")
 _MORE_CAPTIONS = len(SLOTS)
-_MAX_KEY_BYTES, _SHOWN_BYTES = 1024, 80
+_MAX_KEY_BYTES, _SHOWN_BYTES, _MAX_JSON_BYTES = 1024, 80, 1 << 24
 _Used = list[tuple[int, int, int, int, int]]  # pair, slot, number, offset, bytes
 _SLOT_OF = {slot.encode(): index for index, slot in enumerate(SLOTS) if slot != "image"}
 _SLOT_OF |= {extension.encode(): 0 for extension in IMAGE_EXTENSIONS}
@@ -68,7 +68,9 @@ def build(shard: str, stat: FileStat) -> Contents:
     if due is not None and due > len(rows):
         notes |= {"truncated": True, "pairs_due": due}
     offset, size = rows["json"][0].item(), rows["json_bytes"][0].item()
-    side = side_files.match(shard, rows, window.fetch(offset, size)[:size] if offset >= 0 else None)
+    side = side_files.match(
+        shard, rows, window.fetch(offset, size)[:size] if offset >= 0 and size < _MAX_JSON_BYTES else None
+    )
     if side is not None:
         tables["side"], notes["side_columns"] = side
     return Contents(len(rows), tables, notes, index_file.digest(stat, rows, tables["captions"]))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from data_pipelines.records import Pair
-from data_pipelines.sources import tar_index
+from data_pipelines.sources import files, tar_index
 from data_pipelines.sources.columns import parse_object
 from data_pipelines.sources.shards import ShardedSource
 from data_pipelines.sources.side_files import SideTable
@@ -47,6 +47,7 @@ class TarSource(ShardedSource):
         if len(tables["captions"]):
             first, last = np.searchsorted(tables["captions"]["pair"], (row, row + 1))
             extents += [(offset, size) for _, offset, size in tables["captions"][first:last].tolist()]
+        files.check_fits(self.paths[shard], sum(size for _, size in extents))
         image, txt, meta, cls, *more = _read_members(extents, read)
         fields, problems = _parse_fields([text for text in (txt, *more) if text is not None], meta, cls)
         name = key.decode("utf-8", "replace")

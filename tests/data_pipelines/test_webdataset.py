@@ -401,3 +401,17 @@ def test_one_long_name_does_not_cost_every_row_its_length(tmp_path):
 def test_the_fingerprint_of_a_sound_shard_is_what_it_was():
     source = TarSource(SAMPLE / "emoji-heldout-00000.tar")
     assert source.fingerprint == "0c97d40c4beaa90d465a05b311f9606cfd9c60172e200a90fa56dd1fc1670279"
+
+
+def test_a_member_of_a_terabyte_is_unreadable(tmp_path):
+    path, size = tmp_path / "a.tar", 1 << 40
+    member = tarfile.TarInfo("1.jpg")
+    member.size = size
+    with path.open("wb") as file:
+        file.write(member.tobuf(tarfile.GNU_FORMAT))
+        file.seek(size, 1)  # a hole in the file
+        file.write(write_tar(tmp_path / "b.tar", {"2.jpg": b"i"}).read_bytes())
+    source = TarSource(path)
+    with pytest.raises(OSError, match="has 1099511627776 bytes, more than"):
+        source[0]
+    assert source[1].image == b"i"
