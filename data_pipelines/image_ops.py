@@ -10,6 +10,9 @@ instructions, 5 times as fast, within 1/255 (2/255 at one value in millions).
 
 The trap: Pillow clips 16-bit grey to white instead of scaling it, and allocates a whole image before it finds that the file
 is a bomb or cut. So only the header is trusted with sizes here, and any error of any codec is a `DecodeError`.
+
+A decode takes at most about five seconds and 512 MiB beside the image: hence limits on sides, on the scans of a JPEG, and on the
+pixels that go through decoders which hold an image several times (WebP, AVIF, CMYK).
 """
 
 import io
@@ -32,8 +35,13 @@ except ImportError:
 
 # What browsers show. Naming them also keeps Pillow's other fifty decoders away from files of unknown origin.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF")
+_PNG, _PNG_TEXTS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_MAGIC = (b"\xff\xd8\xff", _PNG, b"GIF8", b"RIFF")
 MAX_CANVAS_PIXELS = 1 << 25
+_MAX_SIDE_PX = 1 << 16
+_MAX_PIXELS_HELD_TWICE = 1 << 25
+_MAX_SCANNED_PIXELS, _MIN_SCAN_BYTES = 1 << 31, 10
+_GREY_OF_16_BITS = ((np.arange(1 << 16) + 128) // 257).astype(np.uint8)
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -79,17 +87,18 @@ def decode_image(data: bytes, *, max_pixels: int, min_size_px: tuple[int, int] |
     if not data:
         raise DecodeError("empty_image", "0 bytes")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > max_pixels:
-            raise _bomb(*image.size, max_pixels)
+        image = open_image(data)
+        held_twice = image.format in ("WEBP", "AVIF") or image.mode == "CMYK"
+        _check_size(data, image.size, min(max_pixels, _MAX_PIXELS_HELD_TWICE) if held_twice else max_pixels)
         is_plain = simplejpeg is not None and image.format == "JPEG" and image.mode in ("L", "RGB")
         if is_plain and min_size_px is not None and _orientation(image) in _SIDEWAYS:
             min_size_px = min_size_px[::-1]
         pixels = _decode_jpeg(data, "RGBX", image.size, min_size_px) if is_plain else None
         if pixels is None:
             image.load()
-        rgb = _to_rgb(image) if pixels is None else _to_pil(pixels)
         orientation = _orientation(image)  # after load(): a PNG may have it behind its pixels
+        image = image.convert("RGBA") if image.mode == "LA" else image  # here, so that only one of them is in memory
+        rgb = _to_rgb(image) if pixels is None else _to_pil(pixels)
         return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
     except DecodeError:
         raise
@@ -99,6 +108,8 @@ def decode_image(data: bytes, *, max_pixels: int, min_size_px: tuple[int, int] |
         reason = "corrupt_image" if data.startswith(_MAGIC) else "not_an_image"
         raise DecodeError(reason, str(error)) from error
     except Exception as error:  # codecs raise anything on damaged files: OSError, SyntaxError, struct.error
+        if isinstance(error, ValueError) and (lean := _without_texts(data)) is not None:  # texts behind the pixels
+            return decode_image(lean, max_pixels=max_pixels, min_size_px=min_size_px)
         reason = "truncated" if "truncated" in str(error) else "corrupt_image"
         raise DecodeError(reason, f"{type(error).__name__}: {error}") from error
 
@@ -107,8 +118,7 @@ def decode_pixels(data: bytes, *, max_pixels: int, min_size_px: tuple[int, int] 
     """`decode_image` as an array, without Pillow for a plain JPEG. -> uint8 [h, w, 3]"""
     size = _plain_jpeg_size(data)
     if size is not None:
-        if size[0] * size[1] > max_pixels:
-            raise _bomb(*size, max_pixels)
+        _check_size(data, size, max_pixels)
         pixels = _decode_jpeg(data, "RGB", size, min_size_px)
         if pixels is not None:
             return pixels
@@ -210,8 +220,40 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _bomb(width: int, height: int, max_pixels: int) -> DecodeError:
-    return DecodeError("bomb", f"{width} x {height} px, limit {max_pixels}")
+def open_image(data: bytes) -> Image.Image:
+    """An image whose header is read. Raises whatever Pillow does."""
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except ValueError:
+        if (lean := _without_texts(data)) is None:
+            raise
+        return Image.open(io.BytesIO(lean), formats=FORMATS)
+
+
+def _without_texts(data: bytes) -> bytes | None:
+    """A PNG without texts and colour profile, of which Pillow refuses long ones; None if there are none, or it is no PNG."""
+    kept, start = [], len(_PNG)
+    while data.startswith(_PNG) and start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if data[start + 4 : start + 8] not in _PNG_TEXTS:
+            kept.append(data[start:end])
+        start = end
+    lean = b"".join([_PNG, *kept])
+    return lean if kept and len(lean) < len(data) else None
+
+
+def _check_size(data: bytes, size: tuple[int, int], max_pixels: int) -> None:
+    """Raises DecodeError for an image that would take too much time or memory."""
+    pixels = size[0] * size[1]
+    if pixels > max_pixels or max(size) > _MAX_SIDE_PX:
+        raise DecodeError("bomb", f"{size[0]} x {size[1]} px, limit {max_pixels} in all and {_MAX_SIDE_PX} on a side")
+    # A progressive JPEG goes over all its pixels in each scan. No need to count what so many bytes cannot hold.
+    if pixels * (len(data) // _MIN_SCAN_BYTES) > _MAX_SCANNED_PIXELS and data[:2] == b"\xff\xd8":
+        scans = data.count(bytes((0xFF, _START_OF_SCAN)))
+        if pixels * scans > _MAX_SCANNED_PIXELS:
+            raise DecodeError(
+                "bomb", f"{size[0]} x {size[1]} px in {scans} scans, limit {_MAX_SCANNED_PIXELS} px in all"
+            )
 
 
 def _orientation(image: Image.Image) -> int | None:
@@ -230,7 +272,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return _deep_grey_to_rgb(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
-    image = image.convert("RGBA")
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
     white = Image.new("RGB", image.size, _WHITE)
     white.paste(image, mask=image.getchannel("A"))
     return white
@@ -238,8 +280,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
     """Converts 16-bit grey to RGB; 65535 becomes white, and so does the grey that a PNG declares transparent."""
-    grey = np.asarray(image).astype(np.uint32)
-    shown = ((grey + 128) // 257).astype(np.uint8)
+    grey = np.asarray(image)
+    shown = _GREY_OF_16_BITS[grey if grey.dtype.itemsize == 2 else grey.clip(0, 65535)]
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         shown[grey == transparent] = 255

@@ -21,8 +21,8 @@ class Pair:
       image: the encoded file, or None when the pair has no image member.
       fields: `txt` and `cls` when the pair has these members, and every field of its `json`; of the other formats
         every column or feature but the image. A field with several captions is a list.
-      problems: what could not be read: "invalid_utf8" (a text), "invalid_json", "missing_image" (the file that a list
-        names).
+      problems: what could not be read: "invalid_utf8" (a text), "invalid_json", "invalid_cls", "invalid_csv" (a row of a list),
+        "missing_image" (the file that a list names); or was repaired: "control_chars" (half a surrogate pair).
     """
 
     key: str

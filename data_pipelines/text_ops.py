@@ -3,7 +3,7 @@
 A caption spec is a tuple of (field, probability):
   "txt", "caption"        a field by name
   "captions.en"           an entry of a field that is a mapping
-  "captions.*"            any entry of it, uniformly; also of a field that is a list
+  "captions.*"            any entry of it, uniformly; also of a field that is a list, and any line of a text
   "keywords"              a comma-separated (or JSON) list: a few of them in random order
   "captions.en+keywords"  the parts joined by a comma; only the first of them has to be there
 A field that this pair lacks, or that is blank, is drawn again among those it has, so a rare language costs no pairs.
@@ -70,6 +70,8 @@ def captions_of(fields: Mapping[str, object], field: str) -> list[str]:
         return [", ".join(words)] if (words := _keyword_list(value)) else []
     if isinstance(value, Mapping):
         value = list(value.values())
+    if isinstance(value, str) and field.endswith(".*"):
+        value = value.splitlines()
     texts = value if isinstance(value, list | tuple) else [value]
     return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
@@ -94,6 +96,15 @@ def lookup(fields: Mapping[str, object], field: str) -> object:
     for part in () if field in fields else field.removesuffix(".*").split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return None if isinstance(value, Mapping) and not field.endswith(".*") else value
+
+
+def without_surrogates(text: str) -> str:
+    """The text without half surrogate pairs, as a cut emoji leaves them: no encoding has them. Whole pairs are joined."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")
 
 
 def field_names(fields: Mapping[str, object]) -> list[str]:

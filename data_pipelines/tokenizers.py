@@ -17,10 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from data_pipelines.atomic import new_file
 from data_pipelines.errors import UserError
+from data_pipelines.text_ops import without_surrogates
+
+_MAX_CHARS_PER_TOKEN = 1024  # what comes later changes none of the ids that are kept
+_MAX_KEY_BYTES = 256
 
 
 class SentencePieceTokenizer:
@@ -48,8 +53,13 @@ class SentencePieceTokenizer:
             if not self._model:
                 raise UserError("0 bytes")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
-        except (RuntimeError, ValueError) as error:
+            proto = sentencepiece_model_pb2.ModelProto.FromString(self._model)
+        except (RuntimeError, ValueError, DecodeError) as error:
             raise UserError(f"tokenizer {self.path!r} is not a SentencePiece model; use a spiece.model") from error
+        if _has_endless_keys(proto.normalizer_spec.precompiled_charsmap):
+            raise UserError(
+                f"tokenizer {self.path!r} is damaged: its normalisation table runs in circles; fetch it again"
+            )
         self.vocab_size = self._processor.vocab_size()
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
@@ -64,11 +74,33 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str, length: int) -> np.ndarray:
         """Ids of a lower-cased text, cut or padded to `length`; the last is the end token. -> int32 [l]"""
-        ids = self._processor.encode(text.lower())
+        ids = self._processor.encode(without_surrogates(text[: _MAX_CHARS_PER_TOKEN * length]).lower())
         tokens = np.full(length, self.eos_id, np.int32)
         kept = min(len(ids), length - 1)
         tokens[:kept] = ids[:kept]
         return tokens
+
+
+def _has_endless_keys(charsmap: bytes) -> bool:
+    """Whether a key of SentencePiece's text normalisation is longer than any character: then each place costs the whole text.
+
+    The table is a double array of Darts-clone: from a node at p, byte c leads to the unit at p ^ c, and on to its node.
+    """
+    units = np.frombuffer(charsmap[4 : 4 + int.from_bytes(charsmap[:4], "little") // 4 * 4], "<u4").astype(np.int64)
+    if not len(units):
+        return False
+    nodes = np.arange(len(units)) ^ ((units >> 10) << ((units & 0x200) >> 6))
+    places = np.flatnonzero((units >> 31 == 0) & (units & 0xFF != 0))
+    parents, children = places ^ (units[places] & 0xFF), nodes[places]
+    reached = np.zeros(len(units) + 256, bool)
+    reached[nodes[:1] % len(reached)] = True
+    for _ in range(_MAX_KEY_BYTES):
+        found = children[reached[parents] & (children < len(reached))]
+        if not len(found):
+            return False
+        reached[:] = False
+        reached[found] = True
+    return True
 
 
 def train_tokenizer(
@@ -93,7 +125,7 @@ def train_tokenizer(
         try:
             for text in texts:
                 count += 1
-                yield text.lower()
+                yield without_surrogates(text).lower()
         except Exception as error:  # sentencepiece would make one of its own of it
             failures.append(error)
             raise

@@ -33,18 +33,22 @@ _OVERLAYS = {chr(code) for code in range(0x334, 0x339)}
 _BLANKS = "\xa0\u2800\u3164\uffa0"  # no-break space, Braille blank, fillers of Hangul
 _FILLERS = "\u115f\u1160"  # parts of old Hangul if a letter stands beside them
 _OBJECT = "\ufffc"  # the placeholder of an embedded image
+_MAX_CHARS = 1 << 16  # more is not looked at: a megabyte would take seconds
 _MAX_MARKS = 30  # on one letter, as in Unicode's stream-safe text (UAX #15); NFC takes time quadratic in their number
 _MAX_CONTROLS = 0.25  # share of a text; UTF-16 has more, and may be valid UTF-8 all the same
 UNKNOWN = "un"
 
 
 def canonical(text: str) -> tuple[str, tuple[str, ...]]:
-    """The canonical form of a caption, and the rules found on the way: repairs, "markup" or "invalid_utf8"."""
+    """The canonical form of a caption, and the rules found on the way: repairs, "markup", "invalid_utf8" or "too_long"."""
     found = []
+    if len(text) > _MAX_CHARS:
+        text, found = text[:_MAX_CHARS], ["too_long"]
     if not text.isascii():
         fixed = ftfy.fix_encoding(text)
         if fixed != text:
-            text, found = fixed, ["mojibake"]
+            text = fixed
+            found.append("mojibake")
         if "\ufffd" in text:
             found.append("invalid_utf8")
     if "invalid_utf8" not in found and _is_binary(text):

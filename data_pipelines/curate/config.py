@@ -22,13 +22,13 @@ import pycld2
 from data_pipelines.errors import UserError
 
 NO_IMAGE = ("unreadable", "missing_image", "empty_image", "not_an_image", "bomb", "truncated", "corrupt_image")
-INTEGRITY = (*NO_IMAGE, "missing_text", "invalid_utf8", "animated")
+INTEGRITY = ("invalid_csv", *NO_IMAGE, "missing_text", "invalid_utf8", "animated")
 TEXT = ("empty_text", "markup", "boilerplate", "too_short", "too_long", "language", "repeated_caption")
 IMAGE = ("too_small", "extreme_aspect")
 DUPLICATES = ("duplicate_bytes", "duplicate_pixels", "near_duplicate")
 LEAKS = ("eval_leak", "eval_leak_embedding")
 ALIGNMENT = ("low_score", "crowded_concept")
-REPAIRS = ("invalid_json", "missing_json", "mojibake", "html_entities", "control_chars")
+REPAIRS = ("invalid_json", "invalid_cls", "missing_json", "mojibake", "html_entities", "control_chars")
 RULES = (*INTEGRITY, *TEXT, *IMAGE, *DUPLICATES, *LEAKS, *ALIGNMENT, *REPAIRS)
 _ORDER = {rule: number for number, rule in enumerate(RULES)}
 _RANGES = {  # minimum, maximum, what to write

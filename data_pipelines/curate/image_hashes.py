@@ -132,7 +132,7 @@ def _encode(thumbnail: Image.Image) -> bytes:
 def _header(data: bytes) -> tuple[str, int, int, bool]:
     """Format, width, height, whether there is a second frame; ("", 0, 0, False) for a file that is not an image."""
     try:
-        with Image.open(io.BytesIO(data), formats=image_ops.FORMATS) as image:
+        with image_ops.open_image(data) as image:
             animated = image.format in _ANIMATED and getattr(image, "is_animated", False)
             return image.format or "", *image.size, bool(animated)
     except Exception:  # codecs raise anything on damaged files

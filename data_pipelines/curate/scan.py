@@ -9,7 +9,7 @@ A shard may be cut, empty, or not a shard at all. That is a finding (`problem`) 
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from data_pipelines.sources.blocks import InOrder
 from data_pipelines.sources.opening import open_source
 from data_pipelines.sources.shards import ShardedSource
 
-_VERSION = 2
+_VERSION = 3
 # the thresholds that a scan depends on
 _SCAN_FIELDS = ("captions", "max_image_pixels", "animated", "min_side_px", "max_aspect", "languages")
 _SCAN_FIELDS += ("min_chars", "max_chars", "min_words", "markup", "boilerplate")
@@ -60,7 +60,7 @@ def scan_shard(task: ScanTask) -> ScanResult:
     Raises:
       FileNotFoundError, PermissionError: the shard does not exist or is not readable.
     """
-    source, problem = _open(task.shard)
+    source, problem = _open(task.shard, {field.partition(".")[0] for field in task.config.captions})
     digest = _digest(task, source)
     found = read_metadata(task.out)
     if found.get("digest") == digest and not int(found.get("unread", 0)):
@@ -76,16 +76,14 @@ def scan_shard(task: ScanTask) -> ScanResult:
     return ScanResult(task.shard, pairs, problem, False)
 
 
-def _open(shard: str) -> tuple[ShardedSource | None, str | None]:
+def _open(shard: str, fields: Collection[str]) -> tuple[ShardedSource | None, str | None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `problem` reports a cut shard
+        warnings.simplefilter("ignore")  # `problem` tells what they would
         try:
-            source = open_source(shard)
+            source = open_source(shard, fields=fields, required=False)
         except (UserError, ShardLost) as error:
             return None, str(error)
-    if source.truncated_shards:
-        return source, f"shard {shard!r} is cut off: its {len(source)} whole pairs are used; fetch it again"
-    return source, None
+    return source, "; ".join(source.faults()) or None
 
 
 def _digest(task: ScanTask, source: ShardedSource | None) -> str:

@@ -70,7 +70,7 @@ def _images(scorer: Scorer, table: Path, shard: str, max_pixels: int) -> Iterato
     rows = decodable(table).tolist()
     if not rows:
         return
-    source = InOrder(open_source(shard))
+    source = InOrder(open_source(shard, fields=()))
 
     def load(row: int) -> np.ndarray:
         image = image_ops.decode_image(source[row].image, max_pixels=max_pixels)
@@ -146,11 +146,13 @@ def read_concepts(path: str) -> tuple[dict[str, int], int]:
 def _parse_concepts(path: str, modified_ns: int) -> tuple[dict[str, int], int]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        entries = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+        entries = json.loads(text) if text.lstrip().startswith(("[", "{")) else text.splitlines()
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError among them
         raise UserError(
             f"concepts {path!r}: {error}; write UTF-8 text with a concept per line, or a JSON list of strings"
         ) from None
+    if not isinstance(entries, list):
+        raise UserError(f"concepts {path!r} is a JSON object; write one concept per line, or a JSON list of strings")
     split = [tuple(words_of(entry)) for entry in entries if isinstance(entry, str)]
     concepts = {" ".join(words): number for number, words in enumerate(dict.fromkeys(filter(None, split)))}
     if not concepts:

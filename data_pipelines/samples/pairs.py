@@ -60,9 +60,9 @@ class ImageDecoder:
     min_size_px: tuple[int, int] | None = None
 
     def decode(self, pair: Pair) -> np.ndarray:
-        """uint8 [h, w, 3]. Raises BrokenPair: "missing_image" or the reason of the `DecodeError`."""
+        """uint8 [h, w, 3]. Raises BrokenPair: what kept the pair from being read, "missing_image", or why the image is bad."""
         if pair.image is None:
-            raise BrokenPair("missing_image")
+            raise BrokenPair(pair.problems[0] if pair.problems and not pair.fields else "missing_image")
         try:
             return image_ops.decode_pixels(pair.image, max_pixels=self.max_pixels, min_size_px=self.min_size_px)
         except image_ops.DecodeError as error:

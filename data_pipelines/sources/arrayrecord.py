@@ -39,7 +39,7 @@ class ArrayRecordSource(ColumnSource):
                 f"shard {shard!r} is cut, empty or not an ArrayRecord file: it has no index at its end; fetch it again"
             )
         try:
-            first = examples.parse(reader.read([0])[0])
+            first = examples.parse_first(lambda n: reader.read([n])[0], count)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"shard {shard!r} does not hold tf.train.Example records: {error}") from error
         finally:

@@ -1,11 +1,15 @@
-"""Columns and features by name: which one holds the image, and what to say if a name does not exist."""
+"""Fields by name: which one holds the image, what to say if a name does not exist, and the fields in a JSON object."""
 
 import difflib
 import json
 import os
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from data_pipelines.errors import UserError
+from data_pipelines.text_ops import without_surrogates
+
+_MAX_DEPTH, _MAX_JSON_BYTES = 100, 1 << 24
 
 
 def did_you_mean(name: str, candidates: Collection[str]) -> str:
@@ -25,13 +29,43 @@ def _how_to_name_one(columns: Collection[str]) -> str:
     return f"{found}; rename {repr(close[0]) if close else 'the right one'} to 'image'"
 
 
-def parse_object(text: str | bytes) -> dict | None:
-    """The JSON object in a text; None if it holds anything else."""
+def parse_object(text: bytes) -> tuple[dict[str, Any], list[str]]:
+    """The JSON object in a text, and its problems: {} and "invalid_json" if it holds anything else, or too much.
+
+    Half an emoji ("\\ud83d") is taken out: no encoding has it. That is the problem "control_chars".
+    """
+    if len(text) > _MAX_JSON_BYTES:
+        return {}, ["invalid_json"]
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError):  # RecursionError: nested a thousand deep
-        return None
-    return parsed if isinstance(parsed, dict) else None
+        return {}, ["invalid_json"]
+    brackets = text.count(b"[") + text.count(b"{")
+    if not isinstance(parsed, dict) or (brackets > _MAX_DEPTH and _is_deep(parsed)):
+        return {}, ["invalid_json"]
+    # What a surrogate may come from: an escape, its own bytes, or UTF-16. Few objects have one of these.
+    if b"\\ud" in text or b"\\uD" in text or b"\xed" in text or b"\0" in text:
+        repaired = _without_surrogates(parsed)
+        return repaired, [] if repaired == parsed else ["control_chars"]
+    return parsed, []
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether it is nested deeper than pickle and json can write."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [it for v in level if isinstance(v, dict | list) for it in (v.values() if isinstance(v, dict) else v)]
+    return bool(level)
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return without_surrogates(value)
+    if isinstance(value, list):
+        return [_without_surrogates(entry) for entry in value]
+    if isinstance(value, dict):
+        return {without_surrogates(name): _without_surrogates(entry) for name, entry in value.items()}
+    return value
 
 
 def check_image(path: str, notes: Mapping[str, object], image: str | None) -> str:

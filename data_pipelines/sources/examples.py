@@ -13,7 +13,7 @@ The trap: on the wire, a feature without a value and a missing feature are the s
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from data_pipelines.errors import UserError
 from data_pipelines.records import Pair
@@ -23,6 +23,7 @@ from data_pipelines.sources.columns import parse_object
 IMAGE_FEATURES = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "image_raw")
 KEY_FEATURES = ("__key__", "tfds_id", "image/filename", "id")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM")
+LOOKED_AT_RECORDS = 100
 _LISTS = {
     "bytes_list": ("BytesList", "TYPE_BYTES"),
     "float_list": ("FloatList", "TYPE_FLOAT"),
@@ -75,6 +76,17 @@ def parse(record: bytes) -> dict[str, list]:
     return features
 
 
+def parse_first(read: Callable[[int], bytes], records: int) -> dict[str, list]:
+    """The features of the first record that can be read. Raises what its reader or `parse` does if none of some can."""
+    failed: Exception | None = None
+    for number in range(min(records, LOOKED_AT_RECORDS)):
+        try:
+            return parse(read(number))
+        except (RuntimeError, ValueError) as error:
+            failed = failed or error
+    raise failed or UserError("there is none")
+
+
 def serialize(features: Mapping[str, Sequence]) -> bytes:
     """A record of lists of bytes, str, int or float; equal features give equal bytes."""
     example = _example_class()()
@@ -122,9 +134,9 @@ def to_pair(features: Mapping[str, list], *, image: str, fallback_key: str) -> P
         fields[name] = values if len(values) > 1 else values[0]
     key = fields.pop("key", None)
     if features.get("json"):
-        parsed = parse_object(features["json"][0])
-        fields = (parsed or {}) | fields
-        problems += ["invalid_json"] if parsed is None else []
+        entry = features["json"][0]
+        parsed, found = parse_object(entry if isinstance(entry, bytes) else b"")
+        fields, problems = parsed | fields, problems + found
     if not isinstance(key, str | int):
         key = next((fields[name] for name in KEY_FEATURES if isinstance(fields.get(name), str | int)), fallback_key)
     images = features.get(image)

@@ -13,6 +13,7 @@ import io
 import os
 import re
 from collections.abc import Sequence
+from typing import BinaryIO
 
 from data_pipelines.errors import UserError
 from data_pipelines.records import ShardLost
@@ -22,6 +23,7 @@ from data_pipelines.sources.remote import FileStat
 _OPEN_FILES = 128
 _LOCAL_WINDOW_BYTES = 1 << 20
 _REMOTE_WINDOW_BYTES = 1 << 23
+_MAX_WHOLE_BYTES = 1 << 30
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::|://)")
@@ -94,10 +96,11 @@ def stat(path: str) -> FileStat:
         found = remote.stat(path)
     else:
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 local = os.fstat(file.fileno())
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"no shard at {path!r}; check the path") from error
+            found = "" if error.errno else ", but a device or a pipe"
+            raise FileNotFoundError(f"no shard at {path!r}{found}; check the path") from error
         except IsADirectoryError as error:
             raise UserError(f"shard {path!r} is a folder; name its files, e.g. '{path}/*.tar'") from error
         except PermissionError as error:
@@ -122,9 +125,25 @@ def read_whole(path: str) -> bytes:
     """A small file. Raises as `stat`, or OSError."""
     if is_remote(path):
         found = remote.stat(path)
+        check_fits(path, found.size)
         return remote.read_range(path, 0, found.size, total=found.size, version=found.version)
-    with open(path, "rb") as file:
-        return file.read()
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size  # 0 for most files of /proc, which may be endless
+        check_fits(path, size)
+        return file.read(size)
+
+
+def check_fits(path: str, size: int) -> None:
+    """Raises OSError where one image, text or record is larger than any is."""
+    if size > _MAX_WHOLE_BYTES:
+        raise OSError(f"{path!r} has {size} bytes, more than {_MAX_WHOLE_BYTES}")
+
+
+def open_regular(path: str) -> BinaryIO:
+    """A local file for reading. Raises FileNotFoundError also for a device or a pipe, which opening may wait for."""
+    if not os.path.isfile(path) and not os.path.isdir(path) and os.path.exists(path):
+        raise FileNotFoundError(f"{path!r} is not a regular file")
+    return open(path, "rb")
 
 
 class Reader:

@@ -6,13 +6,14 @@
 Paths are relative to the list's folder, or absolute, or URLs. One pass finds the offsets of the rows, which are kept as an
 index, so memory does not grow with the list.
 
-The trap: a quoted caption may hold line ends, so a row is not a line; the csv module finds where each one ends.
+The traps: a quoted caption may hold line ends, so a row is not a line; the csv module finds where each one ends. A row with
+more values than columns has a comma without quotes: nobody can tell which part is the caption, so none is taken.
 """
 
 import csv
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from data_pipelines.errors import UserError
 from data_pipelines.records import Pair
@@ -25,13 +26,15 @@ from data_pipelines.sources.shards import ColumnSource, join_offsets
 
 IMAGE_COLUMNS = ("image", "file_name", "filename", "filepath", "image_path", "path", "file", "img")
 _BOM = b"\xef\xbb\xbf"
-_MAX_FIELD_CHARS = 1 << 24
+_MAX_LINE_BYTES = 1 << 24
+_LOOKED_AT_ROWS = 100
 
 
 class ListSource(ColumnSource):
     """The rows of lists, in their order. Arguments and errors: see `ColumnSource`.
 
-    A pair whose image file does not exist has no image and the problem "missing_image".
+    A pair whose image file does not exist has no image and the problem "missing_image"; one whose row has more values than
+    columns has neither image nor fields, and the problem "invalid_csv".
     """
 
     kind = "list"
@@ -51,7 +54,10 @@ class ListSource(ColumnSource):
         path, column = self.paths[shard], self._images[shard]
         offset, size = self._tables(shard)["rows"][row].item()
         line = read(offset, size)
-        fields, problems = _parse_json(line) if _is_json(path) else _parse_csv(path, line, self.notes(shard)["columns"])
+        if _is_json(path):
+            fields, problems = parse_object(line.removeprefix(_BOM))
+        else:
+            fields, problems = _parse_csv(path, line, self.notes(shard)["columns"])
         named = fields.pop(column, None)
         key = fields.pop("key", None) or named or f"{os.path.basename(path)}/{row}"
         image = None
@@ -69,8 +75,9 @@ def _is_json(path: str) -> bool:
     return path.lower().endswith(".jsonl")
 
 
-def _dialect(path: str) -> dict:
-    return {"delimiter": "\t" if path.lower().endswith(".tsv") else ",", "strict": True}
+def _rows(path: str, lines: Iterable[str]):
+    csv.field_size_limit(_MAX_LINE_BYTES)  # a setting of the process
+    return csv.reader(lines, delimiter="\t" if path.lower().endswith(".tsv") else ",", strict=True)
 
 
 def _lines(shard: str, stat: FileStat) -> Iterator[tuple[int, bytes]]:
@@ -81,6 +88,8 @@ def _lines(shard: str, stat: FileStat) -> Iterator[tuple[int, bytes]]:
         offset += len(block)
         lines = (rest + block).split(b"\n")
         rest = lines.pop()
+        if len(rest) > _MAX_LINE_BYTES:
+            raise UserError(f"list {shard!r} has a line of more than {_MAX_LINE_BYTES} bytes; is it a list?")
         for line in lines:
             yield base, line + b"\n"
             base += len(line) + 1
@@ -89,8 +98,7 @@ def _lines(shard: str, stat: FileStat) -> Iterator[tuple[int, bytes]]:
 
 
 def _scan_csv(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[str]]:
-    csv.field_size_limit(_MAX_FIELD_CHARS)
-    offsets, sizes, end = [], [], 0
+    offsets, sizes, long, end = [], [], [], 0
 
     def decoded() -> Iterator[str]:
         nonlocal end
@@ -98,7 +106,7 @@ def _scan_csv(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[st
             end = offset + len(line)
             yield (line.removeprefix(_BOM) if offset == 0 else line).decode("utf-8", "replace")
 
-    reader = csv.reader(decoded(), **_dialect(shard))
+    reader = _rows(shard, decoded())
     try:
         columns = [name.strip() for name in next(reader, [])]
         start = end
@@ -106,9 +114,16 @@ def _scan_csv(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[st
             if row:
                 offsets.append(start)
                 sizes.append(end - start)
+            if any(row[len(columns) :]):
+                long.append(reader.line_num)
             start = end
     except csv.Error as error:
         raise UserError(f"list {shard!r} is not CSV at line {reader.line_num} ({error}); fix that line") from error
+    if len(long) * 2 > len(offsets):
+        raise UserError(
+            f"list {shard!r} has {len(columns)} columns and more values in {len(long)} of {len(offsets)} rows, the first at line "
+            f"{long[0]}; put texts with commas in double quotes, or separate columns with tabs in a file called .tsv"
+        )
     return offsets, sizes, columns
 
 
@@ -117,19 +132,14 @@ def _scan_json(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[s
     for offset, line in _lines(shard, stat):
         if not line.strip():
             continue
-        if columns is None:
-            fields, problems = _parse_json(line)
-            if problems:
-                raise UserError(f"list {shard!r} does not begin with a JSON object; write one per line")
-            columns = sorted(fields)
+        if columns is None and len(offsets) < _LOOKED_AT_ROWS:
+            fields, problems = parse_object(line.removeprefix(_BOM))
+            columns = None if "invalid_json" in problems else sorted(fields)
         offsets.append(offset)
         sizes.append(len(line))
+    if offsets and columns is None:
+        raise UserError(f"list {shard!r} does not begin with a JSON object; write one per line")
     return offsets, sizes, columns or []
-
-
-def _parse_json(line: bytes) -> tuple[dict, list[str]]:
-    parsed = parse_object(line.removeprefix(_BOM))
-    return ({}, ["invalid_json"]) if parsed is None else (parsed, [])
 
 
 def _parse_csv(path: str, line: bytes, columns: Sequence[str]) -> tuple[dict, list[str]]:
@@ -139,8 +149,11 @@ def _parse_csv(path: str, line: bytes, columns: Sequence[str]) -> tuple[dict, li
     except UnicodeDecodeError:
         text = line.decode("utf-8", "replace")
         problems.append("invalid_utf8")
-    values = next(csv.reader(io.StringIO(text, newline=""), **_dialect(path)), [])
-    return dict(zip(columns, values, strict=False)), problems
+    values = next(_rows(path, io.StringIO(text, newline="")), [])
+    if any(values[len(columns) :]):
+        return {}, [*problems, "invalid_csv"]
+    fields = dict(zip(columns, values, strict=False))
+    return {name: value for name, value in fields.items() if not problems or "\ufffd" not in value}, problems
 
 
 def _join(listing: str, name: str) -> str:

@@ -36,13 +36,16 @@ def open_source(
     *,
     image: str | None = None,
     fields: Collection[str] | None = None,
+    required: bool = True,
 ) -> ShardedSource:
     """The pairs of shards of one format, local or at URLs.
 
     Args:
       shards: a pattern or several, see `files.expand_shards`; or a folder that TFDS wrote.
       image: the column or feature that holds the image, where the files have such; None finds it.
-      fields: the fields that will be asked for, such as "captions" of "captions.en"; None for all of them.
+      fields: the fields that will be asked for, such as "captions" of "captions.en"; None for all of them. Other columns are
+        not converted, so what is wrong with them does not matter.
+      required: whether there must be all of these fields.
 
     Raises:
       FileNotFoundError, PermissionError: a shard is missing or not to be read.
@@ -57,6 +60,8 @@ def open_source(
     if other is not None:
         raise UserError(f"shards {paths[0]!r} and {other!r} are of two formats; make them two sources")
     source = _open(paths, kind, image, fields)
+    if not required:
+        return source
     columns = source.columns
     roots = {column.partition(".")[0] for column in columns or ()}  # the name of a column may have a dot itself
     for name in fields or ():

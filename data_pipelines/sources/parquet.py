@@ -26,6 +26,7 @@ from pyarrow import types
 from data_pipelines.errors import UserError
 from data_pipelines.records import Pair, ShardLost
 from data_pipelines.sources import files, index_file
+from data_pipelines.sources.arrow_values import row_values
 from data_pipelines.sources.blocks import Block, BlockCache, pieces
 from data_pipelines.sources.index_file import Contents
 from data_pipelines.sources.remote import FileStat
@@ -37,7 +38,7 @@ KEY_COLUMNS = ("key", "__key__")
 _OPEN_FOOTERS = 64
 _PLANNED_GROUPS = 1024
 _JOIN_GAP_BYTES = 1 << 20
-_FOOTER_GUESS_BYTES = 1 << 16
+_FOOTER_GUESS_BYTES, _MAX_FOOTER_BYTES = 1 << 16, 1 << 30
 
 
 class ParquetSource(ColumnSource):
@@ -56,6 +57,7 @@ class ParquetSource(ColumnSource):
         read = functools.partial(files.Reader([shard], [stat.size]).read, 0)
         try:
             metadata = pq.read_metadata(_footer_file(read, stat.size))
+            schema = metadata.schema.to_arrow_schema()
         except (pa.ArrowException, OSError) as error:
             if not isinstance(error, pa.ArrowException) and files.is_remote(shard):
                 raise
@@ -66,7 +68,6 @@ class ParquetSource(ColumnSource):
         counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         groups = np.zeros(len(counts), [("first", "<i8")])
         groups["first"][1:] = np.cumsum(counts)[:-1]
-        schema = metadata.schema.to_arrow_schema()
         notes = {"columns": schema.names, "image": _image_column(schema)}
         return Contents(
             metadata.num_rows, {"groups": groups}, notes, index_file.digest(stat, groups, _identity(metadata))
@@ -127,14 +128,15 @@ class ParquetSource(ColumnSource):
         return {"key": (shard, group), "fetch": fetch, "nbytes": nbytes}
 
     def _to_pair(self, shard: int, row: int, table: pa.Table, row_in_group: int) -> Pair:
-        values = table.slice(row_in_group, 1).to_pylist()[0]
+        values, problems = row_values(table, row_in_group, unchecked=(self._images[shard], *KEY_COLUMNS))
         image = values.pop(self._images[shard])
         if isinstance(image, dict):
             image = image.get("bytes")
         key = next((values[name] for name in KEY_COLUMNS if values.get(name) is not None), None)
         values.pop("key", None)
         name = f"{os.path.basename(self.paths[shard])}/{row}" if key is None else str(key)
-        return Pair(name, image, {name: value for name, value in values.items() if value is not None})
+        fields = {name: value for name, value in values.items() if value is not None}
+        return Pair(name, image, fields, problems)
 
     def _read_footer(self, shard: int) -> pq.FileMetaData:
         read = functools.partial(self._files.read, shard)
@@ -167,7 +169,8 @@ class ParquetSource(ColumnSource):
         """What the footer says about the needed columns of a row group."""
         names, described = self._names(shard), self._footer(shard).row_group(group)
         chunks = [described.column(number) for number in range(described.num_columns)]
-        return [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in names]
+        inside = tuple(f"{name}." for name in names)  # the name of a column may have dots itself
+        return [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(inside)]
 
 
 class _GroupCache:
@@ -262,7 +265,7 @@ def _footer_file(read, size: int) -> _Blocks:
     """The end of a file as a file-like object, in one read or two. read(offset, size) -> bytes"""
     end = read(max(0, size - _FOOTER_GUESS_BYTES), min(size, _FOOTER_GUESS_BYTES))
     needed = int.from_bytes(end[-8:-4], "little") + 8
-    if len(end) < needed <= size and end[-4:] == b"PAR1":
+    if len(end) < needed <= min(size, _MAX_FOOTER_BYTES) and end[-4:] == b"PAR1":
         end = read(size - needed, needed)
     return pa.PythonFile(_Blocks([(size - len(end), end)], size), "r")
 

@@ -57,12 +57,25 @@ class ShardedSource(abc.ABC):
         self.paths = files.expand_shards(shards)
         self._indexes = open_indexes(self.paths, self.kind, self.build)
         self._open()
+        for fault in self.faults():
+            warnings.warn(fault, stacklevel=3)
+
+    def faults(self) -> list[str]:
+        """What is not read of the shards: those that are cut, and members that belong to no pair."""
+        faults, unused = [], []
         for path, index in zip(self.paths, self._indexes, strict=True):
-            if path in self.truncated_shards:
-                pairs, due = index.header.pairs, index.header.notes.get("pairs_due")
+            notes, pairs = index.header.notes, index.header.pairs
+            if notes.get("truncated"):
+                due = notes.get("pairs_due")
                 told = f" of the {due} that its statistics count" if due else ""
-                message = f"shard {path!r} is cut off: its {pairs} whole pairs are used{told}; fetch it again"
-                warnings.warn(message, stacklevel=3)
+                faults.append(f"shard {path!r} is cut off: its {pairs} whole pairs are used{told}; fetch it again")
+            if "unused" in notes:
+                unused.append((path, *notes["unused"]))
+        if unused:
+            path, _, name = unused[0]
+            count = sum(count for _, count, _ in unused)
+            faults.append(f"{count} members belong to no pair and are not read, such as {name!r} of shard {path!r}")
+        return faults
 
     def _open(self) -> None:
         paths, headers = self.paths, [index.header for index in self._indexes]

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from data_pipelines.records import ShardLost
 from data_pipelines.sources import files
+from data_pipelines.sources.arrow_values import row_values
 from data_pipelines.sources.columns import parse_object
 
 KEY = "key"
@@ -44,12 +45,12 @@ def match(shard: str, rows: np.ndarray, first_json: bytes | None) -> tuple[np.nd
         return None
     try:
         side = pq.ParquetFile(io.BytesIO(files.read_whole(path)))
-        own = parse_object(first_json or b"") or {}
+        own, _ = parse_object(first_json or b"")
         added = [name for name in side.schema_arrow.names if name != KEY and name not in own]
         if KEY not in side.schema_arrow.names or not added:
             return None
         row_of = {str(key).encode(): row for row, key in enumerate(side.read([KEY])[KEY].to_pylist())}
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a key that is not UTF-8
         warnings.warn(f"side file {path!r} cannot be read ({error}) and is not used", stacklevel=2)
         return None
     found = np.empty(len(rows), [("row", "<i8")])
@@ -69,12 +70,12 @@ class SideTable:
 
     def fields(self, row: int, key: str) -> dict[str, object]:
         """The columns of a row that have a value. Raises ShardLost if the row has another key."""
-        values = self._table.slice(row, 1).to_pylist()
-        if not values or str(values[0].pop(KEY)) != key.rpartition("/")[2]:
+        values, _ = row_values(self._table, row)
+        if not values or str(values.pop(KEY)) != key.rpartition("/")[2]:
             raise ShardLost(
                 f"side file {self._path!r} has changed since its shard was indexed; delete the shard's .idx"
             )
-        return {name: value for name, value in values[0].items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def _stem(shard: str) -> str:

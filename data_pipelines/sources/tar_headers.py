@@ -1,14 +1,16 @@
-"""The members of a tar, found by walking its headers: ustar, GNU long names, PAX paths and sizes, numbers in base 256.
+"""The members of a tar, found by walking its headers: ustar, GNU long names, PAX paths and sizes, links, numbers in base 256.
 
     header at o, size s  ->  data at o + 512, next header at o + 512 + ceil(s / 512) * 512
 
 tarfile takes 25 us a member, this about 1, so that a thousand shards are read at the speed of the disk. Checksums, the costly
-part, are computed for all headers at once in numpy.
+part, are computed for many headers at once in numpy.
 
-The trap: a cut tar reads like one that ends early. An archive is whole only if an end-of-archive block follows its last
-member.
+The traps: a cut tar reads like one that ends early. An archive is whole only if an end-of-archive block follows its last
+member. And a header may say anything: sizes below zero, names of gigabytes.
 """
 
+import itertools
+import posixpath
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,9 +21,13 @@ _BLOCK = 512
 _END_BLOCK = bytes(_BLOCK)
 _REGULAR, _NO_DATA = frozenset(b"0\x007"), frozenset(b"123456")
 _MAX_DIGITS = 19  # of a number that fits into 63 bits
+_MAX_TEXT_BYTES = 1 << 24  # of a name, or of PAX records
+_MAX_RECORDS, _MIN_RECORD_BYTES = 1000, 5  # "5 a=\n"
+_HEADERS_AT_ONCE = 512
 _ONES = np.ones(_BLOCK, np.float32)
 _OCTAL = 8.0 ** np.arange(5, -1, -1, dtype=np.float32)
-_GNU_LONG_NAME, _PAX, _SPARSE = ord("L"), frozenset(b"xX"), ord("S")
+_GNU_LONG, _PAX, _SPARSE = {ord("L"): b"path", ord("K"): b"linkpath"}, frozenset(b"xX"), ord("S")
+_HARD_LINK, _SYMBOLIC_LINK = ord("1"), ord("2")
 
 
 class NotATar(ValueError):
@@ -30,18 +36,22 @@ class NotATar(ValueError):
 
 @dataclass
 class Members:
-    """The regular files that are whole, in order. cut_name: the file that the end of the archive cuts."""
+    """The regular files that are whole, in order, and the links to them, which lie where their targets do.
+
+    cut_name: the file that the end of the archive cuts. dangling: links to what is not there.
+    """
 
     names: list[bytes] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     truncated: bool = True
     cut_name: bytes | None = None
+    dangling: list[bytes] = field(default_factory=list)
 
 
 def walk_members(window: Window) -> Members:
     """Finds the members of a tar. Raises NotATar; OSError and ShardLost from reading."""
-    members, headers, whole_at = Members(), [], []
+    members, headers, whole_at, links = Members(), [], [], {}
     names, offsets, sizes = members.names, members.offsets, members.sizes
     offset, base, data = 0, 0, b""
     override: dict[bytes, bytes] = {}  # what a PAX header or a GNU long name sets for the next member
@@ -61,6 +71,10 @@ def walk_members(window: Window) -> Members:
             size = 0 if kind in _NO_DATA else _number(header[124:136])
         except ValueError:
             break
+        if len(headers) == _HEADERS_AT_ONCE:
+            if _drop_after_damage(members, headers, whole_at):
+                break
+            headers, whole_at = headers[:1], whole_at[:1]  # the first stays the archive's first
         headers.append(header)
         whole_at.append(len(names))
         start = offset + _BLOCK
@@ -77,31 +91,65 @@ def walk_members(window: Window) -> Members:
             sizes.append(size)
         elif start + size > window.size:
             break
-        elif kind == _GNU_LONG_NAME or kind in _PAX:
+        elif kind in _GNU_LONG or kind in _PAX:
+            if size > _MAX_TEXT_BYTES:
+                break
             text = data[start - base : start - base + size]
             if len(text) < size:
                 base, data = start, window.fetch(start, size)
                 text = data[:size]
-            override |= {b"path": text.partition(b"\0")[0]} if kind == _GNU_LONG_NAME else _pax_records(text)
+            override |= {_GNU_LONG[kind]: text.partition(b"\0")[0]} if kind in _GNU_LONG else _pax_records(text)
+        elif kind == _HARD_LINK or kind == _SYMBOLIC_LINK:
+            names.append(override.get(b"path") or _name(header))
+            target = override.get(b"linkpath") or header[157:257].partition(b"\0")[0]
+            folder = posixpath.dirname(names[-1]) if kind == _SYMBOLIC_LINK else b""
+            links[len(offsets)] = posixpath.normpath(posixpath.join(folder, target)) if target else b""
+            offsets.append(-1)
+            sizes.append(0)
+            override = {}
         elif kind == _SPARSE:  # its stored data has holes left out; a map of them may follow the header
             override = {}
-            extended = header[482]
-            while extended:
-                extended = window.fetch(start)[504:505] not in (b"", b"\0")
-                start += _BLOCK
-        elif kind not in b"gK":
+            start = _after_map(window, start) if header[482] else start
+        elif kind != ord("g"):
             override = {}
         offset = start + (size + _BLOCK - 1) // _BLOCK * _BLOCK
     _drop_after_damage(members, headers, whole_at)
+    _follow_links(members, links)
     return members
 
 
-def _drop_after_damage(members: Members, headers: list[bytes], whole_at: list[int]) -> None:
-    """Drops the members from a header with a wrong checksum on: their positions were computed from it."""
+def _follow_links(members: Members, links: dict[int, bytes]) -> None:
+    """Puts links to where their targets lie, which may come later, and drops those whose targets are not there."""
+    if not links:
+        return
+    place = {posixpath.normpath(name): number for number, name in enumerate(members.names) if number not in links}
+    for number, target in links.items():
+        if target in place and number < len(members.names):
+            found = place[target]
+            members.offsets[number], members.sizes[number] = members.offsets[found], members.sizes[found]
+    members.dangling = [name for name, offset in zip(members.names, members.offsets, strict=True) if offset < 0]
+    there = [offset >= 0 for offset in members.offsets]
+    for column in (members.names, members.offsets, members.sizes):
+        column[:] = itertools.compress(column, there)
+
+
+def _after_map(window: Window, start: int) -> int:
+    """Where the map of a sparse file ends."""
+    base, data = start, b""
+    while True:
+        if start - base + _BLOCK > len(data):
+            base, data = start, window.fetch(start)
+        start += _BLOCK
+        if data[start - base - 8 : start - base - 7] in (b"", b"\0"):
+            return start
+
+
+def _drop_after_damage(members: Members, headers: list[bytes], whole_at: list[int]) -> bool:
+    """Whether a checksum is wrong; the members from there on are dropped: their positions were computed from that header."""
     if not headers:
         if members.truncated:
             raise NotATar("its first block is not a header")
-        return
+        return False
     blocks = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, _BLOCK)
     digits = blocks[:, 148:154].astype(np.float32) - ord("0")
     stated = digits @ _OCTAL
@@ -110,12 +158,13 @@ def _drop_after_damage(members: Members, headers: list[bytes], whole_at: list[in
     odd = np.flatnonzero((stated != found) | (digits < 0).any(1) | (digits > 7).any(1))
     damaged = next((row for row in odd if _number_or(headers[row][148:156], -1) != found[row]), None)
     if damaged is None:
-        return
+        return False
     if damaged == 0:
         raise NotATar("the checksum of its first header is wrong")
     for column in (members.names, members.offsets, members.sizes):
         del column[whole_at[damaged] :]
     members.truncated, members.cut_name = True, None
+    return True
 
 
 def _name(header: bytes) -> bytes:
@@ -126,13 +175,17 @@ def _name(header: bytes) -> bytes:
 
 
 def _number(field_: bytes) -> int:
-    """Octal digits, or base 256 when the first bit is set."""
+    """Octal digits, or base 256 when the first bit is set. Raises ValueError: neither, or below zero."""
     try:
-        return int(field_[:-1], 8)
+        number = int(field_[:-1], 8)
     except ValueError:
         if field_[0] & 0x80:
-            return int.from_bytes(field_[1:], "big")
-        return int(field_.partition(b"\0")[0].strip() or b"0", 8)
+            number = -1 if field_[0] == 0xFF else int.from_bytes(field_[1:], "big")
+        else:
+            number = int(field_.partition(b"\0")[0].strip() or b"0", 8)
+    if number < 0:
+        raise ValueError(f"{field_!r} is below zero")
+    return number
 
 
 def _number_or(field_: bytes, otherwise: int) -> int:
@@ -143,16 +196,17 @@ def _number_or(field_: bytes, otherwise: int) -> int:
 
 
 def _pax_records(text: bytes) -> dict[bytes, bytes]:
-    """The path and size in a list of records "LENGTH KEY=VALUE\\n"."""
-    records = {}
+    """The paths and the size in a list of records "LENGTH KEY=VALUE\\n"."""
+    records, start = {}, 0
     if b"path=" not in text and b"size=" not in text:
         return records
-    while text:
-        length, space, _ = text.partition(b" ")
-        if not space or not length.isdigit() or len(length) > _MAX_DIGITS or not int(length):
+    for _ in range(_MAX_RECORDS):
+        space = text.find(b" ", start, start + _MAX_DIGITS + 1)
+        length = text[start : max(space, start)]
+        if not length.isdigit() or int(length) < _MIN_RECORD_BYTES:
             break
-        key, _, value = text[len(length) + 1 : int(length) - 1].partition(b"=")
-        if key == b"path" or (key == b"size" and value.isdigit() and len(value) <= _MAX_DIGITS):
+        key, _, value = text[space + 1 : start + int(length) - 1].partition(b"=")
+        if key in (b"path", b"linkpath") or (key == b"size" and value.isdigit() and len(value) <= _MAX_DIGITS):
             records[key] = value
-        text = text[int(length) :]
+        start += int(length)
     return records

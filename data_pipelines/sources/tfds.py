@@ -45,8 +45,11 @@ def records_due(shard: str) -> int | None:
 def image_feature(shard: str) -> str | None:
     """The name of the image feature, if features.json lies beside the shard and names one."""
     described = _json(os.path.join(os.path.dirname(shard), "features.json"))
-    features = described.get("featuresDict", {}).get("features", {})
-    return next((name for name, value in features.items() if "image" in value), None)
+    try:
+        features = described.get("featuresDict", {}).get("features", {})
+        return next((name for name, value in features.items() if "image" in value), None)
+    except (AttributeError, TypeError):  # not in TFDS's format
+        return None
 
 
 def _splits(folder: str) -> dict[str, tuple[int, ...]]:
@@ -54,7 +57,7 @@ def _splits(folder: str) -> dict[str, tuple[int, ...]]:
     described = _json(os.path.join(folder, "dataset_info.json")).get("splits", [])
     try:
         return {split["name"]: tuple(map(int, split.get("shardLengths", ()))) for split in described}
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"'{folder}/dataset_info.json' is not in TFDS's format ({error!r})") from error
 
 

@@ -15,13 +15,14 @@ import numpy as np
 
 from data_pipelines.errors import UserError
 from data_pipelines.records import Pair
-from data_pipelines.sources import examples, index_file
+from data_pipelines.sources import examples, files, index_file
 from data_pipelines.sources.files import Window
 from data_pipelines.sources.index_file import Contents
 from data_pipelines.sources.remote import FileStat
 from data_pipelines.sources.shards import ColumnSource, join_offsets
 
 _HEADER_BYTES, _FOOTER_BYTES = 12, 4
+_MAX_FIRST_BYTES = 1 << 28
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -39,7 +40,12 @@ class TFRecordSource(ColumnSource):
             raise UserError(f"shard {shard!r} does not hold one whole record ({stat.size} bytes); fetch it again")
         rows = join_offsets(offsets, sizes)
         try:
-            first = examples.parse(window.fetch(offsets[0], sizes[0])[: sizes[0]])
+            small = [
+                (offset, size)
+                for offset, size in rows[: examples.LOOKED_AT_RECORDS].tolist()
+                if size <= _MAX_FIRST_BYTES
+            ]
+            first = examples.parse_first(lambda n: window.fetch(*small[n])[: small[n][1]], len(small))
         except ValueError as error:
             raise UserError(f"shard {shard!r} does not hold tf.train.Example records: {error}") from error
         notes = {"truncated": not whole} | examples.notes(shard, first, len(rows))
@@ -48,6 +54,7 @@ class TFRecordSource(ColumnSource):
 
     def _pair(self, shard: int, row: int, read: Callable[[int, int], bytes]) -> Pair:
         offset, size = self._tables(shard)["rows"][row].item()
+        files.check_fits(self.paths[shard], size)
         framed = read(offset, size + _FOOTER_BYTES)
         record = framed[:size]
         if _masked_crc(record) != framed[size:]:

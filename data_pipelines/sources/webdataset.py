@@ -10,13 +10,14 @@ from collections.abc import Callable
 import numpy as np
 
 from data_pipelines.records import Pair
-from data_pipelines.sources import tar_index
+from data_pipelines.sources import files, tar_index
 from data_pipelines.sources.columns import parse_object
 from data_pipelines.sources.shards import ShardedSource
 from data_pipelines.sources.side_files import SideTable
 
 _OPEN_SIDE_TABLES = 16
 _READ_GAP_BYTES = 1 << 14
+_MAX_LABEL_DIGITS = 18  # of a number that fits into 64 bits
 
 
 class TarSource(ShardedSource):
@@ -46,6 +47,7 @@ class TarSource(ShardedSource):
         if len(tables["captions"]):
             first, last = np.searchsorted(tables["captions"]["pair"], (row, row + 1))
             extents += [(offset, size) for _, offset, size in tables["captions"][first:last].tolist()]
+        files.check_fits(self.paths[shard], sum(size for _, size in extents))
         image, txt, meta, cls, *more = _read_members(extents, read)
         fields, problems = _parse_fields([text for text in (txt, *more) if text is not None], meta, cls)
         name = key.decode("utf-8", "replace")
@@ -92,11 +94,7 @@ def _read_members(extents: list[tuple[int, int]], read: Callable[[int, int], byt
 
 def _parse_fields(texts: list[bytes], meta: bytes | None, cls: bytes | None) -> tuple[dict, tuple[str, ...]]:
     """The fields of a pair; `txt` is a list if there are several texts."""
-    fields, problems = {}, []
-    if meta is not None:
-        parsed = parse_object(meta)
-        fields = parsed or {}
-        problems += ["invalid_json"] if parsed is None else []
+    fields, problems = ({}, []) if meta is None else parse_object(meta)
     if texts:
         try:
             decoded = [text.decode("utf-8") for text in texts]
@@ -106,5 +104,10 @@ def _parse_fields(texts: list[bytes], meta: bytes | None, cls: bytes | None) -> 
             fields.pop("txt", None)
     if cls is not None:
         label = cls.decode("utf-8", "replace").strip()
-        fields["cls"] = int(label) if label.isdecimal() else label
+        if not label.isdecimal():
+            fields["cls"] = label
+        elif len(label) <= _MAX_LABEL_DIGITS:
+            fields["cls"] = int(label)
+        else:
+            problems.append("invalid_cls")
     return fields, tuple(problems)

@@ -96,7 +96,7 @@ class ArrayRecordWriter(_ShardWriter):
         features["txt"] = [text.encode("utf-8", "replace") for text in texts]
         features["json"] = [json.dumps(rest, ensure_ascii=False, default=str).encode("utf-8", "replace")]
         if label is not None:
-            features["cls"] = [label if isinstance(label, int) else str(label)]
+            features["cls"] = [label if isinstance(label, int) and -(1 << 63) <= label < 1 << 63 else str(label)]
         self._writer.write(examples.serialize({name: values for name, values in features.items() if values}))
 
 

@@ -1,16 +1,23 @@
 """`siglip data index|tokenizer|curate|stats`: preparing data without training."""
 
+import collections
 import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
 
 import tyro
 
-from data_pipelines.records import Source
+from data_pipelines.records import Pair, Source
+from data_pipelines.sources.blocks import InOrder
 from data_pipelines.sources.opening import open_source
 from data_pipelines.text_ops import ALL_FIELDS, iter_captions
 from data_pipelines.tokenizers import SentencePieceTokenizer, train_tokenizer
 from siglip.cli.arguments import parse
 from siglip.errors import UserError
 from siglip.trees import did_you_mean
+
+logger = logging.getLogger(__name__)
 
 USAGE = """usage: siglip data index SHARDS…
        siglip data tokenizer SHARDS… --out FILE [--vocab-size N] [--captions FIELD …] [--repeat FIELD N …]
@@ -86,13 +93,31 @@ def tokenizer_command(args: list[str]) -> None:
         raise UserError(f"--repeat {options.repeat}: a field counts at least once; leave it out instead")
     if min(options.max_texts, options.threads, options.vocab_size) < 1 or not options.captions:
         raise UserError("--max-texts, --threads and --vocab-size must be at least 1, and --captions must name a field")
-    texts = iter_captions(_open(options.shards), fields=options.captions, repeat=dict(options.repeat))
+    names = (*options.captions, *(name for name, _ in options.repeat))
+    source = _open(options.shards, fields={name.partition(".")[0] for name in names}, required=False)
+    counts: collections.Counter[str] = collections.Counter()
+    texts = iter_captions(_readable(source, counts), fields=options.captions, repeat=dict(options.repeat))
     sizes = {"vocab_size": options.vocab_size, "max_texts": options.max_texts, "threads": options.threads}
     train_tokenizer(texts, options.out, **sizes)
     print(f"{SentencePieceTokenizer(options.out).vocab_size} pieces -> {options.out}")
+    if counts:
+        logger.warning("pairs that could not be read in full, or were repaired: %s", dict(counts))
 
 
-def _open(shards: tuple[str, ...]) -> Source:
+def _readable(source: Source, counts: collections.Counter[str]) -> Iterator[Pair]:
+    """The pairs of a source but for those that storage does not deliver; what is wrong with pairs is counted."""
+    pairs = InOrder(source)
+    for index in range(len(source)):
+        try:
+            pair = pairs[index]
+        except OSError:
+            counts["unreadable"] += 1
+            continue
+        counts.update(pair.problems)
+        yield pair
+
+
+def _open(shards: tuple[str, ...], **settings: Any) -> Source:
     if not shards:
         raise UserError("no shards given; name some, for instance 'data/train-*.tar'")
-    return open_source(shards)
+    return open_source(shards, **settings)

@@ -1,5 +1,6 @@
 """`siglip eval` and `siglip embed`: a model and the data side joined into an embedder, with which evaluations are run."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -30,6 +31,7 @@ from siglip.trees import did_you_mean
 from siglip.workdir.metrics import format_value, short_name
 
 TaskT = TypeVar("TaskT")
+_LOOKED_AT_PAIRS = 100
 
 USAGE = """usage: siglip eval SRC --task {names} --data SHARDS [flags]
 
@@ -90,22 +92,22 @@ def _columns(fields: Sequence[str]) -> set[str]:
 
 
 def first_values(data: str, fields: Sequence[str]) -> dict[str, list[Value]]:
-    """What some fields of the first pair of some shards hold."""
+    """What some fields hold in the first pair of some shards that has one of them, among the first `_LOOKED_AT_PAIRS`."""
     source = open_source(data)
     if source.columns is not None:  # of tars only the pairs tell what fields there are
         source = open_source(data, fields=_columns(fields))
-    record = source[0].fields
-    return {field: values_of(record, field) for field in fields}
+    values: dict[str, list[Value]] = {}
+    for index in range(min(_LOOKED_AT_PAIRS, len(source))):
+        with contextlib.suppress(OSError):  # storage fails for a pair now and then
+            values = {field: values_of(source[index].fields, field) for field in fields}
+        if any(values.values()):
+            return values
+    return dict.fromkeys(fields, []) | values
 
 
 def values_of(record: Mapping[str, Any], field: str) -> list[Value]:
-    """Captions, or labels, that a field of a pair holds: texts and numbers; whatever else is in a column becomes a text.
-
-    Each line of a `txt` is a caption of its own, as CLIP_benchmark writes them.
-    """
+    """Captions, or labels, that a field of a pair holds: texts and numbers; whatever else is in a column becomes a text."""
     texts = captions_of(record, field)
-    if field == "txt":
-        texts = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
     if texts:
         return texts
     value = lookup(record, field)

@@ -84,14 +84,14 @@ def sample_inputs(pairs: Source, config: ModelConfig, tokenizer: Path | None) ->
     (height, width), bilinear = config.image.image_size, Image.Resampling.BILINEAR
     files, pixels, texts = [], [], []
     for index in range(len(pairs)):
-        pair = pairs[index]
         if len(files) == ROWS:
             break
-        if pair.image is None or not _is_plain(pair.image):
-            continue
         try:
+            pair = pairs[index]
+            if pair.image is None or not _is_plain(pair.image):
+                continue
             image = decode_image(pair.image, max_pixels=_MAX_PIXELS)
-        except DecodeError:
+        except (DecodeError, OSError):
             continue
         files.append(pair.image)
         pixels.append(np.asarray(image.resize((width, height), bilinear)))

@@ -67,13 +67,14 @@ def _gallery(workdir: Path, settings: EvalConfig, task: Retrieval) -> Gallery:
     """A few queries spread over the evaluation set: every other one in the first language, the rest in the others in turn."""
     embedder = embedder_of(workdir, tokenizer=str(workdir / TOKENIZER_FILE), **settings_of(settings))
     found = embedder.embed_shards(task.data, task.captions)
+    captions = {field: task.captions_in(found, field) for field in task.captions}
     count = len(found.zimg)
     queries = []
     for n, row in enumerate(np.linspace(0, count - 1, min(QUERIES, count)).astype(int).tolist()):
         first, *others = task.captions
         field = others[n // 2 % len(others)] if others and n % 2 else first
-        if texts := found.values[field][row]:
-            queries.append((field.partition("captions.")[2], str(texts[0]), row))
+        if texts := captions[field][row]:
+            queries.append((field.partition("captions.")[2], texts[0], row))
 
     def shown(rows: Sequence[int]) -> np.ndarray:
         source, size = open_source(task.data, fields=()), (SHOWN_PX, SHOWN_PX)

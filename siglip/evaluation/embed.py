@@ -32,7 +32,7 @@ _FEW = 8  # so many inputs may happen to be copies of one
 
 Params = Mapping[str, Any]
 Value = str | int | float
-# (shards, fields) -> what the fields of the first pair hold; a missing field holds nothing.
+# (shards, fields) -> what the fields of the first pair that has one hold; a missing field holds nothing.
 FirstValues = Callable[[str, Sequence[str]], Mapping[str, list[Value]]]
 
 

@@ -6,16 +6,20 @@ ranking.py.
 """
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+import jax
 import numpy as np
 
 from siglip.array_types import Float, Int
 from siglip.errors import UserError
-from siglip.evaluation.embed import Embedder, FirstValues
+from siglip.evaluation.embed import EmbeddedImages, Embedder, FirstValues
 from siglip.evaluation.ranking import rank_right_candidates
 from siglip.evaluation.results import Result, check_name, dataset_name
+
+logger = logging.getLogger(__name__)
 
 RECALL_AT = (1, 5, 10)
 
@@ -29,12 +33,14 @@ class Retrieval:
         captions: fields that hold captions ("txt", "captions.de"). Each is evaluated on its own; with several, their mean
             is added under the name <name>-mean. A field whose value is a list holds several captions of one image.
         name: name of the data set in the result; without one it is taken from the names of the shards.
+        lines: each line of a `txt` is a caption of its own, as CLIP_benchmark writes them; False: a text is one caption.
         task: the kind of evaluation.
     """
 
     data: str
     captions: tuple[str, ...] = ("txt",)
     name: str | None = None
+    lines: bool = True
     task: Literal["retrieval"] = "retrieval"
 
     BENCHMARK_TASK: ClassVar[str] = "zeroshot_retrieval"
@@ -67,12 +73,16 @@ class Retrieval:
         images = embedder.embed_shards(self.data, self.captions)
         results = []
         for field in self.captions:
-            captions = [[v for v in values if isinstance(v, str)] for values in images.values[field]]
+            captions = self.captions_in(images, field)
             texts = [text for own in captions for text in own]
             if not texts:
                 raise UserError(
                     f"no image of {self.data} has the caption field {field!r}; look at a member's .json for its fields"
                 )
+            missing = sum(not own for own in captions)
+            if missing and jax.process_index() == 0:
+                told = "%s: %d images have no caption in %r: nothing is asked for them, but they can be found"
+                logger.warning(told, self.data, missing, field)
             image_of_text = np.repeat(np.arange(len(captions)), [len(own) for own in captions])
             metrics = retrieval(images.zimg, embedder.embed_texts(texts), image_of_text, texts=texts)
             language = field.partition("captions.")[2]
@@ -81,6 +91,20 @@ class Retrieval:
         if len(results) > 1:
             results.append(Result(self, f"{self.dataset}-mean", "mean", mean_of([r.metrics for r in results])))
         return results
+
+    def captions_in(self, images: EmbeddedImages, field: str) -> list[list[str]]:
+        """The captions of each image in a field; says so where texts of several lines are taken apart."""
+        captions = [[v for v in values if isinstance(v, str)] for values in images.values[field]]
+        if field != "txt" or not self.lines:
+            return captions
+        split = [[line.strip() for text in own for line in text.splitlines() if line.strip()] for own in captions]
+        several = sum(len(lines) > len(own) for lines, own in zip(split, captions, strict=True))
+        if several and jax.process_index() == 0:
+            told = (
+                "%s: the texts of %d images have several lines; each line counts as a caption (lines=False: each text)"
+            )
+            logger.warning(told, self.data, several)
+        return split
 
 
 def retrieval(

@@ -8,12 +8,15 @@ lower case. Without it published models lose up to 12 points on class names with
 
 import dataclasses
 import json
+import logging
+import math
 import re
 import string
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import jax
 import numpy as np
 
 from siglip.array_types import Float, Int
@@ -23,9 +26,13 @@ from siglip.evaluation.ranking import rank_right_candidates
 from siglip.evaluation.results import Result, check_name, dataset_name
 from siglip.trees import did_you_mean
 
+logger = logging.getLogger(__name__)
+
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_LAMBDA = re.compile(r"lambda\s+\w+\s*:")
+_LAMBDA = re.compile(r"\blambda\s+\w+\s*:")
+_JSON = re.compile(r"\s*(\[|\{(?!c?\}))")  # a template may begin with {} or {c}
 _SHOWN_NAMES = 5
+_SHOWN_CHARS, _MAX_DIGITS = 80, 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,36 +75,47 @@ class ZeroShot:
         names = read_names(self.classes)
         make_prompts(names, read_templates(self.templates))
         labels = first_values(self.data, (self.label,))[self.label]
-        self._number(labels, "the first pair", dict.fromkeys(names, 0))
+        if self._number(labels, "the first pair", dict.fromkeys(names, 0)) is None:
+            raise UserError(
+                f"the first pair of {self.data} has no field {self.label!r}; name the field of the labels with --label"
+            )
 
     def run(self, embedder: Embedder) -> list[Result]:
         """One result.
 
         Raises:
-            UserError: a label is missing or not a class, or nothing can be decoded.
+            UserError: a label is not a class, no image has one, or nothing can be decoded.
         """
         names = read_names(self.classes)
         prompts = make_prompts(names, read_templates(self.templates))
         images = embedder.embed_shards(self.data, (self.label,))
         index = {name: names.index(name) for name in names}
         pairs = zip(images.keys, images.values[self.label], strict=True)
-        labels = np.asarray([self._number(values, f"image {key}", index) for key, values in pairs])
+        numbers = [self._number(values, f"image {key}", index) for key, values in pairs]
+        labelled = np.asarray([number is not None for number in numbers])
+        if not labelled.all() and jax.process_index() == 0:
+            example = images.keys[labelled.argmin()]
+            told = "%d images of %s left out because they have no label %r, such as %s"
+            logger.warning(told, (~labelled).sum(), self.data, self.label, example)
+        labels = np.asarray([number for number in numbers if number is not None], int)
         classes = class_embeddings(embedder.embed_texts, prompts)
         # Classes of one name have the same prompts: a tie between them is none that the encoder could avoid.
         texts = [tuple(own) for own in prompts]
-        return [Result(self, self.dataset, "", classification(images.zimg, classes, labels, texts=texts))]
+        metrics = classification(images.zimg[labelled], classes, labels, texts=texts)
+        return [Result(self, self.dataset, "", metrics)]
 
-    def _number(self, values: Sequence[Any], pair: str, index: Mapping[str, int]) -> int:
-        if not values:
-            raise UserError(
-                f"{pair} of {self.data} has no field {self.label!r}; name the field of the labels with --label"
-            )
+    def _number(self, values: Sequence[Any], pair: str, index: Mapping[str, int]) -> int | None:
+        """The class of a pair; None if it has no label, or a number that no list of classes reaches."""
         label = values[0] if len(values) == 1 else values
+        if not values or (isinstance(label, float) and not math.isfinite(label)):
+            return None
         if isinstance(label, str) and label in index:
             return index[label]
-        number = isinstance(label, int) or (isinstance(label, str) and label.isdecimal())
-        if number or (isinstance(label, float) and label.is_integer()):  # a number column with gaps
-            return int(label)
+        if isinstance(label, str) and label.isdecimal():
+            return int(label) if len(label) <= _MAX_DIGITS else None
+        if isinstance(label, int) or (isinstance(label, float) and label.is_integer()):  # a number column with gaps
+            return int(label) if abs(label) < 10**_MAX_DIGITS else None
+        label = str(label)[:_SHOWN_CHARS]
         names = ", ".join(list(index)[:_SHOWN_NAMES]) + (", …" if len(index) > _SHOWN_NAMES else "")
         raise UserError(
             f"{pair} of {self.data} has {self.label}={label!r}, which is neither a number nor a name in {self.classes} ({names})"
@@ -118,7 +136,7 @@ def read_names(path: str) -> list[str]:
         names = [names[str(k)] for k in range(len(names))]
     if not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path} holds no class names; write one name per line, or a JSON list of strings")
-    return names
+    return [_encodable(name) for name in names]
 
 
 def read_templates(path: str | None) -> Sequence[str] | Mapping[str, Sequence[str]]:
@@ -134,28 +152,38 @@ def read_templates(path: str | None) -> Sequence[str] | Mapping[str, Sequence[st
         if len(templates) != 1:  # CLIP_benchmark's files have the data set's name on top
             raise UserError(f"{path} holds templates of {len(templates)} data sets: {', '.join(templates)}; keep one")
         (templates,) = templates.values()
-    prompts = [p for own in templates.values() for p in own] if isinstance(templates, Mapping) else templates
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+    lists = list(templates.values()) if isinstance(templates, Mapping) else [templates]
+    prompts = [prompt for own in lists if isinstance(own, list) for prompt in own]
+    if not prompts or not all(isinstance(own, list) for own in lists) or not all(isinstance(p, str) for p in prompts):
         raise UserError(f"{path} holds no templates; write one per line, such as 'a photo of a {{}}', or a JSON list")
-    code = next((prompt for prompt in prompts if _LAMBDA.match(prompt)), None)
+    code = next((prompt for prompt in prompts if _LAMBDA.search(prompt)), None)
     if code is not None:
         raise UserError(f"{path}: {code!r} is Python code; write the template alone, such as 'a photo of a {{}}'")
     return templates
 
 
 def _read_lines_or_json(path: str) -> Any:
-    content = Path(path).read_text(encoding="utf-8")
-    if not re.match(r'\s*(\[|\{\s*")', content):
-        return [line.strip() for line in content.splitlines() if line.strip()]
     try:
+        content = Path(path).read_text(encoding="utf-8-sig")
+        if "\0" in content:
+            raise UserError(f"{path} is not text; write one entry per line, or JSON")
+        if not _JSON.match(content):
+            return [line.strip() for line in content.splitlines() if line.strip()]
         return json.loads(content)
-    except json.JSONDecodeError as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}); write one entry per line, or JSON") from None
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path} starts like JSON but is not ({error}); write one entry per line, or JSON") from None
 
 
 def canonicalize(text: str) -> str:
     """ "Polar_Bear!" -> "polar bear"."""
-    return " ".join(text.replace("_", " ").translate(_PUNCTUATION).lower().split())
+    return " ".join(_encodable(text).replace("_", " ").translate(_PUNCTUATION).lower().split())
+
+
+def _encodable(text: str) -> str:
+    """A text of a JSON file without half an emoji ("\\ud83d"), which cannot be tokenized."""
+    return text.encode("utf-8", "ignore").decode()
 
 
 def make_prompts(classnames: Sequence[str], templates: Sequence[str] | Mapping[str, Sequence[str]]) -> list[list[str]]:

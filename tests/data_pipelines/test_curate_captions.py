@@ -115,3 +115,8 @@ def test_thresholds():
 )  # fmt: skip
 def test_language(text, language):
     assert identify_language(text) == language
+
+
+def test_an_endless_caption_is_too_long_whatever_the_limit():
+    text, found = canonical("a dog " * 100_000)
+    assert found == ("too_long",) and 60_000 < len(text) <= 1 << 16

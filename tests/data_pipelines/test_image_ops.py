@@ -1,6 +1,7 @@
 """Every kind of image comes out upright, in the right colours, over white; bombs and damage are refused."""
 
 import contextlib
+import io
 import struct
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipelines import image_ops
+from data_pipelines.curate import image_hashes
 from data_pipelines.image_ops import DecodeError, decode_image, decode_pixels, resize
 from tests.data_pipelines.shards import encode, quadrants
 
@@ -397,3 +399,83 @@ def test_a_large_jpeg_is_decoded_smaller_and_upright(orientation):
         assert np.abs(off).max() <= (0 if factor == 1 else 16) and np.abs(off).mean() <= 2
     with pytest.raises(image_ops.DecodeError, match="bomb"):
         image_ops.decode_pixels(data, max_pixels=240 * 321 - 1, min_size_px=(1, 1))
+
+
+def with_texts(data: bytes, *, behind: bool) -> bytes:
+    """A PNG with chunks that Pillow refuses to read: texts of 2 MiB and a profile, before its pixels or behind them."""
+    text = zlib.compress(bytes(1 << 21))
+    chunks = chunk(b"zTXt", b"workflow\0\0" + text) + chunk(b"iTXt", b"x\0\1\0\0\0" + text)
+    chunks += chunk(b"iCCP", b"profile\0\0" + text)
+    at = data.index(b"IEND") - 4 if behind else data.index(b"IDAT") - 4
+    return data[:at] + chunks + data[at:]
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_long_texts_and_profiles_of_a_png_do_not_matter(behind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for options in ({}, {"exif": exif}):
+        plain = encode(painting(20, 30), **options)
+        data = with_texts(plain, behind=behind)
+        with pytest.raises(ValueError, match="too large"):
+            Image.open(io.BytesIO(data)).load()
+        assert (decoded(data) == decoded(plain)).all()
+        found = image_hashes.examine(data, max_pixels=LIMIT)
+        assert (found.format, found.reason, found.pixels) == (
+            "PNG",
+            None,
+            image_hashes.examine(plain, max_pixels=LIMIT).pixels,
+        )
+    with pytest.raises(DecodeError) as error:
+        decode_image(with_texts(encode(painting(20, 30)), behind=False)[:-60], max_pixels=LIMIT)
+    assert error.value.reason in ("truncated", "corrupt_image")
+
+
+def many_scans(data: bytes, scans: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again."""
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + (data[last:-2]) * scans + data[-2:]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("exif", [b"", b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"])
+def test_a_jpeg_of_a_thousand_scans_is_refused_before_decoding(mode, exif):
+    large = encode(Image.new(mode, (2000, 1500), 77), "JPEG", progressive=True, exif=exif)
+    assert decode_pixels(many_scans(large, 3), max_pixels=1 << 22).shape == (1500, 2000, 3)
+    for decode in (decode_image, decode_pixels):
+        with pytest.raises(DecodeError, match=r"bomb: 2000 x 1500 px in 1\d\d\d scans"):
+            decode(many_scans(large, 1000), max_pixels=1 << 22)
+    small = encode(Image.new(mode, (20, 20), 77), "JPEG", progressive=True, exif=exif)
+    assert decode_pixels(many_scans(small, 1000), max_pixels=LIMIT).shape == (20, 20, 3)
+
+
+@pytest.mark.parametrize("size", [(1, (1 << 16) + 1), ((1 << 16) + 1, 1)])
+def test_an_image_of_one_endless_side_is_a_bomb(size):
+    with pytest.raises(DecodeError, match="bomb: .* 65536 on a side"):
+        decode_image(encode(Image.new("L", size)), max_pixels=LIMIT)
+    assert decode_image(encode(Image.new("L", (1, 1 << 16))), max_pixels=LIMIT).size == (1, 1 << 16)
+
+
+@pytest.mark.parametrize("format, mode", [("WEBP", "RGB"), ("WEBP", "RGBA"), ("AVIF", "RGB"), ("JPEG", "CMYK")])
+def test_decoders_that_hold_an_image_several_times_take_fewer_pixels(monkeypatch, format, mode):
+    monkeypatch.setattr(image_ops, "_MAX_PIXELS_HELD_TWICE", 400)
+    assert decode_image(encode(Image.new(mode, (20, 20)), format), max_pixels=LIMIT).size == (20, 20)
+    with pytest.raises(DecodeError, match="bomb: 21 x 20 px, limit 400"):
+        decode_image(encode(Image.new(mode, (21, 20)), format), max_pixels=LIMIT)
+    assert decode_image(encode(Image.new("RGB", (21, 20)), "PNG"), max_pixels=LIMIT).size == (21, 20)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16"])
+def test_decoding_takes_little_more_memory_than_the_image(tmp_path, mode):
+    """512 MiB beside the 192 of the largest image; here of a quarter of its pixels."""
+    image = Image.fromarray(np.zeros((4096, 4096), np.uint16)) if mode == "I;16" else Image.new(mode, (4096, 4096))
+    (tmp_path / "a.png").write_bytes(encode(image, compress_level=1))
+    script = (
+        "import sys; from data_pipelines.image_ops import decode_pixels\n"
+        "def peak(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+        "data = open(sys.argv[1], 'rb').read(); before = peak()\n"
+        "decode_pixels(data, max_pixels=1 << 26); print(peak() - before)"
+    )
+    command = [sys.executable, "-c", script, tmp_path / "a.png"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert int(done.stdout) < (512 + 192) * 1024 // 4

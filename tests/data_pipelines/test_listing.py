@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,11 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.sources import files
+from data_pipelines.loader import DataConfig, make_loader
+from data_pipelines.order.mixture import SourceConfig
+from data_pipelines.sources import files, listing
 from data_pipelines.sources.listing import ListSource
 from data_pipelines.sources.opening import open_source
 from tests.data_pipelines.http_server import serving
-from tests.data_pipelines.shards import encode, quadrants
+from tests.data_pipelines.shards import SPIECE, encode, quadrants
+from tests.data_pipelines.streams import SHAPES
 
 PICTURE = encode(quadrants())
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
@@ -80,12 +84,15 @@ def test_broken_rows_are_stated_not_raised(tmp_path):
     pairs = list(open_source(tmp_path / "a.jsonl"))
     assert [pair.image for pair in pairs] == [PICTURE, None, None, None, None]
     assert [pair.problems for pair in pairs] == [(), ("invalid_json",), ("invalid_json",), (), ()]
-    (tmp_path / "a.csv").write_bytes(b"image,txt\n1.png\n1.png,a,b\n\n1.png,\xff\xe9\n")
+    (tmp_path / "b.jsonl").write_bytes(b'{"image": \n[1]\n{"image": "1.png", "txt": "a"}\n')
+    assert [pair.problems for pair in open_source(tmp_path / "b.jsonl")] == [("invalid_json",)] * 2 + [()]
+    (tmp_path / "a.csv").write_bytes(b"image,txt\n1.png\n1.png,a,b\n\n1.png,\xff\xe9\n1.png,c,\n")
     pairs = list(open_source(tmp_path / "a.csv"))
     assert [(pair.image, pair.fields.get("txt"), pair.problems) for pair in pairs] == [
         (PICTURE, None, ()),
-        (PICTURE, "a", ()),
-        (PICTURE, "\ufffd\ufffd", ("invalid_utf8",)),
+        (None, None, ("invalid_csv",)),
+        (PICTURE, None, ("invalid_utf8",)),
+        (PICTURE, "c", ()),
     ]
 
 
@@ -132,3 +139,58 @@ def test_random_access_from_threads(tmp_path):
     order = [7 * n % 500 for n in range(2000)]
     with ThreadPoolExecutor(8) as pool:
         assert [pair.fields["txt"] for pair in pool.map(source.__getitem__, order)] == [f"caption {n}" for n in order]
+
+
+@pytest.mark.timeout(20)
+def test_rows_that_name_devices_pipes_or_endless_files_have_no_image(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    with open(tmp_path / "huge", "wb") as file:
+        file.truncate(1 << 40)
+    names = ["/dev/zero", "/dev/tty", "pipe", "link", "/proc/self/status", "huge"]
+    (tmp_path / "a.csv").write_text("image,txt\n" + "".join(f"{name},a\n" for name in names))
+    source = open_source(tmp_path / "a.csv")
+    assert [source[n].image for n in range(5)] == [None] * 4 + [b""]
+    assert [source[n].problems for n in range(4)] == [("missing_image",)] * 4
+    with pytest.raises(OSError, match="huge' has 1099511627776 bytes"):
+        source[5]
+    for name in ("pipe", "link"):
+        with pytest.raises(FileNotFoundError, match=f"no shard at .*{name}', but a device or a pipe"):
+            open_source(f"{tmp_path}/{name}")
+
+
+def test_a_comma_without_quotes_never_cuts_a_caption(tmp_path):
+    (tmp_path / "1.png").write_bytes(PICTURE)
+    for name, separator in (("a.csv", ","), ("a.tsv", "\t")):
+        rows = [f"1.png{separator}a dog{separator} asleep", *[f"1.png{separator}a cat"] * 3]
+        (tmp_path / name).write_text(f"image{separator}txt\n" + "\n".join(rows))
+        source = open_source(tmp_path / name)
+        assert [(pair.fields, pair.problems) for pair in source] == [
+            ({}, ("invalid_csv",)),
+            *[({"txt": "a cat"}, ())] * 3,
+        ]
+        loader = make_loader(DataConfig((SourceConfig(str(tmp_path / name)),), SPIECE), **SHAPES)
+        next(loader)
+        loader.close()
+        assert loader.counts.keys() == {"invalid_csv"}
+        (tmp_path / name).write_text(f"image{separator}txt\n" + "\n".join(rows[:1] * 3 + rows))
+        with pytest.raises(
+            ValueError, match="has 2 columns and more values in 4 of 7 rows, the first at line 2; put texts"
+        ):
+            open_source(tmp_path / name)
+
+
+def test_a_long_caption_is_read_in_any_process(tmp_path):
+    (tmp_path / "a.csv").write_text("image,txt\n1.png," + "a " * 100_000)
+    open_source(tmp_path / "a.csv")
+    csv.field_size_limit(1 << 17)
+    assert len(open_source(tmp_path / "a.csv")[0].fields["txt"]) == 200_000
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_an_endless_line_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(listing, "_MAX_LINE_BYTES", 1 << 21)
+    (tmp_path / name).write_bytes(b"image,txt\n" * (name == "a.csv") + b"x" * (1 << 26))
+    with pytest.raises(ValueError, match="has a line of more than"):
+        open_source(tmp_path / name)

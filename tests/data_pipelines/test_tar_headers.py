@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.sources import files
+from data_pipelines.sources import files, tar_headers
 from data_pipelines.sources.files import Window
 from data_pipelines.sources.tar_headers import NotATar, walk_members
 
@@ -134,3 +134,96 @@ def test_garbage_with_a_good_checksum_is_no_error(tmp_path_factory, content, siz
     except NotATar:
         return
     assert all(offset + length <= path.stat().st_size for _, offset, length in found)
+
+
+def with_header(data: bytes, place: slice, value: bytes) -> bytes:
+    """The archive with other bytes in its first header, and a good checksum."""
+    header = bytearray(data[:512])
+    header[place] = value
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + data[512:]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("size", [b"-0000001000\0", b"\xff" * 10 + b"\xfc\0", b"-1".rjust(12)])
+def test_sizes_below_zero_are_damage(tmp_path, size):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in ("1.jpg", "2.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = 600
+            archive.addfile(member, io.BytesIO(b"x" * 600))
+    data = path.read_bytes()
+    path.write_bytes(with_header(data, slice(124, 136), size))
+    with pytest.raises(NotATar):
+        members_by_walk(path)
+    path.write_bytes(data[:1536] + with_header(data[1536:], slice(124, 136), size))
+    found, walked = members_by_walk(path)
+    assert found == [(b"1.jpg", 512, 600)] and walked.truncated
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("record, name", [(b"2 ", b"1.jpg"), (b"5 a=\n", b"1.jpg"), (b"11 path=ab\n", b"ab")])
+def test_pax_records_take_linear_time(tmp_path, record, name):
+    path, text = tmp_path / "a.tar", record * 1_000_000 + b"12 path=abc\n"
+    with path.open("wb") as file:
+        header = tarfile.TarInfo("PaxHeader")
+        header.type, header.size = tarfile.XHDTYPE, len(text)
+        file.write(header.tobuf(tarfile.USTAR_FORMAT) + text + bytes(-len(text) % 512))
+        file.write(tarfile.TarInfo("1.jpg").tobuf(tarfile.USTAR_FORMAT) + bytes(1024))
+    found, _ = members_by_walk(path)
+    assert [found_name for found_name, _, _ in found] == [name]
+
+
+def test_a_name_of_gigabytes_is_damage(tmp_path):
+    path, size = tmp_path / "a.tar", 1 << 30
+    with path.open("wb") as file:
+        file.write(tarfile.TarInfo("1.jpg").tobuf(tarfile.USTAR_FORMAT))
+        header = tarfile.TarInfo("long")
+        header.type, header.size = tarfile.GNUTYPE_LONGNAME, size
+        file.write(header.tobuf(tarfile.GNU_FORMAT))
+        file.seek(size, 1)  # a hole in the file
+        file.write(tarfile.TarInfo("2.jpg").tobuf(tarfile.USTAR_FORMAT) + bytes(1024))
+    found, walked = members_by_walk(path)
+    assert [name for name, _, _ in found] == [b"1.jpg"] and walked.truncated
+
+
+@pytest.mark.parametrize("dialect", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_links_lie_where_their_targets_do(tmp_path, dialect):
+    path, long = tmp_path / "a.tar", "n" * 150
+    links = [
+        ("a/1.jpg", tarfile.LNKTYPE, f"b/{long}.jpg"),
+        ("a/2.jpg", tarfile.SYMTYPE, f"../b/{long}.jpg"),
+        (f"b/{long}2.jpg", tarfile.SYMTYPE, f"{long}.jpg"),
+        ("a/3.jpg", tarfile.SYMTYPE, "/etc/passwd"),
+        ("a/4.jpg", tarfile.LNKTYPE, "nothing"),
+        ("a/5.jpg", tarfile.SYMTYPE, "later.jpg"),
+    ]
+    with tarfile.open(path, "w", format=dialect) as archive:
+        for name, kind, target in [(f"b/{long}.jpg", None, ""), *links, ("a/later.jpg", None, "")]:
+            member = tarfile.TarInfo(name)
+            member.size = 0 if kind else 700
+            member.type, member.linkname = kind or tarfile.REGTYPE, target
+            archive.addfile(member, io.BytesIO(bytes(member.size)))
+    found, walked = members_by_walk(path)
+    (first, later), places = members_by_tarfile(path), {name: place for name, *place in found}
+    assert walked.dangling == [b"a/3.jpg", b"a/4.jpg"] and len(found) == 6
+    for name in ("a/1.jpg", "a/2.jpg", f"b/{long}2.jpg"):
+        assert places[name.encode()] == list(first[1:])
+    assert places[b"a/5.jpg"] == list(later[1:])
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 3, 4, 8, 9])
+def test_checksums_of_many_headers(tmp_path, monkeypatch, damaged):
+    monkeypatch.setattr(tar_headers, "_HEADERS_AT_ONCE", 4)
+    path = tmp_path / "a.tar"
+    blocks = [bytearray(tarfile.TarInfo(f"{n}.jpg").tobuf(tarfile.USTAR_FORMAT)) for n in range(10)]
+    blocks[damaged][1] ^= 1
+    path.write_bytes(b"".join(blocks) + bytes(1024))
+    if not damaged:
+        with pytest.raises(NotATar):
+            members_by_walk(path)
+        return
+    found, walked = members_by_walk(path)
+    assert [name for name, _, _ in found] == [b"%d.jpg" % n for n in range(damaged)] and walked.truncated

@@ -326,3 +326,15 @@ def test_unknown_and_mixed_formats(tmp_path):
         open_source(f"{tmp_path}/x.tfrecord")
     with pytest.raises(ValueError, match="a tar has no columns"):
         open_source(tmp_path / "download", image="jpg")
+
+
+def test_a_damaged_first_record_costs_itself_alone(tmp_path):
+    records = [framed(record(n)) for n in range(3)]
+    (tmp_path / "a.tfrecord").write_bytes(framed(b"\xff\xff\xff") + b"".join(records))
+    data = write_array(tmp_path / "a.array_record", 3).read_bytes()
+    (tmp_path / "a.array_record").write_bytes(data.replace(b"caption 0", b"captain 0"))
+    for name in ("a.tfrecord", "a.array_record"):
+        source = open_source(tmp_path / name)
+        with pytest.raises(OSError, match="record 0 of shard"):
+            source[0]
+        assert source[1].image == PICTURE

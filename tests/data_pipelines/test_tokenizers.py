@@ -1,12 +1,15 @@
 """Token ids: the layout of the published models, a sticky end, byte fallback, and agreement with tensorflow_text."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 
+from data_pipelines.errors import UserError
 from data_pipelines.records import ShardLost
 from data_pipelines.sources.webdataset import TarSource
 from data_pipelines.text_ops import iter_captions
@@ -135,3 +138,29 @@ def test_tensorflow_text_agrees(tokenizer):
     ids = theirs.tokenize([caption.lower() for caption in captions]).to_list()
     for caption, expected in zip(captions, ids, strict=True):
         assert tokenizer.encode(caption, len(expected)).tolist() == expected
+
+
+def model_with_table(path, units: list[int]):
+    """The shipped model with another table of normalisation."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(Path(SPIECE).read_bytes())
+    array = np.array(units, "<u4").tobytes()
+    proto.normalizer_spec.precompiled_charsmap = len(array).to_bytes(4, "little") + array + b"x\0"
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def test_a_table_that_runs_in_circles_is_refused(tmp_path):
+    units = [0] * 256
+    units[0], units[96] = 1 << 10, 97 << 10 | 97  # "a" leads back to the place that it was read at
+    with pytest.raises(UserError, match="a.model' is damaged: its normalisation table runs in circles"):
+        SentencePieceTokenizer(model_with_table(tmp_path / "a.model", units))
+    units[96] = 2 << 10 | 1 << 8 | 97  # "a" becomes "x"
+    units[96 ^ 2] = 1 << 31
+    tokenizer = SentencePieceTokenizer(model_with_table(tmp_path / "a.model", units))
+    assert (tokenizer.encode("a a", 8) == tokenizer.encode("x x", 8)).all()
+
+
+def test_the_end_of_an_endless_text_costs_nothing(tokenizer):
+    text = "a dog and a cat " * 1000
+    assert (tokenizer.encode(text * 2000, 8) == tokenizer.encode(text, 8)).all()
+    assert (tokenizer.encode("half \ud83d", 8) == tokenizer.encode("half", 8)).all()

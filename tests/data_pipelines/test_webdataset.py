@@ -1,6 +1,7 @@
 """Tar shards: what a pair holds, cut and damaged shards, patterns, errors."""
 
 import gzip
+import io
 import json
 import os
 import pickle
@@ -51,7 +52,8 @@ def test_members_in_any_order_folders_and_strangers(tmp_path):
         ("d/2.txt", b"two"), ("d/1.txt", b"one"), ("README", b"?"), ("d/1.JPEG", b"i1"), ("d/1.mp4", b"?"),
         ("d/._1.jpg", b"junk"), ("d/2.webp", b"i2"), ("d/2.png", b"second image of 2"), ("d/3.png", b"i3"),
     ]  # fmt: skip
-    pairs = list(TarSource(write_tar(tmp_path / "a.tar", members)))
+    with pytest.warns(UserWarning, match="2 members belong to no pair and are not read, such as 'd/1.mp4'"):
+        pairs = list(TarSource(write_tar(tmp_path / "a.tar", members)))
     assert [(pair.key, pair.image, pair.fields.get("txt")) for pair in pairs] == [
         ("d/2", b"i2", "two"), ("d/1", b"i1", "one"), ("d/3", b"i3", None),
     ]  # fmt: skip
@@ -313,3 +315,103 @@ def test_storage_that_fails_costs_a_pair_and_a_lost_shard_the_run(tmp_path, monk
     assert error.value.reason == "unreadable" and read_pair(worn, 2)
     with pytest.raises(ShardLost, match="b.tar"):
         read_pair(gone, 2)
+
+
+def read(path, members, **options) -> dict[str, tuple]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pairs = list(TarSource(write_tar(path, members, **options)))
+    return {pair.key: (pair.image, pair.fields.get("txt")) for pair in pairs}
+
+
+@pytest.mark.parametrize(
+    "names, pairs",
+    [
+        ("1.jpg 1.txt 2.5x.jpg 2.5x.txt", {"1": "1.jpg 1.txt", "2.5x": "2.5x.jpg 2.5x.txt"}),
+        ("v1.0.jpg v1.0.txt v1.1.jpg v1.1.txt", {"v1.0": "v1.0.jpg v1.0.txt", "v1.1": "v1.1.jpg v1.1.txt"}),
+        ("d.e/v1.a.jpg d.e/v1.b.JPG", {"d.e/v1.a": "d.e/v1.a.jpg -", "d.e/v1.b": "d.e/v1.b.JPG -"}),
+        ("1.input.jpg 1.txt 2.txt 2.input.jpg", {"1": "1.input.jpg 1.txt", "2": "2.input.jpg 2.txt"}),
+        ("1.input.jpg 1.caption.txt", {"1": "1.input.jpg 1.caption.txt"}),
+        ("1.input.jpg 1.0.txt 1.1.txt", {"1": "1.input.jpg 1.0.txt,1.1.txt"}),
+        ("1.jpg 1.txt 1.mask.png 2.mask.png 3.jpg", {"1": "1.jpg 1.txt", "3": "3.jpg -"}),
+        ("1.jpg 1.txt 2.txt 2.mask.png", {"1": "1.jpg 1.txt", "2": "- 2.txt"}),
+        ("1.0.txt 1.jpg 1.1.txt", {"1": "1.jpg 1.0.txt,1.1.txt"}),
+    ],
+)
+def test_where_keys_end(tmp_path, names, pairs):
+    def shown(image, text):
+        texts = text if isinstance(text, list) else [text or "-"]
+        return f"{(image or b'-').decode()} {','.join(texts)}"
+
+    found = read(tmp_path / "a.tar", {name: name.encode() for name in names.split()})
+    assert {key: shown(*value) for key, value in found.items()} == pairs
+
+
+@pytest.mark.parametrize(
+    "names, told",
+    [
+        ("1.jpg 1.img 1.cap 2.jpg 2.img", "3 members .* such as '1.img'"),
+        ("1.jpg 1.png 1.txt", "1 members .* such as '1.png'"),
+        ("1.jpg 1.mask.png 2.mask.png", "2 members .* such as '1.mask.png'"),
+        ("1.input.jpg 1.output.jpg 1.txt", "1 members .* such as '1.output.jpg'"),
+    ],
+)
+def test_members_of_no_pair_are_counted(tmp_path, names, told):
+    members = {name: b"x" for name in names.split()}
+    with pytest.warns(UserWarning, match=f"^{told} of shard .*a.tar'$"):
+        source = TarSource(write_tar(tmp_path / "a.tar", members))
+    with pytest.warns(UserWarning, match=told):  # of an index on disk
+        TarSource(tmp_path / "a.tar")
+    assert source.faults()
+    with pytest.raises(ValueError, match="holds no image-text pairs .*, only members such as '1.img'"):
+        TarSource(write_tar(tmp_path / "b.tar", {"1.img": b"x", "1.cap": b"y"}))
+
+
+def test_links_are_pairs(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, data, kind in (
+            ("1.jpg", b"image", None),
+            ("2.jpg", "1.jpg", tarfile.LNKTYPE),
+            ("3.jpg", "1.jpg", tarfile.SYMTYPE),
+            ("4.jpg", "/images/4.jpg", tarfile.SYMTYPE),
+            *((f"{n}.txt", b"text", None) for n in range(1, 5)),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind or tarfile.REGTYPE, data if kind else ""
+            member.size = 0 if kind else len(data)
+            archive.addfile(member, io.BytesIO(b"" if kind else data))
+    with pytest.warns(UserWarning, match="1 members .* such as '4.jpg'"):
+        pairs = list(TarSource(path))
+    assert [pair.image for pair in pairs] == [b"image"] * 3 + [None]
+    assert [pair.fields["txt"] for pair in pairs] == ["text"] * 4
+
+
+def test_one_long_name_does_not_cost_every_row_its_length(tmp_path):
+    members = [
+        ("x" * 300_000 + ".jpg", b"i"),
+        ("x" * 300_001 + ".jpg", b"j"),
+        *((f"{n}.jpg", b"k") for n in range(500)),
+    ]
+    source = TarSource(write_tar(tmp_path / "a.tar", members))
+    assert len(source) == 502 and len(set(keys(source))) == 502
+    assert (tmp_path / "a.tar.idx").stat().st_size < 1 << 20
+
+
+def test_the_fingerprint_of_a_sound_shard_is_what_it_was():
+    source = TarSource(SAMPLE / "emoji-heldout-00000.tar")
+    assert source.fingerprint == "0c97d40c4beaa90d465a05b311f9606cfd9c60172e200a90fa56dd1fc1670279"
+
+
+def test_a_member_of_a_terabyte_is_unreadable(tmp_path):
+    path, size = tmp_path / "a.tar", 1 << 40
+    member = tarfile.TarInfo("1.jpg")
+    member.size = size
+    with path.open("wb") as file:
+        file.write(member.tobuf(tarfile.GNU_FORMAT))
+        file.seek(size, 1)  # a hole in the file
+        file.write(write_tar(tmp_path / "b.tar", {"2.jpg": b"i"}).read_bytes())
+    source = TarSource(path)
+    with pytest.raises(OSError, match="has 1099511627776 bytes, more than"):
+        source[0]
+    assert source[1].image == b"i"

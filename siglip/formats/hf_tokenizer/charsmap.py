@@ -21,13 +21,15 @@ from siglip.errors import UserError
 _BLOCK = 256
 _LEAF = 1 << 8
 _VALUE = 1 << 31
+_MAX_KEY_BYTES = 256
+_MAX_STEPS = 1 << 22  # nmt_nfkc takes 250 000
 
 
 def read_charsmap(blob: bytes) -> dict[str, str]:
     """The map in a `precompiled_charsmap`; empty for an empty blob.
 
     Raises:
-        UserError: it is cut short.
+        UserError: it is cut short, or not such a table.
     """
     if not blob:
         return {}
@@ -35,10 +37,20 @@ def read_charsmap(blob: bytes) -> dict[str, str]:
     if len(blob) < 4 + size or size % 4 or not size:
         raise UserError(f"the tokenizer's normalisation table has {len(blob)} bytes, not the {size} it declares")
     units, replacements = np.frombuffer(blob, "<u4", size // 4, offset=4), blob[4 + size :]
+    try:
+        return _walk(units, replacements)
+    except (IndexError, ValueError) as error:
+        raise UserError(f"the tokenizer's normalisation table is damaged ({error}); fetch it again") from error
+
+
+def _walk(units: np.ndarray, replacements: bytes) -> dict[str, str]:
     children, units = _children(units), units.tolist()
-    found, waiting = {}, [(_offset(units[0]), b"")]
+    found, waiting, steps = {}, [(_offset(units[0]), b"")], 0
     while waiting:
         position, key = waiting.pop()
+        steps += 1
+        if len(key) > _MAX_KEY_BYTES or steps > _MAX_STEPS:
+            raise ValueError("its keys run in circles")
         for place in children.get(position, ()):
             unit, node, longer = units[place], place ^ _offset(units[place]), key + bytes([place ^ position])
             if unit & _LEAF:

@@ -135,11 +135,21 @@ def test_prompts_of_each_class():
         ('["a {}"', "starts like JSON but is not"),
         ("[]", "holds no templates"),
         ('{"cat": [3]}', "holds no templates"),
+        ('{"cat": "a {}"}', "holds no templates"),
+        ('{"cat": 3}', "holds no templates"),
+        ('"a {}"', ['"a {}"']),
+        ("{} at night\n{c} by day", ["{} at night", "{c} by day"]),
+        ('\ufeff["a {}"]', ["a {}"]),
+        ("{'cat': ['a {c}']}", "starts like JSON but is not"),
+        ("templates = lambda c: f'a {c}'", "is Python code"),
+        ("[" * 100_000, "starts like JSON but is not"),
+        ("a \0{}", "is not text"),
+        (b"un caf\xe9 {}", "is not UTF-8 text"),
     ],
 )
 def test_files_of_templates(tmp_path, content, expected):
     path = tmp_path / "templates"
-    path.write_text(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     if not isinstance(expected, str):
         assert read_templates(str(path)) == expected
         return
@@ -155,11 +165,14 @@ def test_files_of_templates(tmp_path, content, expected):
         ('{"1": "tabby", "2": "bear"}', 'must have the keys "0" to "1"'),
         ('["a", 3]', "holds no class names"),
         ("\n", "holds no class names"),
+        ("{'0': 'tabby'}", "starts like JSON but is not"),
+        ('["a \\ud83d", "b"]', ["a ", "b"]),
+        (b"caf\xe9", "is not UTF-8 text"),
     ],
 )
 def test_files_of_class_names(tmp_path, content, expected):
     path = tmp_path / "classes"
-    path.write_text(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     if not isinstance(expected, str):
         assert read_names(str(path)) == expected
         return

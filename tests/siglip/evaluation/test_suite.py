@@ -127,13 +127,13 @@ def test_values_of_a_field():
         "empty": None,
         "flag": True,
     }
-    assert values_of(record, "txt") == ["a cat", "the cat"]
+    assert values_of(record, "txt") == ["a cat \nthe cat"] and values_of(record, "txt.*") == ["a cat", "the cat"]
     assert values_of(record, "n") == [3] and values_of(record, "flag") == [True]
     assert values_of(record, "captions.de") == ["y", "z"] and values_of(record, "captions.fr") == []
     assert values_of(record, "captions") == values_of(record, "empty") == values_of(record, "none") == []
 
 
-def test_lines_of_a_caption_file_are_captions_each(src, tmp_path):
+def test_lines_of_a_caption_file_are_captions_each(src, tmp_path, caplog):
     texts = [["a cat", "the cat"], ["a dog"], ["one hen", "two hens", "hens"]]
     with tarfile.open(SAMPLE / "emoji-heldout-00000.tar") as sample:
         images = [sample.extractfile(m).read() for m in sample.getmembers() if m.name.endswith(("jpg", "png", "webp"))]
@@ -150,7 +150,33 @@ def test_lines_of_a_caption_file_are_captions_each(src, tmp_path):
                     out.addfile(info, io.BytesIO(content))
     embedder = embedder_of(src, tokenizer=SPIECE, batch_size=8)
     lines, numbered = (embedder.embed_shards(str(tmp_path / f"{name}.tar"), ("txt",)) for name in ("lines", "numbered"))
-    assert lines.values["txt"] == numbered.values["txt"] == texts
+    assert Retrieval("x").captions_in(numbered, "txt") == texts and not caplog.records
+    assert Retrieval("x", lines=False).captions_in(lines, "txt") == [["\n".join(own)] for own in texts]
+    assert not caplog.records and Retrieval("x").captions_in(lines, "txt") == texts
+    assert "x: the texts of 2 images have several lines; each line counts as a caption" in caplog.text
+
+
+def test_pairs_without_a_label_are_left_out_and_counted(src, tmp_path, caplog):
+    (tmp_path / "classes.json").write_text(json.dumps(["cat \ud83d", "dog", "cow"]))
+    with tarfile.open(SAMPLE / "emoji-heldout-00000.tar") as sample:
+        image = next(
+            sample.extractfile(m).read() for m in sample.getmembers() if m.name.endswith(("jpg", "png", "webp"))
+        )
+    labels = [b"9" * 5000, b"1", None, b"dog", b"0", b"2"]
+    for label in ("9" * 5000, 10**20, 1e300, float("nan")):
+        assert ZeroShot("a.tar", "classes.json")._number([label], "image", {}) is None
+    with tarfile.open(tmp_path / "a.tar", "w") as out:
+        for n, label in enumerate(labels):
+            for member, content in ((f"{n}.webp", image), (f"{n}.cls", label)):
+                if content is not None:
+                    info = tarfile.TarInfo(member)
+                    info.size = len(content)
+                    out.addfile(info, io.BytesIO(content))
+    task = ZeroShot(str(tmp_path / "a.tar"), str(tmp_path / "classes.json"))
+    task.check(first_values)
+    (result,) = task.run(embedder_of(src, tokenizer=SPIECE, batch_size=8))
+    assert 0 <= result.metrics["acc1"] <= 1
+    assert "2 images of" in caplog.text and "left out because they have no label 'cls', such as 0" in caplog.text
 
 
 def test_all_devices_work_and_one_shape_is_compiled(src, monkeypatch):

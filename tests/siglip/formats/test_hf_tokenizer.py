@@ -15,6 +15,7 @@ from data_pipelines.image_ops import decode_image
 from data_pipelines.sources.webdataset import TarSource
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.encoder import Encoder
+from siglip.errors import UserError
 from siglip.formats import hugging_face
 from siglip.formats.hf_tokenizer import convert
 from siglip.formats.hf_tokenizer.charsmap import read_charsmap, write_charsmap
@@ -225,3 +226,19 @@ def test_the_folder_names_its_tokenizer(folder):
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and config["padding_side"] == "right"
     assert config["model_input_names"] == ["input_ids"] and config["split_special_tokens"] is True
     assert (folder[0] / "spiece.model").read_bytes() == SPIECE.read_bytes()
+
+
+@pytest.mark.timeout(30)
+def test_a_damaged_table_is_told_in_one_line():
+    def blob(units: dict[int, int], replacements: bytes = b"x\0") -> bytes:
+        array = np.zeros(256, "<u4")
+        array[list(units)] = list(units.values())
+        return array.nbytes.to_bytes(4, "little") + array.tobytes() + replacements
+
+    leaf = {0: 1 << 10, 96: 2 << 10 | 1 << 8 | 97, 96 ^ 2: 1 << 31}
+    assert read_charsmap(blob(leaf)) == {"a": "x"}
+    circle = {0: 1 << 10, 96: 97 << 10 | 97}
+    far = leaf | {96: 1 << 20 | 1 << 8 | 97}
+    for damaged in (blob(circle), blob(circle | {1 ^ 98: (1 ^ 98 ^ 1) << 10 | 98}), blob(far), blob(leaf, b"x")):
+        with pytest.raises(UserError, match="normalisation table is damaged"):
+            read_charsmap(damaged)
