@@ -132,3 +132,24 @@ def test_random_access_from_threads(tmp_path):
     order = [7 * n % 500 for n in range(2000)]
     with ThreadPoolExecutor(8) as pool:
         assert [pair.fields["txt"] for pair in pool.map(source.__getitem__, order)] == [f"caption {n}" for n in order]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"id;image;title, short\n1;a.png;b\n", "separate columns with commas"),
+        (b"image\tcaption\na.png\tb\n", "or with tabs in a file called .tsv"),
+        (
+            b"cats/1.JPG,a cat\ncats/2.JPG,two cats\n",
+            "its first line is a row; put one before it that names the columns",
+        ),
+        (b"https://x.y/1,a cat\nhttps://x.y/2,b\n", "its first line is a row"),
+        (b"image,caption,caption\na.png,b,c\n", "two columns called 'caption'; rename one"),
+        ("image,caption\na.png,b\n".encode("utf-16"), "is in UTF-16; save it as UTF-8"),
+    ],
+)
+def test_separators_headers_and_encodings_that_lists_do_not_have(tmp_path, text, message):
+    (tmp_path / "a.csv").write_bytes(text)
+    with pytest.raises(ValueError, match=message) as error:
+        open_source(tmp_path / "a.csv")
+    assert "a.csv" in str(error.value) and "\n" not in str(error.value)
