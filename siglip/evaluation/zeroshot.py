@@ -144,12 +144,15 @@ def read_templates(path: str | None) -> Sequence[str] | Mapping[str, Sequence[st
 
 
 def _read_lines_or_json(path: str) -> Any:
-    content = Path(path).read_text(encoding="utf-8")
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 ({error}); save it as UTF-8") from None
     if not re.match(r'\s*(\[|\{\s*")', content):
         return [line.strip() for line in content.splitlines() if line.strip()]
     try:
         return json.loads(content)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} starts like JSON but is not ({error}); write one entry per line, or JSON") from None
 
 

@@ -490,3 +490,15 @@ def test_a_lost_process_is_told_with_how_to_go_on(tmp_path, monkeypatch):
 def test_other_errors_are_not_taken_for_a_lost_process(error, monkeypatch):
     monkeypatch.setattr(launch, "_several", lambda: True)
     assert not launch.is_lost_process(error)
+
+
+@pytest.mark.parametrize("name", ["{a,b} #1", "run [1]", "what?", "all*"])
+def test_workdirs_with_odd_names_keep_their_checkpoints_or_are_refused(tmp_path, name):
+    config = tiny_config(tmp_path / name / "run", total_steps=3)
+    if "{" in name:
+        train_toy(config, TinyBatches())
+        assert read_run_params(tmp_path / name / "run")[2] == 3
+        return
+    with pytest.raises(UserError, match=r"has one of \* \? \[ in its path, where checkpoints cannot be kept"):
+        train_toy(config, TinyBatches())
+    assert not (tmp_path / name).exists()
