@@ -79,7 +79,8 @@ def train(
         RunFailed: if the data, a disk or another process fails while training.
     """
     config, workdir = resolve(config), Path(config.workdir)
-    program = make_program(config) if program is None else program
+    # What only one process finds bad must end all of them in one line.
+    program = in_all_or_none(lambda: program or make_program(config), bad_input=BAD_INPUT)
     try:
         given, settings = _read_initial(config, tokenizer), to_json(config)
         initial = warm_start.digest(given) if given and jax.process_count() > 1 else None
@@ -219,7 +220,7 @@ def _restore_or_init(
     state, data_state = checkpointer.restore(step, program.abstract_state)
     if "counts" in data_state and jax.process_index() > 0:
         data_state = data_state | {"counts": {}}  # they are everyone's, and process 0 goes on with them
-    batches.restore(data_state)
+    in_all_or_none(lambda: batches.restore(data_state), bad_input=BAD_INPUT)
     finished = step == config.total_steps
     logger.info("%s step %d of %s", "nothing to do after" if finished else "going on from", step, config.workdir)
     return state, step
