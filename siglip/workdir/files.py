@@ -4,13 +4,14 @@
     tokenizer.model     its SentencePiece model, so that the run can be evaluated and exported on its own
 
 The trap: a run that goes on with other settings is neither run. Only where it runs, what it reports, and the weights of its
-sources may differ; what files hold is compared by content, so they may lie elsewhere.
+sources may differ, and it may be made longer; what files hold is compared by content, so they may lie elsewhere.
 """
 
 import functools
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -152,7 +153,9 @@ def _make_config_file(workdir: Path, config: Mapping[str, Any], complete: Callab
     path = workdir / CONFIG_FILE
     if path.exists():
         saved, ours = (_flatten_json(_plain(tree)) for tree in (complete(read_config(workdir)), config))
-        differences = _differences(saved, ours, FREE_FIELDS)
+        # A run may be made longer: the loop says what its schedule does then.
+        longer = [field for field in ("total_steps",) if ours.get(field, 0) > saved.get(field, math.inf)]
+        differences = _differences(saved, ours, (*FREE_FIELDS, *longer))
         if differences:
             told = [f"{name} is {there!r} there and {here!r} here" for name, there, here in differences[:3]]
             raise UserError(

@@ -184,6 +184,12 @@ def test_bad_input_that_only_one_process_sees_ends_all_with_2(jobs, flag):
     assert "process 1 stopped: " in first and "nix.npz" in first and "nix.npz" in second
 
 
+def test_a_step_that_only_one_process_cannot_make_ends_all_with_2(jobs):
+    job = jobs.start("step", processes=2, devices=1, process1=["--loss.micro-batch-size", "3"])
+    first, second = job.ends_with(2)
+    assert "process 1 stopped: " in first and "micro_batch_size=3" in first and "micro_batch_size=3" in second
+
+
 def test_a_host_that_never_joins(jobs):
     # Behind a web proxy, which gRPC would ask.
     env = {"https_proxy": "http://localhost:9", "http_proxy": "http://localhost:9"}
