@@ -350,7 +350,7 @@ def load_encoder(
 
 
 def _attention_of(config: ImageConfig) -> AttentionFn:
-    """The kernel for this process's devices; a batch over several TPUs is told by `jax.set_mesh`."""
+    """The kernel for this process's devices; on several TPUs it needs `jax.set_mesh` with siglip.parallel's mesh."""
     tokens, spec, mesh = (
         config.grid[0] * config.grid[1] + (config.pool == "tok"),
         config.spec,
@@ -358,7 +358,8 @@ def _attention_of(config: ImageConfig) -> AttentionFn:
     )
     sizes = {"tokens": tokens, "head_dim": spec.width // spec.num_heads, "dtype": config.dtype}
     kernel = choose_kernel(config.attention, device=jax.devices()[0], **sizes)
-    return functools.partial(attention_fn, kernel=kernel, mesh=None if mesh.empty else mesh)
+    is_ours = {"data", "fsdp"} <= {*mesh.axis_names}
+    return functools.partial(attention_fn, kernel=kernel, mesh=mesh if is_ours else None)
 
 
 def _cut(params: Mapping[str, Any], depth: int) -> dict[str, Any]:

@@ -7,7 +7,9 @@ In big_vision's npz the tower is img/…, beside llm/…; in Hugging Face's fold
 `vision_model.…`, beside the language model.
 
 The trap: the connector after the tower (img/head in the npz, `multi_modal_projector` in the folder) maps the tokens into one
-particular language model. It is not part of the tower and is left out: the tokens are those before it.
+particular language model. It is not part of the tower and is left out: the tokens are those before it. And transformers
+4.57 gives the patches of Idefics3 and SmolVLM other positions than earlier versions (by rounding, the first two of a row share
+one); here they have those of the grid.
 """
 
 import re

@@ -190,31 +190,35 @@ def _join(config: DistributedConfig) -> bool:
             coordinator_bind_address=bind_address,
         )
     except Exception as error:
-        tasks, pod = _tasks_started(environ), "KUBERNETES_SERVICE_HOST" in environ
-        if pod and tasks == 1 and not several and "JOB_COMPLETION_INDEX" not in environ:
-            if not _ALONE.search(str(error)):
-                logger.warning(
-                    "this pod is not one of an indexed job, so it trains alone (%s)", " ".join(str(error).split())
-                )
-            return False
-        if tasks > 1 and _USED in str(error):
-            raise UserError(
-                f"this job has {tasks} processes, but this one has used its devices before it could join the others; the recipe "
-                f"must not use jax in get_config() or at import (no jax.devices(), no jnp arrays)"
-            ) from error
-        if several or tasks > 1 or not _ALONE.search(str(error)):
-            raise UserError(
-                f"jax cannot join the processes of this job ({error}); give distributed.coordinator, .processes and "
-                f".process_id, or distributed.processes=1 to train alone"
-            ) from error
-        if int(environ.get("SLURM_NTASKS", 1)) > 1:
-            alone = "SLURM has %s tasks for this job, but this process was not started by srun: it trains alone"
-            logger.warning(alone, environ["SLURM_NTASKS"])
+        _raise_unless_alone(error, config)
         return False  # jax finds no cluster here
     finally:
         timer.cancel()
         environ.update(proxies)
     return True
+
+
+def _raise_unless_alone(error: Exception, config: DistributedConfig) -> None:
+    """Raises UserError if this process could not join a job of several; says so where one might have been meant."""
+    environ, told = os.environ, " ".join(str(error).split())
+    tasks, no_cluster = config.processes or _tasks_started(environ), _ALONE.search(told)
+    if tasks > 1 and _USED in told:
+        raise UserError(
+            f"this job has {tasks} processes, but this one has used its devices before it could join the others; the recipe "
+            f"must not use jax in get_config() or at import (no jax.devices(), no jnp arrays)"
+        ) from error
+    # jax takes every pod for one of a job where its package for Kubernetes is installed.
+    lone_pod = "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" not in environ
+    if tasks > 1 or not (no_cluster or lone_pod):
+        raise UserError(
+            f"jax cannot join the processes of this job ({told}); give distributed.coordinator, .processes and "
+            f".process_id, or distributed.processes=1 to train alone"
+        ) from error
+    if not no_cluster:
+        logger.warning("this pod is not one of an indexed job, so it trains alone (%s)", told)
+    elif int(environ.get("SLURM_NTASKS", 1)) > 1:
+        alone = "SLURM has %s tasks for this job, but this process was not started by srun: it trains alone"
+        logger.warning(alone, environ["SLURM_NTASKS"])
 
 
 def _tasks_started(environ: Mapping[str, str]) -> int:

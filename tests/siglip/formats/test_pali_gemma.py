@@ -179,3 +179,42 @@ def test_sizes_that_another_models_config_leaves_out():
     }
     image = hugging_face.model_config(tree, source="config.json").image
     assert (image.spec, image.patch, image.image_size) == (VARIANTS["B"], (32, 32), (224, 224))
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize(
+    "kind", ["Gemma3ForConditionalGeneration", "LlavaForConditionalGeneration", "SiglipForImageClassification"]
+)
+def test_the_tower_of_what_transformers_builds_around_it(tmp_path, kind):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+    vision |= {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14, "vision_use_head": False}
+    text = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
+    text |= {"intermediate_size": 32, "vocab_size": 64}
+    if kind.startswith("Gemma3"):
+        text["model_type"] = "gemma3_text"
+        config = transformers.Gemma3Config(vision_config=vision, text_config=text, mm_tokens_per_image=4)
+    elif kind.startswith("Llava"):
+        text["model_type"] = "llama"
+        config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+    else:
+        config = transformers.SiglipConfig(vision_config=vision)
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(tmp_path)
+    params, ours = hugging_face.read(tmp_path)
+    images, _ = random_inputs(ours)
+    tower = model.vision_model if kind.startswith("Siglip") else model.model.vision_tower
+    with torch.no_grad():
+        theirs = tower(torch.tensor(images.transpose(0, 3, 1, 2))).last_hidden_state.numpy()
+    found = Encoder(params, ours).image_tokens(images)
+    np.testing.assert_allclose(found, theirs, rtol=0, atol=towers_apart(ours, theirs))
