@@ -10,3 +10,7 @@ class RunFailed(RuntimeError):
 
     Starting it again may help, so launchers do.
     """
+
+
+# Paths that a user names wrongly. Other OSErrors (a full disk, a network that is down) are the machine's.
+BAD_PATH = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)

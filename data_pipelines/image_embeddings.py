@@ -122,7 +122,9 @@ def open_image_embeddings(
         layout = {"pairs": pairs, "width": width, "part_pairs": min(part_pairs, pairs)}
         _publish(path, lambda file: file.write(json.dumps(layout | dict(about), indent=2).encode()))
     meta = _read(path)
-    if (meta.get("pairs"), meta.get("width")) != (pairs, width) or not meta.get("part_pairs", 0) > 0:
+    if not isinstance(meta, dict) or type(meta.get("part_pairs")) is not int or meta["part_pairs"] < 1:
+        raise UserError(f"{path} is damaged; remove that folder to compute its embeddings again")
+    if (meta.get("pairs"), meta.get("width")) != (pairs, width):
         raise UserError(
             f"{path} describes {meta.get('pairs')} pairs and embeddings of width {meta.get('width')}, but there are "
             f"{pairs} of {width}; remove that folder to compute them again"

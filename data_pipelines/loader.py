@@ -327,7 +327,7 @@ def _open(config: SourceConfig) -> Source:
     from data_pipelines.sources.opening import open_source
 
     parts = (part.strip() for field, _ in config.captions for part in field.split("+"))
-    source = open_source(config.shards, fields={part.split(".")[0] for part in parts})
+    source = open_source(config.shards, image=config.image, fields={part.split(".")[0] for part in parts})
     if config.manifest is None:
         return source
     from data_pipelines.sources.kept_pairs import KeptPairs

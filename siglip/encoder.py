@@ -19,7 +19,7 @@ constant of the compiled program: neither its sharding nor its gradient is then 
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from siglip.array_types import Array, Float
+from siglip import trees
+from siglip.array_types import Array, Float, Int
 from siglip.errors import UserError
+from siglip.formats import key_maps
 from siglip.model_source import read_model
+from siglip.models.attention import Attention, AttentionFn, attention_fn, choose_kernel
+from siglip.models.layers import Remat
 from siglip.models.two_tower import ImageConfig, ModelConfig, make_model
 from siglip.models.vit import ViT
 
@@ -50,10 +54,9 @@ class Encoder:
         self.config = config
         self.params = jax.device_put(dict(params))
         self.tokenizer = tokenizer
-        model = make_model(config)
-        self._image = jax.jit(lambda p, images: model.apply({"params": p}, {"image": images})[0])
-        self._text = jax.jit(lambda p, tokens: model.apply({"params": p}, {"text": tokens})[1])
-        self._tokens = jax.jit(lambda p, images: model.apply({"params": p}, {"image": images})[2]["img/encoded"])
+
+    def __repr__(self) -> str:
+        return f"Encoder({_describe(self.config)})"
 
     def embed_images(self, images: ArrayLike) -> Float[Array, "b e"]:
         """float32 [b, h, w, 3] in [-1, 1] -> float32 [b, e], L2-normalised.
@@ -63,7 +66,7 @@ class Encoder:
         """
         if self.config.image.pool == "none":
             raise UserError("this image tower has no pooling, so an image has no embedding; use image_tokens")
-        return self._image(self.params, check_images(images, self.config.image))
+        return _apply(self.config, "zimg", self.params, {"image": check_images(images, self.config.image)})
 
     def image_tokens(self, images: ArrayLike) -> Float[Array, "b n d"]:
         """float32 [b, h, w, 3] in [-1, 1] -> float32 [b, n, d], after the final LayerNorm and before pooling.
@@ -74,17 +77,22 @@ class Encoder:
         Raises:
             UserError: the size is not the model's, or pixels are integers.
         """
-        return self._tokens(self.params, check_images(images, self.config.image))
+        return _apply(self.config, "image_tokens", self.params, {"image": check_images(images, self.config.image)})
 
-    def embed_texts(self, tokens: ArrayLike) -> Float[Array, "b e"]:
-        """int32 [b, l] token ids -> float32 [b, e], L2-normalised.
+    def embed_texts(self, texts: ArrayLike | Sequence[str]) -> Float[Array, "b e"]:
+        """A list of strings, or int32 [b, l] token ids -> float32 [b, e], L2-normalised.
 
         Raises:
-            UserError: there is no text tower, the length is not the model's, or an id is outside the vocabulary.
+            UserError: there is no text tower, or no tokenizer for strings; the length is not the model's, or an id is outside
+                the vocabulary.
         """
         text = self.config.text
         if text is None:
             raise UserError("this model has only the image tower; load a source with both towers to embed texts")
+        if isinstance(texts, str):
+            raise UserError(f"embed_texts takes a list of texts, not one: pass [{texts[:20]!r}]")
+        is_strings = isinstance(texts, list | tuple) and len(texts) > 0 and all(isinstance(one, str) for one in texts)
+        tokens = self.tokenize(texts) if is_strings else texts
         if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
             raise UserError(f"tokens are {jnp.result_type(tokens)}; pass token ids as int32 [b, {text.length}]")
         if jnp.ndim(tokens) != 2 or jnp.shape(tokens)[1] != text.length:
@@ -97,7 +105,28 @@ class Encoder:
                 raise UserError(
                     f"token id {bad[0]} is outside the vocabulary of {text.vocab_size}; is it another tokenizer's?"
                 )
-        return self._text(self.params, jnp.asarray(tokens, jnp.int32))
+        return _apply(self.config, "ztxt", self.params, {"text": jnp.asarray(tokens, jnp.int32)})
+
+    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "b l"]:
+        """Strings -> int32 [b, l] token ids, as the model was trained on them.
+
+        Raises:
+            UserError: the model has no text tower, or came without a tokenizer.
+        """
+        if self.config.text is None or self.tokenizer is None:
+            raise UserError(
+                "this model came without a tokenizer (spiece.model beside its files); put it there, or pass token ids"
+            )
+        length = self.config.text.length
+        return np.stack([self._pieces.encode(text, length) for text in texts]).astype(np.int32)
+
+    @functools.cached_property
+    def _pieces(self) -> Any:
+        from data_pipelines.tokenizers import (
+            SentencePieceTokenizer,  # a leaf there; whoever has token ids needs none of it
+        )
+
+        return SentencePieceTokenizer(self.tokenizer)
 
     def logits(self, zimg: ArrayLike, ztxt: ArrayLike) -> Float[Array, "b k"]:
         """[b, e], [k, e] -> exp(t) * zimg @ ztxt.T + b, [b, k]; the sigmoid of it is the probability that the pair
@@ -126,6 +155,18 @@ def check_images(images: ArrayLike, config: ImageConfig) -> Float[Array, "b h w 
             f"resize them, or load the model with image_size=(h, w)"
         )
     return jnp.asarray(images, jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(config: ModelConfig, wanted: str, params: Any, batch: dict[str, Array]) -> Array:
+    zimg, ztxt, out = make_model(config).apply({"params": params}, batch)
+    return {"zimg": zimg, "ztxt": ztxt, "image_tokens": out.get("img/encoded")}[wanted]
+
+
+def _describe(config: ModelConfig) -> str:
+    image = config.image
+    text = "" if config.text is None else f", texts of {config.text.length} tokens"
+    return f"{image.variant}, {image.image_size[0]} x {image.image_size[1]} px in patches of {image.patch}{text}"
 
 
 @jax.jit
@@ -183,7 +224,7 @@ class EncoderSpec:
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "head_dim", "layer", "frozen"]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ImageEncoder:
     """An image tower with its parameters; make one with `load_encoder`.
 
@@ -201,6 +242,11 @@ class ImageEncoder:
     head_dim: int | None
     layer: int = -1
     frozen: bool = True
+
+    def __repr__(self) -> str:
+        spec, state = self.spec, "frozen" if self.frozen else "unfrozen"
+        what = _describe(ModelConfig(self.config, None, (None, None)))
+        return f"ImageEncoder({what} -> {spec.tokens} tokens of width {spec.width}, layer {self.layer}, {state})"
 
     @property
     def spec(self) -> EncoderSpec:
@@ -249,7 +295,7 @@ class ImageEncoder:
         images, params = check_images(images, self.config), self.params
         if self.frozen:
             images, params = jax.lax.stop_gradient((images, params))
-        tower = ViT(self.config, self.head_dim, final_norm=self.layer == -1)
+        tower = ViT(self.config, self.head_dim, _attention_of(self.config), final_norm=self.layer == -1)
         pooled, out = tower.apply({"params": params}, images)
         return pooled, out["encoded"]
 
@@ -262,6 +308,9 @@ def load_encoder(
     layer: int = -1,
     frozen: bool = True,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    remat: Remat = "none",
+    attention: Attention = "xla",
+    scan: bool | None = None,
 ) -> ImageEncoder:
     """The image tower of any source that `siglip.load` reads.
 
@@ -271,22 +320,46 @@ def load_encoder(
         layer: -1 reads after the last LayerNorm, -2 what the second-last block returns, and so on down to -depth.
         frozen: whether gradients stop.
         dtype: of the matrix products; parameters, LayerNorms and the tokens stay float32.
+        remat: what the backward pass of an unfrozen encoder computes again to save memory: "full" keeps each block's input alone,
+            "dots" the results of its matrix products as well.
+        attention: the kernel: "xla" runs anywhere; "cudnn" (GPU, bfloat16) and "splash" (TPU) never store tokens x tokens
+            weights; "auto" takes the one that suits the devices.
+        scan: True stacks the parameters of all blocks and compiles one block for all, False keeps them one by one; None is as in
+            the source.
 
     Raises:
         FileNotFoundError: there is nothing at `src`.
-        UserError: it is not a model, the size holds no patch, or the tower has no such layer.
+        UserError: it is not a model, the size holds no patch, the tower has no such layer, or the kernel does not run here.
     """
-    params, config, _ = read_model(src, image_size, patch_size=patch_size)
+    params, config, _ = read_model(src, image_size, patch_size=patch_size, only_image=True)
     image, depth = config.image, config.image.spec.depth
     if not -depth <= layer <= -1:
         raise UserError(f"layer={layer}: the tower has {depth} blocks; count them from the end, -1 to -{depth}")
-    image = dataclasses.replace(image, dtype=dtype, remat="none", dropout=0.0, patch_dropout=0.0)
+    options = {"dtype": dtype, "remat": remat, "attention": attention, "scan": image.scan if scan is None else scan}
+    image = dataclasses.replace(image, **options, dropout=0.0, patch_dropout=0.0)
+    _attention_of(image)  # raises now where it cannot run
     params, head_dim = params["img"], config.out_dim[0]
+    if image.scan != config.image.scan:
+        change = key_maps.stack_blocks if image.scan else key_maps.unstack_blocks
+        params = trees.unflatten(change(trees.flatten(params)))
     if layer != -1:
         params, head_dim = _cut(params, depth + layer + 1), None
         # The class token is part of the sequence: a tower that has one keeps it.
         image = dataclasses.replace(image, depth=depth + layer + 1, pool="tok" if image.pool == "tok" else "none")
     return ImageEncoder(jax.device_put(params), image, head_dim, layer, frozen)
+
+
+def _attention_of(config: ImageConfig) -> AttentionFn:
+    """The kernel for this process's devices; on several TPUs it needs `jax.set_mesh` with siglip.parallel's mesh."""
+    tokens, spec, mesh = (
+        config.grid[0] * config.grid[1] + (config.pool == "tok"),
+        config.spec,
+        jax.sharding.get_abstract_mesh(),
+    )
+    sizes = {"tokens": tokens, "head_dim": spec.width // spec.num_heads, "dtype": config.dtype}
+    kernel = choose_kernel(config.attention, device=jax.devices()[0], **sizes)
+    is_ours = {"data", "fsdp"} <= {*mesh.axis_names}
+    return functools.partial(attention_fn, kernel=kernel, mesh=mesh if is_ours else None)
 
 
 def _cut(params: Mapping[str, Any], depth: int) -> dict[str, Any]:

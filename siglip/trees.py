@@ -10,10 +10,13 @@ takes patterns therefore raises on one that matches no path.
 
 import dataclasses
 import difflib
+import json
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from siglip.errors import UserError
@@ -90,7 +93,26 @@ def first_matches(
     return {path: next((i for i, regex in enumerate(compiled) if regex.fullmatch(path)), None) for path in paths}
 
 
-def build_dataclass(cls: type[T], tree: Mapping[str, Any], *, where: str = "config") -> T:
+def read_json(path: Path, *, fix: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        fix: what to do about a file that holds something else, for the message.
+
+    Raises:
+        FileNotFoundError, PermissionError: it is not there, or not to be read.
+        UserError: it does not hold a JSON object.
+    """
+    try:
+        tree = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # bytes that are no text, numbers of 5000 digits, nested 1000 deep
+        raise UserError(f"{path} is not valid JSON ({' '.join(str(error).split())}); {fix}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds a {type(tree).__name__}, not a JSON object; {fix}")
+    return tree
+
+
+def build_dataclass(cls: type[T], tree: Any, *, where: str = "config") -> T:
     """Rebuilds a (nested, frozen) config dataclass from what `dataclasses.asdict` and JSON made of it.
 
     Handles nested dataclasses, tuples, Optional and Union fields, Literals and plain values; an absent field takes its
@@ -99,6 +121,8 @@ def build_dataclass(cls: type[T], tree: Mapping[str, Any], *, where: str = "conf
     Raises:
         UserError: for an unknown field (with a suggestion), or for a value that does not fit its field.
     """
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{where}={tree!r} is not an object with the fields of {cls.__name__}")
     hints = typing.get_type_hints(cls)
     names = {field.name for field in dataclasses.fields(cls)}
     for name in tree:
@@ -107,6 +131,8 @@ def build_dataclass(cls: type[T], tree: Mapping[str, Any], *, where: str = "conf
     values = {name: _build_value(hints[name], value, f"{where}.{name}") for name, value in tree.items()}
     try:
         return cls(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     except TypeError as error:
         raise UserError(f"{where} is incomplete: {error}") from None
 
@@ -124,7 +150,7 @@ def _by_literal(options: Sequence[Any], value: Any, where: str) -> tuple[Any, di
         tags = {tag: cls for cls, own in zip(hints, literals, strict=True) for tag in own}
         if not all(literals) or len(tags) < sum(map(len, literals)):
             continue
-        if (tag := value.get(field)) not in tags:
+        if not isinstance(tag := value.get(field), str) or tag not in tags:
             hint = did_you_mean(str(tag), tags)
             raise UserError(f"{where}.{field}={tag!r} must be one of {', '.join(map(repr, tags))}{hint}")
         own, others = hints[tags[tag]], set().union(*hints.values())
@@ -155,7 +181,7 @@ def _build_value(hint: Any, value: Any, where: str) -> Any:
                 continue
     if hint is type(None) and value is None:
         return None
-    if hint is float and type(value) in (int, float):
+    if hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)
     if hint in (int, str, bool) and type(value) is hint:
         return value

@@ -1,6 +1,8 @@
 """Files appear whole or not at all, by one helper on each side."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,17 @@ def test_a_file_has_its_old_content_until_the_new_one_is_whole(tmp_path, side):
         partial.write_text("half")
         raise KeyError
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("side", [siglip.atomic, data_pipelines.atomic])
+def test_a_full_disk_is_told_with_the_file(tmp_path, side):
+    with (
+        pytest.raises(OSError, match="No space left on device: .*a.json"),
+        side.new_file(tmp_path / "a.json") as partial,
+    ):
+        partial.symlink_to("/dev/full")
+        partial.write_text("content")
+    assert not list(tmp_path.iterdir())
 
 
 def test_content_in_one_call(tmp_path):
@@ -54,3 +67,16 @@ def test_nobody_else_renames_files_into_place():
     sources = [path for side in ("siglip", "data_pipelines") for path in (ROOT / side).rglob("*.py")]
     found = {path.relative_to(ROOT).as_posix() for path in sources if renames.search(path.read_text())}
     assert found <= known
+
+
+def test_a_folder_that_a_killed_process_left_is_swept_and_one_that_is_being_written_is_not(tmp_path):
+    code = "import os, sys, pathlib, siglip.atomic as a\nwith a.new_folder(pathlib.Path(sys.argv[1])): os._exit(9)"
+    out = tmp_path / "a[b]"
+    assert subprocess.run([sys.executable, "-c", code, str(out)], cwd=ROOT).returncode == 9
+    (left,) = tmp_path.iterdir()
+    with siglip.atomic.new_folder(out) as first, siglip.atomic.new_folder(out) as second:
+        assert first.exists() and second.exists() and not left.exists()
+        second.rmdir()
+        second.parent.joinpath("x").mkdir()
+        (tmp_path / "x").rename(second)
+    assert [path.name for path in tmp_path.iterdir()] == ["a[b]"]

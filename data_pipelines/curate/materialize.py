@@ -48,7 +48,7 @@ def materialize(
     kept, shards = _survey(manifest)
     check_place(out, shards)
     names = [f"{number:05d}.{kind}" for number in range(-(-kept // pairs_per_shard))]
-    earlier = set(json.loads((out / _LISTING).read_text())) if (out / _LISTING).exists() else set()
+    earlier = _read_listing(out)
     for name in set(names) - earlier:
         if (out / name).exists():
             raise UserError(
@@ -90,6 +90,19 @@ def _survey(manifest: Path) -> tuple[int, set[str]]:
             kept += batch["keep"].true_count
             shards.update(batch["shard"].dictionary.to_pylist())
     return kept, shards
+
+
+def _read_listing(out: Path) -> set[str]:
+    """The shards of an earlier run, which may be removed: so nothing but names of files in OUT."""
+    try:
+        names = json.loads((out / _LISTING).read_text())
+        if isinstance(names, list) and all(isinstance(name, str) and Path(name).name == name for name in names):
+            return set(names)
+    except FileNotFoundError:
+        return set()
+    except (ValueError, RecursionError):
+        pass
+    raise UserError(f"{str(out / _LISTING)!r} is damaged; remove the folder {str(out)!r}, its shards are written again")
 
 
 def _write_listing(out: Path, names: set[str]) -> None:

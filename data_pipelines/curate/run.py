@@ -35,7 +35,7 @@ from data_pipelines.curate.report import write_report
 from data_pipelines.curate.scan import ScanResult, ScanTask, scan_shard
 from data_pipelines.curate.scoring import Scoring, embed_protected, embedding_verdicts, score_group
 from data_pipelines.curate.shuffle import Shuffle
-from data_pipelines.errors import UserError
+from data_pipelines.errors import BAD_PATH, RunFailed, UserError
 from data_pipelines.sources.files import expand_shards
 
 Progress = Callable[[str, int, int], None]  # (stage, done, of)
@@ -78,6 +78,8 @@ def curate(
             raise UserError(f"evaluation {result.problem or f'shard {result.shard!r} is empty'}")
     for left_over in out.glob(f".work-{'?' * _NAME_CHARS}"):  # of runs that were killed
         shutil.rmtree(left_over, ignore_errors=True)
+    for left_over in (*out.glob(".*.partial"), *out.glob("*/.*.partial")):
+        left_over.unlink(missing_ok=True)
     # A new name each time: workers cache files by name, and tasks of a killed run may still write to its folder.
     work = Work(out / f".work-{uuid.uuid4().hex[:_NAME_CHARS]}", config, scored=scorer is not None)
     work.folder.mkdir(parents=True)
@@ -122,15 +124,25 @@ class _Run:
     def scan(
         self, names: list[str], kind: str, config: CurateConfig, crops: tuple[image_hashes.Box, ...]
     ) -> list[ScanResult]:
-        """Scans all shards that need it. Raises UserError naming those that failed, after all others are scanned."""
+        """Scans all shards that need it.
+
+        Raises:
+          UserError, RunFailed: the shards that failed, after all others are scanned: of bad input, or of the machine.
+          Exception: as it was raised, where it is a fault of the code.
+        """
         tasks = [ScanTask(name, _table(self.out, kind, name), config, crops) for name in names]
         found = dict(self._watched(self.engine.map(scan_shard, tasks), kind, len(tasks)))
         failures = [(task.shard, error) for task, error in found.items() if isinstance(error, Exception)]
+        for shard, error in failures:
+            if not isinstance(error, UserError | RunFailed | OSError):
+                error.add_note(f"while shard {shard!r} was scanned")
+                raise error
         if failures:
+            machine = any(not isinstance(error, (UserError, *BAD_PATH)) for _, error in failures)
             some = "; ".join(
                 f"{shard!r}: {' '.join(str(error).split())}" for shard, error in failures[:_NAMED_FAILURES]
             )
-            raise UserError(
+            raise (RunFailed if machine else UserError)(
                 f"{len(failures)} of {len(names)} shards failed: {some}; the others are scanned, fix these and run again"
             )
         return [found[task] for task in tasks]

@@ -36,12 +36,14 @@ class SourceConfig:
       captions: which texts to train on, (field, probability) each; `data_pipelines/text_ops.py` lists the
         fields.
       manifest: a manifest.parquet of `siglip data curate`; only pairs that it keeps are streamed.
+      image: the column or feature that holds the image, in formats that have such; None finds it.
     """
 
     shards: str
     weight: float = 1.0
     captions: tuple[tuple[str, float], ...] = (("txt", 1.0),)
     manifest: str | None = None
+    image: str | None = None
 
     def __post_init__(self):
         if not 0 < self.weight < float("inf"):

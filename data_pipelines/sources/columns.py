@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from data_pipelines.errors import UserError
 from data_pipelines.text_ops import without_surrogates
 
 _MAX_DEPTH, _MAX_JSON_BYTES = 100, 1 << 24
+
+_A_FILE = re.compile(r"://|\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif)$", re.IGNORECASE)
 
 
 def did_you_mean(name: str, candidates: Collection[str]) -> str:
@@ -22,9 +25,10 @@ def did_you_mean(name: str, candidates: Collection[str]) -> str:
 def _how_to_name_one(columns: Collection[str]) -> str:
     """What a message adds if no column of a file holds images."""
     found = f"; there are {', '.join(sorted(columns)) or 'none'}"
-    for separator in ";\t|":
-        if len(columns) == 1 and separator in min(columns):
-            return f"{found}: separate columns with commas, or with tabs in a file called .tsv"
+    if any(separator in column for column in columns for separator in ";\t|"):
+        return f"{found}: separate columns with commas, or with tabs in a file called .tsv"
+    if any(_A_FILE.search(column) for column in columns):
+        return f"{found}: its first line is a row; put one before it that names the columns, such as image,caption"
     close = difflib.get_close_matches("image", set(columns) - {"image"}, 1, 0.5)
     return f"{found}; rename {repr(close[0]) if close else 'the right one'} to 'image'"
 

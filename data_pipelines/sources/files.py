@@ -25,8 +25,13 @@ _LOCAL_WINDOW_BYTES = 1 << 20
 _REMOTE_WINDOW_BYTES = 1 << 23
 _MAX_WHOLE_BYTES = 1 << 30
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
+_MAX_RANGE = 10_000_000
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::|://)")
+# WebDataset's way to name several shards in one text. fsspec's chains of file systems look alike, but have no file before `::`,
+# unless it is one inside an archive.
+_SEVERAL = re.compile(r"(?<=\.tar)::")
+_IN_ARCHIVE = ("zip://", "tar://", "libarchive://")
 
 
 def is_remote(path: str) -> bool:
@@ -37,7 +42,8 @@ def is_remote(path: str) -> bool:
 def expand_shards(shards: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
     """The paths and URLs that patterns name, in the order of the patterns, sorted within a glob.
 
-    A pattern is a path or URL with `*`, `?` (not in HTTP URLs), `[…]`, `{00000..00003}` or `{a,b}` in it.
+    A pattern is a path or URL with `*`, `?` (not in HTTP URLs), `[…]`, `{00000..00003}`, `{0..8..2}` or `{a,b}` in it, or several
+    of tars with `::` between them. Folders and files that exist under such a name are taken by that name.
 
     Raises:
       FileNotFoundError: a pattern names no file.
@@ -48,20 +54,39 @@ def expand_shards(shards: str | os.PathLike | Sequence[str | os.PathLike]) -> li
     if not patterns or not all(os.fspath(pattern) for pattern in patterns):
         raise UserError(f"shards={shards!r} names nothing; give a path such as 'data/{{00000..00009}}.tar'")
     paths = []
-    for pattern in patterns:
-        for path in _expand_braces(os.path.expanduser(os.fspath(pattern).removeprefix("file://"))):
-            paths += _expand_glob(path)
+    for several in map(os.fspath, patterns):
+        for pattern in [several] if several.startswith(_IN_ARCHIVE) else _SEVERAL.split(several):
+            paths += _expand(os.path.expanduser(pattern.removeprefix("file://")))
     return list(dict.fromkeys(paths))
 
 
-def _expand_glob(path: str) -> list[str]:
+def _expand(pattern: str) -> list[str]:
+    if pattern.startswith("pipe:"):
+        raise UserError(
+            f"shards {pattern!r} are the output of a command, which can only be read from front to back; name the files, or "
+            "their URLs (https://, s3://, gs://, hf://)"
+        )
+    if "{" not in pattern and not glob.has_magic(pattern):
+        return [pattern]
+    folder = ""
+    if not is_remote(pattern):
+        if os.path.exists(pattern):
+            return [pattern]
+        ends = [end for end, character in enumerate(pattern, 1) if character == "/"]
+        folder = next((pattern[:end] for end in reversed(ends) if os.path.isdir(pattern[:end])), "")
+    return [path for rest in _expand_braces(pattern[len(folder) :]) for path in _expand_glob(folder, rest)]
+
+
+def _expand_glob(folder: str, pattern: str) -> list[str]:
+    """folder: one that exists, taken as it is; "" for URLs."""
+    path = folder + pattern
     if is_remote(path):
         magic = "*[" if path.startswith("http") else "*[?"
         found = remote.listing(path) if any(character in path for character in magic) else [path]
     else:
-        has_magic = glob.has_magic(path) and not os.path.exists(path)
+        has_magic = glob.has_magic(pattern) and not os.path.exists(path)
         # An index or a file that is still being written is not a shard.
-        found = sorted(glob.glob(path, recursive=True)) if has_magic else [path]
+        found = sorted(glob.glob(glob.escape(folder) + pattern, recursive=True)) if has_magic else [path]
     if found != [path]:
         found = [name for name in found if not name.endswith((".idx", ".partial"))]
     if not found:
@@ -74,10 +99,17 @@ def _expand_braces(pattern: str) -> list[str]:
     if not matched:
         return [pattern]
     if bounds := _RANGE.fullmatch(matched[1]):
-        first, last = bounds.groups()
-        choices = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-        if not choices:
-            raise UserError(f"range {{{matched[1]}}} in {pattern!r} runs backwards; use {{{last}..{first}}}")
+        first, last, step = bounds.groups(default="1")
+        numbers = range(int(first), int(last) + 1, max(1, int(step)))
+        if int(step) == 0 or not numbers or int(last) - int(first) > _MAX_RANGE * int(step):
+            raise UserError(
+                f"range {{{matched[1]}}} in {pattern!r} must run upwards, over at most {_MAX_RANGE} numbers in steps of 1 or more"
+            )
+        choices = [f"{number:0{len(first)}d}" for number in numbers]
+    elif ".." in matched[1] and "," not in matched[1]:
+        raise UserError(
+            f"{{{matched[1]}}} in {pattern!r} is not a range of numbers, as {{00000..00009}} and {{0..8..2}} are"
+        )
     else:
         choices = matched[1].split(",")
     head, tail = pattern[: matched.start()], pattern[matched.end() :]

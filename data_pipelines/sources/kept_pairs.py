@@ -169,7 +169,7 @@ def read_manifest(
     for batch in _batches(file, name):
         shard = batch["shard"].dictionary_encode()
         number = numbers.of(shard.dictionary.to_pylist())[shard.indices.to_numpy()]
-        index, keep = batch["index"].to_numpy(), batch["keep"].to_numpy(zero_copy_only=False)
+        index, keep = batch["index"].to_numpy().astype(np.int64), batch["keep"].to_numpy(zero_copy_only=False)
         mine = np.flatnonzero(number >= 0)
         first, end = np.asarray(starts)[number[mine]], np.asarray(starts)[number[mine] + 1]
         rows = first + index[mine]

@@ -25,7 +25,7 @@ from data_pipelines.sources.remote import FileStat
 from data_pipelines.sources.shards import ColumnSource, join_offsets
 
 IMAGE_COLUMNS = ("image", "file_name", "filename", "filepath", "image_path", "path", "file", "img")
-_BOM = b"\xef\xbb\xbf"
+_BOM, _UTF_16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 _MAX_LINE_BYTES = 1 << 24
 _LOOKED_AT_ROWS = 100
 
@@ -103,12 +103,16 @@ def _scan_csv(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[st
     def decoded() -> Iterator[str]:
         nonlocal end
         for offset, line in _lines(shard, stat):
+            if offset == 0 and line.startswith(_UTF_16):
+                raise UserError(f"list {shard!r} is in UTF-16; save it as UTF-8")
             end = offset + len(line)
             yield (line.removeprefix(_BOM) if offset == 0 else line).decode("utf-8", "replace")
 
     reader = _rows(shard, decoded())
     try:
         columns = [name.strip() for name in next(reader, [])]
+        if repeated := [name for name in columns if name and columns.count(name) > 1]:
+            raise UserError(f"list {shard!r} has two columns called {repeated[0]!r}; rename one of them")
         start = end
         for row in reader:
             if row:

@@ -29,7 +29,10 @@ def successes(shard: str) -> int | None:
     if not files.exists(path):
         return None
     try:
-        return int(json.loads(files.read_whole(path))["successes"])
+        count = json.loads(files.read_whole(path))["successes"]
+        if count != int(count) or count < 0:
+            raise ValueError(count)
+        return int(count)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         warnings.warn(f"statistics {path!r} cannot be read and are not used", stacklevel=2)
         return None

@@ -44,21 +44,30 @@ def records_due(shard: str) -> int | None:
 
 def image_feature(shard: str) -> str | None:
     """The name of the image feature, if features.json lies beside the shard and names one."""
-    described = _json(os.path.join(os.path.dirname(shard), "features.json"))
-    try:
-        features = described.get("featuresDict", {}).get("features", {})
-        return next((name for name, value in features.items() if "image" in value), None)
-    except (AttributeError, TypeError):  # not in TFDS's format
-        return None
+    path = os.path.join(os.path.dirname(shard), "features.json")
+    match _json(path):
+        case {"featuresDict": {"features": dict(features)}}:
+            return next(
+                (name for name, value in features.items() if isinstance(value, dict) and "image" in value), None
+            )
+        case {"featuresDict": _}:
+            raise UserError(f"{path!r} is not in TFDS's format: it has no featuresDict.features; copy it again")
+    return None
 
 
 def _splits(folder: str) -> dict[str, tuple[int, ...]]:
     """The number of records in each shard of each split."""
-    described = _json(os.path.join(folder, "dataset_info.json")).get("splits", [])
+    path = os.path.join(folder, "dataset_info.json")
     try:
-        return {split["name"]: tuple(map(int, split.get("shardLengths", ()))) for split in described}
-    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(f"'{folder}/dataset_info.json' is not in TFDS's format ({error!r})") from error
+        splits = {
+            str(split["name"]): tuple(map(int, split.get("shardLengths", ())))
+            for split in _json(path).get("splits", [])
+        }
+        if any(length < 0 for lengths in splits.values() for length in lengths):
+            raise ValueError("a negative number of records")
+    except (AttributeError, TypeError, KeyError, ValueError, OverflowError) as error:
+        raise UserError(f"{path!r} is not in TFDS's format ({error!r}); copy it again") from error
+    return splits
 
 
 @functools.lru_cache(64)
@@ -68,5 +77,7 @@ def _json(path: str) -> dict:
     try:
         parsed = json.loads(files.read_whole(path))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path!r} is not JSON ({error})") from error
-    return parsed if isinstance(parsed, dict) else {}
+        raise UserError(f"{path!r} is not JSON ({error}); copy it again") from error
+    if not isinstance(parsed, dict):
+        raise UserError(f"{path!r} holds a {type(parsed).__name__}, not a JSON object; copy it again")
+    return parsed

@@ -7,6 +7,7 @@ shows where as well); anything else is a bug, of ours or of whoever changed the 
 The trap: importing jax takes seconds, so nothing here imports a command before it is called; `siglip --help` stays quick.
 """
 
+import errno
 import importlib.util
 import logging
 import os
@@ -31,7 +32,7 @@ SRC is a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging 
 """
 
 BAD_INPUT = (UserError, data_errors.UserError, *BAD_PATH)
-FAILED = (RunFailed, data_errors.RunFailed, OSError)
+FAILED = (RunFailed, data_errors.RunFailed, OSError, MemoryError)
 # What jax says of the machine, not of the code: no GPU where JAX_PLATFORMS asks for one, no memory left on a device.
 _MACHINE = ("Unable to initialize backend", "RESOURCE_EXHAUSTED")
 
@@ -53,7 +54,7 @@ def run(args: list[str]) -> int:
         return 0
     _prepare_environment()
     try:
-        _dispatch(args[0], args[1:])
+        _dispatch(args[0], [_expand_home(arg) for arg in args[1:]])
     except (Exception, KeyboardInterrupt) as error:
         code, line = describe(error)
         print(f"siglip: error: {line}", file=sys.stderr)
@@ -61,13 +62,19 @@ def run(args: list[str]) -> int:
     return 0
 
 
+def _expand_home(arg: str) -> str:
+    """`~/x` and `--flag=~/x` with the home folder in place of ~: shells leave it where it is quoted or follows a `=`."""
+    flag, equals, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
+    return flag + equals + (os.path.expanduser(value) if value.startswith("~") else value)
+
+
 def _prepare_environment() -> None:
     """What has to be said before jax and tensorflow are imported."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "siglip", "xla"))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # orbax, absl and jax tell much about themselves; errors still get through.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax, absl and jax tell much about themselves. What fails in one of orbax's threads is raised by its next call as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("jax").setLevel(logging.ERROR)
     logging.basicConfig(format="siglip: %(message)s", stream=sys.stderr)
     logging.getLogger("siglip").setLevel(logging.INFO)
@@ -95,9 +102,9 @@ def _dispatch(command: str, args: list[str]) -> None:
 
 def describe(error: BaseException) -> tuple[int, str]:
     """The exit code and the line for an error; a bug, or any error when asked to, is printed with its traceback."""
-    message, code = str(error) or type(error).__name__, 1
+    message, code = str(error) or {MemoryError: "out of memory"}.get(type(error), type(error).__name__), 1
     expected = True
-    if isinstance(error, BAD_INPUT):
+    if isinstance(error, BAD_INPUT) or getattr(error, "errno", None) == errno.EROFS:
         code = 2
     elif isinstance(error, KeyboardInterrupt):
         code = 130

@@ -131,7 +131,7 @@ def embedder_of(src: str | Path, *, tokenizer: str | None = None, with_texts: bo
     Raises:
         FileNotFoundError, UserError: it is not a model, or lacks what is needed.
     """
-    params, config, own_tokenizer = read_model(src)
+    params, config, own_tokenizer = read_model(src, only_image=not with_texts)
     path = tokenizer or own_tokenizer
     if config.image.pool == "none":
         raise UserError(

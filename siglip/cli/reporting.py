@@ -58,9 +58,12 @@ def report_command(args: list[str]) -> None:
 
 def _read_baseline(path: str) -> dict[str, dict[str, float]]:
     try:
-        return {f"{r['model']} ({r['dataset']})": r["metrics"] for r in json.loads(Path(path).read_text())}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a result file ({error}); `siglip eval … --out FILE.json` writes one") from None
+        results = json.loads(Path(path).read_text())
+        return {f"{r['model']} ({r['dataset']})": {k: float(v) for k, v in r["metrics"].items()} for r in results}
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a result file ({error!r}); `siglip eval … --out FILE.json` writes one"
+        ) from None
 
 
 def _gallery(workdir: Path, settings: EvalConfig, task: Retrieval) -> Gallery:

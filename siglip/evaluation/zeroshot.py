@@ -165,14 +165,15 @@ def read_templates(path: str | None) -> Sequence[str] | Mapping[str, Sequence[st
 def _read_lines_or_json(path: str) -> Any:
     try:
         content = Path(path).read_text(encoding="utf-8-sig")
-        if "\0" in content:
-            raise UserError(f"{path} is not text; write one entry per line, or JSON")
-        if not _JSON.match(content):
-            return [line.strip() for line in content.splitlines() if line.strip()]
-        return json.loads(content)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error}); write one entry per line, or JSON") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    if "\0" in content:
+        raise UserError(f"{path} is not text; write one entry per line, or JSON")
+    if not _JSON.match(content):
+        return [line.strip() for line in content.splitlines() if line.strip()]
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} starts like JSON but is not ({error}); write one entry per line, or JSON") from None
 
 

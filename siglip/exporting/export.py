@@ -81,8 +81,9 @@ def export(
         UserError: the format cannot express this model.
         ExportMismatch: the written file does not give the same outputs; nothing is left of it.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     chosen = _check_request(out, format=format, tower=tower, layout=layout, samples=samples)
+    _check_place(out, big_vision.split_subtree(src)[0])
     params, config, tokenizer = _model(src, tower=tower, head=head, image_size=image_size, patch_size=patch_size)
     known = (config, tokenizer is not None)
     with new_folder(out, publish=_publish_npz if out.suffix == ".npz" else os.rename) as partial:
@@ -136,17 +137,28 @@ def _check_request(out: Path, *, format: str, tower: Tower, layout: Layout, samp
     return chosen
 
 
+def _check_place(out: Path, src: Path) -> None:
+    """Raises UserError if `out` lies inside the source or inside a run, which are copied, resumed and deleted as a whole."""
+    # Orbax is slow to import, and an export that is refused for its flags does not need it.
+    from siglip.workdir.checkpoint import run_of
+
+    for folder in out.resolve().parents:
+        if run_of(folder) or folder == src.resolve():
+            raise UserError(
+                f"--out {out} lies inside the model {folder}; name a folder elsewhere, such as {folder}-{out.name}"
+            )
+
+
 def _model(
     src: str | Path, *, tower: Tower, head: bool, **sizes: Any
 ) -> tuple[dict[str, Any], ModelConfig, Path | None]:
     """The model to export, in float32: what is compared must not be the rounding of bfloat16."""
-    params, config, tokenizer = read_model(src, **sizes)
+    params, config, tokenizer = read_model(src, only_image=tower == "image", **sizes)
     if tower == "both" and config.text is None:
         raise UserError("the source has only the image tower; export with --tower image")
     if tower == "both" and not head:
         raise UserError("without its pooling head the image tower has no embedding for texts; use --tower image")
-    if tower == "image":
-        params, config, tokenizer = {"img": params["img"]}, big_vision.image_only(config), None
+    tokenizer = tokenizer if tower == "both" else None
     if not head:
         params, config = big_vision.without_head(params, config)
     image = dataclasses.replace(config.image, dtype="float32", remat="none")

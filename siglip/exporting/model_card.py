@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from siglip.errors import UserError
 from siglip.models.two_tower import ModelConfig
-from siglip.workdir.files import read_config
+from siglip.workdir.files import CONFIG_FILE, read_config
 from siglip.workdir.metrics import format_value, read_metrics
 from siglip.workdir.report import final_results
 
@@ -46,14 +47,21 @@ def provenance(src: str | Path, *, licence: str | None = None) -> Provenance:
     # Orbax is slow to import, and only runs need it.
     from siglip.workdir import checkpoint
 
-    path = Path(src)
+    path = Path(src).expanduser()
     found = checkpoint.locate(path) if path.is_dir() else None
     if found is None:
         return Provenance(path.resolve().name, licence)
     workdir, step = found
     config = read_config(workdir, fields=("data", "optim", "loss", "total_steps", "batch_size", "seed"))
     results = final_results([line for line in read_metrics(workdir) if line["step"] <= step])
-    return Provenance(workdir.resolve().name, licence, config, results, step)
+    found = Provenance(workdir.resolve().name, licence, config, results, step)
+    try:
+        _recipe(found)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{workdir / CONFIG_FILE} is not the config of a run ({error!r}); restore it from a checkpoint's config/"
+        ) from None
+    return found
 
 
 def model_card(

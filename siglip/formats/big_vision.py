@@ -27,7 +27,7 @@ from siglip.formats.export_format import TOKENIZER_FILE, ExportFormat, Layout
 from siglip.formats.hf_tokenizer.convert import read_pieces
 from siglip.formats.infer_config import Inferred, expected_shapes, infer_config
 from siglip.models.two_tower import ModelConfig
-from siglip.trees import build_dataclass, flatten, unflatten
+from siglip.trees import build_dataclass, flatten, read_json, unflatten
 
 EXPORTED_NPZ = "model.npz"
 _PREFIXES = ("params/", "opt/target/")
@@ -35,7 +35,11 @@ _TOWERS = ("img/", "txt/", "llm/")
 
 
 def read(
-    path: str | Path, *, config: ModelConfig | None = None, image_size: tuple[int, int] | None = None
+    path: str | Path,
+    *,
+    config: ModelConfig | None = None,
+    image_size: tuple[int, int] | None = None,
+    only_image: bool = False,
 ) -> tuple[dict[str, Any], ModelConfig]:
     """Parameters (nested dict of float32 arrays, in the layout of the file) and their architecture.
 
@@ -45,12 +49,15 @@ def read(
         path: "FILE.npz", or "FILE.npz:img" for its image tower alone.
         config: the architecture; None takes it from the config file beside the npz, or else from the shapes.
         image_size: (height, width) in pixels, needed where shapes do not determine it, ignored elsewhere.
+        only_image: reads the arrays of the image tower alone; the others are only checked.
 
     Raises:
         FileNotFoundError: there is no such file.
         UserError: the file is damaged, or does not hold exactly the arrays of one model; every bad key is named.
     """
     with _opened(path, config, image_size) as (arrays, config):
+        if only_image:
+            arrays, config = {k: a for k, a in arrays.items() if k.startswith("img/")}, image_only(config)
         return unflatten({key: array.read() for key, array in arrays.items()}), config
 
 
@@ -142,7 +149,7 @@ def without_head(params: Mapping[str, Any], config: ModelConfig) -> tuple[dict[s
 def split_subtree(path: str | Path) -> tuple[Path, str | None]:
     """Splits "FILE.npz:img" into (FILE.npz, "img"); a path without a colon after .npz has no sub-tree."""
     file, separator, subtree = str(path).rpartition(".npz:")
-    return (Path(file + ".npz"), subtree) if separator else (Path(path), None)
+    return (Path(file + ".npz").expanduser(), subtree) if separator else (Path(path).expanduser(), None)
 
 
 def sidecar(path: Path) -> Path:
@@ -199,6 +206,11 @@ def _refuse_other_models(arrays: Mapping[str, LazyArray], source: str) -> None:
             f"{source} is a NaFlex model (img/embedding/kernel {kernel.shape}, img/pos_embedding {shape}), which takes "
             f"images of any aspect ratio; only those of one size can be read: take the fixed-resolution checkpoint"
         )
+    if torch := sorted(key for key in arrays if key.endswith((".weight", ".bias"))):
+        raise UserError(
+            f"{source} has keys of torch ({torch[0]}, …); save the model with save_pretrained(FOLDER) of transformers and name "
+            f"that folder"
+        )
     pickled = sorted(key for key, array in arrays.items() if array.dtype == "object")
     if pickled and not any(key.startswith("img/") for key in arrays):
         raise UserError(
@@ -249,12 +261,11 @@ def _shapes_tell(shapes: Mapping[str, key_maps.Shape], config: ModelConfig) -> b
 
 
 def _read_sidecar(path: Path) -> ModelConfig:
-    try:
-        return build_dataclass(ModelConfig, json.loads(path.read_text())["model"], where=f"{path}: model")
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is not a model's config: {error!r}; remove it to infer the model from the shapes"
-        ) from None
+    fix = "remove it to infer the model from the shapes"
+    tree = read_json(path, fix=fix)
+    if "model" not in tree:
+        raise UserError(f"{path} is not a model's config: it lacks 'model'; {fix}")
+    return build_dataclass(ModelConfig, tree["model"], where=f"{path}: model")
 
 
 def _export(

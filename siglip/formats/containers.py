@@ -43,7 +43,6 @@ _DAMAGE = (
     SyntaxError,
     RuntimeError,
     OverflowError,
-    MemoryError,
     struct.error,
     lzma.LZMAError,
     tokenize.TokenError,

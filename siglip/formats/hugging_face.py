@@ -2,12 +2,14 @@
 
 Written with the key names of transformers 4 (`vision_model.…`), which both 4.57 and 5.x load whole. Read in that
 layout and in the one that transformers 5 writes for a lone vision tower, without the prefix; also from several
-safetensors shards, and from a PaliGemma folder (its vision tower alone; the rest is not read).
+safetensors shards, and from folders of vision-language models and of classifiers (the image tower alone; the rest is not
+read).
 
 The trap: a vision tower in the version 5 layout loads into version 4 as random weights, with a warning only. So the
 names are always version 4's, and every export is loaded back.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping
@@ -25,7 +27,7 @@ from siglip.formats.infer_config import expected_shapes
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.models.variants import VARIANTS, Variant
 from siglip.models.vit import sincos2d
-from siglip.trees import flatten, unflatten
+from siglip.trees import flatten, read_json, unflatten
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -41,10 +43,14 @@ _TEXT_DEFAULTS = _VARIANT | {"vocab_size": 32_000, "max_position_embeddings": 64
 _FIXED = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "attention_dropout": 0.0}
 
 
-def read(folder: str | Path) -> tuple[dict[str, Any], ModelConfig]:
+def read(folder: str | Path, *, only_image: bool = False) -> tuple[dict[str, Any], ModelConfig]:
     """Parameters (nested dict of float32 arrays, loop layout) and the architecture of a SigLIP folder.
 
-    From a PaliGemma it reads the vision tower only, without the language model and the connector to it.
+    From a vision-language model it reads the vision tower only, without the language model and the connector to it, and from a
+    SiglipForImageClassification the image tower without the classifier.
+
+    Args:
+        only_image: reads the arrays of the image tower alone; the others are only checked.
 
     Raises:
         FileNotFoundError: config.json or the safetensors weights are missing.
@@ -53,9 +59,11 @@ def read(folder: str | Path) -> tuple[dict[str, Any], ModelConfig]:
     folder, config = Path(folder), read_config(folder)
     tree = _read_json(folder / "config.json")
     with open_safetensors(_weight_files(folder)) as stored:
-        state = {key: array for key, array in stored.items() if not key.endswith(".position_ids")}
-        if tree["model_type"] == pali_gemma.MODEL_TYPE:
-            state = pali_gemma.hugging_face_tower(state, source=str(folder))
+        state = {k: array for k, array in _unwrapped(stored).items() if not k.endswith(".position_ids")}
+        if pali_gemma.has_tower(tree):
+            state = pali_gemma.hugging_face_tower(state, with_head=config.image.pool == "map", source=str(folder))
+        elif _is_classifier(tree):
+            state = {key: array for key, array in state.items() if not key.startswith("classifier.")}
         elif config.text is None and not any(key.startswith("vision_model.") for key in state):
             state = {f"vision_model.{key}": array for key, array in state.items()}
         depth = max(tower.spec.depth for tower in (config.image, config.text) if tower)
@@ -63,7 +71,20 @@ def read(folder: str | Path) -> tuple[dict[str, Any], ModelConfig]:
             raise UserError(f"{folder}/config.json says {depth} layers, but the weights are {len(state)} arrays in all")
         ours = expected_shapes(config)
         key_maps.check_arrays(state, _their_shapes(ours), source=str(folder))
+        if only_image:
+            ours = {path: shape for path, shape in ours.items() if path.startswith("img/")}
+            config = dataclasses.replace(config, text=None, out_dim=(None, None))
         return unflatten({path: _ours(state, path, shape) for path, shape in ours.items()}), config
+
+
+def _unwrapped(stored: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
+    """Without what torch.compile puts into keys, and what DistributedDataParallel and trainers put before all of them."""
+    state = {key.replace("_orig_mod.", ""): array for key, array in stored.items()}
+    while wrapper := next(
+        (w for w in ("module.", "model.") if state and all(key.startswith(w) for key in state)), None
+    ):
+        state = {key.removeprefix(wrapper): array for key, array in state.items()}
+    return state
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -192,17 +213,24 @@ def _parts(tree: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dict[s
         vision, text = (tree.get(name) or {} for name in ("vision_config", "text_config"))
         if not isinstance(vision, dict) or not isinstance(text, dict):
             raise UserError(f"{source}: vision_config and text_config are objects in a SigLIP's config; copy it again")
-        return _VISION_DEFAULTS | vision, _TEXT_DEFAULTS | text
+        return _VISION_DEFAULTS | vision, None if _is_classifier(tree) else _TEXT_DEFAULTS | text
     if kind == _VISION_TYPE:
         return _VISION_DEFAULTS | dict(tree), None
-    if kind == pali_gemma.MODEL_TYPE:
-        return _VISION_DEFAULTS | pali_gemma.vision_config(tree), None
-    fix = f"'siglip', {_VISION_TYPE!r} and {pali_gemma.MODEL_TYPE!r} can"
+    if pali_gemma.has_tower(tree):
+        return _VISION_DEFAULTS | pali_gemma.vision_config(tree, source=source), None
+    fix = f"'siglip', {_VISION_TYPE!r} and {pali_gemma.MODEL_TYPE!r} can, and models whose vision_config is a {_VISION_TYPE!r}"
     if str(kind).startswith("siglip2"):
         fix = "it is NaFlex (any aspect ratio); take the fixed-resolution checkpoint of its size, model_type 'siglip'"
+    if kind is None and "architecture" in tree:
+        fix = f"it is a model of timm, {tree['architecture']}; take the same model as transformers or big_vision has it"
     if kind == _TEXT_TYPE:
         fix = "it is a text tower alone; take the folder of the whole model, model_type 'siglip'"
     raise UserError(f"{source}: model_type={kind!r} cannot be read: {fix}")
+
+
+def _is_classifier(tree: Mapping[str, Any]) -> bool:
+    """Whether it is an image tower with a linear classifier, whose config still describes a text tower that it does not have."""
+    return tree.get("architectures") == ["SiglipForImageClassification"]
 
 
 def _check_fields(vision: Mapping[str, Any], text: Mapping[str, Any] | None, source: str) -> None:
@@ -215,9 +243,12 @@ def _check_fields(vision: Mapping[str, Any], text: Mapping[str, Any] | None, sou
             if part.get(field, only) != only:
                 bad.append(f"{kind} {field}={part[field]!r} is not supported, only {only!r}")
         sizes = [field for field, default in defaults.items() if type(default) is int]
+        sizes += ["projection_size"] if part.get("projection_size") is not None else []
         bad += [
             f"{kind} {f}={part[f]!r} is not a positive number" for f in sizes if type(part[f]) is not int or part[f] < 1
         ]
+    if type(vision["vision_use_head"]) is not bool:
+        bad.append(f"vision vision_use_head={vision['vision_use_head']!r} is neither true nor false")
     if bad:
         raise UserError(f"{source}: {'; '.join(bad)}")
 
@@ -287,15 +318,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path.parent} has no {path.name}; is it a Hugging Face model folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error})") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return tree
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}; is it a Hugging Face model folder?")
+    return read_json(path, fix="copy it again")
 
 
 def _write_json(path: Path, tree: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from siglip.array_types import Array, Float, Int
 from siglip.errors import UserError
 from siglip.models.attention import Attention, AttentionFn, attention_fn
 from siglip.models.layers import Encoder, MAPHead, Remat, dropout
-from siglip.models.variants import Variant, check_choices, check_rate, parse_variant, resolve
+from siglip.models.variants import Variant, check_choices, check_rate, check_size, parse_variant, resolve
 from siglip.parallel.sharding import ParamLayout
 
 
@@ -54,8 +54,7 @@ class TextConfig:
             )
         assert self.spec  # raises on sizes that do not fit each other
         for field, value in (("vocab_size", self.vocab_size), ("length", self.length)):
-            if value < 1:
-                raise UserError(f"{field}={value} must be at least 1")
+            check_size(field, value)
 
     @property
     def spec(self) -> Variant:

@@ -19,6 +19,7 @@ from siglip.array_types import Array, Float
 from siglip.errors import UserError
 from siglip.models.attention import AttentionFn, attention_fn, choose_kernel
 from siglip.models.text import TextConfig, TextTransformer
+from siglip.models.variants import check_size
 from siglip.models.vit import ImageConfig, ViT
 from siglip.parallel.sharding import ParamLayout
 
@@ -44,10 +45,11 @@ class ModelConfig:
     bias_init: float = -10.0
 
     def __post_init__(self) -> None:
-        if self.temperature_init <= 0:
+        if not self.temperature_init > 0:
             raise UserError(f"temperature_init={self.temperature_init} must be positive: its log is the parameter")
-        if any(dim is not None and dim < 1 for dim in self.out_dim):
-            raise UserError(f"out_dim={self.out_dim}: a head is at least 1 wide; None means no head")
+        for dim in self.out_dim:
+            if dim is not None:
+                check_size(f"out_dim={self.out_dim} (None means no head): a width", dim)
         if self.image.pool == "none" and self.out_dim[0] is not None:
             raise UserError(f"out_dim={self.out_dim}: image.pool='none' leaves no vector for a head; use (None, …)")
         zimg, ztxt = self.embedding_dims

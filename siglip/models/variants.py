@@ -27,6 +27,8 @@ class Variant:
         return {"variant": (name or "B") + (f"/{patch}" if patch else "")} | ({} if name else vars(self))
 
 
+MAX_SIZE, _MAX_DEPTH = 1 << 24, 10_000  # beyond any model: what a damaged config says must not fill the memory
+
 VARIANTS: dict[str, Variant] = {
     "mu": Variant(32, 1, 128, 2),
     "Ti": Variant(192, 12, 768, 3),
@@ -66,15 +68,22 @@ def resolve(base: Variant, overrides: dict[str, int | None]) -> Variant:
     """`base` with every override that is not None.
 
     Raises:
-        UserError: a size is below 1, or the heads do not divide the width.
+        UserError: a size is below 1 or absurdly large, or the heads do not divide the width.
     """
     variant = dataclasses.replace(base, **{k: v for k, v in overrides.items() if v is not None})
     for field, value in dataclasses.asdict(variant).items():
-        if value < 1:
-            raise UserError(f"{field}={value} must be at least 1")
+        check_size(field, value, most=_MAX_DEPTH if field == "depth" else MAX_SIZE)
     if variant.width % variant.num_heads:
         raise UserError(f"width={variant.width} is not divisible by num_heads={variant.num_heads}; change one of them")
     return variant
+
+
+def check_size(name: str, value: int, *, most: int = MAX_SIZE) -> None:
+    """Raises UserError unless a size of a model is from 1 to `most`."""
+    if value < 1:
+        raise UserError(f"{name}={value} must be at least 1")
+    if value > most:
+        raise UserError(f"{name}={value} must be at most {most}")
 
 
 def check_choices(config: Any, fields: tuple[str, ...]) -> None:

@@ -22,7 +22,7 @@ from siglip.array_types import Array, Float, Int, UInt8
 from siglip.errors import UserError
 from siglip.models.attention import Attention, AttentionFn, attention_fn
 from siglip.models.layers import Encoder, MAPHead, Remat, dropout
-from siglip.models.variants import Variant, check_choices, check_rate, parse_variant, resolve
+from siglip.models.variants import Variant, check_choices, check_rate, check_size, parse_variant, resolve
 from siglip.parallel.sharding import ParamLayout
 
 _DEFAULT_PATCH_PX = 16
@@ -59,6 +59,7 @@ class ImageConfig:
         (ph, pw), (h, w) = self.patch, self.image_size
         if ph < 1 or pw < 1 or h < ph or w < pw:
             raise UserError(f"image_size={self.image_size} holds no patch of {self.patch} px; both are (height, width)")
+        check_size(f"image_size={self.image_size}: the number of patches", self.grid[0] * self.grid[1])
         if self.posemb == "sincos2d" and self.spec.width % 4:
             raise UserError(f"posemb='sincos2d' needs a width that divides by 4, got width={self.spec.width}")
 

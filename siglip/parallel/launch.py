@@ -35,8 +35,9 @@ T = TypeVar("T")
 _TOGETHER_S = 5  # errors that all processes raise come at the same time
 _LAST_WORDS_S = 2  # for the others to say their line before process 0 takes jax's service with it
 _PROXIES = re.compile("(grpc|https?|all)_proxy", re.IGNORECASE)
-# What jax says where it finds no cluster, and where it looks for none because this process has used its devices already.
-_ALONE = re.compile("should be defined|must be defined|must be called before any JAX calls")
+# What jax says where it looks for no cluster because this process has used its devices already, and where it finds none.
+_USED = "must be called before any JAX calls"
+_ALONE = re.compile(f"should be defined|must be defined|{_USED}")
 # What it says, after the name of a status, when a collective fails because a process at the other end is gone. On CPUs it
 # comes as a ValueError.
 _LOST = re.compile(r"[A-Z_]+: .*(?i:gloo|nccl|unavailable|connection|heartbeat|barrier|another task died)", re.DOTALL)
@@ -103,9 +104,11 @@ def joined(
     """
     jax.config.update("jax_enable_preemption_service", asks_for_signals)
     if not _join(config):
+        check_backend()
         yield
         return
     try:
+        check_backend()
         _check_devices(config)
         if jax.process_index() > 0:
             logging.getLogger("siglip").setLevel(logging.WARNING)
@@ -187,19 +190,61 @@ def _join(config: DistributedConfig) -> bool:
             coordinator_bind_address=bind_address,
         )
     except Exception as error:
-        if several or not _ALONE.search(str(error)):
-            raise UserError(
-                f"jax cannot join the processes of this job ({error}); give distributed.coordinator, .processes and "
-                f".process_id, or distributed.processes=1 to train alone"
-            ) from error
-        if int(environ.get("SLURM_NTASKS", 1)) > 1:
-            alone = "SLURM has %s tasks for this job, but this process was not started by srun: it trains alone"
-            logger.warning(alone, environ["SLURM_NTASKS"])
+        _raise_unless_alone(error, config)
         return False  # jax finds no cluster here
     finally:
         timer.cancel()
         environ.update(proxies)
     return True
+
+
+def _raise_unless_alone(error: Exception, config: DistributedConfig) -> None:
+    """Raises UserError if this process could not join a job of several; says so where one might have been meant."""
+    environ, told = os.environ, " ".join(str(error).split())
+    tasks, no_cluster = config.processes or _tasks_started(environ), _ALONE.search(told)
+    if tasks > 1 and _USED in told:
+        raise UserError(
+            f"this job has {tasks} processes, but this one has used its devices before it could join the others; the recipe "
+            f"must not use jax in get_config() or at import (no jax.devices(), no jnp arrays)"
+        ) from error
+    # jax takes every pod for one of a job where its package for Kubernetes is installed.
+    lone_pod = "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" not in environ
+    if tasks > 1 or not (no_cluster or lone_pod):
+        raise UserError(
+            f"jax cannot join the processes of this job ({told}); give distributed.coordinator, .processes and "
+            f".process_id, or distributed.processes=1 to train alone"
+        ) from error
+    if not no_cluster:
+        logger.warning("this pod is not one of an indexed job, so it trains alone (%s)", told)
+    elif int(environ.get("SLURM_NTASKS", 1)) > 1:
+        alone = "SLURM has %s tasks for this job, but this process was not started by srun: it trains alone"
+        logger.warning(alone, environ["SLURM_NTASKS"])
+
+
+def _tasks_started(environ: Mapping[str, str]) -> int:
+    """How many processes srun, mpirun or GKE says that it has started together with this one; 1 if none says so."""
+    slurm = int(environ.get("SLURM_NTASKS", 1)) if "SLURM_STEP_NODELIST" in environ else 1
+    hosts = environ.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
+    return max(slurm, int(environ.get("OMPI_COMM_WORLD_SIZE", 1)), hosts)
+
+
+def check_backend() -> None:
+    """Has jax find its devices.
+
+    Raises:
+        UserError: JAX_PLATFORMS names a platform that this machine, or this installation of jax, does not have.
+        RuntimeError: jax's own, where a platform is there and does not start.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # jax asserts that some platform is left where no GPU is seen
+        if isinstance(error, RuntimeError) and "known backends" not in str(error):
+            raise
+        reason = str(error).partition(": ")[2].partition(" (set")[0].rstrip(".") or "no such device is seen here"
+        raise UserError(
+            f"JAX_PLATFORMS={jax.config.jax_platforms} cannot be used: {reason}; choose among cpu, cuda, rocm and tpu what this "
+            f"machine has, install jax with it (pip install 'jax[cuda13]'), or unset JAX_PLATFORMS"
+        ) from error
 
 
 def local_device_ids(environ: Mapping[str, str]) -> list[int] | None:

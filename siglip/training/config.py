@@ -6,6 +6,7 @@ A recipe is a Python file with `def get_config() -> TrainConfig` (configs/); eve
 
 import dataclasses
 import importlib.util
+import os
 import re
 import sys
 import traceback
@@ -90,14 +91,15 @@ BAD_INPUT = (UserError, data_errors.UserError)
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """The config with its open ends filled in: a SourceModel, and a tokenizer that is None.
+    """The config with its open ends filled in: a SourceModel, a tokenizer that is None, and the ~ of paths.
 
-    They are what the workdir's config.json says or, in a new workdir, the source's.
+    The first two are what the workdir's config.json says or, in a new workdir, the source's.
 
     Raises:
         FileNotFoundError: there is nothing at `init.src`.
         UserError: it is not a model, has no tokenizer, or the parts do not fit each other.
     """
+    config = _expand_home(config)
     model, tokenizer = config.model, config.data.tokenizer
     if isinstance(model, ModelConfig) and tokenizer is not None:
         return config
@@ -110,6 +112,17 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if isinstance(model, SourceModel):
         model = model.of(base, where=where)
     return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+
+
+def _expand_home(value: Any) -> Any:
+    """The same value; texts in it that start with ~/ are paths, and get the home folder in place of ~."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        changed = {name: new for name, old in fields.items() if (new := _expand_home(old)) != old}
+        return dataclasses.replace(value, **changed) if changed else value
+    if isinstance(value, tuple):
+        return tuple(map(_expand_home, value))
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:

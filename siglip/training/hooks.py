@@ -14,15 +14,15 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from siglip.errors import RunFailed
+from siglip.errors import BAD_PATH, RunFailed
 from siglip.parallel.collectives import gather_records
-from siglip.parallel.launch import wait_for_all
+from siglip.parallel.launch import in_all_or_none, wait_for_all
 from siglip.training import flops
 from siglip.training.config import TrainConfig, to_json
 from siglip.training.divergence import LossMonitor
 from siglip.training.step import TrainState
 from siglip.workdir.checkpoint import Checkpointer
-from siglip.workdir.metrics import MetricsWriter, Progress, Throughput, read_metrics
+from siglip.workdir.metrics import MetricsWriter, Progress, Throughput, has_evaluation
 
 # How long a process whose evaluation failed waits for the others: they may be in a collective that never ends.
 _AFTER_FAILURE_S = 10
@@ -62,8 +62,9 @@ class RunHooks:
     ) -> None:
         self._config, self._batches, self._checkpointer = config, batches, checkpointer
         self._evaluate, self._workdir = evaluate, (workdir := Path(config.workdir))
-        first, run_config = jax.process_index() == 0, to_json(config)
-        self._writer = MetricsWriter(workdir, config.log, run_config=run_config, start_step=start_step, enabled=first)
+        first = jax.process_index() == 0
+        options = {"run_config": to_json(config), "start_step": start_step, "enabled": first}
+        self._writer = in_all_or_none(lambda: MetricsWriter(workdir, config.log, **options), bad_input=BAD_PATH)
         self._progress = Progress(config.total_steps, start_step=start_step, enabled=config.log.progress and first)
         self._losses = LossMonitor(workdir, saved_step=checkpointer.latest_step)
         self._first_step = start_step + 1
@@ -99,8 +100,7 @@ class RunHooks:
         """Evaluates the restored state when that was due but the run was stopped before; it may be the best one so far."""
         if step == 0 or not self._eval_due(step):
             return
-        lines = read_metrics(self._workdir) if jax.process_index() == 0 else []
-        missed = not any(line["step"] == step and any(name.startswith("eval/") for name in line) for line in lines)
+        missed = jax.process_index() == 0 and not has_evaluation(self._workdir, step)
         if gather_records([missed])[0]:
             self._run_evaluation(step, state, saved=True)
 

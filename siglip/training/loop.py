@@ -32,7 +32,7 @@ from siglip.training.objective import all_param_shapes, make_objective
 from siglip.training.signals import Interrupted, SignalFlag
 from siglip.training.step import TrainState, init_state, make_abstract_state, make_train_step
 from siglip.workdir.checkpoint import Checkpointer, whole_steps
-from siglip.workdir.files import CONFIG_FILE, check_same_run, open_workdir
+from siglip.workdir.files import CONFIG_FILE, check_same_run, open_workdir, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -79,17 +79,21 @@ def train(
         RunFailed: if the data, a disk or another process fails while training.
     """
     config, workdir = resolve(config), Path(config.workdir)
-    program = make_program(config) if program is None else program
+    # What only one process finds bad must end all of them in one line.
+    program = in_all_or_none(lambda: program or make_program(config), bad_input=BAD_INPUT)
     try:
         given, settings = _read_initial(config, tokenizer), to_json(config)
         initial = warm_start.digest(given) if given and jax.process_count() > 1 else None
         check_same_run(config=settings, data_state=batches.state(), tokenizer=tokenizer, initial=initial)
+        planned = in_all_or_none(lambda: _planned_steps(workdir), bad_input=BAD_INPUT)
         complete = lambda saved: to_json(from_json(saved, where=str(workdir / CONFIG_FILE)))  # noqa: E731
         open_workdir(workdir, settings, tokenizer=tokenizer, complete=complete)
         with jax.set_mesh(program.mesh), SignalFlag() as signals:
             checkpointer = Checkpointer(workdir, config.checkpoint)
             state, start_step = _restore_or_init(config, program, checkpointer, batches, given)
             del given
+            if start_step and planned not in (None, config.total_steps):
+                _tell_longer(config, planned, start_step)
             with _closing(RunHooks(config, batches, checkpointer, evaluate, start_step)) as hooks:
                 if prepare is not None and start_step < config.total_steps:
                     prepare(start_step, state.params, signals.stop_now)
@@ -206,6 +210,19 @@ def _read_initial(config: TrainConfig, tokenizer: bytes | None) -> dict[str, np.
     return in_all_or_none(read, bad_input=(*BAD_INPUT, *BAD_PATH))
 
 
+def _planned_steps(workdir: Path) -> int | None:
+    """The total_steps that a run was last started with; None of a new one."""
+    return read_config(workdir).get("total_steps") if (workdir / CONFIG_FILE).is_file() else None
+
+
+def _tell_longer(config: TrainConfig, planned: int, step: int) -> None:
+    old, new = (float(optim.make_schedule(config.optim, total)(step)) for total in (planned, config.total_steps))
+    logger.info(
+        "total_steps was %d and is %d: from step %d on, the %s schedule is that of the longer run, at %.3g of its peak where it "
+        "was at %.3g; the moments are kept", planned, config.total_steps, step, config.optim.schedule, new, old,
+    )  # fmt: skip
+
+
 def _restore_or_init(
     config: TrainConfig,
     program: Program,
@@ -219,7 +236,7 @@ def _restore_or_init(
     state, data_state = checkpointer.restore(step, program.abstract_state)
     if "counts" in data_state and jax.process_index() > 0:
         data_state = data_state | {"counts": {}}  # they are everyone's, and process 0 goes on with them
-    batches.restore(data_state)
+    in_all_or_none(lambda: batches.restore(data_state), bad_input=BAD_INPUT)
     finished = step == config.total_steps
     logger.info("%s step %d of %s", "nothing to do after" if finished else "going on from", step, config.workdir)
     return state, step

@@ -82,9 +82,13 @@ def make_schedule(config: OptimConfig, total_steps: int) -> Callable[[ArrayLike]
     """step -> factor in [0, 1] on lr and weight decay; 0 at `total_steps`.
 
     Raises:
-        UserError: if warm-up and cool-down are longer than the run.
+        UserError: if warm-up and cool-down are longer than the run, or the warm-up is all of it.
     """
     warmup, cooldown = config.warmup_steps, config.cooldown_steps if config.schedule == "rsqrt" else 0
+    if warmup and warmup == total_steps:
+        raise UserError(
+            f"optim.warmup_steps={warmup} is all of total_steps={total_steps}: the schedule would end before its peak; shorten it"
+        )
     if warmup + cooldown > total_steps:
         raise UserError(
             f"optim.warmup_steps={warmup} + cooldown_steps={cooldown} exceed total_steps={total_steps}; shorten them"

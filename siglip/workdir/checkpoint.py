@@ -13,9 +13,13 @@ The trap: a folder under checkpoints/ may be half a checkpoint. Whole is what ha
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +32,11 @@ from siglip import trees
 from siglip.atomic import write_atomically
 from siglip.errors import UserError
 from siglip.parallel.collectives import gather_records
+from siglip.parallel.launch import in_all_or_none
 from siglip.workdir.files import CONFIG_FILE, read_config
 
 CHECKPOINTS_DIR = "checkpoints"
+_OS_ERROR = re.compile(r"\[os_error_code='(\d+)'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,22 +103,31 @@ class Checkpointer:
         config: Mapping[str, Any],
         best_metric: float | None = None,
     ) -> None:
-        """Starts saving and returns when the arrays are copied; the files are complete after `close`."""
+        """Starts saving and returns when the arrays are copied; the files are complete after `close`.
+
+        Raises:
+            OSError: in every process, if the disk has no room for it, or cannot be written.
+        """
         if self._manager.latest_step() == step:
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave(dict(data_state)),
-                config=ocp.args.JsonSave(dict(config)),
-            ),
-            metrics=None if best_metric is None else {self._best_name: best_metric},
-        )
+        self._check_room(state)
+        items = {"data": ocp.args.JsonSave(dict(data_state)), "config": ocp.args.JsonSave(dict(config))}
+        metrics = None if best_metric is None else {self._best_name: best_metric}
+        with _writing(self._folder):
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), **items), metrics=metrics
+            )
+
+    def _check_room(self, state: Any) -> None:
+        # Found out by orbax's threads, a full disk is half a checkpoint and their tracebacks.
+        usage, needed = shutil.disk_usage(self._folder), sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        if any(gather_records([0 < usage.total and usage.free < needed])):
+            told = f"{os.strerror(errno.ENOSPC)} for a checkpoint of {needed} bytes; free some and start the same command again"
+            raise OSError(errno.ENOSPC, told, str(self._folder))
 
     def mark_best(self, step: int, value: float) -> None:
         """Notes that the checkpoint of `step`, which is on disk, has the highest `best_metric` so far: it stays."""
-        self._manager.wait_until_finished()
+        self.wait()
         if jax.process_index() == 0:
             path = self._folder / str(step) / "metrics" / "metrics"  # where orbax writes it
             path.parent.mkdir(exist_ok=True)
@@ -126,7 +141,8 @@ class Checkpointer:
         Raises:
             UserError: if the checkpoint is damaged or belongs to another model.
         """
-        self._check_model(step, abstract_state)
+        # Orbax's processes read together: one that fails alone would leave the others waiting.
+        in_all_or_none(lambda: self._check_model(step, abstract_state), bad_input=(UserError,))
         with _reading(self._folder / str(step), fix="move that folder away to go on from the one before"):
             items = self._manager.restore(
                 step,
@@ -154,13 +170,15 @@ class Checkpointer:
             )
 
     def wait(self) -> None:
-        """Returns when everything saved is complete on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything saved is complete on disk. Raises OSError if it cannot be: a full disk, for one."""
+        with _writing(self._folder):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits until everything saved is complete on disk, and releases."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until everything saved is complete on disk, and releases. Raises OSError as `wait` does."""
+        with _writing(self._folder):
+            self._manager.wait_until_finished()
+            self._manager.close()
 
 
 def locate(path: Path) -> tuple[Path, int] | None:
@@ -170,10 +188,13 @@ def locate(path: Path) -> tuple[Path, int] | None:
     return (workdir, steps[-1]) if workdir and steps else None
 
 
-def read_run_params(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+def read_run_params(path: Path, *, parts: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any], int]:
     """(params as numpy, config as JSON, step) of a workdir's newest checkpoint, or of the checkpoint `path` names.
 
     Only the parameters are read, whatever devices they were saved from; their running average where the run keeps one.
+
+    Args:
+        parts: names at the top of the tree, such as "img": those that are there are read; () for all.
 
     Raises:
         FileNotFoundError: if the workdir has no whole checkpoint.
@@ -191,7 +212,8 @@ def read_run_params(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
         with ocp.PyTreeCheckpointer() as reader:
             tree = _stored_tree(reader, folder / "state")
             name = "ema" if tree.get("ema") else "params"
-            like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree[name])
+            stored = {part: leaves for part, leaves in tree[name].items() if part in parts or not parts}
+            like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
             restored = reader.restore(
                 folder / "state",
                 args=ocp.args.PyTreeRestore(
@@ -214,6 +236,23 @@ def _stored_tree(reader: ocp.PyTreeCheckpointer, folder: Path) -> dict[str, Any]
         logger.setLevel(before)
 
 
+def _raise_os_error(error: Exception, folder: Path) -> None:
+    """Raises the operating system's error that orbax, or the storage library beneath it, tells of; nothing else."""
+    found = _OS_ERROR.search(str(error))
+    code = error.errno if isinstance(error, OSError) else found and int(found[1])
+    if code:
+        raise OSError(code, os.strerror(code), str(getattr(error, "filename", None) or folder)) from error
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a ValueError that tells of a full disk, for one
+        _raise_os_error(error, folder)
+        raise
+
+
 @contextlib.contextmanager
 def _reading(folder: Path, *, fix: str) -> Iterator[None]:
     """Turns what orbax raises for a damaged checkpoint into a ValueError; what may be the machine's fault passes."""
@@ -224,6 +263,7 @@ def _reading(folder: Path, *, fix: str) -> Iterator[None]:
     except Exception as error:  # orbax raises a dozen kinds for one cause: files that do not fit
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise  # a disk or a network that fails, a folder that may not be read
+        _raise_os_error(error, folder)
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"checkpoint {folder} cannot be read ({first_line[:200]}); {fix}") from error
 

@@ -4,12 +4,14 @@
     tokenizer.model     its SentencePiece model, so that the run can be evaluated and exported on its own
 
 The trap: a run that goes on with other settings is neither run. Only where it runs, what it reports, and the weights of its
-sources may differ; what files hold is compared by content, so they may lie elsewhere.
+sources may differ, and it may be made longer; what files hold is compared by content, so they may lie elsewhere.
 """
 
 import functools
+import glob
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -24,6 +26,7 @@ from siglip.atomic import write_atomically
 from siglip.errors import BAD_PATH, UserError
 from siglip.parallel.collectives import gather_records
 from siglip.parallel.launch import in_all_or_none
+from siglip.trees import read_json
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.model"
@@ -127,6 +130,11 @@ def open_workdir(
 
 
 def _make_workdir(workdir: Path, config: Mapping[str, Any], tokenizer: bytes | None, complete: Callable) -> None:
+    if glob.has_magic(str(workdir.resolve())):
+        # Orbax looks for the parts of a checkpoint by a pattern that begins with this path.
+        raise UserError(
+            f"workdir {workdir.resolve()} has one of * ? [ in its path, where checkpoints cannot be kept; name another"
+        )
     path = workdir / TOKENIZER_FILE
     if tokenizer is not None and path.exists() and path.read_bytes() != tokenizer:
         raise UserError(
@@ -145,7 +153,9 @@ def _make_config_file(workdir: Path, config: Mapping[str, Any], complete: Callab
     path = workdir / CONFIG_FILE
     if path.exists():
         saved, ours = (_flatten_json(_plain(tree)) for tree in (complete(read_config(workdir)), config))
-        differences = _differences(saved, ours, FREE_FIELDS)
+        # A run may be made longer: the loop says what its schedule does then.
+        longer = [field for field in ("total_steps",) if ours.get(field, 0) > saved.get(field, math.inf)]
+        differences = _differences(saved, ours, (*FREE_FIELDS, *longer))
         if differences:
             told = [f"{name} is {there!r} there and {here!r} here" for name, there, here in differences[:3]]
             raise UserError(
@@ -185,14 +195,8 @@ def read_config(workdir: Path, *, fields: Sequence[str] = ()) -> dict[str, Any]:
         FileNotFoundError: if there is none.
         UserError: if it is not a JSON object, or lacks a field.
     """
-    path = workdir / CONFIG_FILE
-    try:
-        tree = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError among them
-        raise UserError(
-            f"{path} is not valid JSON ({error}); restore it from a checkpoint's config/ or remove it"
-        ) from None
-    if not isinstance(tree, dict) or (lacks := [name for name in fields if name not in tree]):
-        what = f"lacks {', '.join(lacks)}" if isinstance(tree, dict) else "is not an object"
-        raise UserError(f"{path} is not the config of a run: it {what}; restore it from a checkpoint's config/")
+    path, fix = workdir / CONFIG_FILE, "restore it from a checkpoint's config/"
+    tree = read_json(path, fix=f"{fix} or remove it")
+    if lacks := [name for name in fields if name not in tree]:
+        raise UserError(f"{path} is not the config of a run: it lacks {', '.join(lacks)}; {fix}")
     return tree

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from siglip.atomic import write_atomically
+from siglip.atomic import naming, write_atomically
 from siglip.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -74,8 +74,9 @@ class MetricsWriter:
         if self._file is None:
             return
         line = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self._file.write(json.dumps({"step": step, **line}) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps({"step": step, **line}) + "\n")
+            self._file.flush()
         if self._wandb is not None:
             with _warn_only("wandb.log"):
                 self._wandb.log(dict(values), step=step)
@@ -83,7 +84,8 @@ class MetricsWriter:
     def close(self) -> None:
         """Flushes; further writes are errors."""
         if self._file is not None:
-            self._file.close()
+            with naming(self.path):  # what could not be flushed before fails once more
+                self._file.close()
         if self._wandb is not None:
             with _warn_only("wandb.finish"):
                 self._wandb.finish()
@@ -94,11 +96,30 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: if the run has none.
+        UserError: if a value is not a number, or the name of an evaluation's is not one.
     """
     path = workdir / METRICS_FILE
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; is {workdir} the workdir of a run?")
-    return list(_whole_lines(path))
+    lines = list(_whole_lines(path))
+    for line in lines:
+        for name, value in line.items():
+            short = name.startswith("eval/") and name.count("/") < 3
+            if short or not (value is None or (_is_number(value) or not name.startswith(("train/", "eval/")))):
+                wrong = "is not called eval/TASK/DATA/METRIC" if short else f"is not a number but {value!r:.40}"
+                raise UserError(f"{path}: {name!r} of step {line['step']} {wrong}; correct or remove that line")
+    return lines
+
+
+def has_evaluation(workdir: Path, step: int) -> bool:
+    """Whether metrics.jsonl tells an evaluation of this step."""
+    lines = (line for line in _whole_lines(workdir / METRICS_FILE) if line["step"] == step)
+    return any(name.startswith("eval/") for line in lines for name in line)
+
+
+def _is_number(value: Any) -> bool:
+    # JSON's integers have no largest one, floats do.
+    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
 
 
 def short_name(metric: str) -> str:
@@ -114,8 +135,8 @@ def format_value(value: float | None, *, rank: bool = False) -> str:
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            if isinstance(values := json.loads(line), dict) and isinstance(values.get("step"), int):
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(values := json.loads(line), dict) and type(values.get("step")) is int:
                 yield values
 
 

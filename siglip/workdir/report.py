@@ -98,9 +98,9 @@ def _head(workdir: Path, lines: Sequence[Mapping[str, Any]]) -> str:
     if not trained:
         return f"<h1>{html.escape(workdir.name)}</h1><p class='muted'>no training step logged yet</p>"
     last = trained[-1]
-    rates = [line["train/pairs_per_s"] for line in trained if "train/pairs_per_s" in line]
+    rates = [rate for line in trained if (rate := line.get("train/pairs_per_s")) is not None]
     rate = f"{np.median(rates):.0f} pairs/s (median) · " if rates else ""
-    broken = sum(v for k, v in last.items() if k.startswith("train/substituted/"))
+    broken = sum(v or 0 for k, v in last.items() if k.startswith("train/substituted/"))
     return (
         f"<h1>{html.escape(workdir.name)}</h1><p class='muted'>{last['step']} steps · loss {format_value(last['train/loss'])} · "
         f"{rate}{broken} broken pairs replaced</p>"

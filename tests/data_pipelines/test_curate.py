@@ -18,13 +18,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.curate import layout
+from data_pipelines.curate import layout, scan
 from data_pipelines.curate.config import PRESETS, REPAIRS, RULES, CurateConfig
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.curate.materialize import materialize
 from data_pipelines.curate.run import curate
 from data_pipelines.curate.scan import ScanTask, scan_shard
 from data_pipelines.curate.stats import describe
+from data_pipelines.errors import RunFailed, UserError
 from data_pipelines.image_ops import decode_image
 from data_pipelines.sources.opening import open_source
 from data_pipelines.sources.webdataset import TarSource
@@ -345,3 +346,39 @@ def test_stats_of_the_sample():
     stats = describe(str(SAMPLE / "emoji-heldout-00000.tar"), engine=LocalEngine(1))
     assert (stats["pairs"], stats["shards"], stats["problems"]) == (312, 1, [])
     assert stats["sides_px"] == {"64": 312} and sum(stats["formats"].values()) == 312
+
+
+def test_a_fault_of_the_code_keeps_its_traceback(tmp_path, monkeypatch):
+    shard = str(write_pairs(tmp_path / "a.tar", 3))
+
+    def scan_pair(*_):
+        return {}["a bug"]
+
+    monkeypatch.setattr(scan, "_scan_pair", scan_pair)
+    with pytest.raises(KeyError) as error:
+        curate([shard, str(tmp_path / "none.tar")], tmp_path / "out", config=CurateConfig(), engine=LocalEngine(1))
+    assert error.traceback[-1].name == "scan_pair" and any(shard in note for note in error.value.__notes__)
+    monkeypatch.setattr(scan, "_scan_pair", mock.Mock(side_effect=OSError(28, "No space left on device")))
+    monkeypatch.setattr(scan, "_batches", scan._scan_pair)
+    with pytest.raises(RunFailed, match="1 of 1 shards failed: .*No space left on device"):
+        curate(shard, tmp_path / "out", config=CurateConfig(), engine=LocalEngine(1))
+
+
+def test_what_killed_runs_left_is_swept(tmp_path):
+    shard, out = str(write_pairs(tmp_path / "a.tar", 3)), tmp_path / "out"
+    left = [out / ".work-0123456789ab" / "x", out / ".manifest.parquet.0.partial", out / "scan" / ".a.1.partial"]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    curate(shard, out, config=CurateConfig(min_side_px=1), engine=LocalEngine(1))
+    assert not any(path.exists() for path in left)
+
+
+@pytest.mark.parametrize("content", ["{", "3", '["../a"]', "[1]"])
+def test_a_damaged_list_of_written_shards_is_named(tmp_path, content):
+    shard, out = str(write_pairs(tmp_path / "a.tar", 3)), tmp_path / "out"
+    curate(shard, out, config=CurateConfig(min_side_px=1), engine=LocalEngine(1))
+    (out / "shards").mkdir()
+    (out / "shards" / "written.json").write_text(content)
+    with pytest.raises(UserError, match="written.json' is damaged; remove the folder"):
+        materialize(out / "manifest.parquet", out / "shards", "tar")

@@ -188,3 +188,15 @@ def test_ten_million_rows_take_a_megabyte_and_a_seek_takes_no_time(tmp_path):
 
 
 _MANIFEST = [("shard", pa.string()), ("index", pa.int32()), ("key", pa.string()), ("keep", pa.bool_())]
+
+
+def test_indexes_of_any_integer_type(corpus):
+    folder, rows = corpus
+    table = pq.read_table(write_manifest(folder, rows))
+    for kind in (pa.uint64(), pa.int8()):
+        pq.write_table(table.set_column(2, "index", table["index"].cast(kind)), folder / "other.parquet")
+        assert len(KeptPairs(TarSource(folder / "*.tar"), folder / "other.parquet")) == len(kept_keys(rows))
+    huge = pa.array([2**64 - 1] * len(rows), pa.uint64())
+    pq.write_table(table.set_column(2, "index", huge), folder / "other.parquet")
+    with pytest.raises(ValueError, match="other.parquet.* is of other shards"):
+        KeptPairs(TarSource(folder / "*.tar"), folder / "other.parquet")

@@ -194,3 +194,24 @@ def test_an_endless_line_is_refused(tmp_path, monkeypatch, name):
     (tmp_path / name).write_bytes(b"image,txt\n" * (name == "a.csv") + b"x" * (1 << 26))
     with pytest.raises(ValueError, match="has a line of more than"):
         open_source(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"id;image;title, short\n1;a.png;b\n", "separate columns with commas"),
+        (b"image\tcaption\na.png\tb\n", "or with tabs in a file called .tsv"),
+        (
+            b"cats/1.JPG,a cat\ncats/2.JPG,two cats\n",
+            "its first line is a row; put one before it that names the columns",
+        ),
+        (b"https://x.y/1,a cat\nhttps://x.y/2,b\n", "its first line is a row"),
+        (b"image,caption,caption\na.png,b,c\n", "two columns called 'caption'; rename one"),
+        ("image,caption\na.png,b\n".encode("utf-16"), "is in UTF-16; save it as UTF-8"),
+    ],
+)
+def test_separators_headers_and_encodings_that_lists_do_not_have(tmp_path, text, message):
+    (tmp_path / "a.csv").write_bytes(text)
+    with pytest.raises(ValueError, match=message) as error:
+        open_source(tmp_path / "a.csv")
+    assert "a.csv" in str(error.value) and "\n" not in str(error.value)

@@ -7,12 +7,15 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines.augment import AugmentConfig, apply_flip, apply_gain, draw_box, draw_flip
 from data_pipelines.counter_rng import Draws
 from data_pipelines.errors import UserError
 from data_pipelines.loader import DataConfig, make_eval_batches, make_loader
+from data_pipelines.loader import _open as open_config
 from data_pipelines.order.mixture import SourceConfig
 from data_pipelines.samples.pixels import Pixels
 from data_pipelines.sources.webdataset import TarSource
@@ -310,3 +313,11 @@ def test_scaled_jpegs_are_the_same_stream_of_nearly_the_same_pixels(tmp_path):
         off = np.abs(one["image"].astype(int) - other["image"])
         assert 0 < off.max() and off.mean() < 3
     assert Pixels((16, 16), AUGMENT).min_decoded_px == (25, 25) and Pixels((16, 20)).min_decoded_px == (16, 20)
+
+
+def test_a_source_names_its_image_column(tmp_path):
+    table = pa.table({"first": [b"1"] * 2, "second": [b"2"] * 2, "txt": ["a", "b"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="no column with images"):
+        open_config(SourceConfig(str(tmp_path / "a.parquet")))
+    assert open_config(SourceConfig(str(tmp_path / "a.parquet"), image="second"))[0].image == b"2"

@@ -338,3 +338,32 @@ def test_a_damaged_first_record_costs_itself_alone(tmp_path):
         with pytest.raises(OSError, match="record 0 of shard"):
             source[0]
         assert source[1].image == PICTURE
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("dataset_info.json", '{"splits": [{"name": "train", "shardLengths": [1e400]}]}'),
+        ("dataset_info.json", '{"splits": [{"name": "train", "shardLengths": [-3]}]}'),
+        ("dataset_info.json", '{"splits": ["train"]}'),
+        ("dataset_info.json", '{"splits": null}'),
+        ("dataset_info.json", "[1]"),
+        ("features.json", '{"featuresDict": null}'),
+        ("features.json", '{"featuresDict": {"features": [1]}}'),
+        ("features.json", '"image"'),
+        ("features.json", "1" * 5000),
+    ],
+)
+def test_odd_descriptions_of_tfds_are_named(tmp_path, name, content):
+    folder = write_tfds(tmp_path / "set", {"train": [2]})
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=name) as error:
+        open_source(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_odd_features_are_no_images(tmp_path):
+    folder = write_tfds(tmp_path / "set", {"train": [2]})
+    features = {"n": 3, "text": "an image", "picture": {"image": {}}}
+    (folder / "features.json").write_text(json.dumps({"featuresDict": {"features": features}}))
+    assert open_source(folder)[0].image == PICTURE

@@ -1,15 +1,20 @@
 """siglip.load: every source, any resolution, and errors that say what to do."""
 
 import dataclasses
+import pickle
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.encoder import Encoder, load
+from siglip.errors import UserError
 from siglip.formats import big_vision, hugging_face
 from siglip.formats.big_vision import image_only
+from tests.data_pipelines.shards import SPIECE
 from tests.siglip.rounding import towers_apart
 from tests.siglip.tiny import random_inputs, random_params, square_model
 
@@ -117,9 +122,67 @@ def test_an_image_tower_alone_says_what_it_lacks(model):
 
 def test_sources_that_are_none(tmp_path):
     (tmp_path / "file.bin").write_bytes(b"")
+    (tmp_path / "file.txt").write_bytes(b"")
     (tmp_path / "folder").mkdir()
     with pytest.raises(FileNotFoundError, match="nothing at"):
         load(tmp_path / "absent")
-    for src in ("file.bin", "folder"):
+    for src in ("file.txt", "folder"):
         with pytest.raises(ValueError, match="is not a model; a model is a run's workdir"):
             load(tmp_path / src)
+    others = ("open_clip_config.json", "adapter/adapter_config.json", "exported/saved_model.pb")
+    for name in (*others, "config.json", "a.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    for src, error, words in (
+        (tmp_path, UserError, "is a model of open_clip: take the same model"),
+        (tmp_path / "adapter", UserError, "is a LoRA adapter: merge it"),
+        (tmp_path / "exported", UserError, "is an exported program: name the model"),
+        (tmp_path / "a.safetensors", UserError, "one file of a Hugging Face model; name the folder"),
+        (tmp_path / "file.bin", UserError, "a file of torch, which may run code .* save_pretrained"),
+        (
+            "google/siglip-base-patch16-224",
+            FileNotFoundError,
+            "hf download google/siglip-base-patch16-224 --local-dir DIR",
+        ),
+        ("gs://big_vision/siglip/webli_en_b16_224.npz:img", UserError, "is a URL; .* copy it here first"),
+    ):
+        with pytest.raises(error, match=words) as told:
+            load(src)
+        assert "\n" not in str(told.value)
+
+
+def test_torch_arrays_in_an_npz(tmp_path):
+    np.savez(tmp_path / "torch.npz", **{"vision_model.post_layernorm.weight": np.zeros(4, np.float32)})
+    with pytest.raises(UserError, match=r"torch.npz has keys of torch .*save_pretrained"):
+        load(tmp_path / "torch.npz")
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = square_model()
+    big_vision.write(tmp_path / "m.npz", random_params(config), config)
+    for src in ("~/m.npz", "~/m.npz:img"):
+        assert load(src).config.image.spec == config.image.spec
+
+
+def test_an_encoder_is_pickled_and_shown_in_one_line(model):
+    images, ids = random_inputs(model.config)
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(again.embed_images(images), model.embed_images(images))
+    np.testing.assert_array_equal(again.embed_texts(ids), model.embed_texts(ids))
+    assert len(repr(model)) < 120 and "32 x 32 px" in repr(model)
+
+
+def test_strings_are_embedded_as_their_tokens_are(tmp_path):
+    config = square_model(text={"vocab_size": 4000})
+    big_vision.write(tmp_path / "m.npz", random_params(config), config)
+    with pytest.raises(UserError, match="came without a tokenizer"):
+        load(tmp_path / "m.npz").embed_texts(["a cat"])
+    (tmp_path / "spiece.model").write_bytes(Path(SPIECE).read_bytes())
+    model, texts = load(tmp_path / "m.npz"), ["A cat", "zwei Hunde im Schnee, die einer Katze nachlaufen"]
+    ids = np.stack([SentencePieceTokenizer(SPIECE).encode(text, 7) for text in texts])
+    for given in (texts, tuple(texts)):
+        np.testing.assert_array_equal(model.embed_texts(given), model.embed_texts(ids))
+    with pytest.raises(UserError, match=r"takes a list of texts, not one: pass \['a cat'\]"):
+        model.embed_texts("a cat")
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).embed_texts(texts), model.embed_texts(ids))

@@ -1,6 +1,7 @@
 """The encoder that a later stage trains with: the reference's tokens, through jit, grad, optax and a mesh."""
 
 import dataclasses
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import siglip
 from siglip import encoder as encoder_module
 from siglip import trees
 from siglip.encoder import EncoderSpec, ImageEncoder, load_encoder
-from siglip.formats import big_vision, key_maps
+from siglip.formats import big_vision, containers, key_maps
 from siglip.parallel import sharding
 from tests.siglip import numpy_model
 from tests.siglip.rounding import towers_apart
@@ -166,3 +167,50 @@ def test_pictures_that_do_not_fit_are_named(source):
         encoder.pooled(np.zeros((2, 32, 32, 3), np.uint8))
     with pytest.raises(FileNotFoundError, match="no file"):
         encoder_module.load_encoder("absent.npz")
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_memory_and_speed_change_neither_tokens_nor_gradients(source, scan):
+    images, _ = random_inputs(square_model())
+    plain = load_encoder(source).unfrozen()
+    options = load_encoder(source, remat="full", attention="auto", scan=scan).unfrozen()
+
+    def gradient(encoder):
+        free = jax.grad(lambda e: jnp.mean(e.tokens(images) ** 2))(encoder)
+        return key_maps.unstack_blocks(trees.flatten(free.params))
+
+    assert any("encoderblock/" in path for path in trees.flatten(options.params)) == scan
+    np.testing.assert_allclose(options.tokens(images), plain.tokens(images), rtol=0, atol=towers_apart(square_model()))
+    expected = gradient(plain)
+    for path, leaf in gradient(options).items():
+        np.testing.assert_allclose(leaf, expected[path], rtol=0, atol=1e-6, err_msg=path)
+    with pytest.raises(ValueError, match="attention='cudnn' needs an NVIDIA GPU"):
+        load_encoder(source, attention="cudnn")
+
+
+def test_a_backward_pass_keeps_less_where_it_computes_again(source):
+    def kept_bytes(**options):
+        encoder = load_encoder(source, 256, **options).unfrozen()
+        images = jnp.zeros((1, 256, 256, 3))
+        compiled = jax.jit(jax.grad(lambda e: jnp.sum(e.tokens(images)))).lower(encoder).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert kept_bytes(remat="full", scan=True) < 0.7 * kept_bytes(scan=True)
+
+
+def test_it_reads_the_image_tower_alone(source, monkeypatch):
+    read, real = [], containers._read_array
+    monkeypatch.setattr(
+        containers, "_read_array", lambda stream, *args: read.append(stream.name) or real(stream, *args)
+    )
+    load_encoder(source)
+    assert read and all(name.startswith("params/img/") for name in read)
+
+
+def test_it_is_pickled_and_shown_in_one_line(source):
+    encoder, (images, _) = load_encoder(source), random_inputs(square_model())
+    again = pickle.loads(pickle.dumps(encoder))
+    np.testing.assert_array_equal(again.tokens(images), encoder.tokens(images))
+    assert repr(encoder) == (
+        "ImageEncoder(B/8, 32 x 32 px in patches of (8, 8) -> 16 tokens of width 36, layer -1, frozen)"
+    )

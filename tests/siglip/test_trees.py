@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siglip import trees
+from siglip.errors import UserError
 
 names = st.text("abc", min_size=1, max_size=3)
 nested = st.recursive(st.integers(), lambda leaf: st.dictionaries(names, leaf, min_size=1, max_size=3), max_leaves=8)
@@ -78,3 +79,36 @@ def test_build_dataclass_inverts_asdict_through_json(config):
 def test_build_dataclass_names_what_does_not_fit(tree, message):
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         trees.build_dataclass(Outer, tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class Positive:
+    x: float = 1.0
+
+    def __post_init__(self):
+        if not self.x > 0:
+            raise UserError(f"x={self.x} must be positive")
+
+
+@pytest.mark.parametrize(
+    ("cls", "tree", "message"),
+    [
+        (Outer, [1], r"run.json: model=\[1\] is not an object with the fields of Outer"),
+        (Outer, {"inner": 3}, "run.json: model.inner=3"),
+        (Positive, {"x": -1}, r"run.json: model: x=-1.0 must be positive"),
+        (Positive, {"x": 10**400}, "run.json: model.x=1000"),
+        (Positive, {"x": float("nan")}, "run.json: model.x=nan"),
+        (Positive, {"x": True}, "run.json: model.x=True is not a float"),
+    ],
+)
+def test_odd_numbers_and_types_are_told_with_their_file(cls, tree, message):
+    with pytest.raises(UserError, match=message):
+        trees.build_dataclass(cls, tree, where="run.json: model")
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "1" * 5000, "[" * 100_000, "\x00\xff", ""])
+def test_what_is_no_json_object_is_told_with_its_file(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"a\.json .*; copy it again") as error:
+        trees.read_json(tmp_path / "a.json", fix="copy it again")
+    assert "\n" not in str(error.value)

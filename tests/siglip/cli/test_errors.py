@@ -1,18 +1,24 @@
 """What ends in one line and what keeps its traceback, through the real command line."""
 
 import inspect
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
 from data_pipelines import errors as data_errors
+from data_pipelines.loader import DataConfig
+from data_pipelines.order.mixture import SourceConfig
 from data_pipelines.records import ShardLost
 from siglip import cli, losses
 from siglip.errors import RunFailed, UserError
+from siglip.evaluation.zeroshot import ZeroShot
+from siglip.training.config import EvalConfig, resolve, to_json
 from siglip.training.signals import Interrupted
+from siglip.training.warm_start import InitConfig
 from tests.siglip.cli.test_commands import fails, recipe, shard  # noqa: F401
-from tests.siglip.tiny_run import use_devices
+from tests.siglip.tiny_run import tiny_config, use_devices
 
 pytestmark = pytest.mark.unoptimized
 
@@ -46,6 +52,9 @@ def raising(error: BaseException):
         (FileNotFoundError("no shard at x"), 2),
         (PermissionError(13, "Permission denied", "x"), 2),
         (OSError(28, "No space left on device", "x"), 1),
+        (OSError(30, "Read-only file system", "x"), 2),
+        (MemoryError(), 1),
+        (MemoryError("Unable to allocate 3 TiB"), 1),
         (RunFailed("the loss is nan at step 3"), 1),
         (ShardLost("shard x vanished"), 1),
         (Interrupted(15, 7, Path("runs/x")), 143),
@@ -92,3 +101,16 @@ def test_the_traceback_of_bad_input_on_request(capsys, monkeypatch):
     monkeypatch.setenv("SIGLIP_TRACEBACK", "1")
     assert cli.run(["train"]) == 2
     assert "in command" in capsys.readouterr().err
+
+
+def test_home_is_expanded_in_every_flag_and_in_recipes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for flags in (["--out", "~/no/z.npz"], ["--out=~/no/z.npz"]):
+        fails(["embed", "~/m.npz", "--data", "~/x.tar", *flags], capsys, f"the folder {tmp_path}/no of --out")
+    fails(["train", "~/none.py"], capsys, f"{tmp_path}/none.py does not exist")
+    source = SourceConfig("~/x.tar", manifest="~/m.parquet")
+    data = DataConfig(sources=(source,), tokenizer="~/t.model", image_embeddings="~/z")
+    task = ZeroShot("~/x.tar", classes="~/c.txt")
+    config = resolve(tiny_config("~/run", data=data, eval=EvalConfig(tasks=(task,)), init=InitConfig("~/m.npz")))
+    assert json.dumps(to_json(config)).count(f'"{tmp_path}/') == 8 and "~" not in json.dumps(to_json(config))
+    assert resolve(config) is config

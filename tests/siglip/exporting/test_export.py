@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import json
 import re
 import tarfile
 from pathlib import Path
@@ -16,10 +17,11 @@ from PIL import Image
 from data_pipelines.sources.webdataset import TarSource
 from siglip.cli.exporting import ExportArgs, sample_inputs
 from siglip.encoder import load
+from siglip.errors import UserError
 from siglip.exporting import export as export_module
 from siglip.exporting.export import FORMATS, export
 from siglip.exporting.verification import compare, model_outputs
-from siglip.formats import big_vision, hugging_face
+from siglip.formats import big_vision, containers, hugging_face
 from siglip.formats.big_vision import image_only
 from siglip.formats.export_format import ExportFormat, ExportMismatch
 from siglip.models.two_tower import ModelConfig
@@ -351,3 +353,57 @@ def test_the_card_of_a_run_tells_its_recipe_and_evaluation(tmp_path, monkeypatch
     for part in parts:
         assert part in card, part
     assert "0.500" not in card
+
+
+@pytest.mark.parametrize(
+    ("src", "out"),
+    [
+        ("source/m.npz", "run/out"),
+        ("source/m.npz", "run/checkpoints/out.npz"),
+        ("source/m.npz", "link/a/out"),
+        ("hf", "hf/out"),
+    ],
+)
+def test_nothing_is_exported_into_a_run_or_into_its_source(tmp_path, source, src, out):
+    (tmp_path / "hf").mkdir()
+    hugging_face.write(tmp_path / "hf", random_params(square_model()), square_model())
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with pytest.raises(UserError, match="lies inside the model .*; name a folder elsewhere"):
+        export(tmp_path / src, format="bigvision", out=tmp_path / out)
+    assert not (tmp_path / out).exists()
+
+
+def test_the_image_tower_is_exported_without_reading_the_other(tmp_path, source, monkeypatch):
+    read, real = [], containers._read_array
+    monkeypatch.setattr(
+        containers, "_read_array", lambda stream, *args: read.append(stream.name) or real(stream, *args)
+    )
+    export(source, format="bigvision", out=tmp_path / "a.npz")
+    assert read and all(name.startswith("params/img/") for name in read)
+
+
+def test_a_run_whose_config_was_changed_is_named(tmp_path, monkeypatch):
+    use_devices(monkeypatch, 2)
+    train(tiny_config(tmp_path / "run"), TinyBatches())
+    path = tmp_path / "run" / "config.json"
+    whole = json.loads(path.read_text())
+    for field, value, words in (
+        (("model", "image", "mlp_dim"), 64, "does not fit the model it describes: .* of shape"),
+        (("model", "image", "width"), 10**30, "config.json: model.*width"),
+        (("model", "temperature_init"), -1, "config.json: model: temperature_init=-1.0"),
+        (("model", "text"), 7, "config.json: model.text=7"),
+        (("model",), None, "config.json: model=None is not an object"),
+        (("optim", "lr"), "fast", "config.json is not the config of a run"),
+        (("data", "sources"), {"a": 1}, "config.json is not the config of a run"),
+    ):
+        tree = json.loads(json.dumps(whole))
+        part = tree
+        for name in field[:-1]:
+            part = part[name]
+        part[field[-1]] = value
+        path.write_text(json.dumps(tree))
+        with pytest.raises(UserError, match=words) as error:
+            export(tmp_path / "run", format="bigvision", out=tmp_path / "out")
+        assert "\n" not in str(error.value)

@@ -9,7 +9,7 @@ import pytest
 
 import data_pipelines.sample
 from siglip.encoder import Encoder
-from siglip.formats import hugging_face, key_maps
+from siglip.formats import containers, hugging_face, key_maps
 from siglip.formats.big_vision import image_only
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.models.vit import sincos2d
@@ -150,7 +150,10 @@ def test_a_config_in_the_style_of_siglip_2(tmp_path):
         ),
         ({"model_type": "siglip2_vision_model"}, "NaFlex"),
         ({"model_type": "siglip_text_model"}, "a text tower alone; take the folder of the whole model"),
-        ({"model_type": "clip"}, "'siglip', 'siglip_vision_model' and 'paligemma' can"),
+        (
+            {"model_type": "clip"},
+            "'siglip', 'siglip_vision_model' and 'paligemma' can",
+        ),
         ({}, "model_type=None cannot be read"),
         ({"model_type": "siglip", "vision_config": [768]}, "vision_config and text_config are objects"),
         (
@@ -169,6 +172,16 @@ def test_a_config_in_the_style_of_siglip_2(tmp_path):
             "positive number; vision patch_size=0 is not a positive number",
         ),
         ({"model_type": "siglip_vision_model", "num_attention_heads": 7}, "width=768 is not divisible by num_heads=7"),
+        ({"architecture": "vit_base_patch16_siglip_224"}, "it is a model of timm, vit_base_patch16_siglip_224; take"),
+        ({"model_type": "siglip", "vision_config": {"vision_use_head": "no"}}, "vision_use_head='no' is neither true"),
+        (
+            {"model_type": "siglip", "text_config": {"projection_size": "768"}},
+            "projection_size='768' is not a positive",
+        ),
+        ({"model_type": "siglip", "text_config": {"vocab_size": True}}, "vocab_size=True is not a positive number"),
+        ({"model_type": "siglip", "vision_config": {"hidden_size": 10**30}}, "width=10*0 must be at most"),
+        ({"model_type": "siglip", "vision_config": {"image_size": 10**12}}, "image_size=.* patches=.* must be at most"),
+        ({"model_type": "paligemma", "vision_config": [1]}, r"vision_config=\[1\] is not an object"),
         (
             {"model_type": "siglip", "text_config": {"layer_norm_eps": 1e-5}},
             "text layer_norm_eps=1e-05 is not supported",
@@ -219,9 +232,12 @@ def test_bad_folders_are_one_line(tmp_path):
     (tmp_path / "config.json").write_text(config.replace("gelu_pytorch_tanh", "gelu", 1))
     fails(ValueError, "hidden_act='gelu' is not supported")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    fails(ValueError, "model_type='bert' cannot be read: 'siglip', 'siglip_vision_model' and 'paligemma' can")
+    fails(
+        ValueError,
+        "model_type='bert' cannot be read: 'siglip', 'siglip_vision_model' and 'paligemma' can",
+    )
     (tmp_path / "config.json").write_text("{")
-    fails(ValueError, "is not JSON")
+    fails(ValueError, "config.json is not valid JSON")
     (tmp_path / "config.json").write_text(config)
     (tmp_path / "model.safetensors").write_bytes(whole[:-100])
     fails(ValueError, "cannot be read at its header .* copy it again")
@@ -290,3 +306,37 @@ def test_what_transformers_saves_is_read(tmp_path, kind):
                 np.testing.assert_allclose(found, theirs.numpy(), rtol=0, atol=towers_apart(config))
     tokens = tokens.numpy()
     np.testing.assert_allclose(ours.image_tokens(images), tokens, rtol=0, atol=towers_apart(config, tokens))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_keys_as_wrappers_of_torch_write_them(tmp_path, prefix):
+    from safetensors.numpy import load_file, save_file
+
+    params = written(tmp_path, square_model())
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({prefix + key: array for key, array in state.items()}, tmp_path / "model.safetensors")
+    same(hugging_face.read(tmp_path)[0], params)
+
+
+def test_the_image_tower_alone_reads_nothing_else(tmp_path, monkeypatch):
+    params, read = written(tmp_path, square_model()), []
+    real = containers._read_tensor
+    monkeypatch.setattr(containers, "_read_tensor", lambda *args: read.append(args[4]) or real(*args))
+    found, config = hugging_face.read(tmp_path, only_image=True)
+    same(found, {"img": params["img"]})
+    assert config.text is None and read and all(key.startswith("vision_model.") for key in read)
+
+
+def test_an_image_classifier_is_read_without_its_classifier(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    config = square_model()
+    params = written(tmp_path, config)
+    state = {key: a for key, a in load_file(tmp_path / "model.safetensors").items() if key.startswith("vision_model.")}
+    state |= {"classifier.weight": np.zeros((5, 36), np.float32), "classifier.bias": np.zeros(5, np.float32)}
+    save_file(state, tmp_path / "model.safetensors")
+    tree = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(tree | {"architectures": ["SiglipForImageClassification"]}))
+    found, config = hugging_face.read(tmp_path)
+    same(found, {"img": params["img"]})
+    assert config.text is None and config.image.pool == "map"

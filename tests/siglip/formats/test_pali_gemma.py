@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from siglip.encoder import Encoder
 from siglip.formats import big_vision, hugging_face, key_maps
 from siglip.models.two_tower import ImageConfig, ModelConfig
+from siglip.models.variants import VARIANTS
 from siglip.trees import flatten
 from tests.siglip.formats.test_big_vision import same
 from tests.siglip.rounding import towers_apart
@@ -145,4 +146,75 @@ def test_the_tower_of_transformers_own_pali_gemma(tmp_path):
     with torch.no_grad():
         theirs = model.model.vision_tower(torch.tensor(images.transpose(0, 3, 1, 2))).last_hidden_state
     found, theirs = Encoder(params, ours).image_tokens(images), theirs.numpy()
+    np.testing.assert_allclose(found, theirs, rtol=0, atol=towers_apart(ours, theirs))
+
+
+@pytest.mark.parametrize(
+    ("model", "vision", "prefix"),
+    [
+        ("gemma3", "siglip_vision_model", "vision_tower.vision_model."),
+        ("llava_onevision", "siglip_vision_model", "model.vision_tower."),
+        ("idefics3", "idefics3_vision", "model.vision_model."),
+        ("smolvlm", "smolvlm_vision", "model.vision_model."),
+    ],
+)
+def test_towers_of_other_vision_language_models(tmp_path, model, vision, prefix):
+    params = random_params(TOWER)
+    folder(tmp_path, params, prefix=prefix)
+    tree = json.loads((tmp_path / "config.json").read_text()) | {"model_type": model}
+    del tree["vision_config"]["vision_use_head"]
+    tree["vision_config"]["model_type"] = vision
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    save_file(load_file(shard) | {f"{prefix}head.probe": np.zeros((1, 1, 36), np.float32)}, shard)  # unused there
+    found, config = hugging_face.read(tmp_path)
+    same(found, key_maps.unstack_blocks(flatten(params)))
+    assert config.text is None and config.image.pool == "none"
+
+
+def test_sizes_that_another_models_config_leaves_out():
+    tree = {
+        "model_type": "smolvlm",
+        "vision_config": {"model_type": "smolvlm_vision", "hidden_size": 768, "num_attention_heads": 12},
+    }
+    image = hugging_face.model_config(tree, source="config.json").image
+    assert (image.spec, image.patch, image.image_size) == (VARIANTS["B"], (32, 32), (224, 224))
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize(
+    "kind", ["Gemma3ForConditionalGeneration", "LlavaForConditionalGeneration", "SiglipForImageClassification"]
+)
+def test_the_tower_of_what_transformers_builds_around_it(tmp_path, kind):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+    vision |= {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14, "vision_use_head": False}
+    text = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
+    text |= {"intermediate_size": 32, "vocab_size": 64}
+    if kind.startswith("Gemma3"):
+        text["model_type"] = "gemma3_text"
+        config = transformers.Gemma3Config(vision_config=vision, text_config=text, mm_tokens_per_image=4)
+    elif kind.startswith("Llava"):
+        text["model_type"] = "llama"
+        config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+    else:
+        config = transformers.SiglipConfig(vision_config=vision)
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(tmp_path)
+    params, ours = hugging_face.read(tmp_path)
+    images, _ = random_inputs(ours)
+    tower = model.vision_model if kind.startswith("Siglip") else model.model.vision_tower
+    with torch.no_grad():
+        theirs = tower(torch.tensor(images.transpose(0, 3, 1, 2))).last_hidden_state.numpy()
+    found = Encoder(params, ours).image_tokens(images)
     np.testing.assert_allclose(found, theirs, rtol=0, atol=towers_apart(ours, theirs))

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from siglip.errors import UserError
 from siglip.parallel import launch
 from siglip.parallel.launch import DistributedConfig, joined, local_device_ids
 
@@ -56,8 +57,50 @@ def test_what_jax_detects_and_cannot_join_is_told_in_one_line(monkeypatch):
         raise RuntimeError("Kubernetes API Error: 403")
 
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
     with pytest.raises(ValueError, match=r"API Error: 403.*distributed.processes=1 to train alone"):
         join()
+
+
+def test_a_pod_that_is_not_one_of_several_trains_alone(monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise RuntimeError("Kubernetes API Error: 403 - Forbidden\nIt appears that the service account …")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
+    join()
+    assert "not one of an indexed job, so it trains alone (Kubernetes API Error: 403" in caplog.text
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "host-0,host-1")
+    with pytest.raises(ValueError, match="cannot join the processes of this job"):
+        join()
+
+
+@pytest.mark.parametrize("started", [SLURM, {"OMPI_COMM_WORLD_SIZE": "2"}], ids=["srun", "mpirun"])
+def test_devices_that_are_used_before_a_job_of_several_is_joined(monkeypatch, started):
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    jax.devices()  # as a recipe might in get_config()
+    with pytest.raises(
+        UserError, match=r"this job has \d processes, but this one has used its devices .* get_config\(\)"
+    ):
+        join()
+
+
+@pytest.mark.parametrize("platforms", ["gpuu", "cuda"])
+def test_a_backend_that_is_not_there_is_named(platforms):
+    code = "from siglip.parallel import launch; launch.check_backend()"
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"JAX_PLATFORMS": platforms},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    if platforms == "cuda" and not ran.returncode:
+        pytest.skip("this machine has a GPU")
+    assert f"UserError: JAX_PLATFORMS={platforms} cannot be used: " in ran.stderr, ran.stderr
 
 
 def test_flags_go_before_everything(asked):

@@ -202,6 +202,12 @@ def test_of_a_batch_that_makes_nan_the_keys_of_every_process_are_kept(jobs):
     assert kept["step"] == 6 and sorted(kept["keys"]) == sorted(sum(job.keys()[6], []))
 
 
+def test_a_step_that_only_one_process_cannot_make_ends_all_with_2(jobs):
+    job = jobs.start("step", processes=2, devices=1, process1=["--loss.micro-batch-size", "3"])
+    first, second = job.ends_with(2)
+    assert "process 1 stopped: " in first and "micro_batch_size=3" in first and "micro_batch_size=3" in second
+
+
 def test_a_host_that_never_joins(jobs):
     # Behind a web proxy, which gRPC would ask.
     env = {"https_proxy": "http://localhost:9", "http_proxy": "http://localhost:9"}

@@ -369,3 +369,30 @@ def test_a_lost_process_is_told_with_how_to_go_on(tmp_path, monkeypatch):
 def test_other_errors_are_not_taken_for_a_lost_process(error, monkeypatch):
     monkeypatch.setattr(launch, "_several", lambda: True)
     assert not launch.is_lost_process(error)
+
+
+@pytest.mark.parametrize("name", ["{a,b} #1", "run [1]", "what?", "all*"])
+def test_workdirs_with_odd_names_keep_their_checkpoints_or_are_refused(tmp_path, name):
+    config = tiny_config(tmp_path / name / "run", total_steps=3)
+    if "{" in name:
+        train_toy(config, TinyBatches())
+        assert read_run_params(tmp_path / name / "run")[2] == 3
+        return
+    with pytest.raises(UserError, match=r"has one of \* \? \[ in its path, where checkpoints cannot be kept"):
+        train_toy(config, TinyBatches())
+    assert not (tmp_path / name).exists()
+
+
+def test_a_run_is_made_longer_and_says_what_its_schedule_does(tmp_path, caplog):
+    caplog.set_level("INFO", logger="siglip")
+    short, longer = tiny_config(tmp_path / "run"), tiny_config(tmp_path / "run", total_steps=14)
+    train_toy(short, TinyBatches())
+    batches = TinyBatches()
+    state = train_toy(longer, batches)
+    assert batches.position == 14 and state.step == 14  # it went on with batch 9
+    assert "total_steps was 8 and is 14: from step 8 on, the cosine schedule" in caplog.text
+    assert "at 0.5 of its peak where it was at 0; the moments are kept" in caplog.text
+    whole = train_toy(tiny_config(tmp_path / "whole", total_steps=14), TinyBatches())
+    assert_bit_equal(state, whole)  # the toy has no schedule: with the moments, it is the same run
+    with pytest.raises(UserError, match="belongs to another run: total_steps is 14 there and 8 here"):
+        train_toy(short, TinyBatches())

@@ -105,6 +105,7 @@ def test_frozen_parameters_keep_no_moments_and_do_not_count_in_the_norm():
         (OptimConfig(lr_mults=(("image/.*", 0.1),)), "matches no parameter"),
         (OptimConfig(lr_mults=((".*", 0.0),)), "freeze every parameter"),
         (OptimConfig(warmup_steps=11), "exceed total_steps=10"),
+        (OptimConfig(warmup_steps=10), "warmup_steps=10 is all of total_steps=10"),
     ],
 )
 def test_bad_settings_are_named(config, message):

@@ -1,0 +1,45 @@
+"""Which files a pattern names."""
+
+import pytest
+
+from data_pipelines.sources.files import expand_shards
+
+
+def test_ranges_may_have_steps(tmp_path):
+    assert expand_shards(str(tmp_path / "{008..016..4}.tar")) == [
+        str(tmp_path / f"{n}.tar") for n in ("008", "012", "016")
+    ]
+    for pattern, words in (
+        ("{0..4..0}", r"range {0\.\.4\.\.0} in .* in steps of 1 or more"),
+        ("{4..0}", "must run upwards"),
+        ("{0..99999999999}", "at most 10000000 numbers"),
+        ("{a..e}", r"{a\.\.e} in .* is not a range of numbers"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            expand_shards(f"x-{pattern}.tar")
+
+
+@pytest.mark.parametrize("name", ["{a}", "{a,b}", "dir [1]", "what?", "*", "{0..3}"])
+def test_folders_and_files_that_look_like_patterns_are_taken_by_their_names(tmp_path, name, monkeypatch):
+    for folder in (name, "a", "1"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for file in ("x0.tar", "x1.tar", "{y}.tar"):
+            (tmp_path / folder / file).touch()
+    for path in (f"{tmp_path}/{name}", name):
+        monkeypatch.chdir(tmp_path)
+        assert (
+            expand_shards(f"{path}/x*.tar")
+            == expand_shards(f"{path}/x{{0,1}}.tar")
+            == [f"{path}/x0.tar", f"{path}/x1.tar"]
+        )
+        assert expand_shards(f"{path}/{{y}}.tar") == [f"{path}/{{y}}.tar"]
+    assert expand_shards(str(tmp_path / name)) == [str(tmp_path / name)]
+
+
+def test_what_webdataset_takes(tmp_path):
+    assert expand_shards("a.tar::b/{0..1}.tar") == ["a.tar", "b/0.tar", "b/1.tar"]
+    assert expand_shards("https://x.y/a.tar::https://x.y/b.tar") == ["https://x.y/a.tar", "https://x.y/b.tar"]
+    for url in ("zip://in/a.tar::https://x.y/b.zip", "simplecache::s3://b/a.tar"):
+        assert expand_shards(url) == [url]
+    with pytest.raises(ValueError, match="output of a command.*; name the files, or their URLs"):
+        expand_shards("pipe:curl -s https://x.y/{0..3}.tar")
