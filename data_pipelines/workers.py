@@ -47,7 +47,7 @@ SILENCE_S = 1200.0  # Longer than a pair takes whose storage stalls in every ret
 MAX_PREFETCHED_BYTES = 1 << 34
 MAX_PREFETCHED_BATCHES = 64  # orders to a worker and its answers must fit into the pipes between them
 MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 8, 64
-_ALIVE_S = 60.0
+_ALIVE_S, _KILLED_S = 60.0, 2.0
 _ALIGNMENT_BYTES = 64
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -155,10 +155,10 @@ class WorkerPool:
         self._batches, self._prefetch = batches, prefetch
         self._total, self._next, self._ordered = len(batches), 0, 0
         self._memory: collections.deque[int] = collections.deque()
-        setup = pickle.dumps(batches), dict(batches.shapes), threads, chunk_rows
-        self._workers = [_Worker((*setup, part, workers)) for part in range(workers)]
+        setup, options = _anonymous_file(pickle.dumps(batches)), (dict(batches.shapes), threads, chunk_rows)
+        self._workers = [_Worker(setup, (*options, part, workers)) for part in range(workers)]
         # At the latest before multiprocessing waits, at exit, for children that ignore its signals.
-        self._stop = weakref.finalize(self, _stop, self._workers, self._memory)
+        self._stop = weakref.finalize(self, _stop, self._workers, self._memory, setup)
         self._order()
 
     def __iter__(self) -> Iterator[dict]:
@@ -198,19 +198,20 @@ class WorkerPool:
         return [worker.process.pid for worker in self._workers]
 
 
-def _stop(workers: list["_Worker"], memory: collections.deque[int]) -> None:
+def _stop(workers: list["_Worker"], memory: collections.deque[int], setup: int) -> None:
     for worker in workers:
         worker.end()
-    while memory:
-        os.close(memory.pop())
+    for file in (setup, *memory):
+        os.close(file)
+    memory.clear()
 
 
 class _Worker:
     """One place among the workers: its process, replaced when lost, and its orders, which outlive that."""
 
-    def __init__(self, setup: tuple):
+    def __init__(self, setup: int, options: tuple):
         self._orders: collections.deque[tuple[int, int]] = collections.deque()
-        self._setup, self._deaths = setup, 0
+        self._setup, self._options, self._deaths = setup, options, 0
         self._start()
 
     def order(self, batch: int, file: int) -> None:
@@ -246,17 +247,19 @@ class _Worker:
         self._connection.close()
         self.process.join(0)
         self.process.kill()
-        self.process.join()
-        code = self.process.exitcode
-        self.process.close()
+        self.process.join(_KILLED_S)  # One that waits for a disk ends later.
+        if (code := self.process.exitcode) is not None:
+            self.process.close()
         return code
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, *self._setup), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, *self._options), daemon=True)
         self.process.start()
         theirs.close()
+        # Not as an argument: if the process is killed while it starts, `start` waits for ever for it to read a long one.
+        self._send(len(self._orders), self._setup)
 
     def _send(self, batch: int, file: int) -> None:
         try:
@@ -269,7 +272,8 @@ class _Worker:
     def _replace(self, *, silent: bool) -> None:
         code, batch = self.end(), self._orders[0][0]
         self._deaths += 1
-        what = f"was silent for {SILENCE_S:g} s" if silent else f"ended with exit code {code}{_meaning(code)}"
+        meaning = ": killed, for want of memory?" if code == -signal.SIGKILL else ""
+        what = f"was silent for {SILENCE_S:g} s" if silent else f"ended with exit code {code}{meaning}"
         if self._deaths == MAX_DEATHS:
             raise WorkerLost(
                 f"{MAX_DEATHS} data workers in a row were lost at batch {batch} of this run, the last {what}; "
@@ -280,17 +284,18 @@ class _Worker:
         self._send(*self._orders[0])  # Alone, so that a batch which kills its worker is known.
 
 
-def _serve(connection, pickled: bytes, shapes: Shapes, threads: int, chunk_rows: int, part: int, parts: int) -> None:
+def _serve(connection, shapes: Shapes, threads: int, chunk_rows: int, part: int, parts: int) -> None:
     """In the worker process: answers orders in turn until the parent hangs up."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # Terminals and schedulers signal it too, but the parent still needs its batches to stop in order.
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    follow_parent()
     keep_freed_memory()
-    batches = _load(pickled)
     pending: collections.deque[list[Future]] = collections.deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
+            connection.recv()
+            batches = _load(_receive_file(connection))
             while True:
                 while not pending or connection.poll():
                     batch, arrays = connection.recv(), _map(_receive_file(connection), shapes, close=True)
@@ -322,9 +327,9 @@ def _answer(chunks: list[Future], connection) -> tuple[list[Any], Exception | No
         return [], _picklable(error)
 
 
-def _load(pickled: bytes) -> Batches | Exception:
+def _load(file: int) -> Batches | Exception:
     try:
-        return pickle.loads(pickled)
+        return pickle.loads(mmap.mmap(file, 0))
     except Exception as error:  # a shard is gone: told with the first batch, in the process that asks
         return error
 
@@ -337,10 +342,14 @@ def _picklable(error: Exception) -> Exception:
     return error
 
 
-def _follow_parent() -> None:
-    """A parent that was killed is followed at once."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+def follow_parent() -> None:
+    """In a worker process: a parent that ends, however it does, is followed at once."""
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _receive_file(connection) -> int:
@@ -351,10 +360,11 @@ def _receive_file(connection) -> int:
     return files[0]
 
 
-def _anonymous_file() -> int:
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("batch", os.MFD_CLOEXEC)
-    with tempfile.TemporaryFile() as file:
+def _anonymous_file(content: bytes = b"") -> int:
+    memory = os.memfd_create("batch", os.MFD_CLOEXEC) if hasattr(os, "memfd_create") else None
+    with tempfile.TemporaryFile() if memory is None else os.fdopen(memory, "wb") as file:
+        file.write(content)
+        file.flush()
         return os.dup(file.fileno())
 
 
@@ -372,10 +382,6 @@ def _map(file: int, shapes: Shapes, *, close: bool = False) -> Arrays:
 def _nbytes(shape: tuple[int, ...], dtype: Any) -> int:
     """Of an array in a batch's memory, rounded up so that the next one is aligned."""
     return -(-math.prod(shape) * np.dtype(dtype).itemsize // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-
-
-def _meaning(code: int | None) -> str:
-    return ": killed, for want of memory?" if code == -signal.SIGKILL else ""
 
 
 def usable_cores() -> int:

@@ -12,15 +12,16 @@ task, and the others go on.
 import concurrent.futures
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from typing import Any, Protocol, TypeVar
 
 from data_pipelines.errors import RunFailed, UserError
-from data_pipelines.workers import usable_cores
+from data_pipelines.workers import follow_parent, usable_cores
 
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 Item = TypeVar("Item")
@@ -54,8 +55,8 @@ class LocalEngine:
     def __enter__(self) -> "LocalEngine":
         return self
 
-    def __exit__(self, *error) -> None:
-        self._drop_pool()
+    def __exit__(self, kind, *error) -> None:
+        self._drop_pool(kill=kind is not None)
 
     def map(self, function: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
         """Yields (item, result), or (item, exception) of an item that failed."""
@@ -77,12 +78,11 @@ class LocalEngine:
 
     def _run_pool(self, function, waiting: deque, suspects: list) -> Iterator[tuple[Item, Any]]:
         """Until all is done, or the pool breaks: then `suspects` were running and `waiting` keeps the rest."""
-        self._pool = self._pool or ProcessPoolExecutor(self.workers, mp_context=_context(), initializer=use_one_thread)
-        running: dict[Future, Item] = {}
+        pool, running = self.open_pool(), {}
         try:
             while waiting or running:
                 while waiting and len(running) < self.workers:
-                    running[self._pool.submit(function, waiting[0])] = waiting[0]
+                    running[pool.submit(function, waiting[0])] = waiting[0]
                     waiting.popleft()
                 done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
                 for future in done:
@@ -97,14 +97,23 @@ class LocalEngine:
             suspects += running.values()
             self._drop_pool()
 
-    def _drop_pool(self) -> None:
+    def open_pool(self) -> ProcessPoolExecutor:
+        """The pool, which is there until the `with` block ends or it breaks."""
+        self._pool = self._pool or ProcessPoolExecutor(self.workers, mp_context=_context(), initializer=_begin_worker)
+        return self._pool
+
+    def _drop_pool(self, *, kill: bool = False) -> None:
+        """kill: without waiting for what runs: nobody wants it any more."""
         if self._pool is not None:
+            for process in list((self._pool._processes or {}).values()) if kill else ():
+                process.kill()
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
 
 def _run_alone(function: Callable, item: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=_context(), initializer=use_one_thread) as pool:
+    with LocalEngine(1) as alone:
+        pool = alone.open_pool()
         try:
             return _outcome(pool.submit(function, item).result)
         except BrokenProcessPool:
@@ -136,6 +145,13 @@ def _context() -> multiprocessing.context.BaseContext:
         os.environ.clear()
         os.environ.update(before)
     return context
+
+
+def _begin_worker() -> None:
+    """Ctrl-C in a terminal is for the parent to answer; how that ends decides. SIGTERM is how a broken pool is ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    follow_parent()
+    use_one_thread()
 
 
 def use_one_thread() -> None:

@@ -2,12 +2,12 @@
 
 A file beside the shard, or in the user's cache folder when the shard is remote or its folder read-only:
 
-    {"version": 2, "kind": "tar", "shard_bytes": …, "shard_version": …, "pairs": n, "tables": …, …}\\n
+    {"version": 3, "kind": "tar", "shard_bytes": …, "shard_version": …, "pairs": n, "tables": …, …}\\n
     tables of fixed-width rows, mapped into memory and so shared by processes
+    CRC32 of all bytes before, 4 bytes
 
 An index is used when its shard still has the size and version (modification time, entity tag) that it states and its
-tables have the stated checksum; otherwise it is built again. Writing goes through a temporary file and a rename, so
-processes can race.
+checksum is right; otherwise it is built again. Writing goes through a temporary file and a rename, so processes can race.
 
 The trap: a memory map holds a file descriptor for as long as it lives, and a thousand shards exhaust what a process
 may have. So an opened index is only a header; its tables are mapped on demand, see `shards`.
@@ -26,8 +26,8 @@ from data_pipelines.atomic import new_file
 from data_pipelines.sources import files
 from data_pipelines.sources.remote import FileStat
 
-_VERSION = 2
-_HEADER_BYTES = 1 << 20
+_VERSION = 3
+_HEADER_BYTES, _CHECKSUM_BYTES = 1 << 20, 4
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,6 @@ class Header:
     shard_version: str
     pairs: int
     tables: tuple[tuple[str, list, int], ...]
-    tables_crc32: int
     digest: str
     notes: Mapping[str, object]
 
@@ -83,13 +82,13 @@ def open_index(shard: str, kind: str, build: Callable[[str, FileStat], Contents]
     if not files.is_remote(shard):
         places.insert(0, f"{shard}.idx")
     for place in places:
-        header, tables = _map(place) or (None, {})
-        if header and astuple(header)[:4] == current and _checksum(tables) == header.tables_crc32:
+        header, _ = _map(place, check=True) or (None, {})
+        if header and astuple(header)[:4] == current:
             return Index(header, place)
     contents = build(shard, stat)
     tables = {name: np.ascontiguousarray(table) for name, table in contents.tables.items()}
     described = tuple((name, table.dtype.descr, len(table)) for name, table in tables.items())
-    header = Header(*current, contents.pairs, described, _checksum(tables), contents.digest, contents.notes)
+    header = Header(*current, contents.pairs, described, contents.digest, contents.notes)
     line = json.dumps(asdict(header)).encode() + b"\n"
     header = Header(**json.loads(line))  # as it will be read: json has no tuples
     for place in places:
@@ -106,37 +105,40 @@ def digest(stat: FileStat, *parts: bytes | np.ndarray) -> str:
     return sha.hexdigest()
 
 
-def _checksum(tables: Mapping[str, np.ndarray]) -> int:
-    crc = 0
-    for table in tables.values():
-        crc = zlib.crc32(table, crc)
-    return crc
-
-
-def _map(place: str) -> tuple[Header, dict[str, np.ndarray]] | None:
-    """The index at `place`, or None when there is none or it is damaged."""
+def _map(place: str, *, check: bool = False) -> tuple[Header, dict[str, np.ndarray]] | None:
+    """The index at `place`, or None when there is none or it is damaged. check: compare the checksum, which reads all of it."""
     try:
         with open(place, "rb") as file:
+            whole = np.memmap(file, np.uint8, mode="r")
+            file.seek(0)
+            whole, stated = whole[:-_CHECKSUM_BYTES], whole[-_CHECKSUM_BYTES:]
+            if check and _to_bytes(zlib.crc32(whole)) != stated.tobytes():
+                return None
             line = file.readline(_HEADER_BYTES)
             header = Header(**json.loads(line))
             tables, offset = {}, len(line)
-            whole = np.memmap(file, np.uint8, mode="r")
             for name, columns, count in header.tables:
                 dtype = np.dtype([tuple(column) for column in columns])
                 tables[name] = whole[offset : offset + count * dtype.itemsize].view(dtype)
                 offset += count * dtype.itemsize
             return (header, tables) if offset == len(whole) else None
-    except (OSError, ValueError, TypeError, KeyError):
+    except Exception:  # whatever lies there, it is no index of ours
         return None
+
+
+def _to_bytes(crc: int) -> bytes:
+    return crc.to_bytes(_CHECKSUM_BYTES, "little")
 
 
 def _write(place: Path, line: bytes, tables: Mapping[str, np.ndarray]) -> bool:
     """Whether the index could be written; a folder that is read-only or full is no reason to stop."""
     try:
         with new_file(place) as partial, partial.open("wb") as file:
-            file.write(line)
-            for table in tables.values():
-                file.write(table)
+            crc = 0
+            for part in (line, *tables.values()):
+                file.write(part)
+                crc = zlib.crc32(part, crc)
+            file.write(_to_bytes(crc))
     except OSError:
         return False
     return True

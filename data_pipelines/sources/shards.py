@@ -16,6 +16,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -265,19 +266,24 @@ def _index_in_processes(paths: Sequence[str], kind: str, build: Callable[[str, F
     processes = [subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) for _ in range(workers)]
     try:
         for number, process in enumerate(processes):
-            with process.stdin as pipe:
-                pickle.dump((paths[number::workers], kind, build), pipe)
+            with contextlib.suppress(OSError):  # it was killed
+                pickle.dump((paths[number::workers], kind, build), process.stdin)
+                process.stdin.flush()
         for process in processes:
             process.wait()
     finally:
         for process in processes:
             process.kill()
             process.wait()
+            with contextlib.suppress(OSError):
+                process.stdin.close()
 
 
 def index_from_stdin() -> None:
     """In a process of `open_indexes`: builds what it is told to."""
     paths, kind, build = pickle.load(sys.stdin.buffer)  # from our own parent
+    # The pipe stays open for as long as the parent lives, however it ends.
+    threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
     for path in paths:
         with contextlib.suppress(Exception):  # the parent builds what is missing itself, and tells why it cannot
             index_file.open_index(path, kind, build)

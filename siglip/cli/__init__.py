@@ -15,6 +15,7 @@ import sys
 import traceback
 
 from data_pipelines import errors as data_errors
+from siglip.cli import streams
 from siglip.errors import BAD_PATH, RunFailed, UserError
 from siglip.trees import did_you_mean
 
@@ -39,7 +40,13 @@ _MACHINE = ("Unable to initialize backend", "RESOURCE_EXHAUSTED")
 
 def main() -> None:
     """Entry point of the console command."""
-    sys.exit(run(sys.argv[1:]))
+    streams.make_robust()
+    code = run(sys.argv[1:])
+    if code > 128:  # a signal: leaving Python would wait for threads that wait for storage
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(args: list[str]) -> int:

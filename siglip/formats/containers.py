@@ -150,7 +150,7 @@ def _describe_safetensors(stream: io.BufferedIOBase, file: Path) -> dict[str, La
     header = json.loads(stream.read(length), object_pairs_hook=_without_repetition)
     if not isinstance(header, dict):
         raise UserError("no header")
-    begin, end, arrays = 8 + length, 8 + length, {}
+    begin, places, arrays = 8 + length, [], {}
     for key, entry in header.items():
         if key == "__metadata__":
             continue
@@ -159,15 +159,20 @@ def _describe_safetensors(stream: io.BufferedIOBase, file: Path) -> dict[str, La
                 dtype, shape = _SAFETENSORS_TYPES.get(name), tuple(shape)
             case _:
                 raise UserError(f"{key} is described as {entry}")
-        if not all(type(n) is int and n >= 0 for n in (*shape, first)):
-            raise UserError(f"{key} has shape {shape} at byte {first}")
+        if not all(type(n) is int and n >= 0 for n in (*shape, first, last)):
+            raise UserError(f"{key} has shape {shape} at bytes {first} to {last}")
         if dtype is not None and last - first != math.prod(shape) * dtype.itemsize:
             raise UserError(f"{key}: {last - first} bytes do not make {dtype} of shape {shape}")
         read = functools.partial(_read_tensor, stream, begin + first, shape, dtype, key, file)
         arrays[key] = LazyArray(shape, read, name if dtype is None else dtype.name)
-        end = max(end, begin + last)
-    if end != size:
-        raise UserError(f"{size} bytes where the header describes {end}")
+        places.append((first, last, key))
+    end = 0
+    for first, last, key in sorted(places):  # the format wants no gap and no overlap: a shifted offset is another model
+        if first != end or last < first:
+            raise UserError(f"{key} is at bytes {first} to {last}, where {end} is due")
+        end = last
+    if begin + end != size:
+        raise UserError(f"{size} bytes where the header describes {begin + end}")
     return arrays
 
 

@@ -20,6 +20,7 @@ from siglip.parallel.launch import in_all_or_none, wait_for_all
 from siglip.training import flops
 from siglip.training.config import TrainConfig, to_json
 from siglip.training.divergence import LossMonitor
+from siglip.training.signals import Interrupted, WaitedTooLong
 from siglip.training.step import TrainState
 from siglip.workdir.checkpoint import Checkpointer
 from siglip.workdir.metrics import MetricsWriter, Progress, Throughput, has_evaluation
@@ -115,12 +116,14 @@ class RunHooks:
 
     def close(self, *, together: bool) -> None:
         """Lets the last checkpoint finish, unless other processes would have to help and may not: `together` False."""
-        self._progress.close()
-        self._writer.close()
-        self._batches.close()
-        if together:
-            self._checkpointer.close()
-            gather_records([])  # nobody leaves while another one still writes
+        try:
+            if together:
+                self._checkpointer.close()
+                gather_records([])  # nobody leaves while another one still writes
+        finally:
+            self._progress.close()
+            self._writer.close()
+            self._batches.close()
 
     def _eval_due(self, step: int) -> bool:
         config = self._config
@@ -169,6 +172,9 @@ class RunHooks:
         results, failure = {}, None
         try:
             results = dict(self._evaluate(state.eval_params))
+        except WaitedTooLong as waited:
+            self.save(step, state)
+            raise Interrupted(waited.signum, step, self._workdir) from None
         except BaseException as error:
             failure = error
         # Nothing is gathered before all have left the evaluation: this process's collective would meet another one of theirs.

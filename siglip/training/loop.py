@@ -29,7 +29,7 @@ from siglip.training.config import BAD_INPUT, TrainConfig, from_json, resolve, t
 from siglip.training.divergence import NonFiniteLoss
 from siglip.training.hooks import Batches, Evaluate, RunHooks
 from siglip.training.objective import all_param_shapes, make_objective
-from siglip.training.signals import Interrupted, SignalFlag
+from siglip.training.signals import Interrupted, SignalFlag, WaitedTooLong
 from siglip.training.step import TrainState, init_state, make_abstract_state, make_train_step
 from siglip.workdir.checkpoint import Checkpointer, whole_steps
 from siglip.workdir.files import CONFIG_FILE, check_same_run, open_workdir, read_config
@@ -75,7 +75,7 @@ def train(
         FileNotFoundError: if there is nothing at `init.src`.
         UserError: for settings that do not fit each other, the devices, the workdir or `init.src`.
         NonFiniteLoss: the last good checkpoint is intact.
-        Interrupted: after SIGTERM or SIGINT; the state is saved.
+        Interrupted: after SIGTERM, SIGHUP or SIGINT; the state is saved.
         RunFailed: if the data, a disk or another process fails while training.
     """
     config, workdir = resolve(config), Path(config.workdir)
@@ -87,13 +87,15 @@ def train(
         check_same_run(config=settings, data_state=batches.state(), tokenizer=tokenizer, initial=initial)
         planned = in_all_or_none(lambda: _planned_steps(workdir), bad_input=BAD_INPUT)
         complete = lambda saved: to_json(from_json(saved, where=str(workdir / CONFIG_FILE)))  # noqa: E731
-        open_workdir(workdir, settings, tokenizer=tokenizer, complete=complete)
-        with jax.set_mesh(program.mesh), SignalFlag() as signals:
+        opened = open_workdir(workdir, settings, tokenizer=tokenizer, complete=complete)
+        with opened, jax.set_mesh(program.mesh), SignalFlag() as signals:
             checkpointer = Checkpointer(workdir, config.checkpoint)
             state, start_step = _restore_or_init(config, program, checkpointer, batches, given)
             del given
             if start_step and planned not in (None, config.total_steps):
                 _tell_longer(config, planned, start_step)
+            if evaluate is not None:
+                evaluate = signals.limited_wait()(evaluate)
             with _closing(RunHooks(config, batches, checkpointer, evaluate, start_step)) as hooks:
                 if prepare is not None and start_step < config.total_steps:
                     prepare(start_step, state.params, signals.stop_now)
@@ -138,18 +140,19 @@ def _steps(
     hooks.run_missed_evaluation(start_step, state)
     for step in range(start_step + 1, config.total_steps + 1):
         try:
-            with hooks.throughput.waiting_for_data():
+            with hooks.throughput.waiting_for_data(), signals.limited_wait():
                 batch = dict(next(batches))
         except StopIteration:
             raise RunFailed(f"the data ended before step {step} of {config.total_steps}") from None
-        except Exception:
+        except (Exception, WaitedTooLong):
             # A terminal sends Ctrl-C to data workers too: their death is then no failure of the run.
             if signals.received is None or jax.process_count() > 1:
                 raise
             hooks.save(step - 1, state)
             raise Interrupted(signals.received, step - 1, workdir) from None
         keys = list(batch.pop("key", ()))
-        state, metrics = program.step(state, sharding.put_batch(batch, program.mesh))
+        with signals.nothing_to_save() if step == start_step + 1 else contextlib.nullcontext():
+            state, metrics = program.step(state, sharding.put_batch(batch, program.mesh))
         # The device always has the next step waiting, and never more: every waiting step holds its batch in its memory.
         jax.block_until_ready(before)
         before = metrics

@@ -1,6 +1,6 @@
 """A run's checkpoints, which are whole or absent.
 
-    workdir/checkpoints/STEP/     orbax: state, data (the loader's position), config: one atomic unit
+    workdir/checkpoints/STEP/     orbax: state, data (the loader's position), config, checksums: one atomic unit
 
 Saving is asynchronous: orbax copies the arrays from the device, writes to a folder with a temporary name and renames it
 when every file is there. The last `keep` checkpoints stay, and the best one by `best_metric`.
@@ -8,7 +8,8 @@ when every file is there. The last `keep` checkpoints stay, and the best one by 
 Several processes write one checkpoint together, so the workdir is a folder that all hosts share. It is laid out on whatever
 devices restore it: their number, the number of hosts, FSDP and the data workers may change between starts.
 
-The trap: a folder under checkpoints/ may be half a checkpoint. Whole is what has orbax's last file.
+The trap: a folder under checkpoints/ may be half a checkpoint. Whole is what has orbax's last file. And orbax does not notice
+a flipped bit in an array: so what is read is compared with the checksums of what was saved.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import logging
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from siglip import trees
 from siglip.atomic import write_atomically
 from siglip.errors import UserError
+from siglip.parallel.checksums import checksums
 from siglip.parallel.collectives import gather_records
 from siglip.parallel.launch import in_all_or_none
 from siglip.workdir.files import CONFIG_FILE, read_config
@@ -74,6 +77,7 @@ class Checkpointer:
         def value_of(metrics: Mapping[str, float]) -> float:
             return metrics.get(self._best_name, -np.inf)
 
+        _check_metrics(workdir)
         best = BestN(get_metric_fn=value_of, n=1, keep_checkpoints_without_metrics=False)
         self._folder = workdir.resolve() / CHECKPOINTS_DIR
         self._manager = ocp.CheckpointManager(
@@ -111,8 +115,12 @@ class Checkpointer:
         if self._manager.latest_step() == step:
             return
         self._check_room(state)
-        items = {"data": ocp.args.JsonSave(dict(data_state)), "config": ocp.args.JsonSave(dict(config))}
-        metrics = None if best_metric is None else {self._best_name: best_metric}
+        items = {
+            "data": ocp.args.JsonSave(dict(data_state)),
+            "config": ocp.args.JsonSave(dict(config)),
+            "checksums": ocp.args.JsonSave(_checksums(state=state) | {"data": _json_checksum(data_state)}),
+        }
+        metrics = None if best_metric is None else _with_checksum({self._best_name: best_metric})
         with _writing(self._folder):
             self._manager.save(
                 step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), **items), metrics=metrics
@@ -129,9 +137,9 @@ class Checkpointer:
         """Notes that the checkpoint of `step`, which is on disk, has the highest `best_metric` so far: it stays."""
         self.wait()
         if jax.process_index() == 0:
-            path = self._folder / str(step) / "metrics" / "metrics"  # where orbax writes it
+            path = _metrics_file(self._folder / str(step))
             path.parent.mkdir(exist_ok=True)
-            write_atomically(path, json.dumps({self._best_name: value}))
+            write_atomically(path, json.dumps(_with_checksum({self._best_name: value})))
         gather_records([])  # the others read what process 0 wrote
         self._manager.reload()
 
@@ -143,11 +151,13 @@ class Checkpointer:
         """
         # Orbax's processes read together: one that fails alone would leave the others waiting.
         in_all_or_none(lambda: self._check_model(step, abstract_state), bad_input=(UserError,))
-        with _reading(self._folder / str(step), fix="move that folder away to go on from the one before"):
+        with _reading(self._folder / str(step), fix=_fix(self._folder.parent, step)):
             items = self._manager.restore(
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()),
             )
+            found = _checksums(state=items.state) | {"data": _json_checksum(items.data)}
+            _compare(found, self._folder / str(step))
         return items.state, items.data
 
     def _check_model(self, step: int, abstract_state: Any) -> None:
@@ -208,7 +218,8 @@ def read_run_params(path: Path, *, parts: Collection[str] = ()) -> tuple[dict[st
             f"{workdir} has no checkpoint{'' if step is None else f' {step}'}; it has {steps or 'none'}"
         )
     config, folder = read_config(workdir, fields=("model",)), workdir.resolve() / CHECKPOINTS_DIR / str(step)
-    with _reading(folder, fix="try another step"):
+    others = [other for other in steps if other != step]
+    with _reading(folder, fix=f"try {folder.parent / str(others[-1])}" if others else "it is the only one"):
         with ocp.PyTreeCheckpointer() as reader:
             tree = _stored_tree(reader, folder / "state")
             name = "ema" if tree.get("ema") else "params"
@@ -222,7 +233,54 @@ def read_run_params(path: Path, *, parts: Collection[str] = ()) -> tuple[dict[st
                     partial_restore=True,
                 ),
             )
+        _compare(_checksums(state={name: restored[name]}), folder)
     return restored[name], config, step
+
+
+def _fix(workdir: Path, step: int) -> str:
+    before = [saved for saved in whole_steps(workdir) if saved < step]
+    return f"move that folder away to {f'go on from step {before[-1]}' if before else 'start from the beginning'}"
+
+
+def _metrics_file(folder: Path) -> Path:
+    return folder / "metrics" / "metrics"  # where orbax writes it
+
+
+def _with_checksum(metrics: dict[str, float]) -> dict[str, float]:
+    return {**metrics, "crc32": _json_checksum(metrics)}
+
+
+def _check_metrics(workdir: Path) -> None:
+    """Raises UserError for a checkpoint whose metrics are damaged: orbax would, without saying whose."""
+    for step in whole_steps(workdir):
+        path = _metrics_file(workdir.resolve() / CHECKPOINTS_DIR / str(step))
+        with _reading(path.parents[1], fix=_fix(workdir, step)):
+            metrics = json.loads(path.read_bytes()) if path.exists() else {}
+            stated = metrics.pop("crc32", None)
+            if stated not in (None, _json_checksum(metrics)):
+                raise UserError("its best metric is not what was saved")
+
+
+def _checksums(*, state: Any) -> dict[str, Any]:
+    """Of every array of a state, or of a part of one, by its path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return checksums({jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves})
+
+
+def _json_checksum(tree: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(tree, sort_keys=True).encode())
+
+
+def _compare(found: Mapping[str, Any], folder: Path) -> None:
+    """Raises UserError if something is not what was saved. Checkpoints from before there were checksums have none."""
+    path = folder / "checksums" / "metadata"  # where orbax writes it
+    if not path.parent.exists():
+        return
+    saved = json.loads(path.read_text())
+    damaged = [name for name, value in found.items() if saved.get(name) != value]
+    if damaged:
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        raise UserError(f"{damaged[0]}{more} is not what was saved")
 
 
 def _stored_tree(reader: ocp.PyTreeCheckpointer, folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A run's workdir: what it was started with, and that whoever goes on with it agrees.
 
+    .lock               who trains in it now (lock.py)
     config.json         the settings; those that change the parameters or the pairs must be the same at every start
     tokenizer.model     its SentencePiece model, so that the run can be evaluated and exported on its own
 
@@ -7,7 +8,7 @@ The trap: a run that goes on with other settings is neither run. Only where it r
 sources may differ, and it may be made longer; what files hold is compared by content, so they may lie elsewhere.
 """
 
-import functools
+import contextlib
 import glob
 import hashlib
 import json
@@ -16,7 +17,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from siglip.errors import BAD_PATH, UserError
 from siglip.parallel.collectives import gather_records
 from siglip.parallel.launch import in_all_or_none
 from siglip.trees import read_json
+from siglip.workdir.lock import hold
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.model"
@@ -89,28 +91,42 @@ def _plain(tree: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(tree))
 
 
+@contextlib.contextmanager
 def open_workdir(
     workdir: Path,
     config: Mapping[str, Any],
     *,
     tokenizer: bytes | None = None,
     complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
-) -> None:
+) -> Iterator[None]:
     """Creates the workdir with its config.json and tokenizer, or checks that those there are of the same run.
+
+    Within it this run holds the workdir: process 0 has its lock.
 
     Args:
         complete: adds to a config.json the fields that are newer than it, with their defaults.
 
     Raises:
         UserError: if config.json there differs in a field that changes the parameters or the pairs, if its tokenizer is
-            another one, or if the processes do not all see the same folder.
+            another one, if another run holds the workdir, or if the processes do not all see the same folder.
         PermissionError, NotADirectoryError: if the folder cannot be made or written.
     """
+    with contextlib.ExitStack() as stack:
+
+        def make() -> None:
+            if jax.process_index() == 0:
+                stack.enter_context(hold(workdir, fix="give another --workdir"))
+                _make_workdir(workdir, config, tokenizer, complete)
+
+        in_all_or_none(make, bad_input=(UserError, *BAD_PATH))
+        if jax.process_count() > 1:
+            _check_shared(workdir)
+        yield
+
+
+def _check_shared(workdir: Path) -> None:
+    """Raises UserError, in every process, if one does not see the folder that process 0 sees."""
     is_first = jax.process_index() == 0
-    make = functools.partial(_make_workdir, workdir, config, tokenizer, complete) if is_first else lambda: None
-    in_all_or_none(make, bad_input=(UserError, *BAD_PATH))
-    if jax.process_count() == 1:
-        return
     # Leftovers of an earlier run may lie on every host: only a file written now proves that the folder is one.
     proof = workdir / gather_records([f".shared-{uuid.uuid4().hex}"])[0]
     if is_first:
@@ -147,9 +163,6 @@ def _make_workdir(workdir: Path, config: Mapping[str, Any], tokenizer: bytes | N
 
 
 def _make_config_file(workdir: Path, config: Mapping[str, Any], complete: Callable) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not os.access(workdir, os.W_OK):
-        raise PermissionError(f"{workdir} is not writable; give another --workdir")
     path = workdir / CONFIG_FILE
     if path.exists():
         saved, ours = (_flatten_json(_plain(tree)) for tree in (complete(read_config(workdir)), config))

@@ -10,6 +10,7 @@ a login, and any error of it is one warning.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -101,7 +102,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     path = workdir / METRICS_FILE
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; is {workdir} the workdir of a run?")
-    lines = list(_whole_lines(path))
+    lines = [line for _, line in _whole_lines(path)]
     for line in lines:
         for name, value in line.items():
             short = name.startswith("eval/") and name.count("/") < 3
@@ -113,7 +114,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 def has_evaluation(workdir: Path, step: int) -> bool:
     """Whether metrics.jsonl tells an evaluation of this step."""
-    lines = (line for line in _whole_lines(workdir / METRICS_FILE) if line["step"] == step)
+    lines = (line for _, line in _whole_lines(workdir / METRICS_FILE) if line["step"] == step)
     return any(name.startswith("eval/") for line in lines for name in line)
 
 
@@ -133,18 +134,26 @@ def format_value(value: float | None, *, rank: bool = False) -> str:
     return "-" if value is None else f"{value:.{1 if rank else 3}f}"
 
 
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(errors="replace").splitlines():
+def _whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(where it ends in the file, the line) of every line that is whole."""
+    end = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        end += len(line)
         with contextlib.suppress(ValueError, RecursionError):
             if isinstance(values := json.loads(line), dict) and type(values.get("step")) is int:
-                yield values
+                yield end, values
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
+    """Cuts the file in place: who has it open, such as `tail -f`, goes on with the same file."""
     if not path.exists():
         return
-    kept = [line for line in _whole_lines(path) if line["step"] <= step]
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+    kept = itertools.takewhile(lambda found: found[1]["step"] <= step, _whole_lines(path))
+    with path.open("r+b") as file:
+        file.truncate(end := max((end for end, _ in kept), default=0))
+        file.seek(max(0, end - 1))
+        if file.read(1) not in (b"", b"\n"):  # a kill has cut it there
+            file.write(b"\n")
 
 
 def _start_wandb(workdir: Path, config: LogConfig, run_config: Mapping[str, Any]) -> Any:

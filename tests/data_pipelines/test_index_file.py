@@ -3,12 +3,16 @@
 import multiprocessing
 import os
 import resource
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.sources.webdataset import TarSource
+from data_pipelines.workers import usable_cores
 from tests.data_pipelines.shards import keys, write_pairs
 
 
@@ -52,6 +56,13 @@ def test_same_size_new_time_rebuilds(tmp_path, builds):
         lambda data: data[:-1],
         lambda data: data[:-1] + bytes([data[-1] ^ 1]),
         lambda data: data[: data.index(b"\n") + 1],
+        lambda data: data.replace(b'"pairs": 3', b'"pairs": 2'),
+        lambda data: data.replace(b'"shard_bytes": ', b'"shard_bytes":  '),
+        lambda data: data.replace(b'"<i8"', b'"|O8"'),
+        lambda data: data.replace(b'"tables": [[', b'"tables": 7, "x": [[', 1),
+        lambda data: data.replace(b'"notes": {"', b'"notes": [{"', 1),
+        lambda data: b"[" * 100_000 + data,
+        lambda data: data.replace(b'"version": 3', b'"version": 2')[:-4],  # of before, without a checksum at the end
         lambda data: b'{"version": 1}\n' + data,
         lambda data: b"[]\n",
     ],
@@ -62,6 +73,18 @@ def test_a_damaged_index_is_rebuilt(tmp_path, builds, damage):
     index_of(shard).write_bytes(damage(index_of(shard).read_bytes()))
     assert keys(TarSource(shard)) == expected and len(builds) == 2
     assert keys(TarSource(shard)) == expected and len(builds) == 2
+
+
+def test_a_flip_of_any_bit_is_noticed(tmp_path, builds):
+    shard = write_pairs(tmp_path / "a.tar", 3)
+    expected, whole = keys(TarSource(shard)), index_of(shard).read_bytes()
+    places = [*range(0, len(whole), 7), len(whole) - 1]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        index_of(shard).write_bytes(damaged)
+        assert keys(TarSource(shard)) == expected
+    assert len(builds) == 1 + len(places)
 
 
 def test_index_goes_to_the_cache_folder_when_the_shard_folder_is_read_only(tmp_path, builds, monkeypatch):
@@ -114,6 +137,34 @@ def test_many_shards_are_indexed_by_several_processes_within_the_limit_of_open_f
         assert keys(source) == [f"{number:06d}" for number in range(400)]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def hang(shard, stat):
+    """Builds no index, for ever."""
+    Path(f"{shard}.{os.getpid()}").touch()
+    time.sleep(600)
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="one core indexes in one process")
+def test_processes_that_index_go_with_their_parent(tmp_path):
+    shards = [tmp_path / f"{number:02d}" for number in range(32)]
+    for shard in shards:
+        shard.write_bytes(b"x")
+    program = (
+        "import sys; from data_pipelines.sources.shards import open_indexes; from tests.data_pipelines.test_index_file "
+        "import hang; open_indexes(sys.argv[1:], 'tar', hang)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen([sys.executable, "-c", program, *shards], env=environment)
+    deadline = time.monotonic() + 120
+    while len(begun := list(tmp_path.glob("*.*"))) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    while any(Path("/proc", path.suffix[1:]).exists() for path in begun):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_many_shards_are_indexed_where_the_system_tells_no_affinity(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import multiprocessing.resource_tracker
+import multiprocessing.util
 import os
 import signal
 import subprocess
@@ -184,6 +186,31 @@ def test_workers_killed_from_outside_lose_nothing(tmp_path):
                     with contextlib.suppress(ProcessLookupError):  # killed a batch ago, not yet missed
                         os.kill(pid, signal.SIGKILL)
     assert_numbered(taken, 40)
+
+
+@dataclass(frozen=True)
+class Heavy(Numbered):
+    """More than a pipe holds: who writes it waits for the reader."""
+
+    ballast: bytes = bytes(1 << 20)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore:a data worker")
+def test_workers_killed_while_they_start_are_replaced(tmp_path, monkeypatch):
+    multiprocessing.resource_tracker.ensure_running()
+    spawn, killed = multiprocessing.util.spawnv_passfds, []
+
+    def spawn_and_kill(*args):
+        pid = spawn(*args)
+        if len(killed) < 3:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+        return pid
+
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", spawn_and_kill)
+    assert_numbered(take(Heavy(6, tmp_path)), 6)
+    assert len(killed) == 3
 
 
 @pytest.mark.filterwarnings("ignore:a data worker")

@@ -86,6 +86,7 @@ class Jobs:
         started: int | None = None,
         toy: bool = False,
         step_s: float = 0.0,
+        piped: bool = False,
         env: dict[str, str] | None = None,
         **own: list[str],
     ) -> "Job":
@@ -96,6 +97,7 @@ class Jobs:
             started: how many of the processes come; None: all.
             toy: train a linear toy, which compiles at once, in place of the two towers.
             step_s: time that every step takes at least.
+            piped: standard error is a pipe to this process.
             own: flags of one process, process0=[...].
         """
         port, job = free_port(), Job(self.folder, run, processes if started is None else started)
@@ -114,7 +116,8 @@ class Jobs:
             command = [sys.executable, "-m", "tests.siglip.train_worker", "train", str(self.recipe)]
             command += ["--workdir", str(self.folder / run), *who, *flags, *own.get(f"process{index}", [])]
             with job.output(index).open("w") as output:
-                job.processes.append(subprocess.Popen(command, cwd=ROOT, env=environ, stdout=output, stderr=output))
+                streams = {"stdout": output, "stderr": subprocess.PIPE if piped else output}
+                job.processes.append(subprocess.Popen(command, cwd=ROOT, env=environ, text=True, **streams))
         self._started += job.processes
         return job
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from siglip.errors import UserError
 from siglip.formats import big_vision, hugging_face
 from siglip.formats.containers import LazyArray, open_npz, open_safetensors, write_npz, write_safetensors
 from tests.siglip.tiny import random_params, square_model
@@ -152,7 +153,7 @@ def test_a_key_that_is_there_twice(tmp_path):
     "entry, words",
     [
         ({"dtype": "F32", "shape": [3], "data_offsets": [0, 16]}, "w: 16 bytes do not make float32 of shape"),
-        ({"dtype": "F32", "shape": [-2, -2], "data_offsets": [0, 16]}, r"w has shape \(-2, -2\) at byte 0"),
+        ({"dtype": "F32", "shape": [-2, -2], "data_offsets": [0, 16]}, r"w has shape \(-2, -2\) at bytes 0 to 16"),
         (
             {"dtype": "F32", "shape": [10**9], "data_offsets": [0, 4 * 10**9]},
             "where the header describes 4000",
@@ -167,6 +168,34 @@ def test_headers_that_lie(tmp_path, entry, words):
     (tmp_path / "m.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
     with pytest.raises(ValueError, match=words), open_safetensors([tmp_path / "m.safetensors"]):
         pass
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"v": (0, 8), "w": (0, 8)},
+        {"v": (0, 8), "w": (4, 12)},
+        {"v": (0, 8), "w": (12, 20)},
+        {"v": (4, 12), "w": (12, 20)},
+        {"v": (0, 8), "w": (8, 4)},
+        {"v": (0, 8), "ids": (8, 24), "w": (16, 24)},
+        {"v": (0, 8), "w": (8, 16.0)},
+    ],
+    ids=str,
+)
+def test_offsets_that_leave_gaps_or_overlap_are_refused(tmp_path, places):
+    kinds = {"v": ("F32", [2]), "w": ("F32", [2]), "ids": ("I64", [2])}
+    header = {
+        key: {"dtype": kinds[key][0], "shape": kinds[key][1], "data_offsets": offsets}
+        for key, offsets in places.items()
+    }
+    text, end = json.dumps(header).encode(), int(max(last for _, last in places.values()))
+    (tmp_path / "m.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+    with pytest.raises(SafetensorError):
+        load_file(tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match=r"m.safetensors cannot be read at its header \((v|w)\b"):
+        with open_safetensors([tmp_path / "m.safetensors"]):
+            pass
 
 
 def test_an_npy_header_that_lies(tmp_path):

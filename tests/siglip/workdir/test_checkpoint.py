@@ -1,13 +1,98 @@
-"""Checkpoints on storage that fails."""
+"""Checkpoints whose files are damaged, and on storage that fails: noticed, or harmless."""
 
 import resource
 import shutil
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from siglip.workdir.checkpoint import CheckpointConfig, Checkpointer
+from siglip.errors import UserError
+from siglip.training.step import TrainState
+from siglip.workdir.checkpoint import CheckpointConfig, Checkpointer, read_run_params
+
+DATA = {"position": 7, "counts": {"truncated": 3}}
+
+
+def a_state() -> TrainState:
+    """Arrays of several kinds and sizes."""
+    kernel = jax.random.normal(jax.random.key(0), (64, 33))
+    params = {"img": {"kernel": kernel, "half": kernel[:5].astype(jnp.bfloat16)}, "t": jnp.ones(1), "b": jnp.zeros(1)}
+    return TrainState(jnp.asarray(7), params, (jnp.zeros((), jnp.int32), {"mu": kernel * 2}))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with the checkpoints 4 and 7, the last with a best metric."""
+    workdir = tmp_path_factory.mktemp("saved")
+    (workdir / "config.json").write_text('{"model": {}}')
+    checkpointer = Checkpointer(workdir, CheckpointConfig(best_metric="eval/x"))
+    for step in (4, 7):
+        checkpointer.save(step, a_state(), data_state=DATA, config={"model": {}}, best_metric=step / 10)
+    checkpointer.close()
+    return workdir
+
+
+def restore(workdir):
+    """What a start does, and what an evaluation does."""
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), a_state())
+    checkpointer = Checkpointer(workdir, CheckpointConfig(best_metric="eval/x"))
+    try:
+        best = checkpointer.best_value()
+        state, data = checkpointer.restore(checkpointer.latest_step(), abstract)
+    finally:
+        checkpointer.close()
+    params, _, _ = read_run_params(workdir)
+    return best, data, jax.tree.map(np.asarray, (state, params))
+
+
+def assert_same(found, expected):
+    assert found[:2] == expected[:2]
+    jax.tree.map(np.testing.assert_array_equal, found[2], expected[2])
+
+
+def damaged(workdir, saved, file, place):
+    """A copy of `saved`, in which a file of checkpoint 7 has a flipped bit."""
+    shutil.copytree(saved, workdir)
+    path = workdir / "checkpoints" / "7" / file
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] ^= 1 << place % 8
+    path.write_bytes(content)
+    return workdir
+
+
+def files_of(saved):
+    checkpoint = saved / "checkpoints" / "7"
+    return sorted(path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file())
+
+
+def test_a_flipped_number_is_named_with_the_checkpoint_before(saved, tmp_path):
+    sizes = {file: (saved / "checkpoints" / "7" / file).stat().st_size for file in files_of(saved)}
+    workdir = damaged(tmp_path / "run", saved, max(sizes, key=sizes.get), 3000)
+    with pytest.raises(UserError) as raised:
+        restore(workdir)
+    line = str(raised.value)
+    assert f"{workdir}/checkpoints/7 cannot be read" in line and "\n" not in line
+    assert line.endswith("move that folder away to go on from step 4")
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_any_file_is_noticed_or_harmless(saved, tmp_path):
+    expected, rng, noticed = restore(saved), np.random.default_rng(0), set()
+    for file in files_of(saved):
+        for place in rng.integers(1 << 30, size=12).tolist():
+            workdir = damaged(tmp_path / str(place), saved, file, place)
+            try:
+                found = restore(workdir)
+            except UserError as error:
+                assert f"{workdir}/checkpoints/7 " in str(error) and "\n" not in str(error)
+                noticed.add(file.parts[0])
+            else:
+                assert_same(found, expected)
+            shutil.rmtree(workdir)
+    assert noticed >= {"state", "data", "checksums", "metrics"}
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The workdir's log: what goes on where a run resumes."""
 
+import os
 import sys
 import types
 
@@ -62,3 +63,22 @@ def test_a_disk_that_is_full_is_told_with_the_file(tmp_path):
     for call in (lambda: writer.write(1, {"train/loss": 1.0}), writer.close):
         with pytest.raises(OSError, match="No space left on device: .*metrics.jsonl"):
             call()
+
+
+def test_lines_are_dropped_in_the_same_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2, "train/loss": 1}\n{"st\n{"step": 4, "train/loss": 1}\n{"step": 6}\n{"step": 4}\n{"ste')
+    with path.open("a") as other:
+        writer = MetricsWriter(tmp_path, LogConfig(), run_config={}, start_step=4)
+        writer.write(5, {"train/loss": 0.5})
+        writer.close()
+        assert os.fstat(other.fileno()).st_ino == path.stat().st_ino
+    assert [line["step"] for line in read_metrics(tmp_path)] == [2, 4, 5]
+
+
+def test_a_line_without_its_end_is_ended(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n{"step": 4}')
+    writer = MetricsWriter(tmp_path, LogConfig(), run_config={}, start_step=4)
+    writer.write(5, {"train/loss": 0.5})
+    writer.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [2, 4, 5]

@@ -1,0 +1,109 @@
+"""How a run begins and ends among other processes: its workdir's lock, signals while data hang, a reader that goes away."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from siglip.cli import run
+from siglip.workdir.checkpoint import whole_steps
+from siglip.workdir.lock import hold
+from tests.siglip.cli.test_commands import fails, shard  # noqa: F401
+from tests.siglip.jobs import STEPS, Jobs
+
+GONE_S = 10  # what is promised, on a machine that is not overloaded
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    jobs = Jobs(tmp_path_factory.mktemp("jobs"), evaluate=False)
+    yield jobs
+    jobs.close()
+
+
+def contents(folder: Path) -> dict:
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def children_of(pid: int) -> list[int]:
+    """Of a process, and theirs."""
+    own = [int(pid) for file in Path(f"/proc/{pid}/task").glob("*/children") for pid in file.read_text().split()]
+    return own + [pid for child in own for pid in children_of(child)]
+
+
+def all_gone(pids: list[int]) -> bool:
+    deadline = time.monotonic() + GONE_S
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.slow
+def test_a_second_run_in_one_workdir_is_refused_and_a_killed_one_is_followed(jobs):
+    first = jobs.start("two", processes=1, devices=1, toy=True, at={0: "11:hold"})
+    first.wait_until_held(0)
+    while whole_steps(first.workdir) != [4, 8]:
+        time.sleep(0.05)
+    before = contents(first.workdir)
+    (line,) = jobs.start("two", processes=1, devices=1, toy=True).ends_with(2)
+    assert f"two is in use by process {first.processes[0].pid} on " in line and "give another --workdir" in line
+    assert contents(first.workdir) == before
+    first.processes[0].kill()
+    jobs.run("two", processes=1, devices=1, toy=True)
+    assert whole_steps(first.workdir)[-1] == STEPS
+    assert not (first.workdir / ".lock").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_data_hang_saves_what_was_trained(jobs, signum):
+    job = jobs.start(f"hang-{signum}", processes=1, devices=1, toy=True, at={0: "7:hold"})
+    job.wait_until_held(0)
+    began = time.monotonic()
+    job.processes[0].send_signal(signum)
+    (line,) = job.ends_with(128 + signum, within_s=60)
+    assert f"stopped by {signal.Signals(signum).name} at step 6, which is saved" in line
+    assert whole_steps(job.workdir)[-1] == 6 and time.monotonic() - began < GONE_S
+
+
+@pytest.mark.slow
+def test_a_signal_while_workers_are_stopped_leaves_no_process(jobs):
+    flags = ["--data.workers", "2", "--total-steps", "100000", "--checkpoint.every-steps", "100000"]
+    job = jobs.start("stopped", *flags, processes=1, devices=1, toy=True, step_s=0.05)
+    deadline = time.monotonic() + 240
+    while not job.record(0).exists() or job.record(0).read_text().count("\n") < 5:
+        assert time.monotonic() < deadline and job.processes[0].poll() is None, job.output(0).read_text()
+        time.sleep(0.05)
+    pids = children_of(job.processes[0].pid)
+    workers = [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    job.processes[0].send_signal(signal.SIGTERM)
+    (line,) = job.ends_with(128 + signal.SIGTERM, within_s=60)
+    assert "which is saved" in line and all_gone(pids) and time.monotonic() - began < GONE_S
+    assert whole_steps(job.workdir)
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_ends_no_run(jobs):
+    job = jobs.start("piped", "--log.progress", "True", processes=1, devices=1, toy=True, step_s=0.1, piped=True)
+    process = job.processes[0]
+    assert process.stderr.readline().startswith("step 1/12 ")
+    process.stderr.close()
+    assert process.wait(240) == 0 and whole_steps(job.workdir)[-1] == STEPS
+
+
+def test_a_folder_that_another_curation_holds_is_refused(tmp_path, shard, capsys):  # noqa: F811
+    out = tmp_path / "out"
+    with hold(out, fix="wait"):
+        before = contents(out)
+        fails(["data", "curate", str(shard), "--out", str(out)], capsys, f"{out} is in use by process {os.getpid()} ")
+        assert contents(out) == before
+    assert run(["data", "curate", str(shard), "--out", str(out), "--workers", "1"]) == 0
+    assert (out / "manifest.parquet").exists() and not (out / ".lock").exists()
