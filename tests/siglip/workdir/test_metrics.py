@@ -58,8 +58,9 @@ def test_lines_that_are_none_are_left_out_and_nulls_are_shown(tmp_path):
 
 
 def test_a_disk_that_is_full_is_told_with_the_file(tmp_path):
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     writer = MetricsWriter(tmp_path, LogConfig(), run_config={}, start_step=0)
+    writer._file.close()
+    writer._file = open("/dev/full", "a")
     for call in (lambda: writer.write(1, {"train/loss": 1.0}), writer.close):
         with pytest.raises(OSError, match="No space left on device: .*metrics.jsonl"):
             call()
