@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipelines.curate.engine import LocalEngine
+from data_pipelines.curate.stats import describe
 from data_pipelines.image_ops import decode_image
 from data_pipelines.records import ShardLost
 from data_pipelines.samples.pairs import BrokenPair, read_pair
@@ -362,7 +364,8 @@ def test_members_of_no_pair_are_counted(tmp_path, names, told):
         source = TarSource(write_tar(tmp_path / "a.tar", members))
     with pytest.warns(UserWarning, match=told):  # of an index on disk
         TarSource(tmp_path / "a.tar")
-    assert source.faults()
+    with LocalEngine(1) as engine:
+        assert describe(str(tmp_path / "a.tar"), engine=engine)["problems"] == source.faults()
     with pytest.raises(ValueError, match="holds no image-text pairs .*, only members such as '1.img'"):
         TarSource(write_tar(tmp_path / "b.tar", {"1.img": b"x", "1.cap": b"y"}))
 
