@@ -56,10 +56,8 @@ class SentencePieceTokenizer:
             proto = sentencepiece_model_pb2.ModelProto.FromString(self._model)
         except (RuntimeError, ValueError, DecodeError) as error:
             raise UserError(f"tokenizer {self.path!r} is not a SentencePiece model; use a spiece.model") from error
-        if _has_endless_keys(proto.normalizer_spec.precompiled_charsmap):
-            raise UserError(
-                f"tokenizer {self.path!r} is damaged: its normalisation table runs in circles; fetch it again"
-            )
+        if fault := _table_fault(proto.normalizer_spec.precompiled_charsmap):
+            raise UserError(f"tokenizer {self.path!r} is damaged: its normalisation table {fault}; fetch it again")
         self.vocab_size = self._processor.vocab_size()
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
@@ -81,14 +79,17 @@ class SentencePieceTokenizer:
         return tokens
 
 
-def _has_endless_keys(charsmap: bytes) -> bool:
-    """Whether a key of SentencePiece's text normalisation is longer than any character: then each place costs the whole text.
+def _table_fault(charsmap: bytes) -> str | None:
+    """What makes SentencePiece's text normalisation endless: a key or a text in its place that is longer than any character's.
 
     The table is a double array of Darts-clone: from a node at p, byte c leads to the unit at p ^ c, and on to its node.
     """
-    units = np.frombuffer(charsmap[4 : 4 + int.from_bytes(charsmap[:4], "little") // 4 * 4], "<u4").astype(np.int64)
+    size = int.from_bytes(charsmap[:4], "little") // 4 * 4
+    units = np.frombuffer(charsmap[4 : 4 + size], "<u4").astype(np.int64)
     if not len(units):
-        return False
+        return None
+    if max(map(len, charsmap[4 + size :].split(b"\0"))) > _MAX_KEY_BYTES:
+        return f"has a text of more than {_MAX_KEY_BYTES} bytes"
     nodes = np.arange(len(units)) ^ ((units >> 10) << ((units & 0x200) >> 6))
     places = np.flatnonzero((units >> 31 == 0) & (units & 0xFF != 0))
     parents, children = places ^ (units[places] & 0xFF), nodes[places]
@@ -97,10 +98,10 @@ def _has_endless_keys(charsmap: bytes) -> bool:
     for _ in range(_MAX_KEY_BYTES):
         found = children[reached[parents] & (children < len(reached))]
         if not len(found):
-            return False
+            return None
         reached[:] = False
         reached[found] = True
-    return True
+    return "runs in circles"
 
 
 def train_tokenizer(

@@ -58,8 +58,9 @@ class ParquetSource(ColumnSource):
         try:
             metadata = pq.read_metadata(_footer_file(read, stat.size))
             schema = metadata.schema.to_arrow_schema()
-        except (pa.ArrowException, OSError) as error:
-            if not isinstance(error, pa.ArrowException) and files.is_remote(shard):
+            columns, identity = schema.names, _identity(metadata, stat.size)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and not isinstance(error, pa.ArrowException) and files.is_remote(shard):
                 raise
             detail = " ".join(str(error).split())
             raise UserError(f"shard {shard!r} is cut or not a Parquet file ({detail}); fetch it again") from error
@@ -68,10 +69,8 @@ class ParquetSource(ColumnSource):
         counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         groups = np.zeros(len(counts), [("first", "<i8")])
         groups["first"][1:] = np.cumsum(counts)[:-1]
-        notes = {"columns": schema.names, "image": _image_column(schema)}
-        return Contents(
-            metadata.num_rows, {"groups": groups}, notes, index_file.digest(stat, groups, _identity(metadata))
-        )
+        notes = {"columns": columns, "image": _image_column(schema)}
+        return Contents(sum(counts), {"groups": groups}, notes, index_file.digest(stat, groups, identity))
 
     def __init__(
         self,
@@ -129,7 +128,7 @@ class ParquetSource(ColumnSource):
 
     def _to_pair(self, shard: int, row: int, table: pa.Table, row_in_group: int) -> Pair:
         values, problems = row_values(table, row_in_group, unchecked=(self._images[shard], *KEY_COLUMNS))
-        image = values.pop(self._images[shard])
+        image = values.pop(self._images[shard], None)  # a damaged group may have fewer rows than it says
         if isinstance(image, dict):
             image = image.get("bytes")
         key = next((values[name] for name in KEY_COLUMNS if values.get(name) is not None), None)
@@ -235,11 +234,15 @@ class _Blocks(io.RawIOBase):
     seekable = readable
 
 
-def _identity(metadata) -> bytes:
-    """The position and size of every column of every group, which identify a file."""
+def _identity(metadata, size: int) -> bytes:
+    """The position and size of every column of every group, which identify a file. Raises ArrowInvalid: one lies outside."""
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     columns = [group.column(number) for group in groups for number in range(group.num_columns)]
-    return repr([(_span(column), column.path_in_schema, column.total_uncompressed_size) for column in columns]).encode()
+    spans = [_span(column) for column in columns]
+    if any(not 0 <= start <= end <= size for start, end in spans):
+        raise pa.ArrowInvalid("a column lies outside of the file")
+    about = [(column.path_in_schema, column.total_uncompressed_size) for column in columns]
+    return repr([(span, *more) for span, more in zip(spans, about, strict=True)]).encode()
 
 
 def _image_column(schema: pa.Schema) -> str | None:

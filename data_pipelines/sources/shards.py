@@ -75,7 +75,7 @@ class ShardedSource(abc.ABC):
         if unused:
             path, _, name = unused[0]
             count = sum(count for _, count, _ in unused)
-            faults.append(f"{count} members belong to no pair and are not read, such as {name!r} of shard {path!r}")
+            faults.append(f"members of no pair are not read: {count}, such as {name!r} of shard {path!r}")
         return faults
 
     def _open(self) -> None:

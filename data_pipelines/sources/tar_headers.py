@@ -74,7 +74,7 @@ def walk_members(window: Window) -> Members:
         if len(headers) == _HEADERS_AT_ONCE:
             if _drop_after_damage(members, headers, whole_at):
                 break
-            headers, whole_at = headers[:1], whole_at[:1]  # the first stays the archive's first
+            del headers[1:], whole_at[1:]  # the first stays the archive's first
         headers.append(header)
         whole_at.append(len(names))
         start = offset + _BLOCK
@@ -98,12 +98,11 @@ def walk_members(window: Window) -> Members:
             if len(text) < size:
                 base, data = start, window.fetch(start, size)
                 text = data[:size]
-            override |= {_GNU_LONG[kind]: text.partition(b"\0")[0]} if kind in _GNU_LONG else _pax_records(text)
+            override |= _pax_records(text) if kind in _PAX else {_GNU_LONG[kind]: text.partition(b"\0")[0]}
         elif kind == _HARD_LINK or kind == _SYMBOLIC_LINK:
             names.append(override.get(b"path") or _name(header))
             target = override.get(b"linkpath") or header[157:257].partition(b"\0")[0]
-            folder = posixpath.dirname(names[-1]) if kind == _SYMBOLIC_LINK else b""
-            links[len(offsets)] = posixpath.normpath(posixpath.join(folder, target)) if target else b""
+            links[len(offsets)] = _target(names[-1], target, kind)
             offsets.append(-1)
             sizes.append(0)
             override = {}
@@ -131,6 +130,12 @@ def _follow_links(members: Members, links: dict[int, bytes]) -> None:
     there = [offset >= 0 for offset in members.offsets]
     for column in (members.names, members.offsets, members.sizes):
         column[:] = itertools.compress(column, there)
+
+
+def _target(name: bytes, target: bytes, kind: int) -> bytes:
+    """The name of the member that a link is to: a symbolic one counts from its own folder."""
+    folder = posixpath.dirname(name) if kind == _SYMBOLIC_LINK else b""
+    return posixpath.normpath(posixpath.join(folder, target)) if target else b""
 
 
 def _after_map(window: Window, start: int) -> int:

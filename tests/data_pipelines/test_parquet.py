@@ -1,5 +1,6 @@
 """Parquet with images: layouts, row groups and how often they are read, remote files, damage, columns that are not there."""
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipelines.errors import UserError
 from data_pipelines.records import ShardLost
 from data_pipelines.sources import files, parquet, remote
 from data_pipelines.sources.opening import open_source
@@ -210,3 +212,23 @@ def test_a_file_replaced_under_a_source_stops_the_run(tmp_path):
     path.write_bytes(b"x" * path.stat().st_size)
     with pytest.raises(ShardLost, match="a.parquet' was replaced"):
         source[0]
+
+
+def test_a_damaged_footer_is_told_at_opening(tmp_path):
+    """Some bits of it: names that are not UTF-8, columns that lie outside of the file, more rows than there are."""
+    path = write(tmp_path / "a.parquet", rows(4), row_group_size=2)
+    data = path.read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    for place in range(footer, len(data) - 8, 23):
+        damaged = bytearray(data)
+        damaged[place] ^= 0x80 | place % 8
+        path = tmp_path / f"{place}.parquet"
+        path.write_bytes(damaged)
+        try:
+            source = open_source(path)
+        except UserError as error:
+            assert "\n" not in str(error)
+            continue
+        for index in range(len(source)):
+            with contextlib.suppress(OSError):
+                str(source[index].key).encode()

@@ -108,10 +108,12 @@ def test_nonsense_specs(spec, message):
         ("five", ["a", "b"]),
         ("five.*", ["a", "b"]),
         ("a.b", ["dotted"]),
+        ("lines", ["one\n two"]),
+        ("lines.*", ["one", "two"]),
     ],
 )
 def test_captions_of(field, texts):
-    assert captions_of(FIELDS | {"five": ["a", " ", "b", 3], "a.b": "dotted"}, field) == texts
+    assert captions_of(FIELDS | {"five": ["a", " ", "b", 3], "a.b": "dotted", "lines": "one\n two\n"}, field) == texts
 
 
 def test_a_list_of_captions_is_drawn_from():

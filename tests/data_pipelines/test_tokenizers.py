@@ -140,11 +140,11 @@ def test_tensorflow_text_agrees(tokenizer):
         assert tokenizer.encode(caption, len(expected)).tolist() == expected
 
 
-def model_with_table(path, units: list[int]):
+def model_with_table(path, units: list[int], text: bytes = b"x"):
     """The shipped model with another table of normalisation."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(Path(SPIECE).read_bytes())
     array = np.array(units, "<u4").tobytes()
-    proto.normalizer_spec.precompiled_charsmap = len(array).to_bytes(4, "little") + array + b"x\0"
+    proto.normalizer_spec.precompiled_charsmap = len(array).to_bytes(4, "little") + array + text + b"\0"
     path.write_bytes(proto.SerializeToString())
     return path
 
@@ -158,6 +158,8 @@ def test_a_table_that_runs_in_circles_is_refused(tmp_path):
     units[96 ^ 2] = 1 << 31
     tokenizer = SentencePieceTokenizer(model_with_table(tmp_path / "a.model", units))
     assert (tokenizer.encode("a a", 8) == tokenizer.encode("x x", 8)).all()
+    with pytest.raises(UserError, match="has a text of more than 256 bytes"):
+        SentencePieceTokenizer(model_with_table(tmp_path / "a.model", units, b"x" * 100_000))
 
 
 def test_the_end_of_an_endless_text_costs_nothing(tokenizer):

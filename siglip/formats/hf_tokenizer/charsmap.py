@@ -55,7 +55,9 @@ def _walk(units: np.ndarray, replacements: bytes) -> dict[str, str]:
             unit, node, longer = units[place], place ^ _offset(units[place]), key + bytes([place ^ position])
             if unit & _LEAF:
                 start = units[node] & ~_VALUE
-                found[longer.decode()] = replacements[start : replacements.index(0, start)].decode()
+                found[longer.decode()] = replacements[
+                    start : replacements.index(0, start, start + _MAX_KEY_BYTES)
+                ].decode()
             waiting.append((node, longer))
     return found
 

@@ -239,6 +239,12 @@ def test_a_damaged_table_is_told_in_one_line():
     assert read_charsmap(blob(leaf)) == {"a": "x"}
     circle = {0: 1 << 10, 96: 97 << 10 | 97}
     far = leaf | {96: 1 << 20 | 1 << 8 | 97}
-    for damaged in (blob(circle), blob(circle | {1 ^ 98: (1 ^ 98 ^ 1) << 10 | 98}), blob(far), blob(leaf, b"x")):
+    for damaged in (
+        blob(leaf, b"x" * 1000 + b"\0"),
+        blob(circle),
+        blob(circle | {1 ^ 98: (1 ^ 98 ^ 1) << 10 | 98}),
+        blob(far),
+        blob(leaf, b"x"),
+    ):
         with pytest.raises(UserError, match="normalisation table is damaged"):
             read_charsmap(damaged)
