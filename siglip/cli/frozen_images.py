@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.image_embeddings import ImageEmbeddings, make_key, open_image_embeddings
@@ -31,7 +33,6 @@ from siglip.errors import RunFailed, UserError
 from siglip.evaluation.embed import embed_rows, embeddings, rows_per_process
 from siglip.models.two_tower import ModelConfig
 from siglip.parallel import sharding
-from siglip.parallel.checksums import checksums
 from siglip.parallel.collectives import gather_records
 from siglip.training import optim
 from siglip.training.config import TrainConfig
@@ -115,10 +116,35 @@ def make_prepare(config: TrainConfig, loader: Loader) -> Prepare:
 
 def fingerprint(image_params: Mapping[str, Any], model: ModelConfig) -> str:
     """Of an image tower as a function. Parameters stay on their devices, however they are laid out there."""
-    sums = checksums(trees.flatten(dict(image_params)))
+    sums = {path: np.asarray(leaf).tolist() for path, leaf in trees.flatten(_checksums(dict(image_params))).items()}
     fields = dataclasses.asdict(model.image) | dataclasses.asdict(model.image.spec) | {"patch_size": model.image.patch}
     tower = {name: value for name, value in fields.items() if name not in (*_ONLY_MEMORY_AND_SPEED, "variant")}
     return hashlib.sha256(json.dumps([tower, sums], sort_keys=True).encode()).hexdigest()[:16]
+
+
+@jax.jit
+def _checksums(params: dict[str, Any]) -> dict[str, Any]:
+    """Two 32-bit sums of every array, over its bits mixed with their places: integer sums have no order, so sharding does
+    not matter."""
+
+    def of(leaf: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+        strides = [math.prod(leaf.shape[axis + 1 :]) for axis in range(leaf.ndim)]
+        places = sum(
+            jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
+            for axis, stride in enumerate(strides)
+        )
+        mixed = _mix(bits ^ _mix(places + jnp.uint32(1)))
+        return jnp.stack([mixed.sum(dtype=jnp.uint32), _mix(mixed + jnp.uint32(0x9E3779B9)).sum(dtype=jnp.uint32)])
+
+    return jax.tree.map(of, params)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """The finaliser of MurmurHash3: every bit of the input reaches every bit of the output."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
 
 
 def _open(config: TrainConfig, loader: Loader, index: int, tower: str) -> ImageEmbeddings:

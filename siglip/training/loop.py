@@ -98,7 +98,8 @@ def train(
                 evaluate = signals.limited_wait()(evaluate)
             with _closing(RunHooks(config, batches, checkpointer, evaluate, start_step)) as hooks:
                 if prepare is not None and start_step < config.total_steps:
-                    prepare(start_step, state.params, signals.stop_now)
+                    with contextlib.suppress(WaitedTooLong), signals.limited_wait():
+                        prepare(start_step, state.params, signals.stop_now)
                 return _steps(config, program, state, start_step, batches, hooks, signals)
     except Exception as error:
         if not is_lost_process(error):
@@ -138,6 +139,10 @@ def _steps(
     """The loop itself, from the step after `start_step` to the last one."""
     workdir, before = Path(config.workdir), None
     hooks.run_missed_evaluation(start_step, state)
+    stop = signals.stop_now() if start_step < config.total_steps else None
+    if stop is not None:  # before a program is compiled for a step that nobody waits for
+        hooks.save(start_step, state)
+        raise Interrupted(stop, start_step, workdir)
     for step in range(start_step + 1, config.total_steps + 1):
         try:
             with hooks.throughput.waiting_for_data(), signals.limited_wait():

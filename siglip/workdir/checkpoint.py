@@ -33,9 +33,9 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from siglip import trees
 from siglip.atomic import write_atomically
 from siglip.errors import UserError
-from siglip.parallel.checksums import checksums
 from siglip.parallel.collectives import gather_records
 from siglip.parallel.launch import in_all_or_none
+from siglip.workdir.checksums import checksums
 from siglip.workdir.files import CONFIG_FILE, read_config
 
 CHECKPOINTS_DIR = "checkpoints"
@@ -118,7 +118,7 @@ class Checkpointer:
         items = {
             "data": ocp.args.JsonSave(dict(data_state)),
             "config": ocp.args.JsonSave(dict(config)),
-            "checksums": ocp.args.JsonSave(_checksums(state=state) | {"data": _json_checksum(data_state)}),
+            "checksums": ocp.args.JsonSave(checksums(state) | {"data": _json_checksum(data_state)}),
         }
         metrics = None if best_metric is None else _with_checksum({self._best_name: best_metric})
         with _writing(self._folder):
@@ -156,7 +156,7 @@ class Checkpointer:
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()),
             )
-            found = _checksums(state=items.state) | {"data": _json_checksum(items.data)}
+            found = checksums(items.state) | {"data": _json_checksum(items.data)}
             _compare(found, self._folder / str(step))
         return items.state, items.data
 
@@ -233,7 +233,7 @@ def read_run_params(path: Path, *, parts: Collection[str] = ()) -> tuple[dict[st
                     partial_restore=True,
                 ),
             )
-        _compare(_checksums(state={name: restored[name]}), folder)
+        _compare(checksums({name: restored[name]}), folder)
     return restored[name], config, step
 
 
@@ -259,12 +259,6 @@ def _check_metrics(workdir: Path) -> None:
             stated = metrics.pop("crc32", None)
             if stated not in (None, _json_checksum(metrics)):
                 raise UserError("its best metric is not what was saved")
-
-
-def _checksums(*, state: Any) -> dict[str, Any]:
-    """Of every array of a state, or of a part of one, by its path."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return checksums({jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves})
 
 
 def _json_checksum(tree: Mapping[str, Any]) -> int:

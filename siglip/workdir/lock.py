@@ -10,6 +10,7 @@ file left behind on this machine is taken over at once; one that another machine
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from siglip.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 BEAT_S = 10.0
@@ -92,6 +95,7 @@ def _is_touched(path: Path) -> bool:
     first = _touched_ns(path)
     if abs(time.time() - first / 1e9) > _DEAD_S:
         return False
+    logger.info("%s is of another machine: waiting up to %.0f s for a sign of life", path, WATCH_S)
     deadline = time.monotonic() + WATCH_S
     while time.monotonic() < deadline:
         time.sleep(min(1.0, WATCH_S / 10))

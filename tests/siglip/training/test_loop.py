@@ -37,7 +37,7 @@ def train_toy(config, batches, **kwargs):
     return train(config, batches, program=toy_program(config), **kwargs)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_stopped_and_resumed_is_bit_equal_to_uninterrupted(tmp_path, signum):
     whole = TinyBatches()
     expected = train_toy(tiny_config(tmp_path / "a"), whole)

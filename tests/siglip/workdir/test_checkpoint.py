@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from siglip.errors import UserError
 from siglip.training.step import TrainState
 from siglip.workdir.checkpoint import CheckpointConfig, Checkpointer, read_run_params
+from siglip.workdir.checksums import checksums
 
 DATA = {"position": 7, "counts": {"truncated": 3}}
 
@@ -66,6 +69,28 @@ def damaged(workdir, saved, file, place):
 def files_of(saved):
     checkpoint = saved / "checkpoints" / "7"
     return sorted(path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file())
+
+
+def test_checksums_are_the_same_here_and_on_any_devices():
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"))
+    arrays = {
+        "large": np.random.default_rng(0).normal(size=(8, 300, 64)).astype(np.float32),
+        "half": np.asarray(jnp.linspace(-1, 1, 64, dtype=jnp.bfloat16)).reshape(8, 8),
+        "number": np.int32(-7),
+        "none": np.zeros((0, 3), np.float32),
+        "one": {"b": np.full(1, -10.0, np.float32)},
+    }
+    layout = {"large": P(("data", "fsdp")), "half": P("fsdp", "data"), "number": P(), "none": P(), "one": {"b": P()}}
+    put = lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec))  # noqa: E731
+    sharded = jax.tree.map(put, arrays, layout)
+    here = checksums(arrays)
+    assert here == checksums(jax.tree.map(jnp.asarray, arrays)) == checksums(sharded)
+    assert list(here) == ["half", "large", "none", "number", "one/b"]
+    for bit in (0, 15, 31):
+        arrays["large"].reshape(-1).view(np.uint32)[150_000] ^= np.uint32(1 << bit)
+        assert checksums(arrays)["large"] != here["large"]
+    arrays["large"][0, :2] = arrays["large"][0, 1::-1]
+    assert len({checksums({"x": arrays["large"]})["x"], here["large"]}) == 2
 
 
 def test_a_flipped_number_is_named_with_the_checkpoint_before(saved, tmp_path):
