@@ -5,6 +5,7 @@ Folders that are being written are locked: one that is not is a leftover, and th
 """
 
 import contextlib
+import errno
 import fcntl
 import glob
 import os
@@ -15,17 +16,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _PARTIAL = ".partial"
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds the path to an OSError without one, as a full disk gives it while an open file is written."""
+    """Adds the path to an OSError without one, as a full disk gives it while an open file is written, and makes one of what a
+    library's error says of the disk in words."""
     try:
         yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
+    except Exception as error:
+        if getattr(error, "filename", None) is not None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        told = (code for code in _OF_THE_DISK if os.strerror(code) in str(error))
+        if code := getattr(error, "errno", None) or next(told, None):
+            raise OSError(code, getattr(error, "strerror", None) or os.strerror(code), str(path)) from error
+        raise
 
 
 @contextlib.contextmanager

@@ -350,16 +350,15 @@ def load_encoder(
 
 
 def _attention_of(config: ImageConfig) -> AttentionFn:
-    """The kernel for this process's devices; on several TPUs it needs `jax.set_mesh` with siglip.parallel's mesh."""
-    tokens, spec, mesh = (
-        config.grid[0] * config.grid[1] + (config.pool == "tok"),
-        config.spec,
-        jax.sharding.get_abstract_mesh(),
-    )
-    sizes = {"tokens": tokens, "head_dim": spec.width // spec.num_heads, "dtype": config.dtype}
+    """The kernel for this process's devices; on several TPUs it needs `jax.set_mesh` with the mesh of siglip.parallel."""
+    sizes = {
+        "tokens": config.train_tokens,
+        "head_dim": config.spec.width // config.spec.num_heads,
+        "dtype": config.dtype,
+    }
     kernel = choose_kernel(config.attention, device=jax.devices()[0], **sizes)
-    is_ours = {"data", "fsdp"} <= {*mesh.axis_names}
-    return functools.partial(attention_fn, kernel=kernel, mesh=mesh if is_ours else None)
+    mesh = jax.sharding.get_abstract_mesh()
+    return functools.partial(attention_fn, kernel=kernel, mesh=mesh if {"data", "fsdp"} <= {*mesh.axis_names} else None)
 
 
 def _cut(params: Mapping[str, Any], depth: int) -> dict[str, Any]:

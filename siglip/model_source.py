@@ -114,13 +114,13 @@ def _locate(src: str | Path) -> _Source:
             return params, config
 
         return _Source(lambda _, only: read(only), lambda size: config_of_run(run[0]), run[0] / TOKENIZER_FILE)
-    other = next((f"{is_a}: {fix}" for name, (is_a, fix) in _OTHERS.items() if (folder / name).exists()), None)
-    if (folder / "config.json").is_file() and not (folder / "open_clip_config.json").exists():
+    if (folder / "config.json").is_file():
         return _Source(
             lambda _, only: hugging_face.read(folder, only_image=only),
             lambda size: hugging_face.read_config(folder),
             folder / hugging_face.TOKENIZER_FILE,
         )
+    other = next((f"{is_a}: {fix}" for name, (is_a, fix) in _OTHERS.items() if (folder / name).exists()), None)
     raise UserError(f"folder {str(src)!r} is {other or f'not a model; a model is {SOURCES}'}")
 
 

@@ -1,5 +1,6 @@
 """Files appear whole or not at all, by one helper on each side."""
 
+import errno
 import re
 import subprocess
 import sys
@@ -36,6 +37,16 @@ def test_a_full_disk_is_told_with_the_file(tmp_path, side):
         partial.symlink_to("/dev/full")
         partial.write_text("content")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("side", [siglip.atomic, data_pipelines.atomic])
+def test_what_a_library_says_of_the_disk_is_an_error_of_the_system(tmp_path, side):
+    told = "ResourceExhaustedError: {{function_node SaveV2}} /x/part-00000; No space left on device [Op:SaveV2]"
+    with pytest.raises(OSError, match="No space left on device: .*a.json") as error, side.new_file(tmp_path / "a.json"):
+        raise RuntimeError(told)
+    assert error.value.errno == errno.ENOSPC
+    with pytest.raises(RuntimeError, match="shapes"), side.new_file(tmp_path / "a.json"):
+        raise RuntimeError("shapes do not fit")
 
 
 def test_content_in_one_call(tmp_path):

@@ -18,7 +18,6 @@ import errno
 import json
 import logging
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -31,7 +30,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from siglip import trees
-from siglip.atomic import write_atomically
+from siglip.atomic import naming, write_atomically
 from siglip.errors import UserError
 from siglip.parallel.collectives import gather_records
 from siglip.parallel.launch import in_all_or_none
@@ -39,7 +38,6 @@ from siglip.workdir.checksums import checksums
 from siglip.workdir.files import CONFIG_FILE, read_config
 
 CHECKPOINTS_DIR = "checkpoints"
-_OS_ERROR = re.compile(r"\[os_error_code='(\d+)'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +119,7 @@ class Checkpointer:
             "checksums": ocp.args.JsonSave(checksums(state) | {"data": _json_checksum(data_state)}),
         }
         metrics = None if best_metric is None else _with_checksum({self._best_name: best_metric})
-        with _writing(self._folder):
+        with naming(self._folder):
             self._manager.save(
                 step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), **items), metrics=metrics
             )
@@ -181,12 +179,12 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Returns when everything saved is complete on disk. Raises OSError if it cannot be: a full disk, for one."""
-        with _writing(self._folder):
+        with naming(self._folder):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits until everything saved is complete on disk, and releases. Raises OSError as `wait` does."""
-        with _writing(self._folder):
+        with naming(self._folder):
             self._manager.wait_until_finished()
             self._manager.close()
 
@@ -288,34 +286,17 @@ def _stored_tree(reader: ocp.PyTreeCheckpointer, folder: Path) -> dict[str, Any]
         logger.setLevel(before)
 
 
-def _raise_os_error(error: Exception, folder: Path) -> None:
-    """Raises the operating system's error that orbax, or the storage library beneath it, tells of; nothing else."""
-    found = _OS_ERROR.search(str(error))
-    code = error.errno if isinstance(error, OSError) else found and int(found[1])
-    if code:
-        raise OSError(code, os.strerror(code), str(getattr(error, "filename", None) or folder)) from error
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # a ValueError that tells of a full disk, for one
-        _raise_os_error(error, folder)
-        raise
-
-
 @contextlib.contextmanager
 def _reading(folder: Path, *, fix: str) -> Iterator[None]:
     """Turns what orbax raises for a damaged checkpoint into a ValueError; what may be the machine's fault passes."""
     try:
-        yield
+        with naming(folder):
+            yield
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:  # orbax raises a dozen kinds for one cause: files that do not fit
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise  # a disk or a network that fails, a folder that may not be read
-        _raise_os_error(error, folder)
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"checkpoint {folder} cannot be read ({first_line[:200]}); {fix}") from error
 
