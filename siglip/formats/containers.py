@@ -184,8 +184,10 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_tensor(
-    stream: io.BufferedIOBase, start: int, shape: Shape, dtype: np.dtype, key: str, file: Path
+    stream: io.BufferedIOBase, start: int, shape: Shape, dtype: np.dtype | None, key: str, file: Path
 ) -> np.ndarray:
+    if dtype is None:
+        raise UserError(f"{key} of {file} is of a type that no parameter has")
     with _one_line(file, key):
         stream.seek(start)
         return _read_array(stream, shape, dtype)

@@ -98,6 +98,8 @@ def test_types_that_are_no_parameters_are_described_only(tmp_path):
     save_file({"ids": np.arange(3), "w": ARRAYS["a/kernel"]}, tmp_path / "m.safetensors")
     with open_safetensors([tmp_path / "m.safetensors"]) as stored:
         assert {key: array.dtype for key, array in stored.items()} == {"ids": "I64", "w": "float32"}
+        with pytest.raises(UserError, match="ids of .*m.safetensors is of a type that no parameter has"):
+            stored["ids"].read()
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
