@@ -9,7 +9,7 @@ import pytest
 
 from siglip.cli import run
 from siglip.workdir.checkpoint import whole_steps
-from siglip.workdir.lock import hold
+from siglip.workdir.lock import LOCK_FILE, hold
 from tests.siglip.cli.test_commands import fails, shard  # noqa: F401
 from tests.siglip.jobs import STEPS, Jobs
 
@@ -24,7 +24,9 @@ def jobs(tmp_path_factory):
 
 
 def contents(folder: Path) -> dict:
-    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+    """Of all files but the lock, which its holder touches."""
+    paths = [path for path in folder.rglob("*") if path.name != LOCK_FILE]
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
 
 
 def children_of(pid: int) -> list[int]:
@@ -55,7 +57,7 @@ def test_a_second_run_in_one_workdir_is_refused_and_a_killed_one_is_followed(job
     first.processes[0].kill()
     jobs.run("two", processes=1, devices=1, toy=True)
     assert whole_steps(first.workdir)[-1] == STEPS
-    assert not (first.workdir / ".lock").exists()
+    assert not (first.workdir / LOCK_FILE).exists()
 
 
 @pytest.mark.slow
@@ -106,4 +108,4 @@ def test_a_folder_that_another_curation_holds_is_refused(tmp_path, shard, capsys
         fails(["data", "curate", str(shard), "--out", str(out)], capsys, f"{out} is in use by process {os.getpid()} ")
         assert contents(out) == before
     assert run(["data", "curate", str(shard), "--out", str(out), "--workers", "1"]) == 0
-    assert (out / "manifest.parquet").exists() and not (out / ".lock").exists()
+    assert (out / "manifest.parquet").exists() and not (out / LOCK_FILE).exists()
