@@ -15,9 +15,9 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_pipelines import workers
 from data_pipelines.augment import AugmentConfig
@@ -29,6 +29,7 @@ from data_pipelines.records import Source
 from data_pipelines.samples.noise import NoiseConfig
 
 if TYPE_CHECKING:  # they import Pillow and SentencePiece
+    from data_pipelines.image_ops import Resample
     from data_pipelines.samples.batches import TrainBatches
     from data_pipelines.samples.in_order import EvalBatches
     from data_pipelines.samples.pairs import Field
@@ -148,8 +149,9 @@ class Loader:
         starts = range(0, embeddings.part_pairs, rows)
         ranges = [embeddings.records(part)[start : start + rows] for part in parts for start in starts]
         pixels = next(field for field in self._batches.fields if isinstance(field, Pixels))
+        whole = Pixels(pixels.size_px, resample=pixels.resample)
         decoder = ImageDecoder(self._config.max_image_pixels)  # in full: the store is named after nothing else
-        images = ImagesInOrder(self.sources[source], ranges, rows, Pixels(pixels.size_px), decoder, fields=frozenset())
+        images = ImagesInOrder(self.sources[source], ranges, rows, whole, decoder, fields=frozenset())
         iterator = self._iterate(images)
         try:
             for batch in iterator:
@@ -225,6 +227,8 @@ def make_loader(
     image_size: tuple[int, int],
     text_length: int,
     seed: int,
+    tokens: Mapping[str, Any] | None = None,
+    resample: "Resample" = "bilinear",
     process_index: int = 0,
     process_count: int = 1,
     position: int = 0,
@@ -238,6 +242,8 @@ def make_loader(
       image_size: (h, w) in pixels.
       text_length: token ids of a caption.
       seed: of the order and of every random choice.
+      tokens: the settings of `SentencePieceTokenizer`.
+      resample: the filter that resizes images.
       process_index, process_count: which slice of each batch.
       position: batches to skip.
       fields: what becomes of each pair; None for `default_fields`.
@@ -255,7 +261,10 @@ def make_loader(
         raise UserError(f"batch_size={batch_size} does not divide over {process_count} processes")
     if text_length < 1:
         raise UserError(f"text_length={text_length} must be at least 1")
-    fields = default_fields(config, image_size=image_size, text_length=text_length) if fields is None else fields
+    if fields is None:
+        fields = default_fields(
+            config, image_size=image_size, text_length=text_length, tokens=tokens, resample=resample
+        )
     sources = tuple(map(_open, config.sources))
     weights = tuple(source.weight for source in config.sources)
     mixture = Mixture(tuple(map(len, sources)), weights, seed, config.shuffle_blocks)
@@ -271,15 +280,22 @@ def make_loader(
     return Loader(batches, config, identity)
 
 
-def default_fields(config: DataConfig, *, image_size: tuple[int, int], text_length: int) -> "tuple[Field, ...]":
+def default_fields(
+    config: DataConfig,
+    *,
+    image_size: tuple[int, int],
+    text_length: int,
+    tokens: Mapping[str, Any] | None = None,
+    resample: "Resample" = "bilinear",
+) -> "tuple[Field, ...]":
     """What becomes of a pair: its image and one of its captions. They draw in this order, see samples/pairs.py."""
     from data_pipelines.samples.pixels import Pixels
     from data_pipelines.samples.tokens import Tokens
     from data_pipelines.tokenizers import SentencePieceTokenizer
 
     captions = tuple(source.captions for source in config.sources)
-    tokens = Tokens(SentencePieceTokenizer(config.tokenizer), text_length, captions)
-    return tokens, Pixels(tuple(image_size), config.augment)
+    tokenizer = SentencePieceTokenizer(config.tokenizer, **(tokens or {}))
+    return Tokens(tokenizer, text_length, captions), Pixels(tuple(image_size), config.augment, resample)
 
 
 def make_eval_batches(
@@ -287,6 +303,7 @@ def make_eval_batches(
     *,
     batch_size: int,
     image_size: tuple[int, int],
+    resample: "Resample" = "bilinear",
     max_image_pixels: int = 1 << 26,
     process_index: int = 0,
     process_count: int = 1,
@@ -300,6 +317,7 @@ def make_eval_batches(
       source: the pairs.
       batch_size: pairs in a batch of this process.
       image_size: (h, w) in pixels.
+      resample: the filter that resizes images.
       max_image_pixels: larger images are left out.
       process_index, process_count: of several processes each gets every `process_count`-th pair, from `process_index` on.
       workers: processes that decode; 0 decodes in threads of this one.
@@ -318,7 +336,8 @@ def make_eval_batches(
     share = range(process_index, len(source), process_count)
     ranges = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
     kept = None if fields is None else frozenset(fields)
-    images = ImagesInOrder(source, ranges, batch_size, Pixels(tuple(image_size)), ImageDecoder(max_image_pixels), kept)
+    pixels, decoder = Pixels(tuple(image_size), resample=resample), ImageDecoder(max_image_pixels)
+    images = ImagesInOrder(source, ranges, batch_size, pixels, decoder, kept)
     return EvalBatches(images, workers, threads)
 
 

@@ -1,19 +1,20 @@
 """SentencePiece tokenizers: training one, and text to token ids of a fixed length with a sticky end.
 
-    ids = (pieces + [eos])[:length - 1] + [eos] * ...        big_vision's tokenize(eos="sticky", pad_value=1)
+    ids = pieces[:length - 1] + [eos] + [pad] * ...            big_vision's tokenize(eos="sticky")
 
-Text is lower-cased, then tokenized; it is padded with the end token itself (id 1 in the published SigLIP
-models), so the last position always holds the end token: the text tower's "last" pooling reads it there.
-SentencePiece: Kudo and Richardson 2018, arXiv:1808.06226.
+Text is lower-cased, then tokenized. SigLIP's texts are padded with the end token itself (id 1), those of SigLIP 2,
+whose tokenizer is Gemma's, with `<pad>` (id 0). SentencePiece: Kudo and Richardson 2018, arXiv:1808.06226.
 
-The trap: SentencePiece wants distinct ids for `<pad>` and `</s>`; the published models have `<pad>` at 0 and
-never use it. Padding with 0 gives the tower a last token that it never saw.
+The trap: SigLIP's tokenizer has a `<pad>` at 0 as well, and never uses it. The text tower's "last" pooling reads
+whatever stands at the last position, so the wrong pad gives it a token that it never saw.
 """
 
 import io
 import os
-from collections.abc import Iterable, Iterator
+import string
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import sentencepiece
@@ -27,17 +28,36 @@ from data_pipelines.text_ops import without_surrogates
 _MAX_CHARS_PER_TOKEN = 1024  # what comes later changes none of the ids that are kept
 _MAX_KEY_BYTES = 256
 
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
 
 class SentencePieceTokenizer:
     """Text to ids with a SentencePiece model; safe to call from several threads, and picklable.
+
+    Args:
+      path: the model's file.
+      pad_id: fills a text up to its length; None is the end token, "own" the pad token of a tokenizer that also has one for the
+        beginning, as Gemma's, and otherwise the end token.
+      end: whether the end token follows the pieces.
+      lower: of the whole "text", where a sigma at the end of a word is a final one; of each "character" alone; or "none".
+      canonical: "texts" removes punctuation and extra white space; everything else is left to the caller.
 
     Raises:
       FileNotFoundError: there is no such file.
       UserError: the file is not a SentencePiece model, or the model has no end token.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        pad_id: int | Literal["own"] | None = "own",
+        end: bool = True,
+        lower: Literal["text", "character", "none"] = "text",
+        canonical: Literal["texts", "prompts", "none"] = "prompts",
+    ):
         self.path = os.fspath(path)
+        self._pad_id, self._end, self._lower, self._canonical = pad_id, end, lower, canonical
         try:
             self._model = Path(path).read_bytes()
         except (FileNotFoundError, IsADirectoryError) as error:
@@ -62,21 +82,35 @@ class SentencePieceTokenizer:
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
             raise UserError(f"tokenizer {self.path!r} has no end token </s>; train it with an eos_id")
+        self.pad_id = self.eos_id if self._pad_id is None else self._pad_id
+        if self.pad_id == "own":
+            is_gemma = self._processor.bos_id() >= 0 and self._processor.pad_id() >= 0
+            self.pad_id = self._processor.pad_id() if is_gemma else self.eos_id
 
     def __getstate__(self) -> dict:
-        return {"path": self.path, "_model": self._model}
+        return {name: value for name, value in vars(self).items() if name != "_processor"}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._load()
 
     def encode(self, text: str, length: int) -> np.ndarray:
-        """Ids of a lower-cased text, cut or padded to `length`; the last is the end token. -> int32 [l]"""
-        ids = self._processor.encode(without_surrogates(text[: _MAX_CHARS_PER_TOKEN * length]).lower())
-        tokens = np.full(length, self.eos_id, np.int32)
-        kept = min(len(ids), length - 1)
+        """Ids of a text, cut or padded to `length`. -> int32 [l]"""
+        return self.padded(self._processor.encode(self._prepared(text[: _MAX_CHARS_PER_TOKEN * length])), length)
+
+    def padded(self, ids: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
+        """Ids of pieces, with the end token after them, cut or padded to `length`. -> int32 [l]"""
+        tokens = np.full(length, self.pad_id, np.int32)
+        kept = min(len(ids), length - self._end)
         tokens[:kept] = ids[:kept]
+        tokens[kept : kept + self._end] = self.eos_id
         return tokens
+
+    def _prepared(self, text: str) -> str:
+        text = without_surrogates(text)
+        if self._lower != "none":
+            text = text.lower() if self._lower == "text" else "".join(map(str.lower, text))
+        return " ".join(text.translate(_PUNCTUATION).split()) if self._canonical == "texts" else text
 
 
 def _table_fault(charsmap: bytes) -> str | None:

@@ -12,9 +12,10 @@ hand it to a jitted step as an argument, lay its leaves out with `siglip.paralle
 before pooling: layer -1. Layers -2, -3, … are what earlier blocks return, without a LayerNorm, as LLaVA reads them
 (`hidden_states[-2]` in transformers).
 
-The traps: images are float32 in [-1, 1] and texts are lower-cased, then padded to exactly `config.text.length`. A model that gets
-something else says nothing; its embeddings are only worse. And an encoder that is closed over instead of passed in becomes a
-constant of the compiled program: neither its sharding nor its gradient is then what you asked for.
+The traps: images are float32 in [-1, 1], resized by the filter in `config.image.pixels`, and token ids are made as
+`config.text.tokens` says, exactly `config.text.length` of them. A model that gets something else says nothing; its embeddings are
+only worse. And an encoder that is closed over instead of passed in becomes a constant of the compiled program: neither its
+sharding nor its gradient is then what you asked for.
 """
 
 import dataclasses
@@ -126,7 +127,7 @@ class Encoder:
             SentencePieceTokenizer,  # a leaf there; whoever has token ids needs none of it
         )
 
-        return SentencePieceTokenizer(self.tokenizer)
+        return SentencePieceTokenizer(self.tokenizer, **vars(self.config.text.tokens))
 
     def logits(self, zimg: ArrayLike, ztxt: ArrayLike) -> Float[Array, "b k"]:
         """[b, e], [k, e] -> exp(t) * zimg @ ztxt.T + b, [b, k]; the sigmoid of it is the probability that the pair

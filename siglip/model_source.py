@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from siglip import trees
 from siglip.errors import UserError
-from siglip.formats import big_vision, hugging_face, key_maps
+from siglip.formats import big_vision, hf_inputs, hugging_face, key_maps
 from siglip.formats.containers import LazyArray
 from siglip.formats.infer_config import expected_shapes
 from siglip.models.resample import resample
@@ -46,7 +46,7 @@ class _Source(NamedTuple):
 
     read: Callable[[Size | None, bool], tuple[dict[str, Any], ModelConfig]]
     read_config: Callable[[Size | None], ModelConfig]
-    tokenizer: Path
+    tokenizer: Callable[[], Path | None]
 
 
 def read_model(
@@ -66,7 +66,7 @@ def read_model(
     # The size of the images is also a hint for files that do not tell theirs; at another patch size it is not.
     params, config = source.read(image_size if patch_size is None else None, only_image)
     params, config = resample(params, config, image_size=image_size, patch_size=patch_size)
-    return params, config, source.tokenizer if source.tokenizer.is_file() else None
+    return params, config, None if only_image else source.tokenizer()
 
 
 def read_config(src: str | Path, image_size: tuple[int, int] | None = None) -> tuple[ModelConfig, Path | None]:
@@ -75,7 +75,7 @@ def read_config(src: str | Path, image_size: tuple[int, int] | None = None) -> t
     config = source.read_config(image_size)
     if image_size is not None:
         config = dataclasses.replace(config, image=dataclasses.replace(config.image, image_size=image_size))
-    return config, source.tokenizer if source.tokenizer.is_file() else None
+    return config, source.tokenizer()
 
 
 def _height_width(size: int | tuple[int, int] | None) -> Size | None:
@@ -93,12 +93,12 @@ def _locate(src: str | Path) -> _Source:
         )
     file, _ = big_vision.split_subtree(src)
     if file.suffix == ".npz":
-        return _npz(src, file.with_name(hugging_face.TOKENIZER_FILE))
+        return _npz(src, file.parent)
     folder = Path(src).expanduser()
     if not folder.is_dir():
         raise _no_folder(folder, str(src))
     if (folder / big_vision.EXPORTED_NPZ).is_file():
-        return _npz(folder / big_vision.EXPORTED_NPZ, folder / hugging_face.TOKENIZER_FILE)
+        return _npz(folder / big_vision.EXPORTED_NPZ, folder)
 
     # Orbax is slow to import, and only runs need it.
     from siglip.workdir import checkpoint
@@ -113,12 +113,17 @@ def _locate(src: str | Path) -> _Source:
             _check_shapes(params, config, source=str(folder))
             return params, config
 
-        return _Source(lambda _, only: read(only), lambda size: config_of_run(run[0]), run[0] / TOKENIZER_FILE)
+        tokenizer = run[0] / TOKENIZER_FILE
+        return _Source(
+            lambda _, only: read(only),
+            lambda size: config_of_run(run[0]),
+            lambda: tokenizer if tokenizer.is_file() else None,
+        )
     if (folder / "config.json").is_file():
         return _Source(
             lambda _, only: hugging_face.read(folder, only_image=only),
             lambda size: hugging_face.read_config(folder),
-            folder / hugging_face.TOKENIZER_FILE,
+            lambda: hf_inputs.tokenizer_file(folder),
         )
     other = next((f"{is_a}: {fix}" for name, (is_a, fix) in _OTHERS.items() if (folder / name).exists()), None)
     raise UserError(f"folder {str(src)!r} is {other or f'not a model; a model is {SOURCES}'}")
@@ -152,11 +157,11 @@ def _check_shapes(params: dict[str, Any], config: ModelConfig, *, source: str) -
     key_maps.check_arrays(found, expected_shapes(config), source=source)
 
 
-def _npz(src: str | Path, tokenizer: Path) -> _Source:
+def _npz(src: str | Path, folder: Path) -> _Source:
     return _Source(
         lambda size, only: big_vision.read(src, image_size=size, only_image=only),
         lambda size: big_vision.read_config(src, image_size=size),
-        tokenizer,
+        lambda: hf_inputs.sentencepiece_file(folder),
     )
 
 

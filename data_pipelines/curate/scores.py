@@ -42,6 +42,7 @@ class Scorer(Protocol):
     """A two-tower model. Embeddings are float32 [n, e] of unit length; `fingerprint` identifies the weights."""
 
     image_size: tuple[int, int]
+    resample: image_ops.Resample
     fingerprint: str
 
     def embed_images(self, images: np.ndarray) -> np.ndarray: ...
@@ -74,7 +75,7 @@ def _images(scorer: Scorer, table: Path, shard: str, max_pixels: int) -> Iterato
 
     def load(row: int) -> np.ndarray:
         image = image_ops.decode_image(source[row].image, max_pixels=max_pixels)
-        return image_ops.resize(image, scorer.image_size)
+        return image_ops.resize(image, scorer.image_size, resample=scorer.resample)
 
     with ThreadPoolExecutor() as threads:
         for start in range(0, len(rows), _BATCH):

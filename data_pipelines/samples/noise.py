@@ -63,13 +63,11 @@ def random_image(position: int, size_px: tuple[int, int], *, seed: int) -> np.nd
     return _generator(position, seed, _IMAGE_STREAM).integers(0, 256, (*size_px, 3), np.uint8)
 
 
-def random_tokens(position: int, length: int, *, vocab_size: int, eos_id: int, seed: int) -> np.ndarray:
-    """1 to length - 1 random ids, then the end token as in `SentencePieceTokenizer.encode`. -> int32 [l]"""
+def random_ids(position: int, length: int, *, vocab_size: int, seed: int) -> np.ndarray:
+    """1 to length - 1 random ids. -> int64 [n]"""
     generator = _generator(position, seed, _TEXT_STREAM)
-    tokens = np.full(length, eos_id, np.int32)
     kept = int(generator.integers(1, max(2, length)))
-    tokens[: min(kept, length - 1)] = generator.integers(0, vocab_size, min(kept, length - 1))
-    return tokens
+    return generator.integers(0, vocab_size, min(kept, length - 1))
 
 
 def _uniform(positions: np.ndarray, seed: int, stream: int) -> np.ndarray:

@@ -40,8 +40,9 @@ class NoisyBatches(TrainBatches):
             values, _, _ = self.sample(Place(place.row, shown, source, record), (field,))
             texts[place.row] = values["text"]
         if noise.noisy_texts(self.config, _array(place.position), seed=self.seed):
-            ids = {"vocab_size": field.tokenizer.vocab_size, "eos_id": field.tokenizer.eos_id}
-            texts[place.row] = noise.random_tokens(place.position, field.length, seed=self.seed, **ids)
+            size = field.tokenizer.vocab_size
+            ids = noise.random_ids(place.position, field.length, vocab_size=size, seed=self.seed)
+            texts[place.row] = field.tokenizer.padded(ids, field.length)
 
 
 def _array(position: int) -> np.ndarray:

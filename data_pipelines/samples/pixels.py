@@ -14,10 +14,11 @@ from data_pipelines.samples.pairs import SamplePair
 
 @dataclass(frozen=True)
 class Pixels:
-    """image: uint8 [h, w, 3]. size_px: (h, w); augment: None for none."""
+    """image: uint8 [h, w, 3]. size_px: (h, w); augment: None for none; resample: the filter of every resize."""
 
     size_px: tuple[int, int]
     augment: AugmentConfig | None = None
+    resample: image_ops.Resample = "bilinear"
     reads_pixels = True
 
     @cached_property
@@ -35,8 +36,8 @@ class Pixels:
     def make(self, pair: SamplePair, rng: Rng) -> dict[str, np.ndarray]:
         config = self.augment
         if config is None:
-            return {"image": image_ops.resize(pair.pixels, self.size_px)}
+            return {"image": image_ops.resize(pair.pixels, self.size_px, resample=self.resample)}
         box = draw_box(config, pair.pixels.shape[1::-1], rng)
-        image = image_ops.resize(pair.pixels, self.size_px, box=box)
+        image = image_ops.resize(pair.pixels, self.size_px, box=box, resample=self.resample)
         gain, flip = draw_gain(config, rng), draw_flip(config, rng)
         return {"image": apply_flip(apply_gain(image, gain), flip)}

@@ -160,8 +160,10 @@ class ModelScorer:
         self._made_from = (src, tokenizer, batch_size)
         embedder = embedder_of(src, tokenizer=tokenizer, batch_size=batch_size)
         self.embed_images, self.embed_texts = embedder.embed_images, embedder.embed_texts
-        self.image_size = embedder.image_size
-        self.fingerprint = hashlib.sha256(self._probe().tobytes()).hexdigest()
+        self.image_size, self.resample = embedder.image_size, embedder.resample
+        # What the probe, which is not resized, cannot tell. Nothing for "bilinear", as in older manifests.
+        resized = b"" if self.resample == "bilinear" else self.resample.encode()
+        self.fingerprint = hashlib.sha256(self._probe().tobytes() + resized).hexdigest()
 
     def __reduce__(self):
         return _unpickled_scorer, (*self._made_from, self.fingerprint)

@@ -143,7 +143,7 @@ def embedder_of(src: str | Path, *, tokenizer: str | None = None, with_texts: bo
         raise UserError("the model brings no tokenizer; name its SentencePiece model with --tokenizer FILE")
     mesh = sharding.make_mesh(sharding.MeshConfig())
     params = jax.device_put(params, NamedSharding(mesh, sharding.P_REPLICATED))
-    pieces = SentencePieceTokenizer(str(path)) if with_texts else None
+    pieces = SentencePieceTokenizer(str(path), **vars(config.text.tokens)) if with_texts else None
     return make_embedder(params, config, mesh=mesh, tokenizer=pieces, **settings)
 
 
@@ -162,7 +162,11 @@ def make_embedder(
         raise UserError(
             f"batch_size={batch_size} must be at least 1, threads={threads} and workers={workers} at least 0"
         )
-    rows, image_size = rows_per_process(batch_size, mesh), config.image.image_size
+    rows, image_size, resample = (
+        rows_per_process(batch_size, mesh),
+        config.image.image_size,
+        config.image.pixels.resample,
+    )
 
     def tokenize(texts: Sequence[str]) -> np.ndarray:
         length = config.text.length
@@ -172,13 +176,15 @@ def make_embedder(
         columns = _columns(fields)
         source = open_source(data, fields=columns)
         return len(source), make_eval_batches(
-            source, batch_size=rows, image_size=image_size, threads=threads, workers=workers, fields=columns,
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            source, batch_size=rows, image_size=image_size, resample=resample, threads=threads, workers=workers,
+            fields=columns, process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
 
     return Embedder(
         functools.partial(embeddings, config, params),
-        mesh=mesh, rows=rows, image_size=image_size, tokenize=tokenize, read=read, values_of=values_of,
+        mesh=mesh, rows=rows, image_size=image_size, resample=resample,
+        canonical_prompts=config.text is not None and config.text.tokens.canonical != "none",
+        tokenize=tokenize, read=read, values_of=values_of,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import tyro
 from PIL import Image
 
 from data_pipelines import sample
-from data_pipelines.image_ops import DecodeError, decode_image
+from data_pipelines.image_ops import PILLOW_FILTERS, DecodeError, decode_image
 from data_pipelines.records import Source
 from data_pipelines.sources.opening import open_source
 from data_pipelines.text_ops import iter_captions
@@ -81,7 +81,7 @@ def sample_inputs(pairs: Source, config: ModelConfig, tokenizer: Path | None) ->
         UserError: no pair has such an image, or such a text.
     """
     # By Pillow itself: training may take a faster resize that is 1/255 off here and there, consumers do not.
-    (height, width), bilinear = config.image.image_size, Image.Resampling.BILINEAR
+    (height, width), filter_ = config.image.image_size, PILLOW_FILTERS[config.image.pixels.resample]
     files, pixels, texts = [], [], []
     for index in range(len(pairs)):
         if len(files) == ROWS:
@@ -94,7 +94,7 @@ def sample_inputs(pairs: Source, config: ModelConfig, tokenizer: Path | None) ->
         except (DecodeError, OSError):
             continue
         files.append(pair.image)
-        pixels.append(np.asarray(image.resize((width, height), bilinear)))
+        pixels.append(np.asarray(image.resize((width, height), filter_)))
         texts += iter_captions([pair])
     if not files:
         raise UserError("--samples: no pair has an upright, opaque image that can be decoded; name other shards")
@@ -106,7 +106,7 @@ def sample_inputs(pairs: Source, config: ModelConfig, tokenizer: Path | None) ->
     texts = list(dict.fromkeys(texts))[:ROWS]
     if not texts:
         raise UserError("--samples: the pairs have images but no captions; name other shards, or use --tower image")
-    encode = SentencePieceTokenizer(str(tokenizer)).encode
+    encode = SentencePieceTokenizer(str(tokenizer), **vars(config.text.tokens)).encode
     tokens = np.stack([encode(text, config.text.length) for text in texts])
     return Inputs("sample", images, tokens.astype(np.int32), files, texts)
 

@@ -15,6 +15,7 @@ from siglip.cli.evaluation import first_values, make_embedder, settings_of
 from siglip.cli.frozen_images import make_prepare
 from siglip.errors import UserError
 from siglip.evaluation.suite import named_metrics, run_tasks
+from siglip.models.two_tower import TextConfig
 from siglip.parallel import launch, sharding
 from siglip.training.config import TrainConfig, load_config_file, resolve
 from siglip.training.loop import Evaluate, train
@@ -45,14 +46,17 @@ def train_command(args: list[str]) -> None:
 def _prepare(config: TrainConfig) -> Callable[[], TrainState]:
     """Opens everything that training reads; returns the function that trains."""
     config = resolve(config)
-    tokenizer = load_tokenizer(config.data.tokenizer, vocab_size=config.model.text.vocab_size)
+    image, text = config.model.image, config.model.text
+    tokenizer = load_tokenizer(config.data.tokenizer, text)
     sharding.check_batch_size(config.batch_size, sharding.make_mesh(config.mesh))
     loader = make_loader(
         config.data,
         batch_size=config.batch_size,
-        image_size=config.model.image.image_size,
-        text_length=config.model.text.length,
+        image_size=image.image_size,
+        text_length=text.length,
         seed=config.seed,
+        tokens=vars(text.tokens),
+        resample=image.pixels.resample,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -66,9 +70,9 @@ def _prepare(config: TrainConfig) -> Callable[[], TrainState]:
     )
 
 
-def load_tokenizer(path: str, *, vocab_size: int) -> SentencePieceTokenizer:
-    """Raises UserError when its ids do not fit a text tower of `vocab_size`."""
-    tokenizer = SentencePieceTokenizer(path)
+def load_tokenizer(path: str, text: TextConfig) -> SentencePieceTokenizer:
+    """Raises UserError when its ids do not fit the text tower."""
+    tokenizer, vocab_size = SentencePieceTokenizer(path, **vars(text.tokens)), text.vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"tokenizer {path} has {tokenizer.vocab_size} pieces, but model.text.vocab_size={vocab_size}; "

@@ -90,6 +90,8 @@ class Embedder:
         embed: `embeddings` with a model and its parameters.
         rows: rows of this process in each forward pass, as `rows_per_process` says.
         image_size: (height, width) in pixels.
+        resample: the filter with which the model's images are resized.
+        canonical_prompts: whether the model's own pipeline removes the punctuation of class prompts.
         tokenize: strings -> token ids, padded to the length of the text tower.
         read: (shards, fields) -> number of pairs of all processes, and this process's share of the images, at most `rows` at a
             time, as {"image", "index", "key", "fields"}. Its `counts` are the images that could not be decoded, by reason.
@@ -100,6 +102,8 @@ class Embedder:
     mesh: Mesh
     rows: int
     image_size: tuple[int, int]
+    resample: str
+    canonical_prompts: bool
     tokenize: Callable[[Sequence[str]], Int[np.ndarray, "m l"]]
     read: Callable[[str, Sequence[str]], tuple[int, Any]]
     values_of: Callable[[Mapping[str, Any], str], list[Value]]

@@ -3,7 +3,8 @@
     w_k = normalise(mean_m normalise(text(template_m(class_k))));    prediction = argmax_k  zimg . w_k
 
 Prompts are canonicalised first, as big_vision's evaluator does for SigLIP: "_" becomes a space, punctuation goes, everything is
-lower case. Without it published models lose up to 12 points on class names with underscores.
+lower case. Without it published models lose up to 12 points on class names with underscores. A model whose own pipeline does
+nothing of the kind (TokenConfig.canonical) gets its prompts as they are written.
 """
 
 import dataclasses
@@ -45,6 +46,7 @@ class ZeroShot:
         templates: file of prompts with {} for the class name, one per line or a JSON list, or a JSON object with prompts for
             each class name; without one the prompt is the class name itself.
         label: field that holds the label.
+        canonical: whether prompts lose punctuation, underscores and capitals; None does what the model's own pipeline does.
         name: name of the data set in the result; without one it is taken from the names of the shards.
         task: the kind of evaluation.
     """
@@ -53,6 +55,7 @@ class ZeroShot:
     classes: str
     templates: str | None = None
     label: str = "cls"
+    canonical: bool | None = None
     name: str | None = None
     task: Literal["zeroshot"] = "zeroshot"
 
@@ -87,7 +90,8 @@ class ZeroShot:
             UserError: a label is not a class, no image has one, or nothing can be decoded.
         """
         names = read_names(self.classes)
-        prompts = make_prompts(names, read_templates(self.templates))
+        canonical = embedder.canonical_prompts if self.canonical is None else self.canonical
+        prompts = make_prompts(names, read_templates(self.templates), canonical=canonical)
         images = embedder.embed_shards(self.data, (self.label,))
         index = {name: names.index(name) for name in names}
         pairs = zip(images.keys, images.values[self.label], strict=True)
@@ -187,8 +191,10 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "ignore").decode()
 
 
-def make_prompts(classnames: Sequence[str], templates: Sequence[str] | Mapping[str, Sequence[str]]) -> list[list[str]]:
-    """The canonical prompts of each class; "{}" in a template (or "{c}", as CLIP_benchmark writes) is the class name.
+def make_prompts(
+    classnames: Sequence[str], templates: Sequence[str] | Mapping[str, Sequence[str]], *, canonical: bool = True
+) -> list[list[str]]:
+    """The prompts of each class; "{}" in a template (or "{c}", as CLIP_benchmark writes) is the class name.
 
     Raises:
         UserError: a template for all classes has no {}, or a class has no prompts of its own.
@@ -202,8 +208,9 @@ def make_prompts(classnames: Sequence[str], templates: Sequence[str] | Mapping[s
             if "{}" not in template and "{c}" not in template:
                 raise UserError(f"template {template!r} has no {{}} for the class name")
         templates = dict.fromkeys(classnames, templates)
+    finish = canonicalize if canonical else str
     return [
-        [canonicalize(template.replace("{c}", "{}").replace("{}", name)) for template in templates[name]]
+        [finish(template.replace("{c}", "{}").replace("{}", name)) for template in templates[name]]
         for name in classnames
     ]
 

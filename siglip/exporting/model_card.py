@@ -14,10 +14,16 @@ from typing import Any
 
 from siglip.errors import UserError
 from siglip.models.two_tower import ModelConfig
+from siglip.models.vit import PixelConfig
 from siglip.workdir.files import CONFIG_FILE, read_config
 from siglip.workdir.metrics import format_value, read_metrics
 from siglip.workdir.report import final_results
 
+_LOWER = {
+    "text": "lower-cased as Python's `str.lower` does",
+    "character": "every character lower-cased",
+    "none": "capitals stay",
+}
 _HUB_LICENCES = (
     "apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "gpl-3.0", "gemma",
 )  # fmt: skip
@@ -129,17 +135,27 @@ def _architecture(config: ModelConfig) -> str:
 def _contract(config: ModelConfig) -> list[str]:
     image, text, (height, width), (down, across) = config.image, config.text, config.image.image_size, config.image.grid
     lines = [
-        f"- images: upright RGB, transparent parts over white, resized to {height} x {width} px (bilinear with antialias, as "
-        "Pillow does; the aspect ratio is not kept), then x / 127.5 - 1: values in [-1, 1]",
+        f"- images: upright RGB, transparent parts over white, resized to {height} x {width} px ({image.pixels.resample} with "
+        f"antialias, as Pillow does; the aspect ratio is not kept), then {_pixel_range(image.pixels)}",
         f"- they become {down * across} tokens ({down} x {across}, row by row) of width {image.spec.width}"
         + (", with a class token before them" if image.pool == "tok" else ""),
     ]
     if text:
         lines.append(
-            f"- texts: lower-cased as Python's `str.lower` does, SentencePiece, cut to {text.length - 1} pieces, then filled up "
-            f"to exactly {text.length} with the end token `</s>`; punctuation stays, pads are attended to, there is no mask"
+            f"- texts: {_LOWER[text.tokens.lower]}, SentencePiece, cut to {text.length - text.tokens.end} pieces, then "
+            f"{'the end token, ' if text.tokens.end else ''}filled up to exactly {text.length} with "
+            + ("the end token itself" if text.tokens.pad_id is None else f"the id {text.tokens.pad_id}")
+            + ("; punctuation is removed" if text.tokens.canonical == "texts" else "; punctuation stays")
+            + ", pads are attended to, there is no mask"
         )
     return lines
+
+
+def _pixel_range(pixels: PixelConfig) -> str:
+    scaled = "x / 127.5 - 1: values in [-1, 1]"
+    if pixels.has_default_range:
+        return scaled
+    return f"{scaled}; inside, or in a preprocessor, (x / 255 - {pixels.mean}) / {pixels.std}"
 
 
 def _recipe(origin: Provenance) -> str:

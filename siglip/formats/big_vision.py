@@ -254,8 +254,9 @@ def _shapes_tell(shapes: Mapping[str, key_maps.Shape], config: ModelConfig) -> b
     inferred = infer_config(shapes)
 
     def key(c: ModelConfig) -> tuple:
-        image = (c.image.spec, c.image.patch, c.image.image_size, c.image.pool, c.image.posemb)
-        return image, c.text and (c.text.spec, c.text.vocab_size, c.text.length, c.text.pool), c.out_dim
+        image = (c.image.spec, c.image.patch, c.image.image_size, c.image.pixels, c.image.pool, c.image.posemb)
+        text = c.text and (c.text.spec, c.text.vocab_size, c.text.length, c.text.tokens, c.text.pool)
+        return image, text, c.out_dim
 
     return not inferred.problems and key(inferred.config) == key(config)
 
@@ -289,9 +290,20 @@ print(model.image_tokens(images).shape)
 ```
 """
 
+
+def _warnings(config: ModelConfig, has_tokenizer: bool) -> list[str]:
+    if config.image.pixels.has_default_range:
+        return []
+    mean, std = config.image.pixels.mean, config.image.pixels.std
+    return [
+        f"big_vision itself scales pixels to [-1, 1]: feed it (x / 255 - {mean}) / {std}, as model.config.json says"
+    ]
+
+
 EXPORT = ExportFormat(
     library="big_vision",
     write=_export,
+    warnings=_warnings,
     example=lambda config, has_tokenizer: _EXAMPLE,
     layouts=("loop", "scan"),
 )

@@ -16,6 +16,7 @@ from siglip.formats import hugging_face
 from siglip.formats.export_format import ExportFormat, ExportMismatch, Inputs, Layout, Outputs, in_folder
 from siglip.formats.hf_tokenizer.convert import read_pieces
 from siglip.models.two_tower import ModelConfig
+from siglip.models.vit import PixelConfig
 
 _PIPELINE_LENGTH = 64
 _UPRIGHT = (
@@ -63,7 +64,8 @@ print(torch.sigmoid(logits))
 
 
 def outputs(folder: Path, cases: Sequence[Inputs]) -> list[Outputs]:
-    """What `transformers` gives, its preprocessor and tokenizer included where there are files and texts.
+    """What `transformers` gives, its preprocessor and tokenizer included where there are files and texts. Its pixels have the
+    mean and the deviation of the folder, ours reach from -1 to 1.
 
     Raises:
         ExportMismatch: it does not find every weight, or finds one it does not know.
@@ -75,7 +77,8 @@ def outputs(folder: Path, cases: Sequence[Inputs]) -> list[Outputs]:
     model, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
     check_all_loaded(loading)
     model = model.float().eval()
-    return [_preprocessed(folder, case) | _torch_outputs(model, case) for case in cases]
+    pixels = hugging_face.read_config(folder).image.pixels
+    return [_preprocessed(folder, case, pixels) | _torch_outputs(model, case, pixels) for case in cases]
 
 
 def check_all_loaded(loading: Mapping[str, Any]) -> None:
@@ -85,10 +88,13 @@ def check_all_loaded(loading: Mapping[str, Any]) -> None:
         raise ExportMismatch(f"transformers did not load the weights as they are: {bad}")
 
 
-def _torch_outputs(model: Any, inputs: Inputs) -> Outputs:
+def _torch_outputs(model: Any, inputs: Inputs, config: PixelConfig) -> Outputs:
     import torch
 
-    pixels = torch.from_numpy(np.ascontiguousarray(inputs.images.transpose(0, 3, 1, 2)))
+    images = inputs.images
+    if not config.has_default_range:
+        images = (((images + 1) / 2 - config.mean) / config.std).astype(np.float32)
+    pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     with torch.no_grad():
         if inputs.tokens is None:
             vision = getattr(model, "vision_model", model)(pixel_values=pixels)
@@ -104,7 +110,7 @@ def _torch_outputs(model: Any, inputs: Inputs) -> Outputs:
     return {name: tensor.numpy() for name, tensor in found.items()}
 
 
-def _preprocessed(folder: Path, inputs: Inputs) -> Outputs:
+def _preprocessed(folder: Path, inputs: Inputs, config: PixelConfig) -> Outputs:
     from transformers import AutoImageProcessor, AutoTokenizer
 
     outputs: Outputs = {}
@@ -114,7 +120,10 @@ def _preprocessed(folder: Path, inputs: Inputs) -> Outputs:
         # The preprocessor of transformers neither turns images upright nor puts them over white: that is its caller's part.
         images = [Image.open(io.BytesIO(file)) for file in inputs.files]
         pixels = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="np")["pixel_values"]
-        outputs["pixels"] = np.asarray(pixels, np.float32).transpose(0, 2, 3, 1)
+        pixels = np.asarray(pixels, np.float32).transpose(0, 2, 3, 1)
+        if not config.has_default_range:
+            pixels = (2 * (pixels * np.float64(config.std) + config.mean) - 1).astype(np.float32)
+        outputs["pixels"] = pixels
     if inputs.texts:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         ids = tokenizer(list(inputs.texts), padding="max_length", truncation=True, return_tensors="np")["input_ids"]

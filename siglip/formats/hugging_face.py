@@ -22,6 +22,7 @@ from siglip.errors import UserError
 from siglip.formats import key_maps, pali_gemma
 from siglip.formats.containers import LazyArray, aligned_float32, open_safetensors, write_safetensors
 from siglip.formats.export_format import TOKENIZER_FILE
+from siglip.formats.hf_inputs import preprocessor_json, read_pixels, read_tokens
 from siglip.formats.hf_tokenizer import convert
 from siglip.formats.infer_config import expected_shapes
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
@@ -56,7 +57,7 @@ def read(folder: str | Path, *, only_image: bool = False) -> tuple[dict[str, Any
         FileNotFoundError: config.json or the safetensors weights are missing.
         UserError: another kind of model, or weights that do not fit the config; every bad key is named.
     """
-    folder, config = Path(folder), read_config(folder)
+    folder, config = Path(folder), read_config(folder, with_texts=not only_image)
     tree = _read_json(folder / "config.json")
     with open_safetensors(_weight_files(folder)) as stored:
         state = {k: array for k, array in _unwrapped(stored).items() if not k.endswith(".position_ids")}
@@ -87,10 +88,20 @@ def _unwrapped(stored: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
     return state
 
 
-def read_config(folder: str | Path) -> ModelConfig:
-    """The architecture alone. Raises as `read`, but for the weights, which it does not open."""
+def read_config(folder: str | Path, *, with_texts: bool = True) -> ModelConfig:
+    """The architecture, and how inputs are prepared. Raises as `read`, but for the weights, which it does not open.
+
+    Args:
+        with_texts: False takes no look at the tokenizer.
+    """
     path = Path(folder) / "config.json"
-    return model_config(_read_json(path), source=str(path))
+    tree = _read_json(path)
+    config = model_config(tree, source=str(path))
+    image, text = config.image, config.text
+    pixels = read_pixels(path.parent, image_size=image.image_size, inside=pali_gemma.has_tower(tree))
+    if with_texts and text is not None:
+        text = dataclasses.replace(text, tokens=read_tokens(path.parent))
+    return dataclasses.replace(config, image=dataclasses.replace(image, pixels=pixels), text=text)
 
 
 def _ours(state: Mapping[str, LazyArray], path: str, shape: key_maps.Shape) -> np.ndarray:
@@ -118,11 +129,14 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, token
 
     write_safetensors(folder / _WEIGHTS, _their_arrays(flat))
     _write_json(folder / "config.json", config_json(config))
-    _write_json(folder / "preprocessor_config.json", _preprocessor_json(config))
-    if config.text is not None and tokenizer is not None:
-        model, source, length = tokenizer.read_bytes(), str(tokenizer), config.text.length
-        _write_json(folder / "tokenizer.json", convert.tokenizer_json(model, source=source))
-        _write_json(folder / "tokenizer_config.json", convert.tokenizer_config(model, length=length, source=source))
+    image, text = config.image, config.text
+    preprocessor = preprocessor_json(image.pixels, image_size=image.image_size, with_texts=text is not None)
+    _write_json(folder / "preprocessor_config.json", preprocessor)
+    if text is not None and tokenizer is not None:
+        model, source = tokenizer.read_bytes(), str(tokenizer)
+        settings = convert.tokenizer_config(model, text.tokens, length=text.length, source=source)
+        _write_json(folder / "tokenizer.json", convert.tokenizer_json(model, text.tokens, source=source))
+        _write_json(folder / "tokenizer_config.json", settings)
         (folder / TOKENIZER_FILE).write_bytes(model)
 
 
@@ -169,7 +183,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": text.length,
         "projection_size": config.embedding_dims[1],
         **_FIXED,
-        "pad_token_id": 1,
+        "pad_token_id": 1 if text.tokens.pad_id is None else text.tokens.pad_id,
         "bos_token_id": 1,
         "eos_token_id": 1,
     }
@@ -259,23 +273,6 @@ def _spec(part: Mapping[str, Any]) -> Variant:
 
 def _sizes_json(spec: Variant) -> dict[str, int]:
     return {theirs: getattr(spec, ours) for theirs, ours in _SIZES.items()}
-
-
-def _preprocessor_json(config: ModelConfig) -> dict[str, Any]:
-    height, width = config.image.image_size
-    return {
-        "image_processor_type": "SiglipImageProcessor",
-        **({} if config.text is None else {"processor_class": "SiglipProcessor"}),
-        "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": 2,  # PIL's BILINEAR, antialiased, as our data pipeline resizes; the class default is bicubic
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "do_convert_rgb": True,
-    }
 
 
 def _their_arrays(flat: Mapping[str, np.ndarray]) -> dict[str, LazyArray]:

@@ -5,9 +5,10 @@
 Every array votes on the sizes of its axes. So an array that is missing, misnamed or of the wrong shape is found, and all
 bad ones can be named at once.
 
-The trap: four things cannot be inferred from shapes. A text tower may pool "last", "first", "mean" or "max", an image tower
-"gap", "0" or not at all, a grid may be 2 x 8 as well as 4 x 4, and fixed positions do not show the image size. We assume
-what published models do; `big_vision.write` puts a config file beside an npz of another model.
+The trap: five things cannot be inferred from shapes. A text tower may pool "last", "first", "mean" or "max", an image tower
+"gap", "0" or not at all, a grid may be 2 x 8 as well as 4 x 4, fixed positions do not show the image size, and nothing shows how
+images and texts are prepared. We assume what published models do: a vocabulary of 256,000 pieces is Gemma's, which SigLIP 2 pads
+with 0. `big_vision.write` puts a config file beside an npz of another model.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from collections.abc import Mapping
 from siglip.errors import UserError
 from siglip.formats import key_maps
 from siglip.formats.containers import Shape
+from siglip.models.text import TokenConfig
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, param_shapes
 from siglip.models.variants import Variant
 from siglip.trees import did_you_mean, flatten
@@ -54,6 +56,7 @@ _AXES = {
 }
 _LAYER = re.compile(r"\w+/encoderblock_(\d+)/.+")
 _ARRAYS_PER_LAYER = 16
+_GEMMA_PIECES = 256_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +219,7 @@ def _infer_text(
         **spec.fields(),
         vocab_size=sizes.get("V", 1),
         length=sizes.get("N", 1),
+        tokens=TokenConfig(pad_id=0) if sizes.get("V") == _GEMMA_PIECES else TokenConfig(),
         pool="map" if _any(shapes, "txt/MAPHead_0/") else "last",
     )
     # Without a head the widths are equal, or the head is lost.

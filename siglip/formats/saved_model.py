@@ -10,7 +10,7 @@
     model.signatures["serving_default"](images=tf.constant([jpeg]), texts=tf.constant(["a dog"]))["probabilities"]
 
 For an image tower alone, `serving_default` is images -> image_tokens and, where it pools, image_embedding. Images are decoded
-and resized as Pillow does it (siglip.formats.tf_pixels), texts lower-cased and tokenized as in training (tf_tokens). The towers
+and resized as Pillow does it (siglip.formats.tf_pixels), texts prepared and tokenized as in training (tf_tokens). The towers
 are StableHLO for CPU, CUDA and TPU with float32 products (jax2tf), for any b and k above 0; loading them needs neither jax nor
 this package.
 
@@ -88,13 +88,14 @@ _Graph = tuple[tuple[str, ...], Callable[..., dict[str, Any]]]
 def _image_graphs(module: Any, params: Mapping[str, Any], config: ModelConfig) -> dict[str, _Graph]:
     import tensorflow as tf
 
-    size_px, (embed, weights) = config.image.image_size, towers(params, config)[0]
+    size_px, resample = config.image.image_size, config.image.pixels.resample
+    embed, weights = towers(params, config)[0]
     run = _lower(module, "image_weights", embed, weights, batches={"b": tf.TensorSpec((None, *size_px, 3), tf.uint8)})
 
     @_strings("images")
     def pixels(images: tf.Tensor) -> tf.Tensor:
         shape = tf.TensorSpec((*size_px, 3), tf.uint8)
-        return tf.map_fn(lambda data: tf_pixels.pixels(data, size_px), images, fn_output_signature=shape)
+        return tf.map_fn(lambda data: tf_pixels.pixels(data, size_px, resample), images, fn_output_signature=shape)
 
     graphs: dict[str, _Graph] = {
         "pixels": (("images",), lambda images: {"pixels": pixels(images)}),
@@ -110,15 +111,17 @@ def _text_graphs(module: Any, params: Mapping[str, Any], config: ModelConfig, *,
     import tensorflow as tf
     import tensorflow_text as tf_text
 
-    length, (embed, weights) = config.text.length, towers(params, config)[1]
+    embed, weights = towers(params, config)[1]
     eos = read_sentencepiece(pieces, source="the tokenizer").trainer_spec.eos_id
     module.sentencepiece = tf_text.SentencepieceTokenizer(model=pieces, out_type=tf.int32)
 
-    run = _lower(module, "text_weights", embed, weights, batches={"k": tf.TensorSpec((None, length), tf.int32)})
+    run = _lower(
+        module, "text_weights", embed, weights, batches={"k": tf.TensorSpec((None, config.text.length), tf.int32)}
+    )
 
     @_strings("texts")
     def tokens(texts: tf.Tensor) -> tf.Tensor:
-        return tf_tokens.tokens(texts, module.sentencepiece, length=length, eos=eos)
+        return tf_tokens.tokens(texts, module.sentencepiece, config.text, eos=eos)
 
     return {
         "tokens": (("texts",), lambda texts: {"tokens": tokens(texts)}),

@@ -1,9 +1,10 @@
 """Encoded images to the pixels of training, in TensorFlow ops: for graphs that run without Pillow and without this package.
 
-    JPEG, PNG, WebP, GIF or BMP -> upright (EXIF) -> over white -> RGB -> uint8 [h, w, 3], bilinear with antialias
+    JPEG, PNG, WebP, GIF or BMP -> upright (EXIF) -> over white -> RGB -> uint8 [h, w, 3], with antialias
 
-Resizing is that of Pillow 13, to the bit (libImaging/Resample.c): triangle weights as integers of 22 fractional bits, one
-direction, rounded to bytes, then the other. The rows come first where they shrink more than twice as much as the columns.
+Resizing is that of Pillow 13, to the bit (libImaging/Resample.c): the weights of a triangle or a cubic as integers of 22
+fractional bits, one direction, rounded to bytes, then the other. The rows come first where they shrink more than twice as much
+as the columns.
 Not as in training: transparent parts of a GIF keep their hidden colour, the EXIF orientation of a WebP is not read, and AVIF and
 BMP of other than 24 bits are refused.
 
@@ -12,20 +13,21 @@ JPEG decoder defaults to a faster and less accurate transform than everyone else
 images with less than 8 bits nearly transparent.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
+Resample = Literal["bilinear", "bicubic"]
 _PRECISION_BITS = 22
 _EXIF_HEADER = b"Exif\0\0"
 _ORIENTATION_TAG = 0x0112
 _APP1, _SCAN = 0xE1, 0xDA
 
 
-def pixels(data: "tf.Tensor", size_px: tuple[int, int]) -> "tf.Tensor":
+def pixels(data: "tf.Tensor", size_px: tuple[int, int], resample: Resample = "bilinear") -> "tf.Tensor":
     """One encoded image, a string scalar -> uint8 [h, w, 3]. Other bytes fail with InvalidArgumentError when the graph runs."""
-    return resize(decode(data), size_px)
+    return resize(decode(data), size_px, resample)
 
 
 def decode(data: "tf.Tensor") -> "tf.Tensor":
@@ -50,7 +52,7 @@ def decode(data: "tf.Tensor") -> "tf.Tensor":
     return tf.ensure_shape(tf.case(kinds, default=unknown), (None, None, 3))
 
 
-def resize(image: "tf.Tensor", size_px: tuple[int, int]) -> "tf.Tensor":
+def resize(image: "tf.Tensor", size_px: tuple[int, int], resample: Resample = "bilinear") -> "tf.Tensor":
     """uint8 [any height, any width, 3] -> uint8 [h, w, 3]."""
     import tensorflow as tf
 
@@ -58,23 +60,27 @@ def resize(image: "tf.Tensor", size_px: tuple[int, int]) -> "tf.Tensor":
     image = tf.cast(image, tf.int32)
     height, width = tf.unstack(tf.shape(image)[:2])
     shrinks_more = (height > h) & (height - h > 2 * (width - w))
-    resized = tf.cond(shrinks_more, lambda: _resample(_rows(image, h), w), lambda: _rows(_resample(image, w), h))
+    resized = tf.cond(
+        shrinks_more,
+        lambda: _resample(_rows(image, h, resample), w, resample),
+        lambda: _rows(_resample(image, w, resample), h, resample),
+    )
     return tf.ensure_shape(tf.cast(resized, tf.uint8), (h, w, 3))
 
 
-def _rows(image: "tf.Tensor", h: int) -> "tf.Tensor":
+def _rows(image: "tf.Tensor", h: int, resample: Resample) -> "tf.Tensor":
     import tensorflow as tf
 
     height, width = tf.unstack(tf.shape(image)[:2])
-    return tf.reshape(_resample(tf.reshape(image, (1, height, width * 3)), h), (h, width, 3))
+    return tf.reshape(_resample(tf.reshape(image, (1, height, width * 3)), h, resample), (h, width, 3))
 
 
-def _resample(lines: "tf.Tensor", out: int) -> "tf.Tensor":
-    """int32 [n, size, m] of bytes -> [n, out, m]. Whole numbers: the sums stay below 255 * 2^22 + 2^21 + rounding < 2^31."""
+def _resample(lines: "tf.Tensor", out: int, resample: Resample) -> "tf.Tensor":
+    """int32 [n, size, m] of bytes -> [n, out, m]. Whole numbers: sums stay below 255 * 2^22 * 1.3, the cubic's lobes, < 2^31."""
     import tensorflow as tf
 
     size = tf.shape(lines)[1]
-    first, weights = _weights(size, out)
+    first, weights = _weights(size, out, resample)
     half = tf.fill((tf.shape(lines)[0], out, tf.shape(lines)[2]), 1 << (_PRECISION_BITS - 1))
 
     def add(tap: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -86,20 +92,31 @@ def _resample(lines: "tf.Tensor", out: int) -> "tf.Tensor":
     return tf.clip_by_value(tf.bitwise.right_shift(sums, _PRECISION_BITS), 0, 255)
 
 
-def _weights(size: "tf.Tensor", out: int) -> tuple["tf.Tensor", "tf.Tensor"]:
+def _weights(size: "tf.Tensor", out: int, resample: Resample) -> tuple["tf.Tensor", "tf.Tensor"]:
     """Where the pixels of a line begin that count in each pixel of the result, int32 [out], and how much, [out, taps]."""
     import tensorflow as tf
 
     scale = tf.cast(size, tf.float64) / out
-    support = tf.maximum(scale, 1.0)
+    widened = tf.maximum(scale, 1.0)
+    support = widened * (1.0 if resample == "bilinear" else 2.0)
     centre = (tf.range(out, dtype=tf.float64) + 0.5) * scale
     first = tf.maximum(tf.cast(centre - support + 0.5, tf.int32), 0)
     end = tf.minimum(tf.cast(centre + support + 0.5, tf.int32), size)
     places = first[:, None] + tf.range(tf.reduce_max(end - first))
-    distance = tf.abs((tf.cast(places, tf.float64) - centre[:, None] + 0.5) * (1.0 / support))
-    triangle = tf.where(places < end[:, None], tf.maximum(1.0 - distance, 0.0), 0.0)
-    share = triangle / tf.reduce_sum(triangle, axis=1, keepdims=True)
-    return first, tf.cast(share * float(1 << _PRECISION_BITS) + 0.5, tf.int32)
+    distance = tf.abs((tf.cast(places, tf.float64) - centre[:, None] + 0.5) * (1.0 / widened))
+    kernel = tf.maximum(1.0 - distance, 0.0) if resample == "bilinear" else _cubic(distance)
+    kernel = tf.where(places < end[:, None], kernel, 0.0)
+    share = kernel / tf.reduce_sum(kernel, axis=1, keepdims=True)
+    return first, tf.cast(share * float(1 << _PRECISION_BITS) + 0.5 * tf.sign(share), tf.int32)
+
+
+def _cubic(x: "tf.Tensor") -> "tf.Tensor":
+    """Keys's cubic convolution kernel with a = -0.5, of distances."""
+    import tensorflow as tf
+
+    a = -0.5
+    near, far = ((a + 2.0) * x - (a + 3.0)) * x * x + 1, (((x - 5) * x + 8) * x - 4) * a
+    return tf.where(x < 1.0, near, tf.where(x < 2.0, far, 0.0))
 
 
 def _over_white(image: "tf.Tensor") -> "tf.Tensor":

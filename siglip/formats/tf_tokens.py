@@ -1,6 +1,6 @@
-"""Texts to the token ids of training, in TensorFlow ops: lower case, SentencePiece, cut and filled up with the end token.
+"""Texts to the token ids of training, in TensorFlow ops: lower case, SentencePiece, cut, the end token, filled up with pads.
 
-    ids = (pieces(lower(text)) + [eos])[:length - 1] + [eos] * ...
+    ids = pieces(lower(text))[:length - 1] + [eos] + [pad] * ...
 
 The trap: `tf.strings.lower` follows the locale of the machine it runs on, stops at a zero byte, and knows another Unicode than
 the Python that trained. The lower case here is a table (siglip.formats.hf_tokenizer.lower_case).
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from siglip.formats.hf_tokenizer.lower_case import lower_case_rules
+from siglip.formats.hf_tokenizer.lower_case import PUNCTUATION, WHITE_SPACE, lower_case_rules
+from siglip.models.text import TextConfig
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -18,22 +19,33 @@ if TYPE_CHECKING:
 
 
 def tokens(
-    texts: "tf.Tensor", sentencepiece: "tf_text.SentencepieceTokenizer", *, length: int, eos: int
+    texts: "tf.Tensor", sentencepiece: "tf_text.SentencepieceTokenizer", config: TextConfig, *, eos: int
 ) -> "tf.Tensor":
-    """UTF-8 strings [k] -> int32 [k, length], the last of each the end token."""
-    pieces = sentencepiece.tokenize(lower(texts))[:, : length - 1]
-    return pieces.to_tensor(default_value=eos, shape=(None, length))
+    """UTF-8 strings [k] -> int32 [k, l]. eos: id of the end token."""
+    import tensorflow as tf
+
+    rules, length = config.tokens, config.length
+    if rules.lower != "none":
+        texts = lower(texts, final_sigma=rules.lower == "text")
+    if rules.canonical == "texts":
+        texts = tf.strings.regex_replace(texts, f"[{PUNCTUATION}]", "")
+        texts = tf.strings.regex_replace(tf.strings.regex_replace(texts, f"[{WHITE_SPACE}]+", " "), "^ | $", "")
+    pieces = sentencepiece.tokenize(texts)[:, : length - rules.end]
+    if rules.end:
+        pieces = tf.concat([pieces, tf.fill((tf.shape(texts)[0], 1), eos)], axis=1)
+    return pieces.to_tensor(default_value=eos if rules.pad_id is None else rules.pad_id, shape=(None, length))
 
 
-def lower(texts: "tf.Tensor") -> "tf.Tensor":
-    """Python's `str.lower` of UTF-8 strings [k]; what is not UTF-8 becomes U+FFFD."""
+def lower(texts: "tf.Tensor", *, final_sigma: bool = True) -> "tf.Tensor":
+    """Python's `str.lower` of UTF-8 strings [k], or of each of their characters; what is not UTF-8 becomes U+FFFD."""
     import tensorflow as tf
 
     rules = lower_case_rules()
-    # A sigma before a cased letter is none at an end; those that follow each other overlap, and every second is left.
-    for _ in range(2):
-        texts = tf.strings.regex_replace(texts, f"Σ([{rules.skipped}]*[{rules.cased}])", r"σ\1")
-    texts = tf.strings.regex_replace(texts, f"([{rules.cased}][{rules.skipped}]*)Σ", r"\1ς")
+    if final_sigma:
+        # A sigma before a cased letter is none at an end; those that follow each other overlap, and every second is left.
+        for _ in range(2):
+            texts = tf.strings.regex_replace(texts, f"Σ([{rules.skipped}]*[{rules.cased}])", r"σ\1")
+        texts = tf.strings.regex_replace(texts, f"([{rules.cased}][{rules.skipped}]*)Σ", r"\1ς")
     for c, several in rules.mapping.items():
         if len(several) > 1:
             texts = tf.strings.regex_replace(texts, c, several)

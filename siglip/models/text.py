@@ -2,8 +2,8 @@
 
     tokens = LN(blocks(embedding[ids] + position));  z = pool(tokens) @ kernel + bias    (SigLIP, arXiv:2303.15343)
 
-The trap: pool "last" reads position `length - 1` whatever stands there. Texts must be padded (or cut) to exactly
-`length`, with a sticky end token; there is no mask that would make a shorter batch equal.
+The trap: pool "last" reads position `length - 1` whatever stands there, mostly a pad. Texts must be padded (or cut) to exactly
+`length`, with the pads of training (TokenConfig); there is no mask that would make a shorter batch equal.
 """
 
 import dataclasses
@@ -21,6 +21,29 @@ from siglip.parallel.sharding import ParamLayout
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenConfig:
+    """How texts become the ids that a tower was trained on, beside the tokenizer's pieces. It belongs to the model: other pads,
+    even, are other embeddings.
+
+    Attributes:
+        pad_id: fills a text up to the tower's length; None is the end token, as SigLIP was trained. SigLIP 2 has 0, `<pad>`.
+        end: whether the end token follows the pieces, and is kept when a text is cut.
+        lower: "text" is Python's `str.lower`; "character" lower-cases each character alone, as Hugging Face's tokenizers do:
+            the two differ in the final sigma. "none" keeps capitals.
+        canonical: which texts lose their punctuation and extra white space: all "texts", as Hugging Face's tokenizer of SigLIP
+            does it, only the "prompts" of zero-shot classes, as big_vision does it, or "none", as for SigLIP 2 there.
+    """
+
+    pad_id: int | None = None
+    end: bool = True
+    lower: Literal["text", "character", "none"] = "text"
+    canonical: Literal["texts", "prompts", "none"] = "prompts"
+
+    def __post_init__(self) -> None:
+        check_choices(self, ("lower", "canonical"))
+
+
+@dataclasses.dataclass(frozen=True)
 class TextConfig:
     """The text tower. `width`, `depth`, `mlp_dim` and `num_heads` override what `variant` says; `length` is in tokens.
 
@@ -35,6 +58,7 @@ class TextConfig:
     num_heads: int | None = None
     vocab_size: int = 32_000
     length: int = 64
+    tokens: TokenConfig = TokenConfig()
     pool: Literal["last", "first", "mean", "max", "map"] = "last"
     scan: bool = False
     remat: Remat = "none"
@@ -55,6 +79,8 @@ class TextConfig:
         assert self.spec  # raises on sizes that do not fit each other
         for field, value in (("vocab_size", self.vocab_size), ("length", self.length)):
             check_size(field, value)
+        if self.tokens.pad_id is not None and not 0 <= self.tokens.pad_id < self.vocab_size:
+            raise UserError(f"tokens.pad_id={self.tokens.pad_id} is not one of the {self.vocab_size} ids of vocab_size")
 
     @property
     def spec(self) -> Variant:

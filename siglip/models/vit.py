@@ -29,6 +29,30 @@ _DEFAULT_PATCH_PX = 16
 
 
 @dataclasses.dataclass(frozen=True)
+class PixelConfig:
+    """How images become the pixels that a tower was trained on.
+
+    Attributes:
+        mean, std: of red, green and blue, where 0 is black and 1 is white; the tower's input is (pixel - mean) / std.
+        resample: the filter that resizes, with antialias.
+    """
+
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    resample: Literal["bilinear", "bicubic"] = "bilinear"
+
+    def __post_init__(self) -> None:
+        check_choices(self, ("resample",))
+        if not all(deviation > 0 for deviation in self.std):
+            raise UserError(f"std={self.std} must be positive: pixels are divided by it")
+
+    @property
+    def has_default_range(self) -> bool:
+        """Whether the tower's input is just the range from -1 to 1."""
+        return {*self.mean, *self.std} == {0.5}
+
+
+@dataclasses.dataclass(frozen=True)
 class ImageConfig:
     """The image tower. `width`, `depth`, `mlp_dim`, `num_heads` and `patch_size` override what `variant` says.
 
@@ -43,6 +67,7 @@ class ImageConfig:
     num_heads: int | None = None
     patch_size: tuple[int, int] | None = None
     image_size: tuple[int, int] = (224, 224)
+    pixels: PixelConfig = PixelConfig()
     pool: Literal["map", "gap", "0", "tok", "none"] = "map"
     posemb: Literal["learn", "sincos2d"] = "learn"
     scan: bool = False
@@ -151,6 +176,9 @@ class ViT(nn.Module):
             got = "x".join(map(str, image.shape))
             raise ValueError(f"images are {got} but the model takes {want}; resize them, or load it with image_size=…")
         out, image = {}, normalize_pixels(image) if image.dtype == jnp.uint8 else image
+        if not config.pixels.has_default_range:
+            mean, std = (jnp.asarray(values, jnp.float32) for values in (config.pixels.mean, config.pixels.std))
+            image = ((image + 1) / 2 - mean) / std
         keep = self._some_patches(image.shape[0]) if train and config.patch_dropout else None
         x = PatchEmbed(config.patch, spec.width, dtype, name="embedding")(image, keep)
         positions = self._positions()

@@ -232,6 +232,7 @@ def _check_architecture(
     if "img" in towers:
         there, here = theirs.image, ours.image
         compare_specs("image", there, here)
+        compare("image.pixels", there.pixels, here.pixels)
         compare("image.posemb", there.posemb, here.posemb, unless_excluded="img/pos_embedding")
         if there.pool != "none":  # such a tower is there to be built upon
             new = "img/cls" if "tok" in (there.pool, here.pool) else "img/MAPHead_0/"
@@ -240,6 +241,7 @@ def _check_architecture(
         assert theirs.text is not None and ours.text is not None
         compare_specs("text", theirs.text, ours.text)
         compare("text.vocab_size", theirs.text.vocab_size, ours.text.vocab_size, unless_excluded="txt/Embed_0/")
+        compare("text.tokens", theirs.text.tokens, ours.text.tokens, unless_excluded="txt/Embed_0/")
         compare("text.length", theirs.text.length, ours.text.length, unless_excluded="txt/pos_embedding")
         compare("text.pool", theirs.text.pool, ours.text.pool, unless_excluded="txt/MAPHead_0/")
     if different:

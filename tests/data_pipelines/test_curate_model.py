@@ -17,6 +17,7 @@ class ColourScorer:
     """Embeds a image by its colour, a caption by the number in it: a model whose scores can be worked out by hand."""
 
     image_size = (4, 4)
+    resample = "bilinear"
     fingerprint = "colour"
 
     def embed_images(self, images):

@@ -55,6 +55,7 @@ class Brightness:
     """Embeds pictures by how bright they are, captions by how long: scores of every value, made without a model."""
 
     image_size = (8, 8)
+    resample = "bilinear"
     fingerprint = "brightness"
 
     def embed_images(self, images):

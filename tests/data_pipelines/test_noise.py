@@ -1,12 +1,16 @@
 """Corruptions come as often as asked, the same everywhere, and more of them contain fewer."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipelines import sample
 from data_pipelines.samples import noise
 from data_pipelines.samples.noise import NoiseConfig
+from data_pipelines.tokenizers import SentencePieceTokenizer
 
 POSITIONS = np.arange(10**9, 10**9 + 20_000)
 
@@ -46,11 +50,13 @@ def test_pictures_and_tokens_of_noise():
     assert picture.shape == (30, 40, 3) and picture.dtype == np.uint8 and 120 < picture.mean() < 135
     assert (picture == noise.random_image(5, (30, 40), seed=0)).all()
     assert (picture != noise.random_image(6, (30, 40), seed=0)).any()
-    tokens = np.stack([noise.random_tokens(n, 16, vocab_size=1000, eos_id=1, seed=0) for n in range(3000)])
+    tokenizer = SentencePieceTokenizer(Path(sample.__file__).parent / "spiece.model")
+    drawn = [noise.random_ids(n, 16, vocab_size=1000, seed=0) for n in range(3000)]
+    tokens = np.stack([tokenizer.padded(ids, 16) for ids in drawn])
     assert tokens.dtype == np.int32 and tokens.min() >= 0 and tokens.max() < 1000 and (tokens[:, -1] == 1).all()
     lengths = (tokens != 1).sum(1)
     assert lengths.min() <= 1 and lengths.max() == 15 and 7 < lengths.mean() < 9
-    assert noise.random_tokens(0, 1, vocab_size=1000, eos_id=1, seed=0).tolist() == [1]
+    assert tokenizer.padded(noise.random_ids(0, 1, vocab_size=1000, seed=0), 1).tolist() == [1]
 
 
 @pytest.mark.parametrize("field", ["image", "text", "alignment"])

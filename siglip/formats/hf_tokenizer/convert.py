@@ -1,9 +1,9 @@
-"""A SentencePiece model, behind Python's `str.lower`, as the tokenizer.json of Hugging Face's `tokenizers`.
+"""A SentencePiece model, behind what a TokenConfig says, as the tokenizer.json of Hugging Face's `tokenizers`.
 
-    ids = (pieces(lower(text)) + [eos])[:length - 1] + [eos] * ...
+    ids = pieces(lower(text))[:length - 1] + [eos] + [pad] * ...
 
-Lower-casing and SentencePiece's own normalisation become a sequence of normalisers, the pieces a Unigram or BPE model,
-the end token a post-processor. The class that reads the folder is `PreTrainedTokenizerFast`.
+Lower-casing, the removal of punctuation and SentencePiece's own normalisation become a sequence of normalisers, the pieces a
+Unigram or BPE model, the end token a post-processor. The class that reads the folder is `PreTrainedTokenizerFast`.
 
 The traps: `Lowercase` of the library knows no final sigma and follows another version of Unicode, `Precompiled` reads
 the normalisation table differently (see charsmap.py), and a Unigram model matches `</s>` and `<0x41>` in texts
@@ -12,6 +12,7 @@ and tell `NFC` which characters the table composes.
 """
 
 import base64
+import dataclasses
 import re
 import unicodedata
 from collections import defaultdict
@@ -21,8 +22,16 @@ from typing import Any
 
 from siglip.errors import UserError
 from siglip.formats.hf_tokenizer.charsmap import read_charsmap, write_charsmap
-from siglip.formats.hf_tokenizer.lower_case import character_class, escape, lower_case_rules
+from siglip.formats.hf_tokenizer.lower_case import (
+    PUNCTUATION,
+    WHITE_SPACE,
+    character_class,
+    escape,
+    lower_case_rules,
+)
+from siglip.models.text import TokenConfig
 
+OUR_TOKENS = "siglip_tokens"
 _SPACE = "\u2581"
 _ANY = r"[\s\S]"
 _NORMAL, _USER_DEFINED = 1, 4
@@ -31,8 +40,8 @@ _UNIGRAM, _BPE = 1, 2
 _NONCHARACTERS = ("\ufdd0", "\ufdd1", "\ufdd2")
 
 
-def tokenizer_json(model: bytes, *, source: str) -> dict[str, Any]:
-    """The content of tokenizer.json that gives the ids of a SentencePiece model on lower-cased text.
+def tokenizer_json(model: bytes, tokens: TokenConfig, *, source: str) -> dict[str, Any]:
+    """The content of tokenizer.json that gives the ids of a SentencePiece model on texts that are prepared as `tokens` says.
 
     Args:
         model: a serialized ModelProto, unigram or BPE.
@@ -44,29 +53,35 @@ def tokenizer_json(model: bytes, *, source: str) -> dict[str, Any]:
     proto = read_sentencepiece(model, source=source)
     pieces, normalizer, trainer = proto.pieces, proto.normalizer_spec, proto.trainer_spec
     table = read_charsmap(normalizer.precompiled_charsmap)
-    _check_supported(proto, table, source=source)
+    lowers = tokens.lower != "none"
+    symbols = _symbols(proto, lowers)
+    _check_supported(proto, table, symbols, source=source)
     special = [i for i, piece in enumerate(pieces) if piece.type not in (_NORMAL, _USER_DEFINED)]
     special = [i for i in special if not re.fullmatch("<0x[0-9A-F]{2}>", pieces[i].piece)]
     eos = pieces[trainer.eos_id].piece
     unigram = trainer.model_type == _UNIGRAM
-    symbols = [] if unigram else _symbols(proto)
     added = [i for i, piece in enumerate(pieces) if piece.type == _USER_DEFINED and piece.piece in symbols]
-    steps = [*_lower(), *_apply(table, _symbols(proto)), *_spaces(normalizer)]
+    prepare = [*(_lower(final_sigma=tokens.lower == "text") if lowers else []), *_canonical(tokens)]
+    steps = [*prepare, *_apply(table, symbols), *_spaces(normalizer)]
     if normalizer.add_dummy_prefix and not normalizer.remove_extra_whitespaces:
         steps = [steps.pop(), *steps]
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added_token(i, pieces[i].piece, special=i in special) for i in sorted(special + added)],
+        "added_tokens": [
+            _added_token(i, pieces[i].piece, special=i in special) for i in sorted(special + ([] if unigram else added))
+        ],
         "normalizer": {"type": "Sequence", "normalizers": steps},
-        "pre_tokenizer": _cuts(pieces, source=source) if unigram else None,
+        "pre_tokenizer": _cuts(pieces, lowers, source=source) if unigram else None,
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [_sequence("A"), _special(eos)],
             "pair": [_sequence("A"), _special(eos), _sequence("B"), _special(eos)],
             "special_tokens": {eos: {"id": eos, "ids": [trainer.eos_id], "tokens": [eos]}},
-        },
+        }
+        if tokens.end
+        else None,
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -80,10 +95,20 @@ def tokenizer_json(model: bytes, *, source: str) -> dict[str, Any]:
     }
 
 
-def tokenizer_config(model: bytes, *, length: int, source: str) -> dict[str, Any]:
-    """The content of tokenizer_config.json: texts are padded with the end token, which no text can contain."""
+def tokenizer_config(model: bytes, tokens: TokenConfig, *, length: int, source: str) -> dict[str, Any]:
+    """The content of tokenizer_config.json; OUR_TOKENS in it is for our own reader, which tokenizer.json's steps tell little.
+
+    Raises:
+        UserError: the pad is a piece that texts hold.
+    """
     proto = read_sentencepiece(model, source=source)
-    eos, unk = (proto.pieces[i].piece for i in (proto.trainer_spec.eos_id, proto.trainer_spec.unk_id))
+    pad_id = proto.trainer_spec.eos_id if tokens.pad_id is None else tokens.pad_id
+    ids = (proto.trainer_spec.eos_id, proto.trainer_spec.unk_id, min(pad_id, len(proto.pieces) - 1))
+    eos, unk, pad = (proto.pieces[i].piece for i in ids)
+    if pad_id >= len(proto.pieces) or proto.pieces[pad_id].type in (_NORMAL, _USER_DEFINED):
+        raise UserError(
+            f"model.text.tokens.pad_id={pad_id} is no special piece of tokenizer {source!r}; put its own there"
+        )
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "processor_class": "SiglipProcessor",
@@ -93,10 +118,11 @@ def tokenizer_config(model: bytes, *, length: int, source: str) -> dict[str, Any
         # The class default has an attention mask; the towers attend to pads, as in training.
         "model_input_names": ["input_ids"],
         "eos_token": eos,
-        "pad_token": eos,
+        "pad_token": pad,
         "unk_token": unk,
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
+        OUR_TOKENS: dataclasses.asdict(tokens),
     }
 
 
@@ -134,33 +160,42 @@ def read_pieces(tokenizer: Path, *, room: int) -> bytes:
     return model
 
 
-def _check_supported(proto: Any, table: Mapping[str, str], *, source: str) -> None:
+def _check_supported(proto: Any, table: Mapping[str, str], symbols: Collection[str], *, source: str) -> None:
     trainer, instead = proto.trainer_spec, "leave the tokenizer out, or export with --format savedmodel"
     if trainer.model_type not in (_UNIGRAM, _BPE):
         raise UserError(f"tokenizer {source!r} is neither unigram nor BPE (type {trainer.model_type}); {instead}")
     if trainer.treat_whitespace_as_suffix or not proto.normalizer_spec.escape_whitespaces:
         raise UserError(f"tokenizer {source!r} does not put its spaces before words as {_SPACE!r}; {instead}")
-    for symbol in _symbols(proto):
+    for symbol in symbols:
         if any(c in table for c in symbol) or (" " in symbol):
             raise UserError(f"tokenizer {source!r} keeps {symbol!r} out of its own normalisation; {instead}")
     if trainer.model_type == _BPE and proto.normalizer_spec.add_dummy_prefix:
-        if _symbols(proto):
+        if symbols:
             raise UserError(f"tokenizer {source!r} has user-defined symbols and a dummy prefix; {instead}")
 
 
-def _symbols(proto: Any) -> list[str]:
-    """The user-defined symbols that a lower-cased text may hold, the longest first."""
+def _symbols(proto: Any, lowers: bool) -> list[str]:
+    """The user-defined symbols that a text may hold, lower-cased or not, the longest first."""
     symbols = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
-    return sorted((text for text in symbols if text == text.lower()), key=len, reverse=True)
+    return sorted((text for text in symbols if not lowers or text == text.lower()), key=len, reverse=True)
 
 
-def _lower() -> list[dict[str, Any]]:
+def _canonical(tokens: TokenConfig) -> list[dict[str, Any]]:
+    """Without punctuation and extra white space, where all texts are so."""
+    if tokens.canonical != "texts":
+        return []
+    spaces = f"[{WHITE_SPACE}]+"
+    return [_replace(f"[{PUNCTUATION}]", ""), _replace(spaces, " "), _replace("\\A | \\z", "")]
+
+
+def _lower(*, final_sigma: bool) -> list[dict[str, Any]]:
     """Python's `str.lower`: a map of single characters, except for the final sigma."""
     rules = lower_case_rules()
     between, pairs = "\x01", {c: low for c, low in rules.mapping.items() if len(low) > 1}
     single = {c: low for c, low in rules.mapping.items() if len(low) == 1}
+    final = _replace(f"[{rules.cased}][{rules.skipped}]*\\KΣ(?![{rules.skipped}]*[{rules.cased}])", "ς")
     return [
-        _replace(f"[{rules.cased}][{rules.skipped}]*\\KΣ(?![{rules.skipped}]*[{rules.cased}])", "ς"),
+        *([final] if final_sigma else []),
         *(_replace(escape(c), low) for c, low in pairs.items()),
         # Every second character is now the separator, so those of the text itself survive its removal.
         _replace(f"(?<={_ANY})(?={_ANY})", between),
@@ -237,7 +272,7 @@ def _spaces(normalizer: Any) -> list[dict[str, Any]]:
     return steps + ([{"type": "Prepend", "prepend": _SPACE}] if normalizer.add_dummy_prefix else [])
 
 
-def _cuts(pieces: Any, *, source: str) -> dict[str, Any] | None:
+def _cuts(pieces: Any, lowers: bool, *, source: str) -> dict[str, Any] | None:
     """Splits texts inside every piece that no text may contain, at a place that no other piece spans.
 
     Raises:
@@ -247,7 +282,7 @@ def _cuts(pieces: Any, *, source: str) -> dict[str, Any] | None:
     spanned = {pair for piece in spelt for pair in zip(piece, piece[1:], strict=False)}
     ways = defaultdict(list)
     for text in (piece.piece for piece in pieces if piece.type not in (_NORMAL, _USER_DEFINED)):
-        if text != text.lower() or " " in text:
+        if (lowers and text != text.lower()) or " " in text:
             continue
         free = [i for i in range(1, len(text)) if (text[i - 1], text[i]) not in spanned]
         if not free:

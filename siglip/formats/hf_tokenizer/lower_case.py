@@ -7,6 +7,7 @@ The trap: ICU, Rust and Python each follow their own version of Unicode. These r
 """
 
 import dataclasses
+import string
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -59,3 +60,8 @@ def character_class(characters: Iterable[str]) -> str:
 def escape(text: str) -> str:
     """Literally, inside and outside of a class, in Oniguruma and RE2 alike; `re.escape` knows Python's dialect only."""
     return "".join(f"\\{c}" if c in "\\[](){}^$.|?*+-&" else c for c in text)
+
+
+# Insides of character classes: what Python's `string.punctuation` and `str.split` mean, which every engine counts otherwise.
+PUNCTUATION = character_class(string.punctuation)
+WHITE_SPACE = character_class(chr(code) for code in range(0x3001) if chr(code).isspace())

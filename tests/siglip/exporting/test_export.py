@@ -24,7 +24,10 @@ from siglip.exporting.verification import compare, model_outputs
 from siglip.formats import big_vision, containers, hugging_face
 from siglip.formats.big_vision import image_only
 from siglip.formats.export_format import ExportFormat, ExportMismatch
+from siglip.model_source import read_config
+from siglip.models.text import TokenConfig
 from siglip.models.two_tower import ModelConfig
+from siglip.models.vit import PixelConfig
 from siglip.training.loop import train
 from tests.siglip.rounding import towers_apart
 from tests.siglip.tiny import random_inputs, random_params, square_model
@@ -133,6 +136,21 @@ def test_hugging_face_is_proved_by_transformers(tmp_path, real_source, tower):
     found = report.differences["sample"]
     assert set(found) == outputs | {"pixels"} | ({"tokens"} if tower == "both" else set())
     assert max(found.values()) < 1e-5 and found["pixels"] < 2e-7 and found.get("tokens", 0) == 0
+
+
+@pytest.mark.interop
+@pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs torch and transformers: pip install '.[interop]'")
+def test_inputs_that_are_prepared_otherwise_are_proved_too(tmp_path):
+    pixels = PixelConfig((0.4, 0.45, 0.5), (0.2, 0.25, 0.3), "bicubic")
+    tokens = TokenConfig(pad_id=0, lower="character", canonical="texts")
+    (tmp_path / "spiece.model").write_bytes((SAMPLE / "spiece.model").read_bytes())
+    config = square_model(image={"pixels": pixels}, text={"vocab_size": 4000, "length": 64, "tokens": tokens})
+    source = written(tmp_path / "m.npz", config)
+    first, again = tmp_path / "hf", tmp_path / "again"
+    for src, out in ((source, first), (first, again)):
+        found = export(src, format="hf", out=out, tower="both", samples=samples).differences["sample"]
+        assert found["tokens"] == 0 and found["pixels"] < 3e-7
+    assert (read_config(again)[0].image.pixels, read_config(again)[0].text.tokens) == (pixels, tokens)
 
 
 @pytest.mark.interop

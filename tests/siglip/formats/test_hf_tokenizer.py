@@ -20,6 +20,7 @@ from siglip.formats import hugging_face
 from siglip.formats.hf_tokenizer import convert
 from siglip.formats.hf_tokenizer.charsmap import read_charsmap, write_charsmap
 from siglip.formats.hf_tokenizer.lower_case import lower_case_rules
+from siglip.models.text import TokenConfig
 from tests.siglip.texts import HAND_PICKED, SAMPLE, SPIECE, STRINGS, captions
 from tests.siglip.tiny import random_params, square_model
 
@@ -37,6 +38,13 @@ KINDS = {
         "remove_extra_whitespaces": False, "user_defined_symbols": ["<img>", "ab"],
     },
 }  # fmt: skip
+
+# As their models prepare texts; the others do as we do.
+TOKENS = {
+    "c4": TokenConfig(canonical="texts"),
+    "gemma": TokenConfig(pad_id=0, lower="character", canonical="none"),
+    "bpe": TokenConfig(pad_id=0, end=False, lower="none"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +71,9 @@ def pair(request, model_file, tmp_path_factory):
     """(our tokenizer, transformers' out of a folder that we wrote)."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp(request.param)
-    ours = SentencePieceTokenizer(model_file(request.param))
-    config = square_model(text={"length": LENGTH, "vocab_size": ours.vocab_size})
+    tokens = TOKENS.get(request.param, TokenConfig())
+    ours = SentencePieceTokenizer(model_file(request.param), **vars(tokens))
+    config = square_model(text={"length": LENGTH, "vocab_size": ours.vocab_size, "tokens": tokens})
     hugging_face.write(folder, random_params(config), config, tokenizer=model_file(request.param))
     return ours, transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -111,7 +120,7 @@ def test_it_reads_back_as_text(pair):
     ours, theirs = pair
     text = "a dog and a red hat"
     assert theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True) == text
-    assert (theirs.pad_token_id, theirs.eos_token_id, theirs.model_max_length) == (1, 1, LENGTH)
+    assert (theirs.pad_token_id, theirs.eos_token_id, theirs.model_max_length) == (ours.pad_id, 1, LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +211,7 @@ def test_models_that_cannot_be_expressed_are_refused(model_file):
             part, _, field = path.partition("__")
             setattr(getattr(changed, part), field, value)
         with pytest.raises(ValueError, match=words) as error:
-            convert.tokenizer_json(changed.SerializeToString(), source="t.model")
+            convert.tokenizer_json(changed.SerializeToString(), TokenConfig(), source="t.model")
         assert "\n" not in str(error.value) and "t.model" in str(error.value)
 
     refused("neither unigram nor BPE", trainer_spec__model_type=3)
@@ -210,7 +219,7 @@ def test_models_that_cannot_be_expressed_are_refused(model_file):
     refused("no end token", trainer_spec__eos_id=-1)
     for bytes_ in (b"pieces", b""):
         with pytest.raises(ValueError, match="'x' is not a SentencePiece model"):
-            convert.tokenizer_json(bytes_, source="x")
+            convert.tokenizer_json(bytes_, TokenConfig(), source="x")
 
 
 def test_a_typed_special_piece_with_no_place_to_part_it_is_refused(model_file):
@@ -218,7 +227,7 @@ def test_a_typed_special_piece_with_no_place_to_part_it_is_refused(model_file):
     for text in ("</", "/s", "s>"):
         proto.pieces.add(piece=text, score=-9.0)
     with pytest.raises(ValueError, match="no place to part a typed '</s>'"):
-        convert.tokenizer_json(proto.SerializeToString(), source="t")
+        convert.tokenizer_json(proto.SerializeToString(), TokenConfig(), source="t")
 
 
 def test_the_folder_names_its_tokenizer(folder):

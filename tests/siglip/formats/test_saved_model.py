@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from data_pipelines.image_ops import decode_image
+from data_pipelines.image_ops import PILLOW_FILTERS, decode_image
 from data_pipelines.sources.webdataset import TarSource
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.encoder import Encoder
 from siglip.formats import saved_model, tf_pixels, tf_tokens
 from siglip.formats.big_vision import image_only
+from siglip.models.text import TextConfig, TokenConfig
+from siglip.models.vit import PixelConfig
 from tests.siglip.rounding import towers_apart
 from tests.siglip.texts import HAND_PICKED, SAMPLE, SPIECE, STRINGS, captions
 from tests.siglip.tiny import random_params, square_model
@@ -35,7 +37,13 @@ TEXTS = [text for text in HAND_PICKED if "\x00" not in text][:20] + captions(eve
 
 
 def config():
-    return square_model(image={"image_size": SIZE}, text={"length": LENGTH, "vocab_size": 4000})
+    """A model whose inputs are prepared in none of the ways that are the default."""
+    pixels, tokens = (
+        PixelConfig((0.4, 0.45, 0.5), (0.2, 0.25, 0.3), "bicubic"),
+        TokenConfig(pad_id=0, lower="character"),
+    )
+    image = {"image_size": SIZE, "pixels": pixels}
+    return square_model(image=image, text={"length": LENGTH, "vocab_size": 4000, "tokens": tokens})
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +61,16 @@ def written(tmp_path_factory):
     return folder, params
 
 
-def resized(file: bytes, size: tuple[int, int]) -> np.ndarray:
+def resized(file: bytes, size: tuple[int, int], resample: str = "bilinear") -> np.ndarray:
     """As Pillow resizes; what the training pipeline does may be 1/255 off where it has a faster resizer."""
     image = decode_image(file, max_pixels=1 << 25)
-    return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR))
+    return np.asarray(image.resize(size[::-1], PILLOW_FILTERS[resample]))
 
 
 def check_outputs(params: dict, files: list[bytes], found: dict[str, np.ndarray]) -> None:
     """All outputs against our own model on our own pixels and ids."""
-    model, tokenizer = Encoder(params, config()), SentencePieceTokenizer(SPIECE)
-    pixels = np.stack([resized(file, SIZE) for file in files]).astype(np.float32) / 127.5 - 1
+    model, tokenizer = Encoder(params, config()), SentencePieceTokenizer(SPIECE, **vars(config().text.tokens))
+    pixels = np.stack([resized(file, SIZE, "bicubic") for file in files]).astype(np.float32) / 127.5 - 1
     tokens = np.stack([tokenizer.encode(text, LENGTH) for text in TEXTS])
     np.testing.assert_array_equal(found["tokens"], tokens)
     np.testing.assert_array_equal(found["pixels"], pixels)
@@ -158,17 +166,29 @@ def test_texts_need_their_tokenizer(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture(scope="module")
-def tokenize():
+TOKENS = [
+    TokenConfig(),
+    TokenConfig(pad_id=0, lower="character", canonical="none"),
+    TokenConfig(canonical="texts"),
+    TokenConfig(pad_id=0, end=False, lower="none"),
+]
+
+
+@pytest.fixture(scope="module", params=TOKENS, ids=["siglip", "siglip2", "canonical", "bare"])
+def tokenize(request):
+    """(the graph's ids, ours)."""
     pieces = tf_text.SentencepieceTokenizer(model=SPIECE.read_bytes(), out_type=tf.int32)
-    spec = [tf.TensorSpec([None], tf.string)]
-    return tf.function(
-        lambda texts: tf_tokens.tokens(texts, pieces, length=64, eos=1), autograph=False, input_signature=spec
+    config = TextConfig(length=64, tokens=request.param)
+    graph = tf.function(
+        lambda texts: tf_tokens.tokens(texts, pieces, config, eos=1),
+        autograph=False,
+        input_signature=[tf.TensorSpec([None], tf.string)],
     )
+    return graph, SentencePieceTokenizer(SPIECE, **vars(request.param))
 
 
-def check_tokens(tokenize, texts: list[str]) -> None:
-    ours = SentencePieceTokenizer(SPIECE)
+def check_tokens(both, texts: list[str]) -> None:
+    tokenize, ours = both
     found = tokenize(tf.constant([text.encode() for text in texts], tf.string)).numpy()
     np.testing.assert_array_equal(found, np.stack([ours.encode(text, 64) for text in texts]))
 
@@ -191,14 +211,16 @@ def test_lower_case_of_every_character_in_the_graph():
 
 @pytest.fixture(scope="module")
 def pixels():
-    """(file, size) -> the graph's pixels; traced once for each size."""
+    """(file, size, filter) -> the graph's pixels; traced once for each size and filter."""
     traced = {}
 
-    def run(file: bytes, size: tuple[int, int]) -> np.ndarray:
-        if size not in traced:
+    def run(file: bytes, size: tuple[int, int], resample: str = "bilinear") -> np.ndarray:
+        if (size, resample) not in traced:
             spec = [tf.TensorSpec([], tf.string)]
-            traced[size] = tf.function(lambda data: tf_pixels.pixels(data, size), autograph=False, input_signature=spec)
-        return traced[size](tf.constant(file)).numpy()
+            traced[size, resample] = tf.function(
+                lambda data: tf_pixels.pixels(data, size, resample), autograph=False, input_signature=spec
+            )
+        return traced[size, resample](tf.constant(file)).numpy()
 
     return run
 
@@ -288,10 +310,11 @@ def test_every_kind_of_file_is_decoded_as_ours(pixels, kind):
         (500, 700),
     ],
 )
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(24, 30), (64, 64), (224, 224)])
-def test_resizing_is_pillows_to_the_bit(pixels, height, width, size):
+def test_resizing_is_pillows_to_the_bit(pixels, height, width, size, resample):
     file = saved(Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)), "PNG")
-    np.testing.assert_array_equal(pixels(file, size), resized(file, size))
+    np.testing.assert_array_equal(pixels(file, size, resample), resized(file, size, resample))
 
 
 def test_what_the_docstring_refuses_is_refused(pixels):
