@@ -9,13 +9,16 @@ from hypothesis import strategies as st
 
 from siglip.formats import big_vision, key_maps
 from siglip.formats.infer_config import expected_shapes, infer_config
+from siglip.models.text import TokenConfig
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, param_shapes
 from siglip.trees import flatten
 from tests.siglip.tiny import ODD_IMAGE, ODD_TEXT, random_params, square_model
 
 
 def two_towers(variant: str, size: int, *, text: str, vocab_size: int = 32_000, length: int = 64, head: bool = True):
-    image, tower = ImageConfig(variant, image_size=(size, size)), TextConfig(text, vocab_size=vocab_size, length=length)
+    tokens = TokenConfig(pad_id=0 if vocab_size == 256_000 else None)  # Gemma's pieces: SigLIP 2
+    image = ImageConfig(variant, image_size=(size, size))
+    tower = TextConfig(text, vocab_size=vocab_size, length=length, tokens=tokens)
     return ModelConfig(image, tower, out_dim=(None, image.spec.width if head else None))
 
 
