@@ -1,6 +1,7 @@
 """Every test sees eight CPU devices, exact float32 matmuls and no network account."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -16,11 +17,14 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+# What runs in the background (nohup, &) may have been told to ignore these, and so may the processes that tests start.
+for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
+
 FIXTURES = Path(__file__).parent / "fixtures"
 PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "xla"
 MAX_PROGRAMS_BYTES = 2**30
-
-
 LONG = ("training", "cli", "models", "exporting", "parallel")  # folders of tests/siglip
 
 
