@@ -229,7 +229,8 @@ def test_every_path_and_shape_of_a_tiny_model(layout, pool):
 def test_fresh_parameters():
     image = ImageConfig(**ODD_IMAGE, image_size=(12, 16), pool="gap", scan=True)
     config = ModelConfig(image, TextConfig(**(ODD_TEXT | {"depth": 1})), out_dim=(20, 20))
-    params = jax.jit(lambda key: init_params(config, key))(jax.random.key(0))
+    quick = {"xla_backend_optimization_level": 0}
+    params = jax.jit(lambda key: init_params(config, key), compiler_options=quick)(jax.random.key(0))
     flat = flatten(params)
     assert params["t"] == pytest.approx(np.log(10)) and params["b"] == -10
     assert {str(leaf.dtype) for leaf in flat.values()} == {"float32"}
@@ -240,7 +241,7 @@ def test_fresh_parameters():
     assert float(jnp.max(jnp.abs(kernel[0] - kernel[1]))) > 0, "layers of a scan start from different numbers"
     assert float(jnp.std(flat["txt/Embed_0/embedding"])) == pytest.approx(27**-0.5, rel=0.1)
     wide = dataclasses.replace(config, text=dataclasses.replace(config.text, embed_std=2.0))
-    flat = flatten(jax.jit(lambda key: init_params(wide, key))(jax.random.key(0)))
+    flat = flatten(jax.jit(lambda key: init_params(wide, key), compiler_options=quick)(jax.random.key(0)))
     assert float(jnp.std(flat["txt/Embed_0/embedding"])) == pytest.approx(2.0, rel=0.1)
     assert float(jnp.std(flat["txt/pos_embedding"])) == pytest.approx(27**-0.5, rel=0.15)
 

@@ -4,6 +4,7 @@ import dataclasses
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -145,3 +146,32 @@ def test_the_running_average_is_evaluated_saved_and_resumed(run, tmp_path):
         decay = min(0.5, (1 + step) / (10 + step))
         average = decay * average + (1 - decay) * t
     assert exported["t"][0] == pytest.approx(average, abs=1e-6)
+
+
+def test_the_loop_reads_from_the_device_only_to_log(tmp_path, monkeypatch):
+    reads = []
+    array = type(jnp.zeros(()))
+    value = array.__array__
+    # The guard sees accelerators; on a CPU, whose memory is the host's, only the array itself knows that it was read.
+    monkeypatch.setattr(
+        array, "__array__", lambda self, *args, **kwargs: reads.append(self.shape) or value(self, *args, **kwargs)
+    )
+    at_batch = []
+
+    class Watched(TinyBatches):
+        def __next__(self):
+            at_batch.append(len(reads))
+            return super().__next__()
+
+    config = tiny_config(tmp_path)  # logs after 2, 4, 6 and 8
+    program = make_program(config)
+    with jax.set_mesh(program.mesh), jax.transfer_guard_device_to_host("disallow_explicit"):
+        state = program.init({})
+        batch = {name: rows for name, rows in next(TinyBatches()).items() if name != "key"}
+        for _ in range(2):
+            state, _ = program.step(state, put_batch(batch, program.mesh))
+    assert not reads
+    with jax.transfer_guard_device_to_host("disallow"):
+        train(config, Watched())
+    per_step = np.diff([*at_batch, len(reads)])
+    assert not np.any(per_step[[0, 2, 4, 6]]) and np.all(per_step[[1, 3, 5]])
