@@ -35,7 +35,8 @@ quickstart: $(VENV)/.installed
 	$(BIN)/siglip train configs/quickstart.py --workdir $(RUN) $(if $(STEPS),--total-steps $(STEPS) --optim.warmup-steps 1)
 	$(BIN)/python benchmarks/ridge_floor.py --train '$(SAMPLE)/emoji-train-*.tar' \
 	    --heldout '$(SAMPLE)/emoji-heldout-*.tar' --out $(RUN)/ridge_floor.json > /dev/null
-	test -e $(RUN)/encoder || $(BIN)/siglip export $(RUN) --format hf --tower image --out $(RUN)/encoder
+	test -e $(RUN)/encoder || { rm -rf $(RUN)-encoder && \
+	    $(BIN)/siglip export $(RUN) --format hf --tower image --out $(RUN)-encoder && mv $(RUN)-encoder $(RUN)/encoder; }
 	$(BIN)/siglip report $(RUN) --baseline $(RUN)/ridge_floor.json
 	@echo "encoder: $(RUN)/encoder"
 
