@@ -100,11 +100,7 @@ def walk_members(window: Window) -> Members:
                 text = data[:size]
             override |= _pax_records(text) if kind in _PAX else {_GNU_LONG[kind]: text.partition(b"\0")[0]}
         elif kind == _HARD_LINK or kind == _SYMBOLIC_LINK:
-            names.append(override.get(b"path") or _name(header))
-            target = override.get(b"linkpath") or header[157:257].partition(b"\0")[0]
-            links[len(offsets)] = _target(names[-1], target, kind)
-            offsets.append(-1)
-            sizes.append(0)
+            _add_link(members, links, header, override)
             override = {}
         elif kind == _SPARSE:  # its stored data has holes left out; a map of them may follow the header
             override = {}
@@ -115,6 +111,15 @@ def walk_members(window: Window) -> Members:
     _drop_after_damage(members, headers, whole_at)
     _follow_links(members, links)
     return members
+
+
+def _add_link(members: Members, links: dict[int, bytes], header: bytes, override: dict[bytes, bytes]) -> None:
+    """Adds a member whose place `_follow_links` finds."""
+    target = override.get(b"linkpath") or header[157:257].partition(b"\0")[0]
+    members.names.append(override.get(b"path") or _name(header))
+    links[len(members.offsets)] = _target(members.names[-1], target, header[156])
+    members.offsets.append(-1)
+    members.sizes.append(0)
 
 
 def _follow_links(members: Members, links: dict[int, bytes]) -> None:

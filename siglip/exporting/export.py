@@ -86,30 +86,28 @@ def export(
     _check_place(out, big_vision.split_subtree(src)[0])
     params, config, tokenizer = _model(src, tower=tower, head=head, image_size=image_size, patch_size=patch_size)
     known = (config, tokenizer is not None)
+    verified = all(find_spec(package) for package in chosen.needs)
     with new_folder(out, publish=_publish_npz if out.suffix == ".npz" else os.rename) as partial:
         chosen.write(partial, params, config, tokenizer=tokenizer, layout=layout)
         cases = [] if chosen.takes_files else [random_inputs(config)]  # noise has no encoded files
         cases += [] if samples is None else [samples(config, tokenizer)]
         expected = [expected_outputs(Encoder(params, config), case) for case in cases]
         del params  # held once while they are written, and once while they are read back
-        verified = all(find_spec(package) for package in chosen.needs)
         if chosen.outputs and verified:
             found = chosen.outputs(partial, cases)
         else:
             model = Encoder(*read_model(partial)[:2])
             found = [model_outputs(model, case) for case in cases]
         differences = {case.name: compare(*pair) for case, *pair in zip(cases, expected, found, strict=True)}
-        card = model_card(
-            config,
-            library=chosen.library,
-            contract=chosen.contract(*known),
-            example=chosen.example(*known),
-            origin=provenance(src, licence=licence),
-            differences=differences,
-        )
+        texts = {"contract": chosen.contract(*known), "example": chosen.example(*known)}
+        origin = provenance(src, licence=licence)
+        card = model_card(config, library=chosen.library, origin=origin, differences=differences, **texts)
         (partial / "README.md").write_text(card)
-    own = f"verified with our own reader only; for {chosen.library}: pip install 'siglip-stage0[interop]'"
-    warnings = [*chosen.warnings(*known), *([] if verified else [own])]
+    warnings = [*chosen.warnings(*known)]
+    if not verified:
+        warnings.append(
+            f"verified with our own reader only; for {chosen.library}: pip install 'siglip-stage0[interop]'"
+        )
     return ExportReport(out, differences, verified, _message(out, differences, warnings))
 
 
