@@ -13,6 +13,7 @@ import threading
 import time
 
 import numpy as np
+from process_memory import family_mib
 
 from data_pipelines.workers import MAX_CHUNK_ROWS
 
@@ -20,9 +21,9 @@ ROW = "{:>8}{:>10}{:>16}{:>12}{:>12}{:>12}{:>14}"
 TEXT_LENGTH = 64
 
 
-def measure(args, shards: list[str], spiece: str, family_mib) -> list[dict]:
+def measure(args, shards: list[str], spiece: str) -> list[dict]:
     """One row for each of 1 and 2 workers and for threads of the main process."""
-    return [_in_process(args, shards, spiece, family_mib, workers) for workers in (0, 1, 2)]
+    return [_in_process(args, shards, spiece, workers) for workers in (0, 1, 2)]
 
 
 def _in_process(*task) -> dict:
@@ -37,9 +38,9 @@ def _in_process(*task) -> dict:
         process.join()
 
 
-def _run(connection, args, shards: list[str], spiece: str, family_mib, workers: int) -> None:
-    libraries_mib = _peak_mib(args, shards, spiece, family_mib, workers, batch_size=8)["peak_mib"]
-    row = _peak_mib(args, shards, spiece, family_mib, workers, batch_size=args.batch_size)
+def _run(connection, args, shards: list[str], spiece: str, workers: int) -> None:
+    libraries_mib = _peak_mib(args, shards, spiece, workers, batch_size=8)["peak_mib"]
+    row = _peak_mib(args, shards, spiece, workers, batch_size=args.batch_size)
     row_mib = (args.image_size**2 * 3 + 4 * TEXT_LENGTH) / 2**20
     batch_mib = args.batch_size * row_mib
     formula_mib = libraries_mib + (row["prefetch"] + 1) * batch_mib + max(1, workers) * MAX_CHUNK_ROWS * row_mib
@@ -55,7 +56,7 @@ def _run(connection, args, shards: list[str], spiece: str, family_mib, workers: 
     )
 
 
-def _peak_mib(args, shards: list[str], spiece: str, family_mib, workers: int, *, batch_size: int) -> dict:
+def _peak_mib(args, shards: list[str], spiece: str, workers: int, *, batch_size: int) -> dict:
     from data_pipelines.loader import DataConfig, make_loader
     from data_pipelines.order.mixture import SourceConfig
 
@@ -63,7 +64,7 @@ def _peak_mib(args, shards: list[str], spiece: str, family_mib, workers: int, *,
     config = DataConfig(sources, spiece, workers=workers, threads=1, cache_bytes=0)
     size = (args.image_size,) * 2
     loader = make_loader(config, batch_size=batch_size, image_size=size, text_length=TEXT_LENGTH, seed=0)
-    with contextlib.closing(loader), _sampled(family_mib) as peak:
+    with contextlib.closing(loader), _sampled() as peak:
         begun = time.monotonic()
         batch = next(loader)
         first_s = time.monotonic() - begun
@@ -75,7 +76,7 @@ def _peak_mib(args, shards: list[str], spiece: str, family_mib, workers: int, *,
 
 
 @contextlib.contextmanager
-def _sampled(family_mib):
+def _sampled():
     """The most memory that was in use within, as a list of one number."""
     peak, done = [family_mib()], threading.Event()
 

@@ -37,25 +37,13 @@ import time
 import first_batch
 import numpy as np
 import remote_reads
+from process_memory import family_mib
 
 HEIGHT, WIDTH, QUALITY = 480, 640, 87
 TEXT_LENGTH = 64
 SPIECE = pathlib.Path(__file__).parents[1] / "data_pipelines" / "sample" / "spiece.model"
 CAPTION = "a photograph of a harbour at dusk, boats along the quay, number {}"
 ROW = "{:34}{:>12}{:>12}{:>10}{:>10}{:>10}"
-
-
-def read_kib(path: str) -> dict[str, int]:
-    """The lines "Name:  123 kB" of a file of the kernel."""
-    lines = (line.split() for line in pathlib.Path(path).read_text().splitlines() if line.endswith(" kB"))
-    return {name.rstrip(":"): int(kib) for name, kib, _ in lines}
-
-
-def shared_kib() -> int:
-    return read_kib("/proc/meminfo")["Shmem"]
-
-
-SHARED_BEFORE_KIB = shared_kib()  # a process that is started later begins to count then
 
 
 def paint(seed: int) -> np.ndarray:
@@ -266,22 +254,6 @@ def family_cpu_s() -> float:
     return sum(sum(member.cpu_times()[:2]) for member in (process, *process.children(recursive=True)))
 
 
-def family_mib() -> float:
-    """Memory of this process and its children, pages that they share counted once, and the machine's shared memory.
-
-    A batch that no process has mapped, because it waits for its reader, is in none of them: only the machine knows it.
-    """
-    import psutil
-
-    process = psutil.Process()
-    kib = shared_kib() - SHARED_BEFORE_KIB
-    for member in (process, *process.children(recursive=True)):
-        with contextlib.suppress(OSError):  # it is gone
-            sizes = read_kib(f"/proc/{member.pid}/smaps_rollup")
-            kib += sizes["Pss"] - sizes["Pss_Shmem"]
-    return kib / 2**10
-
-
 def run_loader(name: str, shards: list[str], args, connection) -> None:
     """In a process of its own: throughput from the end of warm-up, start-up until the first batch."""
     make, options = LOADERS[name]
@@ -354,7 +326,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         shards = make_shards(pathlib.Path(folder), args.pairs)
         if args.only == "memory":
-            results = first_batch.measure(args, shards, str(SPIECE), family_mib)
+            results = first_batch.measure(args, shards, str(SPIECE))
             first_batch.print_table(results)
             return write(args.out, results)
         results = measure(names, shards, args)
