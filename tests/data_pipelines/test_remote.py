@@ -127,7 +127,8 @@ def test_a_server_without_ranges_works_and_is_warned_about_once(server):
     with pytest.warns(UserWarning, match="ignores byte ranges") as caught:
         assert read(server) == DATA[1000:1500]
         assert read(server, 0, 10) == DATA[:10]
-    assert len(caught) == 1
+    said = [str(warning.message) for warning in caught]  # the collector may close a socket of an earlier test meanwhile
+    assert sum("ignores byte ranges" in line for line in said) == 1
 
 
 def test_a_server_that_is_not_there(monkeypatch):
