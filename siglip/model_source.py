@@ -1,8 +1,9 @@
 """Any source of a model to its parameters: what every command calls SRC.
 
-    a run's workdir | a checkpoint inside it | FILE.npz | FILE.npz:img | a Hugging Face folder | one of our exports
+    a run's workdir | a checkpoint inside it | FILE.npz | FILE.npz:img | a Hugging Face folder | one of timm or open_clip
+    | one of our exports
 
-The trap: a folder can look like several of these. Our own exports are looked for first, then runs, then Hugging Face's
+The trap: a folder can look like several of these. Our own exports are looked for first, then runs, then timm's and Hugging Face's
 config.json, which a run has as well.
 """
 
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from siglip import trees
 from siglip.errors import UserError
-from siglip.formats import big_vision, hf_inputs, hugging_face, key_maps
+from siglip.formats import big_vision, hf_inputs, hugging_face, key_maps, open_clip
 from siglip.formats.containers import LazyArray
 from siglip.formats.infer_config import expected_shapes
 from siglip.models.resample import resample
@@ -27,7 +28,6 @@ Size = tuple[int, int]
 
 # What lies in folders of other kinds: what it is, and what to do.
 _OTHERS = {
-    "open_clip_config.json": ("a model of open_clip", "take the same model as transformers or big_vision has it"),
     "adapter_config.json": ("a LoRA adapter", "merge it into its model, merge_and_unload() in peft, and save that"),
     "saved_model.pb": ("an exported program", "name the model that it was exported from"),
     "image.stablehlo": ("an exported program", "name the model that it was exported from"),
@@ -36,7 +36,8 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 SOURCES = (
-    "a run's workdir, a checkpoint inside it, FILE.npz, FILE.npz:img, a Hugging Face folder, or an exported folder"
+    "a run's workdir, a checkpoint inside it, FILE.npz, FILE.npz:img, a folder of transformers, timm or open_clip, or an "
+    "exported folder"
 )
 
 
@@ -119,10 +120,11 @@ def _locate(src: str | Path) -> _Source:
             lambda size: config_of_run(run[0]),
             lambda: tokenizer if tokenizer.is_file() else None,
         )
-    if (folder / "config.json").is_file():
+    module = open_clip if open_clip.is_folder(folder) else hugging_face
+    if module is open_clip or (folder / "config.json").is_file():
         return _Source(
-            lambda _, only: hugging_face.read(folder, only_image=only),
-            lambda size: hugging_face.read_config(folder),
+            lambda _, only: module.read(folder, only_image=only),
+            lambda size: module.read_config(folder),
             lambda: hf_inputs.tokenizer_file(folder),
         )
     other = next((f"{is_a}: {fix}" for name, (is_a, fix) in _OTHERS.items() if (folder / name).exists()), None)

@@ -145,8 +145,11 @@ def tokenizer_file(folder: Path) -> Path | None:
     return path
 
 
-def read_tokens(folder: Path) -> TokenConfig:
+def read_tokens(folder: Path, *, cleaned: bool = False) -> TokenConfig:
     """How the folder's tokenizer makes ids of texts, pieces aside.
+
+    Args:
+        cleaned: texts are lower-cased before they come to this tokenizer.
 
     Raises:
         UserError: it does something that cannot be done here; its settings are named.
@@ -184,7 +187,7 @@ def read_tokens(folder: Path) -> TokenConfig:
             f"the end token {proto.pieces[proto.trainer_spec.eos_id].piece!r} after them; correct the file"
         )
     lowers = kind == "Siglip2Tokenizer" or settings.get("do_lower_case", is_siglip) or _lower_cases(tree)
-    if not lowers and not is_siglip:
+    if not (lowers or is_siglip or cleaned):
         logger.warning(
             "texts keep their capitals, as %s says; SigLIP 2 was trained on lower case: for it write "
             '"tokenizer_class": "Siglip2Tokenizer"',

@@ -20,7 +20,7 @@ import numpy as np
 
 from siglip.errors import UserError
 from siglip.formats import key_maps, pali_gemma
-from siglip.formats.containers import LazyArray, aligned_float32, open_safetensors, write_safetensors
+from siglip.formats.containers import LazyArray, open_safetensors, write_safetensors
 from siglip.formats.export_format import TOKENIZER_FILE
 from siglip.formats.hf_inputs import preprocessor_json, read_pixels, read_tokens
 from siglip.formats.hf_tokenizer import convert
@@ -60,7 +60,7 @@ def read(folder: str | Path, *, only_image: bool = False) -> tuple[dict[str, Any
     folder, config = Path(folder), read_config(folder, with_texts=not only_image)
     tree = _read_json(folder / "config.json")
     with open_safetensors(_weight_files(folder)) as stored:
-        state = {k: array for k, array in _unwrapped(stored).items() if not k.endswith(".position_ids")}
+        state = {k: array for k, array in key_maps.unwrapped(stored).items() if not k.endswith(".position_ids")}
         if pali_gemma.has_tower(tree):
             state = pali_gemma.hugging_face_tower(state, with_head=config.image.pool == "map", source=str(folder))
         elif _is_classifier(tree):
@@ -71,21 +71,12 @@ def read(folder: str | Path, *, only_image: bool = False) -> tuple[dict[str, Any
         if depth > len(state):
             raise UserError(f"{folder}/config.json says {depth} layers, but the weights are {len(state)} arrays in all")
         ours = expected_shapes(config)
-        key_maps.check_arrays(state, _their_shapes(ours), source=str(folder))
+        key_maps.check_arrays(state, key_maps.torch_shapes(ours, key_maps.hugging_face_entry), source=str(folder))
         if only_image:
             ours = {path: shape for path, shape in ours.items() if path.startswith("img/")}
             config = dataclasses.replace(config, text=None, out_dim=(None, None))
-        return unflatten({path: _ours(state, path, shape) for path, shape in ours.items()}), config
-
-
-def _unwrapped(stored: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
-    """Without what torch.compile puts into keys, and what DistributedDataParallel and trainers put before all of them."""
-    state = {key.replace("_orig_mod.", ""): array for key, array in stored.items()}
-    while wrapper := next(
-        (w for w in ("module.", "model.") if state and all(key.startswith(w) for key in state)), None
-    ):
-        state = {key.removeprefix(wrapper): array for key, array in state.items()}
-    return state
+        entry_of = key_maps.hugging_face_entry
+        return unflatten({path: key_maps.from_torch(state, entry_of(path), ours[path]) for path in ours}), config
 
 
 def read_config(folder: str | Path, *, with_texts: bool = True) -> ModelConfig:
@@ -102,12 +93,6 @@ def read_config(folder: str | Path, *, with_texts: bool = True) -> ModelConfig:
     if with_texts and text is not None:
         text = dataclasses.replace(text, tokens=read_tokens(path.parent))
     return dataclasses.replace(config, image=dataclasses.replace(image, pixels=pixels), text=text)
-
-
-def _ours(state: Mapping[str, LazyArray], path: str, shape: key_maps.Shape) -> np.ndarray:
-    key, kind, part = key_maps.hugging_face_entry(path)
-    array = state[key].read()
-    return aligned_float32(key_maps.from_hugging_face(array if part is None else np.split(array, 3)[part], kind, shape))
 
 
 def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, tokenizer: Path | None = None) -> None:
@@ -235,8 +220,6 @@ def _parts(tree: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dict[s
     fix = f"'siglip', {_VISION_TYPE!r} and {pali_gemma.MODEL_TYPE!r} can, and models whose vision_config is a {_VISION_TYPE!r}"
     if str(kind).startswith("siglip2"):
         fix = "it is NaFlex (any aspect ratio); take the fixed-resolution checkpoint of its size, model_type 'siglip'"
-    if kind is None and "architecture" in tree:
-        fix = f"it is a model of timm, {tree['architecture']}; take the same model as transformers or big_vision has it"
     if kind == _TEXT_TYPE:
         fix = "it is a text tower alone; take the folder of the whole model, model_type 'siglip'"
     raise UserError(f"{source}: model_type={kind!r} cannot be read: {fix}")
@@ -276,26 +259,17 @@ def _sizes_json(spec: Variant) -> dict[str, int]:
 
 
 def _their_arrays(flat: Mapping[str, np.ndarray]) -> dict[str, LazyArray]:
-    sources: dict[str, list[tuple[int, np.ndarray, str]]] = {}
+    sources: dict[str, list[tuple[tuple[int, int], np.ndarray, str]]] = {}
     for path, array in flat.items():
         key, kind, part = key_maps.hugging_face_entry(path)
-        sources.setdefault(key, []).append((part or 0, array, kind))
+        sources.setdefault(key, []).append((part or (0, 1), array, kind))
 
-    def make(parts: list[tuple[int, np.ndarray, str]]) -> np.ndarray:
+    def make(parts: list[tuple[tuple[int, int], np.ndarray, str]]) -> np.ndarray:
         arrays = [key_maps.to_hugging_face(array, kind) for _, array, kind in sorted(parts, key=lambda part: part[0])]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
-    shapes = _their_shapes(key_maps.flat_shapes(flat))
+    shapes = key_maps.torch_shapes(key_maps.flat_shapes(flat), key_maps.hugging_face_entry)
     return {key: LazyArray(shapes[key], functools.partial(make, parts)) for key, parts in sources.items()}
-
-
-def _their_shapes(ours: Mapping[str, key_maps.Shape]) -> dict[str, key_maps.Shape]:
-    shapes = {}
-    for path, shape in ours.items():
-        key, kind, part = key_maps.hugging_face_entry(path)
-        rows, *rest = key_maps.hugging_face_shape(shape, kind)
-        shapes[key] = (rows, *rest) if part is None else (3 * rows, *rest)
-    return shapes
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -56,7 +56,7 @@ _AXES = {
 }
 _LAYER = re.compile(r"\w+/encoderblock_(\d+)/.+")
 _ARRAYS_PER_LAYER = 16
-_GEMMA_PIECES = 256_000
+GEMMA_PIECES = 256_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _infer_text(
         **spec.fields(),
         vocab_size=sizes.get("V", 1),
         length=sizes.get("N", 1),
-        tokens=TokenConfig(pad_id=0) if sizes.get("V") == _GEMMA_PIECES else TokenConfig(),
+        tokens=TokenConfig(pad_id=0) if sizes.get("V") == GEMMA_PIECES else TokenConfig(),
         pool="map" if _any(shapes, "txt/MAPHead_0/") else "last",
     )
     # Without a head the widths are equal, or the head is lost.

@@ -2,11 +2,11 @@
 
 Our parameter paths are big_vision's: "img/Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel". A transformer's
 blocks are kept either one by one (`encoderblock_0`, `encoderblock_1`, …: the loop layout) or stacked on a leading
-layer axis (`encoderblock`: the scan layout). Hugging Face names the same tensors differently and stores matrices as
-[out, in].
+layer axis (`encoderblock`: the scan layout). Hugging Face, timm and open_clip name the same tensors differently and store
+matrices as [out, in].
 
-The trap: the attention of Hugging Face's pooling head is torch's `MultiheadAttention`, whose query, key and value
-live in one tensor, stacked by rows in that order; three of our paths share one key there.
+The trap: torch's `MultiheadAttention` (in Hugging Face's pooling head and open_clip's text tower) keeps query, key and value in
+one tensor, stacked by rows in that order, and so does timm; three of our paths share one key there, two in timm's pooling head.
 """
 
 import itertools
@@ -17,12 +17,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from siglip.errors import UserError
-from siglip.formats.containers import FLOATING, LazyArray, Shape
+from siglip.formats.containers import FLOATING, LazyArray, Shape, aligned_float32
 from siglip.trees import did_you_mean
 
 _STACKED = re.compile(r"(.*/)encoderblock/(.+)")
 _SINGLE = re.compile(r"(.*/)encoderblock_(\d+)/(.+)")
-_LAYER = re.compile(r"(.*(?:/encoderblock_|encoder\.layers\.))(\d+)[/.].+")
+_LAYER = re.compile(r"(.*(?:/encoderblock_|encoder\.layers\.|blocks\.))(\d+)[/.].+")
 # A suggestion is a comparison with every key: a file in which every key is wrong would take long.
 _MAX_SUGGESTIONS = 20
 
@@ -136,20 +136,24 @@ def _listing(items: list[str]) -> str:
     return (f"{len(items)} keys: " if len(items) > 1 else "") + ", ".join(items)
 
 
-class HuggingFaceEntry(NamedTuple):
-    """Where one of our arrays lives in a Hugging Face state dict.
+class Entry(NamedTuple):
+    """Where one of our arrays lives in a state dict of torch.
 
-    `kind` is its layout there; `part` is its third of a stacked query-key-value tensor, None for a whole tensor.
+    `kind` is its layout there; `part` is (which, of how many) of several that are stacked by rows, None for a whole tensor.
     """
 
     key: str
     kind: Literal["same", "matrix", "heads_out", "flat", "conv", "first"]
-    part: int | None = None
+    part: tuple[int, int] | None = None
 
 
 _BLOCK = r"(img|txt)/(?:Transformer|Encoder_0)/encoderblock_(\d+)/"
+_IMAGE_BLOCK, _TEXT_BLOCK = _BLOCK.replace("|txt", ""), _BLOCK.replace("img|", "")
 _MHA = "MultiHeadDotProductAttention_0/"
-_HUGGING_FACE_RULES: tuple[tuple[str, str, str], ...] = (
+_POOL = r"(img)/MAPHead_0/"
+# (our path, their key after the tower's prefix, its layout)
+Rules = tuple[tuple[str, str, str], ...]
+HUGGING_FACE: Rules = (
     (r"(t)", r"logit_scale", "same"),
     (r"(b)", r"logit_bias", "same"),
     (r"(img)/embedding/kernel", r"embeddings.patch_embedding.weight", "conv"),
@@ -166,30 +170,106 @@ _HUGGING_FACE_RULES: tuple[tuple[str, str, str], ...] = (
     (_BLOCK + r"MlpBlock_0/Dense_1/(\w+)", r"encoder.layers.\2.mlp.fc2.\3", "matrix"),
     (r"(img)/Transformer/encoder_norm/(\w+)", r"post_layernorm.\2", "same"),
     (r"(txt)/Encoder_0/encoder_norm/(\w+)", r"final_layer_norm.\2", "same"),
-    (r"(img)/MAPHead_0/probe", r"head.probe", "same"),
-    (r"(img)/MAPHead_0/" + _MHA + r"[qkv]\w+/kernel", r"head.attention.in_proj_weight", "matrix"),
-    (r"(img)/MAPHead_0/" + _MHA + r"[qkv]\w+/bias", r"head.attention.in_proj_bias", "flat"),
-    (r"(img)/MAPHead_0/" + _MHA + r"out/kernel", r"head.attention.out_proj.weight", "heads_out"),
-    (r"(img)/MAPHead_0/" + _MHA + r"out/bias", r"head.attention.out_proj.bias", "same"),
+    (_POOL + r"probe", r"head.probe", "same"),
+    (_POOL + _MHA + r"[qkv]\w+/kernel", r"head.attention.in_proj_weight", "matrix"),
+    (_POOL + _MHA + r"[qkv]\w+/bias", r"head.attention.in_proj_bias", "flat"),
+    (_POOL + _MHA + r"out/kernel", r"head.attention.out_proj.weight", "heads_out"),
+    (_POOL + _MHA + r"out/bias", r"head.attention.out_proj.bias", "same"),
     (r"(img)/MAPHead_0/LayerNorm_0/(\w+)", r"head.layernorm.\2", "same"),
     (r"(img)/MAPHead_0/MlpBlock_0/Dense_0/(\w+)", r"head.mlp.fc1.\2", "matrix"),
     (r"(img)/MAPHead_0/MlpBlock_0/Dense_1/(\w+)", r"head.mlp.fc2.\2", "matrix"),
     (r"(txt)/head/(\w+)", r"head.\2", "matrix"),
 )
-_TOWERS = {"img": "vision_model.", "txt": "text_model.", "t": "", "b": ""}
-_PARTS = {"query": 0, "key": 1, "value": 2}
+# timm's names of the image tower, and open_clip's of the text tower.
+OPEN_CLIP: Rules = (
+    (r"(t)", r"logit_scale", "first"),
+    (r"(b)", r"logit_bias", "first"),
+    (r"(img)/embedding/kernel", r"patch_embed.proj.weight", "conv"),
+    (r"(img)/embedding/bias", r"patch_embed.proj.bias", "same"),
+    (r"(img)/pos_embedding", r"pos_embed", "same"),
+    (_IMAGE_BLOCK + r"LayerNorm_0/(\w+)", r"blocks.\2.norm1.\3", "same"),
+    (_IMAGE_BLOCK + r"LayerNorm_1/(\w+)", r"blocks.\2.norm2.\3", "same"),
+    (_IMAGE_BLOCK + _MHA + r"[qkv]\w+/kernel", r"blocks.\2.attn.qkv.weight", "matrix"),
+    (_IMAGE_BLOCK + _MHA + r"[qkv]\w+/bias", r"blocks.\2.attn.qkv.bias", "flat"),
+    (_IMAGE_BLOCK + _MHA + r"out/kernel", r"blocks.\2.attn.proj.weight", "heads_out"),
+    (_IMAGE_BLOCK + _MHA + r"out/bias", r"blocks.\2.attn.proj.bias", "same"),
+    (_IMAGE_BLOCK + r"MlpBlock_0/Dense_0/(\w+)", r"blocks.\2.mlp.fc1.\3", "matrix"),
+    (_IMAGE_BLOCK + r"MlpBlock_0/Dense_1/(\w+)", r"blocks.\2.mlp.fc2.\3", "matrix"),
+    (r"(img)/Transformer/encoder_norm/(\w+)", r"norm.\2", "same"),
+    (_POOL + r"probe", r"attn_pool.latent", "same"),
+    (_POOL + _MHA + r"query/kernel", r"attn_pool.q.weight", "matrix"),
+    (_POOL + _MHA + r"query/bias", r"attn_pool.q.bias", "flat"),
+    (_POOL + _MHA + r"[kv]\w+/kernel", r"attn_pool.kv.weight", "matrix"),
+    (_POOL + _MHA + r"[kv]\w+/bias", r"attn_pool.kv.bias", "flat"),
+    (_POOL + _MHA + r"out/kernel", r"attn_pool.proj.weight", "heads_out"),
+    (_POOL + _MHA + r"out/bias", r"attn_pool.proj.bias", "same"),
+    (_POOL + r"LayerNorm_0/(\w+)", r"attn_pool.norm.\2", "same"),
+    (_POOL + r"MlpBlock_0/Dense_0/(\w+)", r"attn_pool.mlp.fc1.\2", "matrix"),
+    (_POOL + r"MlpBlock_0/Dense_1/(\w+)", r"attn_pool.mlp.fc2.\2", "matrix"),
+    (r"(txt)/Embed_0/embedding", r"token_embedding.weight", "same"),
+    (r"(txt)/pos_embedding", r"positional_embedding", "first"),
+    (_TEXT_BLOCK + r"LayerNorm_0/(\w+)", r"transformer.resblocks.\2.ln_1.\3", "same"),
+    (_TEXT_BLOCK + r"LayerNorm_1/(\w+)", r"transformer.resblocks.\2.ln_2.\3", "same"),
+    (_TEXT_BLOCK + _MHA + r"[qkv]\w+/kernel", r"transformer.resblocks.\2.attn.in_proj_weight", "matrix"),
+    (_TEXT_BLOCK + _MHA + r"[qkv]\w+/bias", r"transformer.resblocks.\2.attn.in_proj_bias", "flat"),
+    (_TEXT_BLOCK + _MHA + r"out/kernel", r"transformer.resblocks.\2.attn.out_proj.weight", "heads_out"),
+    (_TEXT_BLOCK + _MHA + r"out/bias", r"transformer.resblocks.\2.attn.out_proj.bias", "same"),
+    (_TEXT_BLOCK + r"MlpBlock_0/Dense_0/(\w+)", r"transformer.resblocks.\2.mlp.c_fc.\3", "matrix"),
+    (_TEXT_BLOCK + r"MlpBlock_0/Dense_1/(\w+)", r"transformer.resblocks.\2.mlp.c_proj.\3", "matrix"),
+    (r"(txt)/Encoder_0/encoder_norm/(\w+)", r"ln_final.\2", "same"),
+    (r"(txt)/head/(\w+)", r"text_projection.\2", "matrix"),
+)
+# Tensors that are stacked by rows: what their key contains -> the initials of ours, in order.
+_STACKED_ROWS = {"in_proj": "qkv", ".qkv.": "qkv", ".kv.": "kv"}
 
 
-def hugging_face_entry(path: str) -> HuggingFaceEntry:
-    """Where one of our paths (loop layout) lives there; every path of a model that Hugging Face can express has an entry."""
-    for pattern, template, kind in _HUGGING_FACE_RULES:
+def entry(path: str, rules: Rules, prefixes: Mapping[str, str]) -> Entry:
+    """Where one of our paths (loop layout) lives there; every path of a model that the format can express has an entry.
+
+    Args:
+        prefixes: of the image and the text tower's keys, {"img": …, "txt": …}.
+    """
+    for pattern, template, kind in rules:
         if match := re.fullmatch(pattern, path):
             key = re.sub(r"\.(kernel|scale)$", ".weight", match.expand(template))
-            part = _PARTS[path.split("/")[-2]] if "in_proj" in key else None
-            return HuggingFaceEntry(
-                _TOWERS[match[1]] + key, "same" if kind == "matrix" and key.endswith("bias") else kind, part
-            )
-    raise AssertionError(f"no Hugging Face key for {path}: the writer should have refused this model")
+            parts = next((parts for stem, parts in _STACKED_ROWS.items() if stem in key), "")
+            part = (parts.index(path.split("/")[-2][0]), len(parts)) if parts else None
+            kind = "same" if kind == "matrix" and key.endswith("bias") else kind
+            return Entry(prefixes.get(match[1], "") + key, kind, part)
+    raise AssertionError(f"no key for {path}: the writer should have refused this model")
+
+
+def hugging_face_entry(path: str) -> Entry:
+    """`entry` in a Hugging Face state dict."""
+    return entry(path, HUGGING_FACE, {"img": "vision_model.", "txt": "text_model."})
+
+
+def from_torch(state: Mapping[str, LazyArray], entry: Entry, shape: Shape) -> np.ndarray:
+    """Our array of that shape, float32, out of a state dict of torch."""
+    array = state[entry.key].read()
+    if entry.part is not None:
+        array = np.split(array, entry.part[1])[entry.part[0]]
+    return aligned_float32(from_hugging_face(array, entry.kind, shape))
+
+
+def torch_shapes(ours: Mapping[str, Shape], entry_of: Callable[[str], Entry]) -> dict[str, Shape]:
+    """The shapes of a state dict's tensors, by key, from those of our arrays."""
+    shapes = {}
+    for path, shape in ours.items():
+        key, kind, part = entry_of(path)
+        theirs = hugging_face_shape(shape, kind)
+        shapes[key] = theirs if part is None else (part[1] * theirs[0], *theirs[1:])
+    return shapes
+
+
+def unwrapped(stored: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
+    """Without what torch.compile puts into keys, and what DistributedDataParallel and trainers put before all of them."""
+    state = {key.replace("_orig_mod.", ""): array for key, array in stored.items()}
+    while wrapper := next(
+        (w for w in ("module.", "model.") if state and all(key.startswith(w) for key in state)), None
+    ):
+        state = {key.removeprefix(wrapper): array for key, array in state.items()}
+    return state
 
 
 def to_hugging_face(array: np.ndarray, kind: str) -> np.ndarray:
@@ -204,7 +284,7 @@ def to_hugging_face(array: np.ndarray, kind: str) -> np.ndarray:
         case "conv":
             return array.transpose(3, 2, 0, 1)
         case "first":
-            return array[0]
+            return array[0, ...]
     return array
 
 

@@ -129,12 +129,11 @@ def test_sources_that_are_none(tmp_path):
     for src in ("file.txt", "folder"):
         with pytest.raises(ValueError, match="is not a model; a model is a run's workdir"):
             load(tmp_path / src)
-    others = ("open/open_clip_config.json", "adapter/adapter_config.json", "exported/saved_model.pb")
+    others = ("adapter/adapter_config.json", "exported/saved_model.pb")
     for name in (*others, "a.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     for src, error, words in (
-        (tmp_path / "open", UserError, "is a model of open_clip: take the same model"),
         (tmp_path / "adapter", UserError, "is a LoRA adapter: merge it"),
         (tmp_path / "exported", UserError, "is an exported program: name the model"),
         (tmp_path / "a.safetensors", UserError, "one file of a Hugging Face model; name the folder"),

@@ -172,7 +172,6 @@ def test_a_config_in_the_style_of_siglip_2(tmp_path):
             "positive number; vision patch_size=0 is not a positive number",
         ),
         ({"model_type": "siglip_vision_model", "num_attention_heads": 7}, "width=768 is not divisible by num_heads=7"),
-        ({"architecture": "vit_base_patch16_siglip_224"}, "it is a model of timm, vit_base_patch16_siglip_224; take"),
         ({"model_type": "siglip", "vision_config": {"vision_use_head": "no"}}, "vision_use_head='no' is neither true"),
         (
             {"model_type": "siglip", "text_config": {"projection_size": "768"}},

@@ -1,0 +1,364 @@
+"""Folders of timm and open_clip: their keys and configs always, the libraries themselves where they are installed."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from siglip import encoder
+from siglip.encoder import Encoder
+from siglip.errors import UserError
+from siglip.formats import open_clip
+from siglip.formats.big_vision import image_only
+from siglip.model_source import read_config, read_model
+from siglip.models.text import TokenConfig
+from siglip.models.two_tower import ModelConfig
+from siglip.models.vit import PixelConfig
+from siglip.trees import flatten
+from tests.siglip import numpy_model
+from tests.siglip.formats.test_big_vision import same
+from tests.siglip.rounding import towers_apart
+from tests.siglip.texts import SPIECE
+from tests.siglip.tiny import random_inputs, random_params, square_model
+
+CONFIG = square_model(text={"width": 36, "num_heads": 4, "mlp_dim": 72})
+ARGS = {"embed_dim": 36, "depth": 2, "num_heads": 3, "mlp_ratio": 128 / 36, "patch_size": 8, "img_size": [32, 32]}
+TIMM = {
+    "architecture": "vit_base_patch16_siglip_224", "num_classes": 0, "num_features": 36, "global_pool": "map",
+    "model_args": ARGS | {"act_layer": "gelu_tanh", "drop_path_rate": 0.1, "in_chans": 3, "num_classes": 0},
+    "pretrained_cfg": {
+        "tag": "webli", "input_size": [3, 32, 32], "crop_pct": 0.9, "interpolation": "bicubic",
+        "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5],
+    },
+}  # fmt: skip
+TEXT = {
+    "context_length": 7, "vocab_size": 61, "hf_tokenizer_name": "timm/ViT-B-16-SigLIP", "width": 36, "heads": 4, "layers": 2,
+    "mlp_ratio": 2.0, "no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6},
+    "act_kwargs": {"approximate": "tanh"}, "tokenizer_kwargs": {"clean": "canonicalize"},
+}  # fmt: skip
+PIXELS = {"mean": [0.4, 0.5, 0.6], "std": [0.5, 0.5, 0.25], "interpolation": "bicubic", "resize_mode": "squash"}
+
+
+def timm_state(params: dict, prefix: str = "") -> dict[str, np.ndarray]:
+    """The image tower as timm names it, written from its modules (Block, Attention, AttentionPoolLatent)."""
+    p = {path: np.asarray(array) for path, array in flatten(params).items() if path.startswith("img/")}
+    state = {
+        "pos_embed": p["img/pos_embedding"],
+        "patch_embed.proj.weight": p["img/embedding/kernel"].transpose(3, 2, 0, 1),
+        "patch_embed.proj.bias": p["img/embedding/bias"],
+        **norm(p, "img/Transformer/encoder_norm", "norm"),
+    }
+    for i in range(CONFIG.image.spec.depth):
+        here, there = f"img/Transformer/encoderblock_{i}/", f"blocks.{i}."
+        state |= norm(p, here + "LayerNorm_0", there + "norm1") | norm(p, here + "LayerNorm_1", there + "norm2")
+        state |= dense(p, here + "MlpBlock_0/Dense_0", there + "mlp.fc1") | dense(
+            p, here + "MlpBlock_0/Dense_1", there + "mlp.fc2"
+        )
+        state |= stacked(p, here, ("query", "key", "value"), there + "attn.qkv.") | out(p, here, there + "attn.proj")
+    if "img/MAPHead_0/probe" in p:
+        here, there = "img/MAPHead_0/", "attn_pool."
+        state |= {"attn_pool.latent": p["img/MAPHead_0/probe"]} | norm(p, here + "LayerNorm_0", there + "norm")
+        state |= dense(p, here + "MlpBlock_0/Dense_0", there + "mlp.fc1") | dense(
+            p, here + "MlpBlock_0/Dense_1", there + "mlp.fc2"
+        )
+        state |= stacked(p, here, ("query",), there + "q.") | stacked(p, here, ("key", "value"), there + "kv.")
+        state |= out(p, here, there + "proj")
+    return {prefix + key: np.array(array, order="C") for key, array in state.items()}
+
+
+def open_clip_state(params: dict) -> dict[str, np.ndarray]:
+    """Both towers as open_clip names them (TextTransformer, whose blocks have torch's MultiheadAttention)."""
+    p = {path: np.asarray(array) for path, array in flatten(params).items()}
+    state = {
+        "logit_scale": p["t"][0],
+        "logit_bias": p["b"][0],
+        "text.positional_embedding": p["txt/pos_embedding"][0],
+        "text.token_embedding.weight": p["txt/Embed_0/embedding"],
+        **norm(p, "txt/Encoder_0/encoder_norm", "text.ln_final"),
+        **dense(p, "txt/head", "text.text_projection"),
+    }
+    for i in range(CONFIG.text.spec.depth):
+        here, there = f"txt/Encoder_0/encoderblock_{i}/", f"text.transformer.resblocks.{i}."
+        state |= norm(p, here + "LayerNorm_0", there + "ln_1") | norm(p, here + "LayerNorm_1", there + "ln_2")
+        state |= dense(p, here + "MlpBlock_0/Dense_0", there + "mlp.c_fc") | dense(
+            p, here + "MlpBlock_0/Dense_1", there + "mlp.c_proj"
+        )
+        state |= stacked(p, here, ("query", "key", "value"), there + "attn.in_proj_") | out(
+            p, here, there + "attn.out_proj"
+        )
+    return {key: np.array(array, order="C") for key, array in state.items()} | timm_state(params, "visual.trunk.")
+
+
+def norm(p: dict, ours: str, theirs: str) -> dict[str, np.ndarray]:
+    return {f"{theirs}.weight": p[f"{ours}/scale"], f"{theirs}.bias": p[f"{ours}/bias"]}
+
+
+def dense(p: dict, ours: str, theirs: str) -> dict[str, np.ndarray]:
+    return {f"{theirs}.weight": p[f"{ours}/kernel"].T, f"{theirs}.bias": p[f"{ours}/bias"]}
+
+
+def stacked(p: dict, ours: str, parts: tuple[str, ...], theirs: str) -> dict[str, np.ndarray]:
+    mha = f"{ours}MultiHeadDotProductAttention_0/"
+    kernels = [p[f"{mha}{part}/kernel"].reshape(36, 36).T for part in parts]
+    return {
+        f"{theirs}weight": np.concatenate(kernels),
+        f"{theirs}bias": np.concatenate([p[f"{mha}{part}/bias"].ravel() for part in parts]),
+    }
+
+
+def out(p: dict, ours: str, theirs: str) -> dict[str, np.ndarray]:
+    mha = f"{ours}MultiHeadDotProductAttention_0/out"
+    return {f"{theirs}.weight": p[f"{mha}/kernel"].reshape(36, 36).T, f"{theirs}.bias": p[f"{mha}/bias"]}
+
+
+def timm_folder(folder: Path, params: dict, **changes) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(TIMM | changes))
+    save_file(timm_state(params), folder / "model.safetensors")
+    return folder
+
+
+def open_clip_folder(
+    folder: Path, params: dict, *, text: dict | None = None, vision: dict | None = None, pixels: dict | None = None
+) -> Path:
+    """The published sizes are not ours, so the name of timm's model is changed for one that the test makes tiny."""
+    folder.mkdir(exist_ok=True)
+    vision = {
+        "image_size": 32,
+        "timm_model_name": "vit_tiny_patch8_siglip_32",
+        "timm_pool": "map",
+        "timm_proj": "none",
+    } | (vision or {})
+    model = {
+        "embed_dim": 36,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": vision,
+        "text_cfg": TEXT | (text or {}),
+    }
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": model, "preprocess_cfg": PIXELS | (pixels or {})})
+    )
+    save_file(open_clip_state(params), folder / "open_clip_model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A size of timm's names that is as small as CONFIG."""
+    monkeypatch.setitem(open_clip.VARIANTS, "tiny", CONFIG.image.spec)
+    monkeypatch.setitem(open_clip._SIZES, "tiny", ("tiny", 128 / 36))
+
+
+def test_both_towers_of_open_clip(tmp_path, tiny):
+    params = random_params(CONFIG)
+    found, config, tokenizer = read_model(open_clip_folder(tmp_path, params))
+    same(found, params)
+    assert (config.image.spec, config.text.spec) == (CONFIG.image.spec, CONFIG.text.spec) and tokenizer is None
+    assert (config.text.length, config.text.vocab_size, config.out_dim) == (7, 61, (None, 36))
+    assert config.image.pixels == PixelConfig((0.4, 0.5, 0.6), (0.5, 0.5, 0.25), "bicubic")
+    assert config.text.tokens == TokenConfig(canonical="texts")
+    found, config, _ = read_model(tmp_path, only_image=True)
+    same(found, {"img": params["img"]})
+    assert config.text is None
+
+
+def test_the_towers_compute_what_the_file_says(tmp_path, tiny):
+    """Against the papers' equations in float64, over the arrays that the file was written from."""
+    params = random_params(CONFIG)
+    images, ids = random_inputs(CONFIG)
+    model = encoder.load(open_clip_folder(tmp_path, params, pixels={"mean": [0.5] * 3, "std": [0.5] * 3}))
+    p = {path: np.asarray(array, np.float64) for path, array in flatten(params).items()}
+    tokens, zimg = numpy_model.image_tower(p, CONFIG, images.astype(np.float64))
+    for found, expected in (
+        (model.image_tokens(images), tokens),
+        (model.embed_images(images), zimg),
+        (model.embed_texts(ids), numpy_model.text_tower(p, CONFIG, ids)[1]),
+    ):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=towers_apart(CONFIG, expected))
+
+
+@pytest.mark.parametrize("pool, named", [("map", "map"), ("gap", "avg"), ("none", "")])
+def test_an_image_tower_of_timm(tmp_path, pool, named, caplog):
+    config = image_only(square_model(image={"pool": pool}))
+    params = random_params(config)
+    with caplog.at_level(logging.WARNING):
+        found, read, _ = read_model(timm_folder(tmp_path, params, global_pool=named))
+    same(found, params)
+    assert read.image.pool == pool and read.image.image_size == (32, 32) and read.text is None
+    assert read.image.pixels.resample == "bicubic" and "crop_pct=0.9" in caplog.text
+
+
+def test_a_classifier_of_timm_is_left_out(tmp_path):
+    config = image_only(CONFIG)
+    params = random_params(config)
+    folder = timm_folder(tmp_path, params, num_classes=5)
+    head = {"head.weight": np.zeros((5, 36), np.float32), "head.bias": np.zeros(5, np.float32)}
+    save_file(load_file(folder / "model.safetensors") | head, folder / "model.safetensors")
+    same(read_model(folder)[0], params)
+
+
+@pytest.mark.parametrize(
+    "name, variant, patch, size, pool",
+    [
+        ("vit_base_patch32_siglip_256", "B", 32, 256, "map"),
+        ("vit_large_patch16_siglip_384.webli", "L", 16, 384, "map"),
+        ("vit_so400m_patch14_siglip_378", "So400m", 14, 378, "map"),
+        ("vit_so400m_patch14_siglip_gap_896", "So400m", 14, 896, "gap"),
+        ("vit_giantopt_patch16_siglip_256", "g-opt", 16, 256, "map"),
+    ],
+)
+def test_published_names(tmp_path, name, variant, patch, size, pool):
+    tree = {"architecture": name, "pretrained_cfg": TIMM["pretrained_cfg"] | {"input_size": [3, size, size]}}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    image = read_config(tmp_path)[0].image
+    assert (image.variant, image.patch, image.image_size, image.pool) == (
+        f"{variant}/{patch}",
+        (patch,) * 2,
+        (size,) * 2,
+        pool,
+    )
+
+
+def test_the_published_text_towers(tmp_path):
+    """So400m: its ratio makes 4304; the vocabulary of 256,000 is Gemma's, padded with 0."""
+    sizes = {"width": 1152, "heads": 16, "layers": 27, "mlp_ratio": 3.7362, "vocab_size": 256_000, "context_length": 64}
+    vision = {
+        "timm_model_name": "vit_giantopt_patch16_siglip_256",
+        "image_size": 256,
+        "timm_pool": "map",
+        "timm_proj": "none",
+    }
+    model = {"embed_dim": 1536, "vision_cfg": vision, "text_cfg": TEXT | sizes}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": PIXELS}))
+    config = read_config(tmp_path)[0]
+    assert (config.text.variant, config.text.tokens.pad_id, config.out_dim) == ("So400m", 0, (None, 1536))
+
+
+def test_the_tokenizer_beside_it_is_followed(tmp_path, tiny, caplog):
+    folder = open_clip_folder(tmp_path, random_params(CONFIG))
+    (folder / "spiece.model").write_bytes(SPIECE.read_bytes())
+    settings = {"tokenizer_class": "T5Tokenizer", "pad_token": "</s>", "eos_token": "</s>", "add_eos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    config, tokenizer = read_config(folder)
+    assert tokenizer == folder / "spiece.model" and config.text.tokens == TokenConfig(canonical="texts")
+    assert not caplog.records
+
+
+def test_a_leftover_and_a_lost_tensor_are_named(tmp_path, tiny):
+    folder = open_clip_folder(tmp_path, random_params(CONFIG))
+    state = load_file(folder / "open_clip_model.safetensors")
+    state["visual.trunk.fc_norm.weight"] = state.pop("visual.trunk.norm.weight")
+    del state["logit_bias"]
+    save_file(
+        {key: a for key, a in state.items() if ".resblocks.1." not in key}, folder / "open_clip_model.safetensors"
+    )
+    with pytest.raises(UserError) as error:
+        read_model(folder)
+    for part in (
+        "layer 1 of 2 (12 arrays, text.transformer.resblocks.1)",
+        "logit_bias",
+        "unknown visual.trunk.fc_norm.weight",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"architecture": "vit_base_patch16_clip_224"}, "'vit_base_patch16_clip_224' cannot be read"),
+        ({"architecture": "vit_tiny_patch16_siglip_224"}, "cannot be read; of timm's models only"),
+        ({"model_args": ARGS | {"act_layer": "quick_gelu"}}, "act_layer='quick_gelu'"),
+        ({"model_args": ARGS | {"pre_norm": True}}, "pre_norm=True cannot be followed"),
+        ({"model_args": ARGS | {"embed_dim": "36"}}, "embed_dim='36' is not a positive number"),
+        ({"model_args": ARGS | {"num_heads": 5}}, "width=36 is not divisible by num_heads=5"),
+        ({"model_args": [1]}, r"model_args=\[1\] is not an object"),
+        ({"global_pool": "token"}, "pooled by 'token'"),
+        ({"pretrained_cfg": {"mean": [0.5], "std": [0.5] * 3}}, r"mean=\[0.5\] is not three numbers"),
+        ({"pretrained_cfg": PIXELS | {"interpolation": "lanczos"}}, "interpolation='lanczos'"),
+    ],
+)
+def test_models_of_timm_that_cannot_be_read(tmp_path, changes, words):
+    folder = timm_folder(tmp_path, random_params(image_only(CONFIG)), **changes)
+    with pytest.raises(UserError, match=f"config.json: .*{words}") as error:
+        read_model(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, vision, pixels, words",
+    [
+        ({"no_causal_mask": False, "pool_type": "argmax"}, {}, {}, "no_causal_mask=False .*; pool_type='argmax'"),
+        ({"norm_kwargs": None}, {}, {}, "eps of 1e-6"),
+        ({"hf_model_name": "xlm-roberta-base"}, {}, {}, "hf_model_name='xlm-roberta-base'"),
+        ({"tokenizer_kwargs": {"clean": "bleach"}}, {}, {}, "cleaned by 'bleach'"),
+        ({}, {"timm_model_name": None, "layers": 12}, {}, "'None' cannot be read"),
+        ({}, {}, {"resize_mode": "shortest"}, "resize_mode='shortest'"),
+    ],
+)
+def test_models_of_open_clip_that_cannot_be_read(tmp_path, tiny, text, vision, pixels, words):
+    folder = open_clip_folder(tmp_path, random_params(CONFIG), text=text, vision=vision, pixels=pixels)
+    with pytest.raises(UserError, match=f"open_clip_config.json: .*{words}") as error:
+        read_model(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_only_safetensors(tmp_path, tiny):
+    folder = open_clip_folder(tmp_path, random_params(CONFIG))
+    (folder / "open_clip_model.safetensors").rename(folder / "open_clip_pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="has no open_clip_model.safetensors; .* pickled ones never"):
+        read_model(folder)
+
+
+def randomized(model, torch):
+    """Every parameter random, none zero."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.05 if parameter.ndim > 1 else 0.3))
+    return model.eval()
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("name", ["vit_base_patch32_siglip_256", "vit_base_patch16_siglip_gap_224"])
+def test_timm_computes_the_same(tmp_path, name):
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    args = ARGS | {"act_layer": "gelu_tanh"}
+    model = randomized(timm.create_model(name, num_classes=0, **args), torch)
+    timm.models.save_for_hf(model, tmp_path, model_args=args, safe_serialization=True)
+    params, config, _ = read_model(tmp_path)
+    images = random_inputs(ModelConfig(config.image, None, (None, None)))[0]
+    pixels = torch.tensor(images.transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        tokens, pooled = model.forward_features(pixels).numpy(), torch.nn.functional.normalize(model(pixels)).numpy()
+    ours = Encoder(params, config)
+    np.testing.assert_allclose(ours.image_tokens(images), tokens, rtol=0, atol=towers_apart(config, tokens))
+    np.testing.assert_allclose(ours.embed_images(images), pooled, rtol=0, atol=towers_apart(config))
+
+
+@pytest.mark.interop
+@pytest.mark.slow
+def test_open_clip_computes_the_same(tmp_path):
+    """The published ViT-B-32-SigLIP2-256 with a small vocabulary: its image tower cannot be made smaller."""
+    torch, library = pytest.importorskip("torch"), pytest.importorskip("open_clip")
+    settings = library.get_model_config("ViT-B-32-SigLIP2-256")
+    settings["text_cfg"] |= {"vocab_size": 61, "layers": 2}
+    model = randomized(library.CustomTextCLIP(**{k: v for k, v in settings.items() if k != "custom_text"}), torch)
+    save = {"model_cfg": settings, "preprocess_cfg": PIXELS | {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(save))
+    from safetensors.torch import save_model
+
+    save_model(model, str(tmp_path / "open_clip_model.safetensors"))
+    params, config, _ = read_model(tmp_path)
+    ours, (images, ids) = Encoder(params, config), random_inputs(config, batch=2)
+    with torch.no_grad():
+        zimg = model.encode_image(torch.tensor(images.transpose(0, 3, 1, 2)), normalize=True).numpy()
+        ztxt = model.encode_text(torch.tensor(ids).long(), normalize=True).numpy()
+        logits = model.get_logits(torch.tensor(images.transpose(0, 3, 1, 2)), torch.tensor(ids).long())[0].numpy()
+    np.testing.assert_allclose(ours.embed_images(images), zimg, rtol=0, atol=towers_apart(config))
+    np.testing.assert_allclose(ours.embed_texts(ids), ztxt, rtol=0, atol=towers_apart(config))
+    found = ours.logits(ours.embed_images(images), ours.embed_texts(ids))
+    np.testing.assert_allclose(found, logits, rtol=0, atol=towers_apart(config, logits))
