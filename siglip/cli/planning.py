@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 
@@ -18,8 +18,9 @@ from siglip.training.config import TrainConfig, load_config_file, resolve
 
 USAGE = """usage: siglip plan CONFIG --topology T [--compile] [--search] [--json] [any flag of siglip train]
 
-T is a slice of TPUs (v4:2x2x1, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1) or GPUs (a100:8, h100:8, h200:8, b200:8, h100:8x128).
-Memory per device, FLOPs, what travels, a range of step times, what has to be decoded; nothing is compiled and no device is needed.
+T is a slice of TPUs (v4:2x2x1, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1) or GPUs (a100:8, h100:8, h200:8, b200:8;
+h100:8x128 are 128 hosts of 8). Prints memory per device, FLOPs, traffic, a range of step times, and the cores that decode.
+Nothing is compiled, and no device is needed.
   --compile   compiles the real step for T and reports the compiler's memory: minutes for TPUs (pip install libtpu), half a
               minute for GPUs (pip install jax-cuda12-plugin jax-cuda12-pjrt)
   --search    tries mesh.fsdp, remat and loss.micro_batch_size, and plans the fastest that fits
@@ -72,7 +73,9 @@ def _take_topology(args: list[str]) -> tuple[str, list[str]]:
             rest = args[:place] + args[place + (1 if equals else 2) :]
             if value := value if equals else "".join(args[place + 1 : place + 2]):
                 return value, rest
-    raise UserError("--topology is missing; name the devices to plan for, e.g. --topology h100:8 or --topology v5e:16x16")
+    raise UserError(
+        "--topology is missing; name the devices to plan for, e.g. --topology h100:8 or --topology v5e:16x16"
+    )
 
 
 @contextlib.contextmanager
@@ -131,29 +134,35 @@ def _in_flight(stats) -> dict[str, int]:
 
 def to_lines(plan: estimate.Estimate, config: TrainConfig) -> list[str]:
     """The plan for people."""
-    topology, memory, (low, expected, high) = plan.topology, plan.bytes_per_device, plan.mfu
-    model, hosts = config.model, topology.hosts
-    parts = ", ".join(f"{part} {n / 1e6:.1f} M" for part, n in plan.parameters.items())
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
-    fraction = "" if topology.accelerator.sides else "; set XLA_PYTHON_CLIENT_MEM_FRACTION=.92"
-    sizes = ", ".join(f"{name} {_gib(n)}" for name, n in memory.items() if name not in ("total", "usable") and n)
-    remats = ", ".join(f"{remat} {_gib(n)}" for remat, n in plan.activations_by_remat.items())
-    moved = ", ".join(f"{kind} {_gib(n)}" for kind, n in plan.collective_bytes.items() if n) or "nothing"
-    fast, slow = plan.step_range_s
-    hours = plan.run_s / 3600
-    recomputed = f", {plan.recomputed:.2f} times that with what is computed again" if plan.recomputed > 1 else ""
-    return [
-        f"devices            {topology.devices} x {topology.accelerator.device_kind} on {hosts} host{'s' * (hosts > 1)}, mesh data={plan.mesh[0]} fsdp={plan.mesh[1]}",
-        f"parameters         {parts}",
-        f"memory per device  {_gib(memory['total'])} of {_gib(memory['usable'])} GiB: {verdict}{fraction}",
-        f"  GiB              {sizes}",
-        f"  activations      remat {remats} (now: image {model.image.remat}, text {model.text.remat})",
-        f"FLOPs              {plan.flops_per_pair / 1e9:.1f} G a pair, {plan.flops_per_step / 1e12:.1f} T a step{recomputed}",
-        f"travels, GiB       {moved}: at least {plan.collective_s:.3f} s a step",
-        f"step               {plan.step_s:.3f} s at an MFU of {expected:.0%} ({fast:.3f} to {slow:.3f} s at {high:.0%} to {low:.0%})",
-        f"run                {config.total_steps} steps: {hours:.1f} h, {plan.device_hours:.0f} device hours ({config.total_steps * config.batch_size / 1e9:.2f} 10^9 pairs)",
-        f"input              {plan.pairs_per_s:.0f} pairs/s: {plan.decoding_cores:.0f} cores decoding, {plan.storage_bytes_per_s / 1e6:.0f} MB/s from storage, over all hosts",
-    ]
+    (data, fsdp), (low, expected, high), (fast, slow) = plan.mesh, plan.mfu, plan.step_range_s
+    accelerator, hosts, memory = plan.topology.accelerator, plan.topology.hosts, plan.bytes_per_device
+    image, text, pairs = config.model.image, config.model.text, config.total_steps * config.batch_size
+    sizes = {name: n for name, n in memory.items() if name not in ("total", "usable")}
+    fraction = "" if accelerator.sides else " (XLA_PYTHON_CLIENT_MEM_FRACTION=.92)"
+    again = f", {plan.recomputed:.2f} times that with what is computed again" if plan.recomputed > 1 else ""
+    rows = {
+        "devices": f"{data * fsdp} x {accelerator.device_kind} on {hosts} host(s), mesh data={data} fsdp={fsdp}",
+        "parameters": ", ".join(f"{part} {n / 1e6:.1f} M" for part, n in plan.parameters.items()),
+        "memory per device": f"{_gib(memory['total'])} of {_gib(memory['usable'])} GiB{fraction}: {_verdict(plan.fits)}",
+        "  GiB": _listed(sizes),
+        "  activations": f"remat {_listed(plan.activations_by_remat)}; now image {image.remat}, text {text.remat}",
+        "FLOPs": f"{plan.flops_per_pair / 1e9:.1f} G a pair, {plan.flops_per_step / 1e12:.1f} T a step{again}",
+        "traffic, GiB": f"{_listed(plan.collective_bytes) or 'none'}: at least {plan.collective_s:.3f} s a step",
+        "step": f"{plan.step_s:.3f} s at an MFU of {expected:.0%}; {fast:.3f} to {slow:.3f} s at {high:.0%} to {low:.0%}",
+        "run": f"{config.total_steps} steps, {pairs / 1e9:.2f} 10^9 pairs: {plan.run_s / 3600:.1f} h, "
+        f"{plan.device_hours:.0f} device hours",
+        "input": f"{plan.pairs_per_s:.0f} pairs/s: {plan.decoding_cores:.0f} cores decoding, "
+        f"{plan.storage_bytes_per_s / 1e6:.0f} MB/s from storage, over all hosts",
+    }
+    return [f"{name:18} {value}" for name, value in rows.items()]
+
+
+def _verdict(fits: bool) -> str:
+    return "fits" if fits else "DOES NOT FIT"
+
+
+def _listed(sizes: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {_gib(n)}" for name, n in sizes.items() if n)
 
 
 def _gib(size: float) -> str:
@@ -169,16 +178,16 @@ def _search_lines(candidates: list[Candidate]) -> list[str]:
 
 
 def _compiled_lines(compiled: ahead_of_time.CompiledStep, plan: estimate.Estimate) -> list[str]:
-    usable = _gib(plan.bytes_per_device["usable"])
-    if compiled.stats is None:
+    usable, stats = _gib(plan.bytes_per_device["usable"]), compiled.stats
+    if stats is None:
         needed = f"{_gib(compiled.peak_bytes)} of {usable} GiB" if compiled.peak_bytes else compiled.refusal
-        return [f"compiled           DOES NOT FIT: {needed}"]
-    stats, verdict = compiled.stats, "fits" if compiled.fits else "DOES NOT FIT"
-    flights = _in_flight(stats)
-    moved = ", ".join(
-        f"{kind} {_gib(n)} ({flights.get(kind, 0) / n:.0%} under matrix products)" for kind, n in stats.collective_bytes.items()
-    )
+        return [f"compiled           {_verdict(False)}: {needed}"]
+    flights, parts = _in_flight(stats), (_gib(stats.argument_bytes), _gib(stats.temp_bytes))
+    moved = [
+        f"{kind} {_gib(n)} ({flights.get(kind, 0) / n:.0%} in flight)" for kind, n in stats.collective_bytes.items()
+    ]
     return [
-        f"compiled           {_gib(compiled.peak_bytes)} of {usable} GiB: {verdict} (arguments {_gib(stats.argument_bytes)}, temporaries {_gib(stats.temp_bytes)})",
-        f"  travels, GiB     {moved or 'nothing'}",
+        f"compiled           {_gib(compiled.peak_bytes)} of {usable} GiB: {_verdict(compiled.fits)} "
+        f"(arguments {parts[0]}, temporaries {parts[1]})",
+        f"  traffic, GiB     {', '.join(moved) or 'none'}; in flight: while matrix products run",
     ]

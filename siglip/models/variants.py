@@ -27,6 +27,21 @@ class Variant:
         return {"variant": (name or "B") + (f"/{patch}" if patch else "")} | ({} if name else vars(self))
 
 
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """How blocks are wired. The defaults are ViT's; all three turned over are ViT-22B's (arXiv:2302.05442, section 2).
+
+    Attributes:
+        parallel: attention and MLP read the same normalised input, and both are added to it.
+        qk_norm: LayerNorm of every head's queries and keys, without which attention logits explode beyond 8 10^9 parameters.
+        bias: of query, key and value; without it LayerNorms have none either, and do not centre.
+    """
+
+    parallel: bool = False
+    qk_norm: bool = False
+    bias: bool = True
+
+
 MAX_SIZE, _MAX_DEPTH = 1 << 24, 10_000  # beyond any model: what a damaged config says must not fill the memory
 
 VARIANTS: dict[str, Variant] = {

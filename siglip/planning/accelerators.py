@@ -95,7 +95,9 @@ def parse_topology(name: str) -> Topology:
     accelerator = ACCELERATORS.get(kind)
     if accelerator is None:
         known = "v4:2x2x1, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1, a100:8, h100:8, h100:8x128, h200:8, b200:8, gb200:72"
-        raise UserError(f"topology {name!r} is unknown{did_you_mean(kind, ACCELERATORS)}; known are, in any size, {known}")
+        raise UserError(
+            f"topology {name!r} is unknown{did_you_mean(kind, ACCELERATORS)}; known are, in any size, {known}"
+        )
     shape = tuple(map(int, sides.split("x"))) if re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4})*", sides) else ()
     return (_slice if accelerator.sides else _cluster)(name, accelerator, shape)
 

@@ -2,9 +2,9 @@
 
 TPUs need libtpu; NVIDIA GPUs the CUDA plugin of jax, without any CUDA library. No device is opened.
 
-The traps: without `xla_gpu_enable_triton_gemm=False` the GPU's compiler fails, as it would time kernels on a device. cuDNN's attention
-asks the library itself, so it is compiled as plain XLA, whose memory is larger. A TPU program that fits takes minutes to compile,
-one that does not is refused within seconds.
+The traps: without `xla_gpu_enable_triton_gemm=False` the GPU's compiler fails, as it would time kernels on a device. cuDNN's
+attention asks the library itself, so it is compiled as plain XLA, whose memory is larger. A TPU program that fits takes
+minutes to compile, one that does not is refused within seconds.
 """
 
 import dataclasses
@@ -104,7 +104,9 @@ def devices_of(topology: Topology) -> list[Any]:
             return list(topologies.get_topology_desc(f"{kind}:{plane}", "tpu", **options).devices)
         per_host, hosts = topology.shape
         text = _gpu_text(topology)
-        return list(topologies.get_topology_desc("", "cuda", topology=f"{hosts}x1x{per_host}", target_config=text).devices)
+        return list(
+            topologies.get_topology_desc("", "cuda", topology=f"{hosts}x1x{per_host}", target_config=text).devices
+        )
     except Exception as error:  # jax and the plugins raise what they like, down to bare RuntimeErrors
         raise UserError(f"--compile for {topology.name}: {_plugin_problem(error, is_gpu)}") from error
 
@@ -113,7 +115,7 @@ def _plugin_problem(error: Exception, is_gpu: bool) -> str:
     message = " ".join(str(error).split())
     if re.search(r"libtpu.*(lockfile|in use|already)|ABORTED", message):
         return "another process is using libtpu, which one at a time may; wait until it has ended and start again"
-    package = 'jax-cuda12-plugin and jax-cuda12-pjrt' if is_gpu else "libtpu"
+    package = "jax-cuda12-plugin and jax-cuda12-pjrt" if is_gpu else "libtpu"
     return f"the compiler for it is not installed or does not load ({message[:200]}); python -m pip install {package}"
 
 

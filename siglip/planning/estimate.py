@@ -53,9 +53,19 @@ class _Kept(NamedTuple):
 
 # Fitted to compiled steps; `python benchmarks/plan_table.py --compile` shows how far off they are.
 _KEPT = {
-    "tpu": _Kept({"none": 38, "dots": 14, "full": 4}, {"none": 8, "dots": 2, "full": 0}, {"none": 6, "dots": 0, "full": 0}, (20, 8, 6)),
-    "gpu": _Kept({"none": 38, "dots": 14, "full": 4}, {"none": 8, "dots": 2, "full": 0}, {"none": 6, "dots": 0, "full": 0}, (40, 8, 8)),
-}  # fmt: skip
+    "tpu": _Kept(
+        width={"none": 38, "dots": 14, "full": 4},
+        mlp={"none": 8, "dots": 2, "full": 0},
+        logits={"none": 6, "dots": 0, "full": 0},
+        working=(20, 8, 6),
+    ),
+    "gpu": _Kept(
+        width={"none": 38, "dots": 14, "full": 4},
+        mlp={"none": 8, "dots": 2, "full": 0},
+        logits={"none": 6, "dots": 0, "full": 0},
+        working=(40, 8, 8),
+    ),
+}
 
 
 class Shapes(NamedTuple):
@@ -155,9 +165,7 @@ def estimate_laid_out(config: TrainConfig, topology: Topology, shapes: Shapes, s
         mesh=mesh.axis_sizes,
         parameters=_count(state.params),
         bytes_per_device=memory,
-        activations_by_remat={
-            remat: _activations(_with_remat(config, remat), topology, passes) for remat in REMATS
-        },
+        activations_by_remat={remat: _activations(_with_remat(config, remat), topology, passes) for remat in REMATS},
         flops_per_pair=per_pair,
         flops_per_step=per_pair * config.batch_size,
         collective_bytes={kind: int(size) for kind, size in moved.items()},
@@ -186,7 +194,9 @@ def _count(params: Mapping[str, Any]) -> dict[str, int]:
 def _memory(
     config: TrainConfig, topology: Topology, state: TrainState, frozen: Mapping[str, Any], passes: flops.Passes
 ) -> dict[str, int]:
-    trained = [leaf for leaf, fixed in zip(jax.tree.leaves(state.params), jax.tree.leaves(frozen), strict=True) if not fixed]
+    trained = [
+        leaf for leaf, fixed in zip(jax.tree.leaves(state.params), jax.tree.leaves(frozen), strict=True) if not fixed
+    ]
     # Micro-batches add up their gradients: the sum, and those of one.
     copies = 1 if _micro_batches(config) == 1 else 2
     sizes = {
@@ -306,7 +316,9 @@ def _collectives(
         whole = math.prod(leaf.shape) * size
         if _is_sharded(leaf):
             table = re.fullmatch(sharding.EMBEDDING_TABLE, path)
-            moved["all-gather"] += 0 if table else whole * (gathers if "/encoderblock" in path else max(1, gathers // 2))
+            moved["all-gather"] += (
+                0 if table else whole * (gathers if "/encoderblock" in path else max(1, gathers // 2))
+            )
             if not is_frozen[path]:
                 moved["reduce-scatter"] += 0 if table else whole * turns
                 moved["all-reduce"] += whole // fsdp if data > 1 else 0

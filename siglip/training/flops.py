@@ -2,8 +2,8 @@
 
     MFU = pairs/s * FLOPs per pair / (devices * peak)                       (model FLOPs utilization, PaLM, arXiv 2204.02311)
 
-Counted are the matrix products of the forward pass, times three for the backward pass: a frozen tower has only the forward pass, one
-whose embeddings are read has none. A product that `remat` or micro-batches compute again is not counted again, nor is anything
+Counted are the matrix products of the forward pass, times three for the backward pass: a frozen tower has only the forward
+pass, one whose embeddings are read has none. A product that `remat` or micro-batches compute again is not counted again, nor is anything
 elementwise.
 """
 
@@ -43,7 +43,10 @@ def peak_flops(device_kind: str) -> float | None:
 
 def peak_pairs_per_s(model: ModelConfig, *, batch_size: int, passes: Passes = (3, 3)) -> float | None:
     """Pairs per second of all devices of the job at an MFU of 1; None if their peak is not known."""
-    peak, cost = peak_flops(jax.devices()[0].device_kind), train_flops_per_pair(model, batch_size=batch_size, passes=passes)
+    peak, cost = (
+        peak_flops(jax.devices()[0].device_kind),
+        train_flops_per_pair(model, batch_size=batch_size, passes=passes),
+    )
     return None if peak is None else jax.device_count() * peak / cost
 
 
@@ -70,7 +73,7 @@ def train_flops_per_pair(model: ModelConfig, *, batch_size: int, passes: Passes 
     total = float(passes[0] * forward)
     if text is not None:
         forward = _blocks(text.spec, text.length) + _pool(text.pool, text.spec, text.length)
-        forward += 2 * text.spec.width * (model.out_dim[1] or 0)
+        forward += 2 * text.spec.width * ((model.out_dim[1] or 0) + text.length * (text.embed_bottleneck or 0))
         total += passes[1] * forward + 3 * 2 * batch_size * (zimg or ztxt or 0)
     return total
 

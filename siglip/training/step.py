@@ -70,9 +70,7 @@ def state_shapes(params: Params, optimizer: optax.GradientTransformation, *, ema
     return jax.eval_shape(lambda params: _state_of(params, optimizer, ema=ema), params)
 
 
-def lay_out_state(
-    shapes: TrainState, mesh: Mesh | AbstractMesh, mesh_config: sharding.MeshConfig
-) -> TrainState:
+def lay_out_state(shapes: TrainState, mesh: Mesh | AbstractMesh, mesh_config: sharding.MeshConfig) -> TrainState:
     """The same with their shardings.
 
     Raises:

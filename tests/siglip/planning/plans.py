@@ -13,7 +13,14 @@ from siglip.training.optim import OptimConfig
 
 
 def make_config(
-    image: str, text: str, *, px: int = 224, batch_size: int, remat: str = "full", fsdp: int = 1, micro: int | None = None
+    image: str,
+    text: str,
+    *,
+    px: int = 224,
+    batch_size: int,
+    remat: str = "full",
+    fsdp: int = 1,
+    micro: int | None = None,
 ) -> TrainConfig:
     """A run in bfloat16 on scanned blocks, AdamW in float32, 64 tokens."""
     towers = {"scan": True, "remat": remat, "dtype": "bfloat16"}

@@ -86,7 +86,11 @@ def test_a_frozen_tower_costs_a_forward_pass_and_one_that_is_stored_nothing(b16)
     frozen = dataclasses.replace(B16, optim=freeze)
     stored = dataclasses.replace(frozen, data=dataclasses.replace(B16.data, image_embeddings="embeddings"))
     topology, shapes = parse_topology("h100:8"), shapes_of(frozen)
-    whole, less, least = estimate(B16, topology, b16), estimate(frozen, topology, shapes), estimate(stored, topology, shapes)
+    whole, less, least = (
+        estimate(B16, topology, b16),
+        estimate(frozen, topology, shapes),
+        estimate(stored, topology, shapes),
+    )
     text = flops.train_flops_per_pair(B16.model, batch_size=4096, passes=(0, 3))
     image = flops.train_flops_per_pair(B16.model, batch_size=4096, passes=(1, 3)) - text
     assert least.flops_per_pair == text
