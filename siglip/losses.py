@@ -141,14 +141,19 @@ def _make_plan(pairs: int, mesh: Mesh, axes: tuple[str, ...], chunk_size: int | 
     others = [i for i in range(mesh.devices.ndim) if i not in order]
     devices = list(mesh.devices.transpose(order + others).reshape(count, -1)[:, 0])
     impl = _auto_impl(devices) if impl == "auto" else impl
-    tile = _TILES.get(devices[0].platform, _TILES["cpu"])
-    if chunk_size is None:
-        chunk_size = tile.ring_columns if impl == "ring" else max(1, tile.gathered_columns // count)
-    chunk_size = min(chunk_size, pairs // count)
-    rows = max(_MIN_ROWS, tile.elements // (chunk_size if impl == "ring" else chunk_size * count))
+    chunk_size, rows = tile_shape(pairs, count, devices[0].platform, chunk_size=chunk_size, ring=impl == "ring")
     order = topology.ring(devices).order
     steps = tuple(zip(order, (*order[1:], order[0]), strict=True))
     return _Plan(axes, count, chunk_size, rows, impl, topology.axis_groups(devices), steps)
+
+
+def tile_shape(pairs: int, devices: int, platform: str, *, chunk_size: int | None, ring: bool) -> tuple[int, int]:
+    """(texts of every device on their way at a time, images they are multiplied with at a time) of the chunked loss."""
+    tile = _TILES.get(platform, _TILES["cpu"])
+    if chunk_size is None:
+        chunk_size = tile.ring_columns if ring else max(1, tile.gathered_columns // devices)
+    chunk_size = min(chunk_size, pairs // devices)
+    return chunk_size, max(_MIN_ROWS, tile.elements // (chunk_size if ring else chunk_size * devices))
 
 
 def _auto_impl(devices: Sequence[topology.Device]) -> str:

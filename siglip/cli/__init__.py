@@ -25,6 +25,7 @@ HELP = """usage: siglip COMMAND …
   eval    SRC --task TASK --data SHARDS [--out FILE.json]                 evaluate zero-shot
   export  SRC --format hf|bigvision|… --out DIR …                         hand the encoder over, verified
   embed   SRC --data SHARDS --out FILE.npz|FILE.parquet                   embed images
+  plan    CONFIG --topology v5e:16x16|h100:8|… [--compile] [--search]     does it fit, how long does it take
   report  WORKDIR                                                         report.html: curves, tables, images found
   data    index | tokenizer | stats SHARDS… | curate SHARDS… --out DIR    prepare data
 
@@ -96,12 +97,14 @@ def _dispatch(command: str, args: list[str]) -> None:
         from siglip.cli.evaluation import embed_command as call
     elif command == "export":
         from siglip.cli.exporting import export_command as call
+    elif command == "plan":
+        from siglip.cli.planning import plan_command as call
     elif command == "report":
         from siglip.cli.reporting import report_command as call
     elif command == "data":
         from siglip.cli.data import data_command as call
     else:
-        commands = ["train", "eval", "export", "embed", "report", "data"]
+        commands = ["train", "eval", "export", "embed", "plan", "report", "data"]
         hint = did_you_mean(command, commands) or f"; there are {', '.join(commands)}"
         raise UserError(f"unknown command {command!r}{hint}")
     call(args)

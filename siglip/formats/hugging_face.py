@@ -26,7 +26,7 @@ from siglip.formats.hf_inputs import preprocessor_json, read_pixels, read_tokens
 from siglip.formats.hf_tokenizer import convert
 from siglip.formats.infer_config import expected_shapes
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
-from siglip.models.variants import VARIANTS, Variant
+from siglip.models.variants import VARIANTS, BlockConfig, Variant
 from siglip.models.vit import sincos2d
 from siglip.trees import flatten, read_json, unflatten
 
@@ -136,6 +136,13 @@ def check_expressible(config: ModelConfig) -> None:
         raise UserError(
             f"Hugging Face's SigLIP takes square images and patches, not {image.image_size} px in patches of "
             f"{image.patch}; {instead}"
+        )
+    standard = BlockConfig()
+    if image.block != standard or (text is not None and (text.block != standard or text.embed_bottleneck is not None)):
+        raise UserError(
+            f"Hugging Face's SigLIP has ViT's blocks and no narrow token embeddings, not image.block={image.block}"
+            + ("" if text is None else f", text.block={text.block}, text.embed_bottleneck={text.embed_bottleneck}")
+            + f"; {instead}"
         )
     if text is None:
         return

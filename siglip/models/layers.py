@@ -1,6 +1,7 @@
 """What both towers are made of: pre-LayerNorm transformer blocks and the attention-pooling (MAP) head.
 
     x = x + attention(LN(x));  x = x + mlp(LN(x));  after the last block LN once more          (ViT, arXiv:2010.11929)
+    x = x + attention(LN(x)) + mlp(LN(x))  with block.parallel                                 (ViT-22B, arXiv:2302.05442)
     MAP: y = attention(probe, x);  y + mlp(LN(y));  no residual around the attention (scaling ViT, arXiv:2106.04560)
 
 Precision: parameters are float32. Matrix products run in `dtype` (float32 or bfloat16); the residual stream, LayerNorm
@@ -20,12 +21,13 @@ from flax import linen as nn
 
 from siglip.array_types import Array, Float
 from siglip.models.attention import AttentionFn, attention_fn
-from siglip.models.variants import Variant
+from siglip.models.variants import BlockConfig, Variant
 from siglip.parallel.sharding import ParamLayout
 
 Remat = Literal["none", "full", "dots"]
 
 _LAYER_NORM_EPS = 1e-6
+_PLAIN = BlockConfig()
 
 
 class MultiHeadAttention(nn.Module):
@@ -34,6 +36,7 @@ class MultiHeadAttention(nn.Module):
     num_heads: int
     dtype: jnp.dtype
     attention: AttentionFn = attention_fn
+    config: BlockConfig = BlockConfig()
 
     @nn.compact
     def __call__(self, inputs_q: Float[Array, "a q d"], inputs_kv: Float[Array, "b k d"]) -> Float[Array, "b q d"]:
@@ -43,11 +46,16 @@ class MultiHeadAttention(nn.Module):
 
         def project(name: str, x: Array) -> Array:
             dense = nn.DenseGeneral(
-                (self.num_heads, head_dim), dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name=name
-            )
+                (self.num_heads, head_dim), dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name=name,
+                use_bias=self.config.bias,
+            )  # fmt: skip
             return dense(x)
 
+        def normalise(name: str, x: Array) -> Array:
+            return _layer_norm(name, self.config)(x).astype(self.dtype) if self.config.qk_norm else x
+
         query, key, value = project("query", inputs_q), project("key", inputs_kv), project("value", inputs_kv)
+        query, key = normalise("query_ln", query), normalise("key_ln", key)
         query = jnp.broadcast_to(query, (key.shape[0], *query.shape[1:]))
         out = nn.DenseGeneral(
             width, axis=(-2, -1), dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="out"
@@ -78,14 +86,15 @@ class Block(nn.Module):
     dtype: jnp.dtype
     dropout: float = 0.0
     attention: AttentionFn = attention_fn
+    config: BlockConfig = BlockConfig()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        heads = self.variant.num_heads
-        y = _layer_norm("LayerNorm_0")(x).astype(self.dtype)
-        y = MultiHeadAttention(heads, self.dtype, self.attention, name="MultiHeadDotProductAttention_0")(y, y)
+        heads, config, name = self.variant.num_heads, self.config, "MultiHeadDotProductAttention_0"
+        normal = _layer_norm("LayerNorm_0", config)(x).astype(self.dtype)
+        y = MultiHeadAttention(heads, self.dtype, self.attention, config, name=name)(normal, normal)
         x = x + dropout(y.astype(x.dtype), self.dropout)
-        y = _layer_norm("LayerNorm_1")(x).astype(self.dtype)
+        y = normal if config.parallel else _layer_norm("LayerNorm_1", config)(x).astype(self.dtype)
         y = MlpBlock(self.variant.mlp_dim, self.dtype, name="MlpBlock_0")(y)
         return x + dropout(y.astype(x.dtype), self.dropout)
 
@@ -113,6 +122,7 @@ class Encoder(nn.Module):
     attention: AttentionFn = attention_fn
     layout: ParamLayout | None = None
     final_norm: bool = True
+    config: BlockConfig = BlockConfig()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -129,7 +139,7 @@ class Encoder(nn.Module):
             if sharded:
                 gather = functools.partial(layout.gather_block, prefix=f"{path}/{name}/", dtype=self.dtype)
                 make = nn.map_variables(Block, "params", trans_in_fn=_on_params(gather))
-            return make(self.variant, self.dtype, self.dropout, self.attention, name=name)
+            return make(self.variant, self.dtype, self.dropout, self.attention, self.config, name=name)
 
         if self.remat != "none" or sharded:
             # Inside scan the loop already keeps XLA from undoing the recomputation.
@@ -142,7 +152,7 @@ class Encoder(nn.Module):
             for i in range(self.variant.depth):
                 x, _ = body(block(f"encoderblock_{i}"), x, None)
         x = x if layout is None else layout.batch(x)
-        return _layer_norm("encoder_norm")(x) if self.final_norm else x
+        return _layer_norm("encoder_norm", self.config)(x) if self.final_norm else x
 
 
 def _on_params(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -179,5 +189,6 @@ class MAPHead(nn.Module):
         return (y + z.astype(y.dtype))[:, 0]
 
 
-def _layer_norm(name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=_LAYER_NORM_EPS, dtype=jnp.float32, name=name)
+def _layer_norm(name: str, config: BlockConfig = _PLAIN) -> nn.LayerNorm | nn.RMSNorm:
+    norm = nn.LayerNorm if config.bias else nn.RMSNorm
+    return norm(epsilon=_LAYER_NORM_EPS, dtype=jnp.float32, name=name)

@@ -27,6 +27,21 @@ class Variant:
         return {"variant": (name or "B") + (f"/{patch}" if patch else "")} | ({} if name else vars(self))
 
 
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """How blocks are wired. The defaults are ViT's; all three turned over are ViT-22B's (arXiv:2302.05442, section 2).
+
+    Attributes:
+        parallel: attention and MLP read the same normalised input, and both are added to it.
+        qk_norm: LayerNorm of every head's queries and keys, without which attention logits explode beyond 8 10^9 parameters.
+        bias: of query, key and value; without it LayerNorms have none either, and do not centre.
+    """
+
+    parallel: bool = False
+    qk_norm: bool = False
+    bias: bool = True
+
+
 MAX_SIZE, _MAX_DEPTH = 1 << 24, 10_000  # beyond any model: what a damaged config says must not fill the memory
 
 VARIANTS: dict[str, Variant] = {
@@ -43,7 +58,33 @@ VARIANTS: dict[str, Variant] = {
     "G": Variant(1664, 48, 8192, 16),
     "G-opt": Variant(1536, 48, 8192, 16),
     "e": Variant(1792, 56, 15360, 16),
+    "22B": Variant(6144, 48, 24576, 48),
 }
+
+# What So400m/14 is shaped for: 40 10^9 images of 256 patches, three forward passes each (arXiv:2305.13035, section 4).
+SO400M_FLOPS = 3 * 40e9 * 2.186e11
+_SO400M_HEAD = 72
+_SOVIT_EXPONENTS = {"width": 0.22, "depth": 0.45, "mlp_dim": 0.6}
+
+
+def sovit(flops: float) -> Variant:
+    """The compute-optimal shape of an image tower for `flops`, those of its whole training: So400m at `SO400M_FLOPS`.
+
+        size_k = So400m's size_k * (flops / SO400M_FLOPS)^(s_k / 3),    s = .22 width, .45 depth, .6 MLP
+
+    "Getting ViT in Shape" (arXiv:2305.13035): exponents fitted on JFT-3B with patches of 14 px; parameters grow 2.5 times as
+    compute grows 10 times. Width is rounded to 64, the MLP to 16, and heads are as wide as So400m's, 72, or nearly.
+
+    Raises:
+        UserError: flops is not positive.
+    """
+    if not flops > 0:
+        raise UserError(f"sovit: flops={flops} must be positive; So400m is the shape for {SO400M_FLOPS:.1e}")
+    scale, base = flops / SO400M_FLOPS, VARIANTS["So400m"]
+    sizes = {name: getattr(base, name) * scale ** (s / 3) for name, s in _SOVIT_EXPONENTS.items()}
+    width = max(64, 64 * round(sizes["width"] / 64))
+    head = min((n for n in range(8, width + 1, 8) if width % n == 0), key=lambda n: abs(n - _SO400M_HEAD))
+    return Variant(width, max(1, round(sizes["depth"])), max(16, 16 * round(sizes["mlp_dim"] / 16)), width // head)
 
 
 def parse_variant(name: str) -> tuple[Variant, int | None]:

@@ -22,7 +22,7 @@ from siglip.array_types import Array, Float, Int, UInt8
 from siglip.errors import UserError
 from siglip.models.attention import Attention, AttentionFn, attention_fn
 from siglip.models.layers import Encoder, MAPHead, Remat, dropout
-from siglip.models.variants import Variant, check_choices, check_rate, check_size, parse_variant, resolve
+from siglip.models.variants import BlockConfig, Variant, check_choices, check_rate, check_size, parse_variant, resolve
 from siglip.parallel.sharding import ParamLayout
 
 _DEFAULT_PATCH_PX = 16
@@ -76,6 +76,7 @@ class ImageConfig:
     dropout: float = 0.0
     patch_dropout: float = 0.0
     attention: Attention = "auto"
+    block: BlockConfig = BlockConfig()
 
     def __post_init__(self) -> None:
         check_choices(self, ("pool", "posemb", "remat", "dtype", "attention"))
@@ -192,7 +193,17 @@ class ViT(nn.Module):
         if config.pool == "tok":
             cls = self.param("cls", nn.initializers.zeros, (1, 1, spec.width))
             x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, spec.width)), x], axis=1)
-        encoder = (spec, config.scan, config.remat, dtype, rate, self.attention, self.layout, self.final_norm)
+        encoder = (
+            spec,
+            config.scan,
+            config.remat,
+            dtype,
+            rate,
+            self.attention,
+            self.layout,
+            self.final_norm,
+            config.block,
+        )
         x = out["encoded"] = Encoder(*encoder, name="Transformer")(x)
         if config.pool == "none":
             return None, out

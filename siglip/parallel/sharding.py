@@ -19,12 +19,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from siglip import trees
 from siglip.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
+_AXIS_TYPES = (AxisType.Auto, AxisType.Auto)
 P_BATCH = PartitionSpec(BATCH_AXES)
 P_REPLICATED = PartitionSpec()
 
@@ -77,18 +78,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         UserError: if the axes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    data = len(devices) // config.fsdp if config.data == -1 else config.data
-    if data * config.fsdp != len(devices):
+    shape = make_abstract_mesh(config, len(devices)).axis_sizes
+    return jax.make_mesh(shape, BATCH_AXES, axis_types=_AXIS_TYPES, devices=np.asarray(devices))
+
+
+def make_abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
+    """The same mesh over so many devices that are not there; shapes can be laid out on it.
+
+    Raises:
+        UserError: if the axes do not multiply to the number of devices.
+    """
+    data = devices // config.fsdp if config.data == -1 else config.data
+    if data * config.fsdp != devices:
         raise UserError(
-            f"mesh data={config.data} x fsdp={config.fsdp} does not cover {len(devices)} devices; "
-            f"use data=-1 and an fsdp that divides {len(devices)}"
+            f"mesh data={config.data} x fsdp={config.fsdp} does not cover {devices} devices; "
+            f"use data=-1 and an fsdp that divides {devices}"
         )
-    return jax.make_mesh(
-        (data, config.fsdp), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=np.asarray(devices)
-    )
+    return AbstractMesh((data, config.fsdp), BATCH_AXES, axis_types=_AXIS_TYPES)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+def check_batch_size(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError, with the nearest sizes that fit, when the batch does not divide over the devices."""
     devices = mesh.size
     if batch_size < 1 or batch_size % devices:
@@ -97,7 +106,7 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
         raise UserError(f"batch_size={batch_size} does not divide over {devices} devices; {fix}")
 
 
-def check_micro_batch_size(micro_batch_size: int, batch_size: int, mesh: Mesh) -> None:
+def check_micro_batch_size(micro_batch_size: int, batch_size: int, mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError, with the nearest sizes that fit, unless micro-batches fill the batch and the devices exactly."""
     fitting = [n for n in range(mesh.size, batch_size + 1, mesh.size) if batch_size % n == 0]
     if micro_batch_size not in fitting:
@@ -115,7 +124,7 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
-def param_shardings(shapes: Mapping[str, Any], mesh: Mesh, config: MeshConfig) -> dict[str, Any]:
+def param_shardings(shapes: Mapping[str, Any], mesh: Mesh | AbstractMesh, config: MeshConfig) -> dict[str, Any]:
     """A NamedSharding per parameter, as `config.rules` say.
 
     Args:
@@ -178,7 +187,7 @@ def _and_more(paths: Sequence[str]) -> str:
     return f" and {len(paths) - 1} more" if len(paths) > 1 else ""
 
 
-def like_params(tree: Any, params: Mapping[str, Any], shardings: Mapping[str, Any], mesh: Mesh) -> Any:
+def like_params(tree: Any, params: Mapping[str, Any], shardings: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> Any:
     """Shardings for a tree that holds param-shaped sub-trees (an optimizer state): param-shaped leaves get theirs.
 
     A leaf belongs to a parameter when its path ends with the parameter's path. A leaf of the parameter's shape is sharded

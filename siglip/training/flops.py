@@ -2,14 +2,21 @@
 
     MFU = pairs/s * FLOPs per pair / (devices * peak)                       (model FLOPs utilization, PaLM, arXiv 2204.02311)
 
-Counted are the matrix products of the forward pass, times three for the backward pass; a product that `remat` or
-micro-batches compute again is not counted again, nor is anything elementwise.
+Counted are the matrix products of the forward pass, times three for the backward pass: a frozen tower has only the forward
+pass, one whose embeddings are read has none. A product that `remat` or micro-batches compute again is not counted again, nor is anything
+elementwise.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
 from siglip.models.two_tower import ModelConfig
 from siglip.models.variants import Variant
+
+# How often the products of the (image, text) tower run: 3 for forward and backward, 1 for forward, 0 for not at all.
+Passes = tuple[int, int]
 
 # Dense bfloat16 FLOP/s of one jax device, by the start of its kind; the first that matches counts. Sources: the vendors' data
 # sheets, which often name twice as much, for sparse matrices. A v4, v5p or v6e device is a whole chip; a 7x chip is two devices.
@@ -18,6 +25,7 @@ PEAK_BF16_FLOPS = (
     ("NVIDIA H100 PCIe", 756e12),
     ("NVIDIA H100", 989e12),
     ("NVIDIA B200", 2250e12),
+    ("NVIDIA GB200", 2500e12),
     ("NVIDIA A100", 312e12),
     ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12),
@@ -33,25 +41,41 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for start, peak in PEAK_BF16_FLOPS if device_kind.startswith(start)), None)
 
 
-def peak_pairs_per_s(model: ModelConfig, *, batch_size: int) -> float | None:
+def peak_pairs_per_s(model: ModelConfig, *, batch_size: int, passes: Passes = (3, 3)) -> float | None:
     """Pairs per second of all devices of the job at an MFU of 1; None if their peak is not known."""
-    peak = peak_flops(jax.devices()[0].device_kind)
-    return None if peak is None else jax.device_count() * peak / train_flops_per_pair(model, batch_size=batch_size)
+    peak, cost = (
+        peak_flops(jax.devices()[0].device_kind),
+        train_flops_per_pair(model, batch_size=batch_size, passes=passes),
+    )
+    return None if peak is None else jax.device_count() * peak / cost
 
 
-def train_flops_per_pair(model: ModelConfig, *, batch_size: int) -> float:
-    """FLOPs of the matrix products of one pair in one training step, forward and backward."""
+def tower_passes(frozen: Mapping[str, Any], *, stored: bool) -> Passes:
+    """Of a run with these frozen parameters (siglip.training.optim.frozen_mask); stored: the image embeddings are read.
+
+    A tower of which anything trains counts whole, although nothing flows back below the lowest part that does.
+    """
+
+    def of(tower: str) -> int:
+        return 1 if all(jax.tree.leaves(frozen.get(tower, False))) else 3
+
+    return 0 if stored else of("img"), of("txt")
+
+
+def train_flops_per_pair(model: ModelConfig, *, batch_size: int, passes: Passes = (3, 3)) -> float:
+    """FLOPs of the matrix products of one pair in one training step."""
     image, text = model.image, model.text
     zimg, ztxt = model.embedding_dims
     height, width = image.patch
     spec, tokens = image.spec, image.train_tokens
-    total = 2 * image.kept_patches * height * width * 3 * spec.width + _blocks(spec, tokens)
-    total += _pool(image.pool, spec, tokens) + 2 * spec.width * (model.out_dim[0] or 0)
+    forward = 2 * image.kept_patches * height * width * 3 * spec.width + _blocks(spec, tokens)
+    forward += _pool(image.pool, spec, tokens) + 2 * spec.width * (model.out_dim[0] or 0)
+    total = float(passes[0] * forward)
     if text is not None:
-        total += _blocks(text.spec, text.length) + _pool(text.pool, text.spec, text.length)
-        total += 2 * text.spec.width * (model.out_dim[1] or 0)
-        total += 2 * batch_size * (zimg or ztxt or 0)
-    return 3.0 * total
+        forward = _blocks(text.spec, text.length) + _pool(text.pool, text.spec, text.length)
+        forward += 2 * text.spec.width * ((model.out_dim[1] or 0) + text.length * (text.embed_bottleneck or 0))
+        total += passes[1] * forward + 3 * 2 * batch_size * (zimg or ztxt or 0)
+    return total
 
 
 def _blocks(spec: Variant, tokens: int) -> int:

@@ -60,6 +60,8 @@ class RunHooks:
         checkpointer: Checkpointer,
         evaluate: Evaluate | None,
         start_step: int,
+        *,
+        passes: flops.Passes = (3, 3),
     ) -> None:
         self._config, self._batches, self._checkpointer = config, batches, checkpointer
         self._evaluate, self._workdir = evaluate, (workdir := Path(config.workdir))
@@ -70,9 +72,7 @@ class RunHooks:
         self._losses = LossMonitor(workdir, saved_step=checkpointer.latest_step)
         self._first_step = start_step + 1
         self._best = gather_records([checkpointer.best_value()])[0]
-        # Where image embeddings are read instead of computed, the model's FLOPs are not those of a step.
-        counted = config.data.image_embeddings is None
-        peak = flops.peak_pairs_per_s(config.model, batch_size=config.batch_size) if counted else None
+        peak = flops.peak_pairs_per_s(config.model, batch_size=config.batch_size, passes=passes)
         self.throughput = Throughput(config.batch_size, peak_pairs_per_s=peak)
 
     def after_step(

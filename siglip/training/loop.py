@@ -13,7 +13,7 @@ that were handed out, and saved together with the state those batches made.
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from siglip.errors import BAD_PATH, RunFailed
 from siglip.parallel import sharding
 from siglip.parallel.collectives import gather_records
 from siglip.parallel.launch import in_all_or_none, is_lost_process
-from siglip.training import optim, warm_start
+from siglip.training import flops, optim, warm_start
 from siglip.training.config import BAD_INPUT, TrainConfig, from_json, resolve, to_json
 from siglip.training.divergence import NonFiniteLoss
 from siglip.training.hooks import Batches, Evaluate, RunHooks
@@ -96,7 +96,9 @@ def train(
                 _tell_longer(config, planned, start_step)
             if evaluate is not None:
                 evaluate = signals.limited_wait()(evaluate)
-            with _closing(RunHooks(config, batches, checkpointer, evaluate, start_step)) as hooks:
+            frozen = optim.frozen_mask(config.optim, program.abstract_state.params)
+            passes = flops.tower_passes(frozen, stored=config.data.image_embeddings is not None)
+            with _closing(RunHooks(config, batches, checkpointer, evaluate, start_step, passes=passes)) as hooks:
                 if prepare is not None and start_step < config.total_steps:
                     with contextlib.suppress(WaitedTooLong), signals.limited_wait():
                         prepare(start_step, state.params, signals.stop_now)
@@ -168,13 +170,13 @@ def _steps(
     return state
 
 
-def make_program(config: TrainConfig) -> Program:
-    """The two towers and the optimizer of `config`, on all devices.
+def make_program(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Program:
+    """The two towers and the optimizer of `config`, on `devices` (default: all of this job).
 
     Raises:
         UserError: for settings that do not fit each other or the devices.
     """
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch_size(config.batch_size, mesh)
     if config.loss.micro_batch_size is not None:
         sharding.check_micro_batch_size(config.loss.micro_batch_size, config.batch_size, mesh)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from siglip import trees
@@ -20,7 +20,7 @@ from siglip.array_types import Array
 from siglip.models.two_tower import ModelConfig
 from siglip.parallel import sharding
 from siglip.training.accumulation import make_value_and_grad
-from siglip.training.objective import Batch, Metrics, Objective, Params, Term, init_all_params
+from siglip.training.objective import Batch, Metrics, Objective, Params, Term, all_param_shapes, init_all_params
 
 
 @jax.tree_util.register_dataclass
@@ -62,11 +62,24 @@ def make_abstract_state(
     Raises:
         ValueError: if the mesh has an fsdp axis that shards nothing.
     """
-    shapes = jax.eval_shape(lambda: _fresh_state(model, terms, optimizer, jax.random.key(0), ema=ema))
+    return lay_out_state(state_shapes(all_param_shapes(model, terms), optimizer, ema=ema), mesh, mesh_config)
+
+
+def state_shapes(params: Params, optimizer: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
+    """The state of parameters (ShapeDtypeStructs) as ShapeDtypeStructs, on no devices yet."""
+    return jax.eval_shape(lambda params: _state_of(params, optimizer, ema=ema), params)
+
+
+def lay_out_state(shapes: TrainState, mesh: Mesh | AbstractMesh, mesh_config: sharding.MeshConfig) -> TrainState:
+    """The same with their shardings.
+
+    Raises:
+        UserError: as `sharding.param_shardings`.
+    """
     params = sharding.param_shardings(shapes.params, mesh, mesh_config)
     replicated = NamedSharding(mesh, sharding.P_REPLICATED)
     opt_state = sharding.like_params(shapes.opt_state, shapes.params, params, mesh)
-    layout = TrainState(replicated, params, opt_state, params if ema else None)
+    layout = TrainState(replicated, params, opt_state, None if shapes.ema is None else params)
     return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
 
 
@@ -104,6 +117,10 @@ def _fresh_state(
     given: Mapping[str, Array] | None = None,
 ) -> TrainState:
     params = trees.unflatten(trees.flatten(init_all_params(model, terms, key)) | (given or {}))
+    return _state_of(params, optimizer, ema=ema)
+
+
+def _state_of(params: Params, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
     average = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 

@@ -228,6 +228,7 @@ def _check_architecture(
     def compare_specs(name: str, there: ImageConfig | TextConfig, here: ImageConfig | TextConfig) -> None:
         for size, value in vars(there.spec).items():
             compare(f"{name}.{size}", value, getattr(here.spec, size))
+        compare(f"{name}.block", there.block, here.block)
 
     if "img" in towers:
         there, here = theirs.image, ours.image

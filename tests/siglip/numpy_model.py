@@ -29,7 +29,8 @@ def image_tower(p, config, image):
 
 def text_tower(p, config, ids):
     """-> (tokens after the final LayerNorm, normalised embedding)."""
-    x = p["txt/Embed_0/embedding"][ids] + p["txt/pos_embedding"]
+    x = p["txt/Embed_0/embedding"][ids]
+    x = (x @ p["txt/embed_out/kernel"] if config.text.embed_bottleneck else x) + p["txt/pos_embedding"]
     tokens = _encoder(p, "txt/Encoder_0/", config.text.spec.depth, x)
     if config.text.pool == "map":
         z = _map_head(p, "txt/MAPHead_0/", tokens)
@@ -56,8 +57,12 @@ def _encoder(p, prefix, depth, x):
     for i in range(depth):
         block = f"{prefix}encoderblock_{i}/"
         y = _layer_norm(p, block + "LayerNorm_0/", x)
-        x = x + _attention(p, block + "MultiHeadDotProductAttention_0/", y, y)
-        x = x + _mlp(p, block + "MlpBlock_0/", _layer_norm(p, block + "LayerNorm_1/", x))
+        attended = _attention(p, block + "MultiHeadDotProductAttention_0/", y, y)
+        if block + "LayerNorm_1/scale" in p:
+            x = x + attended
+            x = x + _mlp(p, block + "MlpBlock_0/", _layer_norm(p, block + "LayerNorm_1/", x))
+        else:  # in parallel
+            x = x + attended + _mlp(p, block + "MlpBlock_0/", y)
     return _layer_norm(p, prefix + "encoder_norm/", x)
 
 
@@ -68,9 +73,12 @@ def _map_head(p, prefix, x):
 
 
 def _attention(p, prefix, queries, x):
-    q = np.einsum("bnd,dhk->bhnk", queries, p[prefix + "query/kernel"]) + p[prefix + "query/bias"][None, :, None]
-    k = np.einsum("bnd,dhk->bhnk", x, p[prefix + "key/kernel"]) + p[prefix + "key/bias"][None, :, None]
-    v = np.einsum("bnd,dhk->bhnk", x, p[prefix + "value/kernel"]) + p[prefix + "value/bias"][None, :, None]
+    def project(name, x):
+        y = np.einsum("bnd,dhk->bhnk", x, p[f"{prefix}{name}/kernel"])
+        y = y + p[f"{prefix}{name}/bias"][None, :, None] if f"{prefix}{name}/bias" in p else y
+        return _layer_norm(p, f"{prefix}{name}_ln/", y) if f"{prefix}{name}_ln/scale" in p else y
+
+    q, k, v = project("query", queries), project("key", x), project("value", x)
     logits = np.einsum("bhqk,bhnk->bhqn", q, k) / np.sqrt(q.shape[-1])
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
@@ -89,6 +97,8 @@ def _dense(p, prefix, x):
 
 
 def _layer_norm(p, prefix, x):
+    if prefix + "bias" not in p:  # RMSNorm: arXiv:1910.07467, equation 4
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p[prefix + "scale"]
     centred = x - x.mean(-1, keepdims=True)
     return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p[prefix + "scale"] + p[prefix + "bias"]
 

@@ -10,6 +10,7 @@ import pytest
 from siglip.formats.key_maps import stack_blocks, unstack_blocks
 from siglip.losses import sigmoid_loss
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, init_params, make_model, param_shapes
+from siglip.models.variants import BlockConfig
 from siglip.models.vit import normalize_pixels, sincos2d
 from siglip.trees import flatten, unflatten
 from tests.siglip import numpy_model
@@ -99,6 +100,11 @@ ODD = [
         out_dim=(27, None),
     ),
     ModelConfig(ImageConfig(**ODD_IMAGE, image_size=(18, 9)), TextConfig(**ODD_TEXT, pool="max"), out_dim=(None, 36)),
+    ModelConfig(
+        ImageConfig(**ODD_IMAGE, image_size=(21, 18), pool="gap", block=BlockConfig(True, True, False)),
+        TextConfig(**ODD_TEXT, embed_bottleneck=5, block=BlockConfig(qk_norm=True)),
+        out_dim=(20, 20),
+    ),
 ]
 
 

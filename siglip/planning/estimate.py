@@ -1,0 +1,356 @@
+"""What a run needs and how long it takes, by arithmetic: memory per device, FLOPs, traffic, time, decoding.
+
+    total = parameters + optimizer + gradients + activations + gathered weights + loss + two batches
+    step  = max(FLOPs / (devices * peak * MFU), bytes that travel / links)
+
+State, gradients and batches are exact: the run's own shapes and shardings are laid out on a mesh of no devices. Activations are a
+fit to compiled programs (docs/scaling.md has them side by side): what blocks keep for the backward pass, and the working set
+of one block of the image tower. MFU is a stated range, not a prediction.
+
+The trap: the range is for a step that computes nothing twice. What `remat` and micro-batches compute again is added to the time.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from siglip import trees
+from siglip.losses import tile_shape
+from siglip.models.layers import Remat
+from siglip.models.two_tower import ImageConfig, TextConfig
+from siglip.parallel import sharding
+from siglip.planning.accelerators import Topology
+from siglip.training import flops, optim
+from siglip.training.config import TrainConfig
+from siglip.training.objective import all_param_shapes
+from siglip.training.step import TrainState, lay_out_state, state_shapes
+
+REMATS = typing.get_args(Remat)
+# Model FLOPs utilization, (low, expected, high), by the image tower's width: docs/scaling.md says where it comes from.
+_NARROW, MFU, MFU_NARROW = 1024, (0.35, 0.45, 0.55), (0.25, 0.35, 0.45)
+# JPEGs of 640 x 480 px and 58 KB, decoded, resized and tokenized at 500 a second and core: docs/data.md.
+# What the loss takes where its tile and the travelling texts stay in the chip's own memory (docs/scaling.md), up to that size.
+_VMEM_BYTES, _LOSS_IN_VMEM_BYTES = {"v5e": 2**26, "v6e": 2**26}, 2**19
+_PAIRS_PER_CORE_S, _JPEG_BYTES, _JPEG_PIXELS = 500, 58_000, 640 * 480
+
+
+class _Kept(NamedTuple):
+    """Bytes of activations. Kept by every block for the backward pass, for a token: `width` for each number of its width, `mlp`
+    for each of its MLP's, `logits` for each head and token attended to. `working`: the same of the one block that is
+    being differentiated, on top."""
+
+    width: dict[str, float]
+    mlp: dict[str, float]
+    logits: dict[str, float]
+    working: tuple[float, float, float]
+
+
+# Fitted to compiled steps; `python benchmarks/plan_table.py --compile` shows how far off they are.
+_KEPT = {
+    "tpu": _Kept(
+        width={"none": 38, "dots": 14, "full": 4},
+        mlp={"none": 8, "dots": 2, "full": 0},
+        logits={"none": 6, "dots": 0, "full": 0},
+        working=(20, 8, 6),
+    ),
+    "gpu": _Kept(
+        width={"none": 38, "dots": 14, "full": 4},
+        mlp={"none": 8, "dots": 2, "full": 0},
+        logits={"none": 6, "dots": 0, "full": 0},
+        working=(40, 8, 8),
+    ),
+}
+
+
+class Shapes(NamedTuple):
+    """What is traced once for a config, whatever its mesh: the state's shapes, and which parameters are frozen."""
+
+    state: TrainState
+    frozen: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A plan of a run on a topology. Bytes are per device; times in seconds.
+
+    Attributes:
+        parameters: numbers of them, by tower and head.
+        bytes_per_device: by what they are for; "total" is their sum, "usable" what the device has.
+        activations_by_remat: bytes if both towers had that policy.
+        collective_bytes: by kind and step, the larger side of each, as siglip/planning/compile.py counts.
+        mfu: (low, expected, high); step_range_s, hours_range: at high, and at low.
+        step_s: at the expected MFU, no shorter than what travels takes.
+    """
+
+    topology: Topology
+    mesh: tuple[int, int]
+    parameters: dict[str, int]
+    bytes_per_device: dict[str, int]
+    activations_by_remat: dict[str, int]
+    flops_per_pair: float
+    flops_per_step: float
+    collective_bytes: dict[str, int]
+    collective_s: float
+    mfu: tuple[float, float, float]
+    recomputed: float
+    step_s: float
+    step_range_s: tuple[float, float]
+    run_s: float
+    device_hours: float
+    pairs_per_s: float
+    decoding_cores: float
+    storage_bytes_per_s: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has the memory."""
+        return self.bytes_per_device["total"] <= self.bytes_per_device["usable"]
+
+
+def shapes_of(config: TrainConfig) -> Shapes:
+    """Traces the model; takes a second or two, the rest of a plan milliseconds.
+
+    Raises:
+        UserError: the optimizer's settings do not fit the model.
+    """
+    params = all_param_shapes(config.model, config.terms)
+    optimizer = optim.make_optimizer(config.optim, params, total_steps=config.total_steps)
+    return Shapes(state_shapes(params, optimizer, ema=config.optim.ema > 0), optim.frozen_mask(config.optim, params))
+
+
+def estimate(config: TrainConfig, topology: Topology, shapes: Shapes | None = None) -> Estimate:
+    """The plan of a config whose model is known (siglip.training.config.resolve).
+
+    Args:
+        shapes: of the same model, optimizer and terms, if they are known already.
+
+    Raises:
+        UserError: the config does not fit the devices: its mesh, its batch, or a weight that cannot be sharded.
+    """
+    shapes = shapes or shapes_of(config)
+    return estimate_laid_out(config, topology, shapes, lay_out(config, topology, shapes))
+
+
+def lay_out(config: TrainConfig, topology: Topology, shapes: Shapes) -> TrainState:
+    """The state on the config's mesh; raises UserError if the mesh does not cover the devices or cannot shard a weight."""
+    mesh = sharding.make_abstract_mesh(config.mesh, topology.devices)
+    return lay_out_state(shapes.state, mesh, config.mesh)
+
+
+def estimate_laid_out(config: TrainConfig, topology: Topology, shapes: Shapes, state: TrainState) -> Estimate:
+    """`estimate` of a state that is laid out already, as many configs that differ in other things have it."""
+    mesh = state.step.sharding.mesh
+    sharding.check_batch_size(config.batch_size, mesh)
+    if config.loss.micro_batch_size is not None:
+        sharding.check_micro_batch_size(config.loss.micro_batch_size, config.batch_size, mesh)
+    stored = config.data.image_embeddings is not None
+    passes = flops.tower_passes(shapes.frozen, stored=stored)
+    memory = _memory(config, topology, state, shapes.frozen, passes)
+    per_pair = flops.train_flops_per_pair(config.model, batch_size=config.batch_size, passes=passes)
+    moved = _collectives(config, state, shapes.frozen, mesh.axis_sizes, topology)
+    mfu = MFU if config.model.image.spec.width >= _NARROW else MFU_NARROW
+    again, rate = _executed_flops(config, passes) / per_pair, topology.devices * topology.accelerator.peak_flops
+    compute_s = [per_pair * config.batch_size * again / (rate * share) for share in mfu]
+    collective_s = _seconds(moved, mesh.size, topology)
+    slow, step_s, fast = (max(seconds, collective_s) for seconds in compute_s)
+    pairs_per_s, cores, stored_bytes = _input(config, step_s)
+    return Estimate(
+        topology=topology,
+        mesh=mesh.axis_sizes,
+        parameters=_count(state.params),
+        bytes_per_device=memory,
+        activations_by_remat={remat: _activations(_with_remat(config, remat), topology, passes) for remat in REMATS},
+        flops_per_pair=per_pair,
+        flops_per_step=per_pair * config.batch_size,
+        collective_bytes={kind: int(size) for kind, size in moved.items()},
+        collective_s=collective_s,
+        mfu=mfu,
+        recomputed=again,
+        step_s=step_s,
+        step_range_s=(fast, slow),
+        run_s=step_s * config.total_steps,
+        device_hours=step_s * config.total_steps * topology.devices / 3600,
+        pairs_per_s=pairs_per_s,
+        decoding_cores=cores,
+        storage_bytes_per_s=stored_bytes,
+    )
+
+
+def _count(params: Mapping[str, Any]) -> dict[str, int]:
+    """Numbers of parameters by tower, its pooling and its head: {"img": …, "img/MAPHead_0": …, "txt": …, …, "total": …}."""
+    flat = {path: math.prod(leaf.shape) for path, leaf in trees.flatten(params).items()}
+    parts = ["img", "img/MAPHead_0", "img/head", "txt", "txt/Embed_0", "txt/MAPHead_0", "txt/head"]
+    parts += [name for name in params if name not in ("img", "txt", "t", "b")]
+    counts = {part: sum(n for path, n in flat.items() if path.startswith(f"{part}/")) for part in parts}
+    return {part: n for part, n in counts.items() if n} | {"total": sum(flat.values())}
+
+
+def _memory(
+    config: TrainConfig, topology: Topology, state: TrainState, frozen: Mapping[str, Any], passes: flops.Passes
+) -> dict[str, int]:
+    trained = [
+        leaf for leaf, fixed in zip(jax.tree.leaves(state.params), jax.tree.leaves(frozen), strict=True) if not fixed
+    ]
+    # Micro-batches add up their gradients: the sum, and those of one.
+    copies = 1 if _micro_batches(config) == 1 else 2
+    sizes = {
+        "parameters": _shard_bytes(state.params),
+        "optimizer": _shard_bytes(state.opt_state) + _shard_bytes(state.ema),
+        "gradients": copies * _shard_bytes(trained),
+        "activations": _activations(config, topology, passes),
+        "gathered": _gathered_bytes(config, state),
+        "loss": _loss_bytes(config, topology),
+        "batch": 2 * _batch_bytes(config) // topology.devices,
+    }
+    return sizes | {"total": sum(sizes.values()), "usable": topology.accelerator.usable_bytes}
+
+
+def _shard_bytes(tree: Any) -> int:
+    """Of what one device holds."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _micro_batches(config: TrainConfig) -> int:
+    return config.batch_size // (config.loss.micro_batch_size or config.batch_size)
+
+
+def _towers(config: TrainConfig, passes: flops.Passes) -> list[tuple[ImageConfig | TextConfig, int, int]]:
+    """(config, tokens, passes) of the image and the text tower."""
+    image, text = config.model.image, config.model.text
+    return [(image, image.train_tokens, passes[0]), (text, text.length, passes[1])]
+
+
+def _activations(config: TrainConfig, topology: Topology, passes: flops.Passes) -> int:
+    kept = _KEPT["tpu" if topology.accelerator.sides else "gpu"]
+    pairs = config.batch_size // _micro_batches(config) / topology.devices
+    total, working = 0.0, 0.0
+    for tower, tokens, times in _towers(config, passes):
+        spec, logits = tower.spec, tower.spec.num_heads * tokens
+        low = 1 if tower.dtype == "bfloat16" else 2
+        if times == 3:
+            mlp, attended = kept.mlp[tower.remat] * spec.mlp_dim, kept.logits[tower.remat] * logits
+            total += pairs * tokens * spec.depth * (kept.width[tower.remat] * spec.width + low * (mlp + attended))
+        if times:
+            a, b, c = kept.working
+            working = max(working, pairs * tokens * (a * spec.width + low * (b * spec.mlp_dim + c * logits)))
+    return int(total + working)
+
+
+def _with_remat(config: TrainConfig, remat: str) -> TrainConfig:
+    image, text = (dataclasses.replace(tower, remat=remat) for tower in (config.model.image, config.model.text))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, image=image, text=text))
+
+
+def _moved_params(config: TrainConfig, state: TrainState) -> dict[str, tuple[Any, int]]:
+    """(leaf, bytes of a number on its way) of every parameter: kernels of blocks travel in the dtype of their products."""
+    model = config.model
+    low = [name for name, tower in (("img", model.image), ("txt", model.text)) if tower.dtype == "bfloat16"]
+    kernel = re.compile(rf"({'|'.join(low)})/.*encoderblock.*kernel" if low else "(?!)")
+    return {path: (leaf, 2 if kernel.fullmatch(path) else 4) for path, leaf in trees.flatten(state.params).items()}
+
+
+def _is_sharded(leaf: Any) -> bool:
+    return leaf.sharding.spec != sharding.P_REPLICATED
+
+
+def _gathered_bytes(config: TrainConfig, state: TrainState) -> int:
+    """Weights of one block in use, of the next on their way, and a block's gradients before they are scattered; of what
+    is outside blocks everything, and its gradients."""
+    model, blocks, others = config.model, {"img": 0.0, "txt": 0.0}, 0
+    depth = {"img": model.image.spec.depth, "txt": model.text.spec.depth}
+    for path, (leaf, size) in _moved_params(config, state).items():
+        if not _is_sharded(leaf) or re.fullmatch(sharding.EMBEDDING_TABLE, path):
+            continue
+        whole = math.prod(leaf.shape) * size
+        if "/encoderblock" in path and path[:3] in depth:
+            blocks[path[:3]] += whole / depth[path[:3]]
+        else:
+            others += 2 * whole
+    return int(3 * max(blocks.values())) + others
+
+
+def _batch_bytes(config: TrainConfig) -> int:
+    model = config.model
+    stored = config.data.image_embeddings is not None
+    image = 4 * (model.embedding_dims[0] or 0) if stored else math.prod(model.image.image_size) * 3
+    return config.batch_size * (image + 4 * model.text.length)
+
+
+def _loss_bytes(config: TrainConfig, topology: Topology) -> int:
+    """Gradients of a device's own embeddings in float32, a tile of logits, and the texts on their way."""
+    rows, width = config.batch_size // topology.devices, config.model.embedding_dims[0] or 0
+    if config.loss.kind == "softmax":
+        return 3 * 4 * rows * config.batch_size + 2 * 4 * config.batch_size * width
+    is_tpu = bool(topology.accelerator.sides)
+    ring = config.loss.impl == "ring" or (config.loss.impl == "auto" and is_tpu)
+    platform = "tpu" if is_tpu else "gpu"
+    chunk, tile_rows = tile_shape(
+        config.batch_size, topology.devices, platform, chunk_size=config.loss.chunk_size, ring=ring
+    )
+    columns = chunk if ring else chunk * topology.devices
+    total = 2 * 4 * rows * width + columns * (4 * min(rows, tile_rows) + 6 * width)
+    in_vmem = total <= _VMEM_BYTES.get(topology.name.partition(":")[0], 0)
+    return _LOSS_IN_VMEM_BYTES if in_vmem else total
+
+
+def _collectives(
+    config: TrainConfig,
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    mesh: tuple[int, ...],
+    topology: Topology,
+) -> dict[str, float]:
+    """Bytes by kind, of a step: weights gathered, gradients summed, the loss."""
+    (data, fsdp), moved = mesh, collections.Counter()
+    turns = _micro_batches(config)
+    gathers = 2 if turns == 1 else 3 * turns
+    is_frozen = trees.flatten(frozen)
+    for path, (leaf, size) in _moved_params(config, state).items():
+        whole = math.prod(leaf.shape) * size
+        if _is_sharded(leaf):
+            table = re.fullmatch(sharding.EMBEDDING_TABLE, path)
+            moved["all-gather"] += (
+                0 if table else whole * (gathers if "/encoderblock" in path else max(1, gathers // 2))
+            )
+            if not is_frozen[path]:
+                moved["reduce-scatter"] += 0 if table else whole * turns
+                moved["all-reduce"] += whole // fsdp if data > 1 else 0
+        elif data * fsdp > 1 and not is_frozen[path]:
+            moved["all-reduce"] += whole
+    if data * fsdp > 1 and config.model.embedding_dims[0]:
+        low = 2 if "bfloat16" in (config.model.image.dtype, config.model.text.dtype) else 4
+        texts = config.batch_size * config.model.embedding_dims[0]
+        moved["loss"] = texts * (low + 4)
+    return dict(moved)
+
+
+def _seconds(moved: Mapping[str, float], devices: int, topology: Topology) -> float:
+    """The least that these take on the links if nothing else travels; summing costs a scatter and a gather."""
+    passes = {"all-reduce": 2}
+    total = sum(size * passes.get(kind, 1) for kind, size in moved.items())
+    return total * (devices - 1) / devices / topology.link_bytes_per_s
+
+
+def _executed_flops(config: TrainConfig, passes: flops.Passes) -> float:
+    """FLOPs that run for a pair: `remat` repeats the forward pass of a tower that trains, micro-batches that of both."""
+    again = 1 if _micro_batches(config) > 1 else 0
+    runs = [
+        times and times + again + (times == 3 and tower.remat == "full") for tower, _, times in _towers(config, passes)
+    ]
+    return flops.train_flops_per_pair(config.model, batch_size=config.batch_size, passes=(runs[0], runs[1]))
+
+
+def _input(config: TrainConfig, step_s: float) -> tuple[float, float, float]:
+    """(pairs/s, decoding cores, bytes/s read from storage), over all hosts."""
+    pairs_per_s, model = config.batch_size / step_s, config.model
+    if config.data.image_embeddings is not None:
+        return pairs_per_s, 0.0, pairs_per_s * 4 * (model.embedding_dims[0] or 0)
+    larger = max(1.0, math.prod(model.image.image_size) / _JPEG_PIXELS)
+    return pairs_per_s, pairs_per_s / _PAIRS_PER_CORE_S * larger, pairs_per_s * _JPEG_BYTES * larger

@@ -1,0 +1,70 @@
+"""`siglip plan` as a user calls it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from siglip import cli
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+QUICKSTART = str(CONFIGS / "quickstart.py")
+BYTES = {"parameters", "optimizer", "gradients", "activations", "loss", "batch", "total", "usable"}
+
+
+def plan(capfd, *args: str) -> str:
+    assert cli.run(["plan", QUICKSTART, *args]) == 0
+    return capfd.readouterr().out
+
+
+def refusal(capfd, *args: str) -> str:
+    assert cli.run(["plan", *args]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("siglip: error: "), lines
+    return lines[0]
+
+
+def test_json_has_the_promised_keys(capfd):
+    tree = json.loads(plan(capfd, "--topology", "h100:8", "--json", "--batch-size", "128"))
+    assert tree["fits"] is True and set(tree["bytes_per_device"]) >= BYTES
+    assert tree["flops_per_step"] == 128 * tree["flops_per_pair"] > 0
+    assert tree["device_hours"] == pytest.approx(8 * 6400 * tree["step_s"] / 3600)
+    assert tree["mesh"] == {"data": 8, "fsdp": 1} and tree["devices"] == 8 and tree["topology"] == "h100:8"
+    assert tree["step_range_s"][0] <= tree["step_s"] <= tree["step_range_s"][1]
+
+
+def test_lines_say_what_does_not_fit_and_how_it_would(capfd):
+    large = ["--topology=h100:1", "--batch-size=2048", "--model.image.image-size", "96", "96"]
+    large += ["--model.image.patch-dropout", "0"]
+    told = plan(capfd, *large)
+    assert "DOES NOT FIT" in told
+    flags = next(line for line in told.splitlines() if line.startswith("to make it fit")).split()[4:]
+    assert "DOES NOT FIT" not in plan(capfd, *large, *flags)
+    assert "(as it is)" in plan(capfd, *large, *flags, "--search")
+
+
+def test_bad_input_is_one_line(capfd):
+    assert "known are" in refusal(capfd, QUICKSTART, "--topology", "z100:8")
+    assert "--topology is missing" in refusal(capfd, QUICKSTART)
+    assert "does not exist" in refusal(capfd, "no.py", "--topology", "h100:8")
+    assert "does not cover 8 devices" in refusal(capfd, QUICKSTART, "--topology", "h100:8", "--mesh.fsdp", "3")
+    assert "batch_size=100 does not divide" in refusal(capfd, QUICKSTART, "--topology", "h100:8", "--batch-size", "100")
+    few = ["--mesh.fsdp", "8", "--mesh.fsdp-min-size-bytes", "1"]
+    assert "divides no dimension of" in refusal(capfd, QUICKSTART, "--topology", "h100:8", *few)
+
+
+def test_a_missing_plugin_is_named(capfd):
+    program = """
+import importlib.util, sys
+for name in ("jax_plugins", "jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu"):
+    sys.modules[name] = None
+from siglip import cli
+sys.exit(cli.run(sys.argv[1:]))
+"""
+    for topology, package in (("h100:8", "jax-cuda12-plugin"), ("v5e:2x2", "libtpu")):
+        command = [sys.executable, "-c", program, "plan", QUICKSTART, "--topology", topology, "--compile"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.count("\n") == 1 and f"pip install {package}" in done.stderr, done.stderr
