@@ -101,8 +101,7 @@ def decode_image(data: bytes, *, max_pixels: int, min_size_px: tuple[int, int] |
             image.load()
         orientation = _orientation(image)  # after load(): a PNG may have it behind its pixels
         image = image.convert("RGBA") if image.mode == "LA" else image  # here, so that only one of them is in memory
-        rgb = _to_rgb(image) if pixels is None else _to_pil(pixels)
-        return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+        return _upright(_to_rgb(image) if pixels is None else _to_pil(pixels), orientation)
     except DecodeError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -115,6 +114,16 @@ def decode_image(data: bytes, *, max_pixels: int, min_size_px: tuple[int, int] |
             return decode_image(lean, max_pixels=max_pixels, min_size_px=min_size_px)
         reason = "truncated" if "truncated" in str(error) else "corrupt_image"
         raise DecodeError(reason, f"{type(error).__name__}: {error}") from error
+
+
+def as_shown(image: Image.Image) -> Image.Image:
+    """Pillow's image as a browser shows it: upright, transparent parts white, RGB. Raises whatever Pillow does."""
+    image.load()
+    return _upright(_to_rgb(image), _orientation(image))
+
+
+def _upright(image: Image.Image, orientation: int | None) -> Image.Image:
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def decode_pixels(data: bytes, *, max_pixels: int, min_size_px: tuple[int, int] | None = None) -> np.ndarray:

@@ -12,7 +12,8 @@ hand it to a jitted step as an argument, lay its leaves out with `siglip.paralle
 before pooling: layer -1. Layers -2, -3, … are what earlier blocks return, without a LayerNorm, as LLaVA reads them
 (`hidden_states[-2]` in transformers).
 
-The traps: images are float32 in [-1, 1], resized by the filter in `config.image.pixels`, and token ids are made as
+The traps: an array of images is float32 in [-1, 1], resized by the filter in `config.image.pixels` (lists of images are resized
+here), and token ids are made as
 `config.text.tokens` says, exactly `config.text.length` of them. A model that gets something else says nothing; its embeddings are
 only worse. And an encoder that is closed over instead of passed in becomes a constant of the compiled program: neither its
 sharding nor its gradient is then what you asked for.
@@ -33,11 +34,12 @@ from siglip import trees
 from siglip.array_types import Array, Float, Int
 from siglip.errors import UserError
 from siglip.formats import key_maps
+from siglip.inputs import Images, check_images, check_tokens, to_pixels, tokenizer_of
 from siglip.model_source import read_model
 from siglip.models.attention import Attention, AttentionFn, attention_fn, choose_kernel
 from siglip.models.layers import Remat
 from siglip.models.two_tower import ImageConfig, ModelConfig, make_model
-from siglip.models.vit import ViT
+from siglip.models.vit import ViT, pool_each
 
 PIXEL_RANGE = (-1.0, 1.0)
 
@@ -59,26 +61,53 @@ class Encoder:
     def __repr__(self) -> str:
         return f"Encoder({_describe(self.config)})"
 
-    def embed_images(self, images: ArrayLike) -> Float[Array, "b e"]:
-        """float32 [b, h, w, 3] in [-1, 1] -> float32 [b, e], L2-normalised.
+    def embed_images(self, images: Images) -> Float[Array, "b e"]:
+        """float32 [b, h, w, 3] in [-1, 1], or a list of images -> float32 [b, e], L2-normalised.
+
+        Args:
+            images: those of a list are Pillow's, or uint8 [h, w, 3] in RGB, of any size; they are resized as the model was
+                trained.
 
         Raises:
-            UserError: the size is not the model's, pixels are integers, or the image tower has no pooling.
+            UserError: an array has another size or integer pixels, an entry of a list is not an image, or the tower has no
+                pooling.
         """
-        if self.config.image.pool == "none":
-            raise UserError("this image tower has no pooling, so an image has no embedding; use image_tokens")
-        return _apply(self.config, "zimg", self.params, {"image": check_images(images, self.config.image)})
+        self._check_pooling()
+        return _apply(self.config, "zimg", self.params, {"image": self.pixels(images)})
 
-    def image_tokens(self, images: ArrayLike) -> Float[Array, "b n d"]:
-        """float32 [b, h, w, 3] in [-1, 1] -> float32 [b, n, d], after the final LayerNorm and before pooling.
+    def image_tokens(self, images: Images) -> Float[Array, "b n d"]:
+        """Images as for `embed_images` -> float32 [b, n, d], after the final LayerNorm and before pooling.
 
         That is what a vision-language model consumes. Patches come row by row; with pool "tok" the class token is
         first.
 
         Raises:
-            UserError: the size is not the model's, or pixels are integers.
+            UserError: as `embed_images`, but no pooling is needed.
         """
-        return _apply(self.config, "image_tokens", self.params, {"image": check_images(images, self.config.image)})
+        return _apply(self.config, "image_tokens", self.params, {"image": self.pixels(images)})
+
+    def embed_patches(self, images: Images) -> Float[Array, "b n e"]:
+        """Images as for `embed_images` -> float32 [b, n, e], L2-normalised: each patch as if it were all that is pooled.
+
+        A patch times a text's embedding says where in an image the text is (MaskCLIP, arXiv:2112.01071).
+
+        Raises:
+            UserError: as `embed_images`.
+        """
+        self._check_pooling()
+        return _patches(self.config, self.params, self.pixels(images))
+
+    def _check_pooling(self) -> None:
+        if self.config.image.pool == "none":
+            raise UserError("this image tower has no pooling, so an image has no embedding; use image_tokens")
+
+    def pixels(self, images: Images) -> Float[Array, "b h w 3"]:
+        """Images as for `embed_images` -> float32 [b, h, w, 3] in [-1, 1], at the model's size.
+
+        Raises:
+            UserError: as `embed_images`, but no pooling is needed.
+        """
+        return to_pixels(images, self.config.image)
 
     def embed_texts(self, texts: ArrayLike | Sequence[str]) -> Float[Array, "b e"]:
         """A list of strings, or int32 [b, l] token ids -> float32 [b, e], L2-normalised.
@@ -94,18 +123,7 @@ class Encoder:
             raise UserError(f"embed_texts takes a list of texts, not one: pass [{texts[:20]!r}]")
         is_strings = isinstance(texts, list | tuple) and len(texts) > 0 and all(isinstance(one, str) for one in texts)
         tokens = self.tokenize(texts) if is_strings else texts
-        if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
-            raise UserError(f"tokens are {jnp.result_type(tokens)}; pass token ids as int32 [b, {text.length}]")
-        if jnp.ndim(tokens) != 2 or jnp.shape(tokens)[1] != text.length:
-            raise UserError(f"tokens have shape {jnp.shape(tokens)}; pad or cut them to [b, {text.length}]")
-        # Looking at ids that are already on a device would wait for it; there a wrong id becomes NaN instead.
-        if not isinstance(tokens, jax.Array):
-            ids = np.asarray(tokens)
-            bad = ids[(ids < 0) | (ids >= text.vocab_size)]
-            if bad.size:
-                raise UserError(
-                    f"token id {bad[0]} is outside the vocabulary of {text.vocab_size}; is it another tokenizer's?"
-                )
+        check_tokens(tokens, text)
         return _apply(self.config, "ztxt", self.params, {"text": jnp.asarray(tokens, jnp.int32)})
 
     def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "b l"]:
@@ -123,11 +141,7 @@ class Encoder:
 
     @functools.cached_property
     def _pieces(self) -> Any:
-        from data_pipelines.tokenizers import (
-            SentencePieceTokenizer,  # a leaf there; whoever has token ids needs none of it
-        )
-
-        return SentencePieceTokenizer(self.tokenizer, **vars(self.config.text.tokens))
+        return tokenizer_of(self.tokenizer, self.config.text)
 
     def logits(self, zimg: ArrayLike, ztxt: ArrayLike) -> Float[Array, "b k"]:
         """[b, e], [k, e] -> exp(t) * zimg @ ztxt.T + b, [b, k]; the sigmoid of it is the probability that the pair
@@ -142,26 +156,29 @@ class Encoder:
             )
         return _logits(jnp.asarray(zimg), jnp.asarray(ztxt), self.params["t"], self.params["b"])
 
+    def probabilities(self, images: Images, texts: ArrayLike | Sequence[str]) -> Float[Array, "images texts"]:
+        """Images as for `embed_images`, texts as for `embed_texts` -> sigmoid(logits), float32 [images, texts].
 
-def check_images(images: ArrayLike, config: ImageConfig) -> Float[Array, "b h w 3"]:
-    """Raises UserError for images of another size or with integer pixels."""
-    height, width = config.image_size
-    if not jnp.issubdtype(jnp.result_type(images), jnp.floating):
-        raise UserError(
-            f"images are {jnp.result_type(images)}; pass float32 in [-1, 1], for 8-bit pixels x / 127.5 - 1"
-        )
-    if jnp.ndim(images) != 4 or jnp.shape(images)[1:] != (height, width, 3):
-        raise UserError(
-            f"images have shape {jnp.shape(images)} but the model takes [b, {height}, {width}, 3]; "
-            f"resize them, or load the model with image_size=(h, w)"
-        )
-    return jnp.asarray(images, jnp.float32)
+        Each is the probability that this image and this text belong together, on its own: a row does not sum to 1. The model
+        has learned it among pairs of which one in a batch matches; `siglip.losses.prior_shift` moves it to another share.
+
+        Raises:
+            UserError: as these two and `logits`.
+        """
+        return jax.nn.sigmoid(self.logits(self.embed_images(images), self.embed_texts(texts)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _apply(config: ModelConfig, wanted: str, params: Any, batch: dict[str, Array]) -> Array:
     zimg, ztxt, out = make_model(config).apply({"params": params}, batch)
     return {"zimg": zimg, "ztxt": ztxt, "image_tokens": out.get("img/encoded")}[wanted]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _patches(config: ModelConfig, params: Any, images: Array) -> Array:
+    tokens = _apply(config, "image_tokens", params, {"image": images})
+    z = pool_each(config.image, config.out_dim[0], params["img"], tokens)
+    return z / (jnp.linalg.norm(z, axis=-1, keepdims=True) + 1e-8)
 
 
 def _describe(config: ModelConfig) -> str:

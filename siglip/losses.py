@@ -26,6 +26,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from siglip.array_types import Array, Float
+from siglip.errors import UserError
 from siglip.parallel import topology
 
 Impl = Literal["auto", "all_gather", "ring"]
@@ -72,6 +73,24 @@ def softmax_loss(zimg: Float[Array, "b e"], ztxt: Float[Array, "b e"], t: Float[
     image_to_text = jnp.diagonal(jax.nn.log_softmax(logits, axis=1))
     text_to_image = jnp.diagonal(jax.nn.log_softmax(logits, axis=0))
     return -(jnp.mean(image_to_text) + jnp.mean(text_to_image)) / 2
+
+
+def prior_shift(prior: float, *, batch_size: int) -> float:
+    """What to add to a logit where another share of the pairs matches than in training, by Bayes' rule.
+
+        logit(prior) - logit(1 / batch_size)
+
+    A training batch has one match among `batch_size` texts per image, so sigmoid(logit) is the probability at that share.
+
+    Args:
+        prior: the share of pairs that match, before looking at them: 1 / n where one of n images is expected to.
+
+    Raises:
+        UserError: prior is not between 0 and 1, or the batch has fewer than 2 pairs.
+    """
+    if not 0 < prior < 1 or batch_size < 2:
+        raise UserError(f"prior={prior} must lie between 0 and 1, and batch_size={batch_size} must be at least 2")
+    return math.log(prior / (1 - prior)) + math.log(batch_size - 1)
 
 
 def chunked_sigmoid_loss(

@@ -24,7 +24,7 @@ HELP = """usage: siglip COMMAND …
   train   CONFIG [--workdir DIR] [--total-steps N] [--batch-size N] …     pretrain; any config field is a flag
   eval    SRC --task TASK --data SHARDS [--out FILE.json]                 evaluate zero-shot
   export  SRC --format hf|bigvision|… --out DIR …                         hand the encoder over, verified
-  embed   SRC --data SHARDS --out FILE.npz|FILE.parquet                   embed images
+  embed   SRC --data SHARDS|IMAGE_DIR|TEXT_FILE --out FILE|DIR            embed images or texts
   plan    CONFIG --topology v5e:16x16|h100:8|… [--compile] [--search]     does it fit, how long does it take
   report  WORKDIR                                                         report.html: curves, tables, images found
   data    index | tokenizer | stats SHARDS… | curate SHARDS… --out DIR    prepare data
@@ -94,7 +94,7 @@ def _dispatch(command: str, args: list[str]) -> None:
     elif command == "eval":
         from siglip.cli.evaluation import eval_command as call
     elif command == "embed":
-        from siglip.cli.evaluation import embed_command as call
+        from siglip.cli.embedding import embed_command as call
     elif command == "export":
         from siglip.cli.exporting import export_command as call
     elif command == "plan":

@@ -12,6 +12,7 @@ import tyro
 from siglip.errors import UserError
 
 T = TypeVar("T")
+_BOOLS = ("True", "False")
 
 
 def parse(cls: Callable[..., T], args: list[str], *, prog: str, default: T | None = None) -> T:
@@ -44,6 +45,12 @@ def find_flag(args: list[str], flag: str) -> str | None:
         if name == flag:
             return value if equals else "".join(args[place + 1 : place + 2])
     return None
+
+
+def spell_out(args: list[str], flag: str) -> list[str]:
+    """`--tokens` alone is `--tokens True`, as every other flag that is true or false is given."""
+    after = zip(args, [*args[1:], ""], strict=True)
+    return [word for arg, value in after for word in ([arg, "True"] if arg == flag and value not in _BOOLS else [arg])]
 
 
 def _one_line(box: str) -> str:

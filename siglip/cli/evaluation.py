@@ -1,4 +1,4 @@
-"""`siglip eval` and `siglip embed`: a model and the data side joined into an embedder, with which evaluations are run."""
+"""`siglip eval`: a model and the data side joined into an embedder, with which evaluations are run."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from data_pipelines.loader import make_eval_batches
 from data_pipelines.sources.opening import open_source
 from data_pipelines.text_ops import captions_of, lookup
 from data_pipelines.tokenizers import SentencePieceTokenizer
-from siglip.atomic import new_file, write_atomically
+from siglip.atomic import write_atomically
 from siglip.cli import BAD_INPUT, describe
 from siglip.cli.arguments import find_flag, parse
 from siglip.errors import UserError
@@ -72,19 +72,6 @@ class EvalArgs(ModelArgs, Generic[TaskT]):
     task: tyro.conf.OmitArgPrefixes[TaskT]
     tokenizer: str | None = None
     out: str | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EmbedArgs(ModelArgs):
-    """Embed every image of some shards.
-
-    Attributes:
-        data: shards, as for training: tar files as img2dataset writes them, Parquet, ArrayRecord, TFRecord, lists.
-        out: FILE.npz or FILE.parquet; columns `key` and `embedding` (float32, L2-normalised).
-    """
-
-    data: str
-    out: str
 
 
 def _columns(fields: Sequence[str]) -> set[str]:
@@ -172,9 +159,9 @@ def make_embedder(
         length = config.text.length
         return np.array([tokenizer.encode(text, length) for text in texts], np.int32).reshape(-1, length)
 
-    def read(data: str, fields: Sequence[str]) -> tuple[int, Any]:
+    def read(data: Any, fields: Sequence[str]) -> tuple[int, Any]:
         columns = _columns(fields)
-        source = open_source(data, fields=columns)
+        source = open_source(data, fields=columns) if isinstance(data, str) else data
         return len(source), make_eval_batches(
             source, batch_size=rows, image_size=image_size, resample=resample, threads=threads, workers=workers,
             fields=columns, process_index=jax.process_index(), process_count=jax.process_count(),
@@ -207,7 +194,7 @@ def eval_command(args: list[str]) -> None:
     options = parse(EvalArgs[classes[name]], args, prog="siglip eval")
     with launch.joined(options.distributed, describe=describe):
         if options.out is not None:
-            _check_folder_of(Path(options.out))
+            check_folder_of(Path(options.out))
         embedder = embedder_of(options.src, tokenizer=options.tokenizer, **settings_of(options))
         options.task.check(first_values)
         results = run_tasks([options.task], embedder)
@@ -230,22 +217,7 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def embed_command(args: list[str]) -> None:
-    """Embeds every image; the file appears when it is whole."""
-    options = parse(EmbedArgs, args, prog="siglip embed")
-    out = Path(options.out)
-    if out.suffix not in (".npz", ".parquet"):
-        raise UserError(f"--out {options.out} must end in .npz or .parquet")
-    with launch.joined(options.distributed, describe=describe):
-        _check_folder_of(out)
-        embedder = embedder_of(options.src, with_texts=False, **settings_of(options))
-        images = embedder.embed_shards(options.data)
-        if jax.process_index() == 0:
-            _write_embeddings(out, images.keys, images.zimg)
-            print(f"{len(images.keys)} images -> {out}")
-
-
-def _check_folder_of(out: Path) -> None:
+def check_folder_of(out: Path) -> None:
     """Raises FileNotFoundError in every process if process 0, which writes `out`, does not see its folder."""
 
     def check() -> None:
@@ -253,15 +225,3 @@ def _check_folder_of(out: Path) -> None:
             raise FileNotFoundError(f"the folder {out.parent} of --out does not exist; make it first")
 
     launch.in_all_or_none(check, bad_input=BAD_INPUT)
-
-
-def _write_embeddings(out: Path, keys: list[str], z: np.ndarray) -> None:
-    with new_file(out) as partial, partial.open("wb") as file:
-        if out.suffix == ".npz":
-            np.savez(file, key=np.asarray(keys), embedding=z)
-        else:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-
-            vectors = pa.FixedSizeListArray.from_arrays(pa.array(z.reshape(-1)), z.shape[1])
-            pq.write_table(pa.table({"key": pa.array(keys, pa.string()), "embedding": vectors}), file)

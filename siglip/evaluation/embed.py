@@ -57,6 +57,15 @@ def embeddings(model: ModelConfig, params: Params, batch: Mapping[str, Array]) -
     return zimg if "image" in batch else ztxt
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def token_embeddings(
+    model: ModelConfig, dtype: str | None, params: Params, batch: Mapping[str, Array]
+) -> Float[Array, "b n d"]:
+    """As `embeddings`, but the tokens after the last LayerNorm and before pooling."""
+    *_, out = make_model(model).apply({"params": params}, batch)
+    return out["img/encoded" if "image" in batch else "txt/encoded"].astype(dtype)
+
+
 def rows_per_process(batch_size: int, mesh: Mesh) -> int:
     """Rows that each process brings to a forward pass of about `batch_size` rows: as many on each device."""
     return -(-batch_size // mesh.size) * mesh.size // jax.process_count()
@@ -64,7 +73,7 @@ def rows_per_process(batch_size: int, mesh: Mesh) -> int:
 
 def embed_rows(
     embed: Callable[[Mapping[str, Array]], Array], name: str, rows: np.ndarray, *, mesh: Mesh, rows_per_pass: int
-) -> Float[np.ndarray, "n e"]:
+) -> Float[np.ndarray, "n ..."]:
     """`embed({name: rows})` of this process's rows, `rows_per_pass` at a time over the mesh, by all processes at once.
 
     The last batch is filled up with zeros, so that one shape is compiled; no rows are one batch of zeros. All processes must
@@ -87,14 +96,15 @@ class Embedder:
     """Both towers of a model, ready to embed shards and strings on a mesh.
 
     Attributes:
-        embed: `embeddings` with a model and its parameters.
+        embed: `embeddings` with a model and its parameters, or `token_embeddings`: then rows are [n, d] instead of [e].
         rows: rows of this process in each forward pass, as `rows_per_process` says.
         image_size: (height, width) in pixels.
         resample: the filter with which the model's images are resized.
         canonical_prompts: whether the model's own pipeline removes the punctuation of class prompts.
         tokenize: strings -> token ids, padded to the length of the text tower.
-        read: (shards, fields) -> number of pairs of all processes, and this process's share of the images, at most `rows` at a
-            time, as {"image", "index", "key", "fields"}. Its `counts` are the images that could not be decoded, by reason.
+        read: (shards or an open source, fields) -> number of pairs of all processes, and this process's share of the images, at
+            most `rows` at a time, as {"image", "index", "key", "fields"}. Its `counts` are the images that could not be decoded,
+            by reason.
         values_of: (fields of a pair, name of one) -> what that holds.
     """
 
@@ -105,14 +115,14 @@ class Embedder:
     resample: str
     canonical_prompts: bool
     tokenize: Callable[[Sequence[str]], Int[np.ndarray, "m l"]]
-    read: Callable[[str, Sequence[str]], tuple[int, Any]]
+    read: Callable[[Any, Sequence[str]], tuple[int, Any]]
     values_of: Callable[[Mapping[str, Any], str], list[Value]]
 
-    def embed_images(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n e"]:
+    def embed_images(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n ..."]:
         """Embeddings of this process's images; all processes must bring as many batches."""
         return embed_rows(self.embed, "image", images, mesh=self.mesh, rows_per_pass=self.rows)
 
-    def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "m e"]:
+    def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "m ..."]:
         """Embeddings of the texts, which are the same in every process; equal texts are embedded once."""
         distinct = list(dict.fromkeys(texts))
         share = -(-len(distinct) // jax.process_count())
@@ -129,7 +139,18 @@ class Embedder:
         Raises:
             FileNotFoundError, UserError: shards are missing or damaged, lack a field, or no image can be decoded.
         """
-        pairs, images = self.read(data, fields)
+        found, counts = self.embed_batches(*self.read(data, fields), fields)
+        if not found.keys:
+            raise UserError(f"{data} holds no image that can be decoded ({dict(counts)}); check the shards")
+        if counts and jax.process_index() == 0:
+            logger.warning("images of %s left out because they cannot be decoded: %s", data, dict(counts))
+        _warn_if_collapsed(found.zimg, f"images of {data}", "image")
+        return found
+
+    def embed_batches(
+        self, pairs: int, images: Any, fields: Sequence[str] = ()
+    ) -> tuple[EmbeddedImages, Mapping[str, int]]:
+        """What `read` gives, embedded by all processes; and how many images could not be decoded, by reason."""
         batches, z, records = iter(images), [], []
         nothing = {"image": np.zeros((0, *self.image_size, 3), np.uint8), "index": [], "key": [], "fields": []}
         for _ in range(-(-pairs // (self.rows * jax.process_count()))):
@@ -140,19 +161,15 @@ class Embedder:
         next(batches, None)  # what comes last may have to be counted as broken
         counts = sum(map(Counter, gather_records([dict(images.counts)])), Counter())
         records = gather_records(records)
-        if not records:
-            raise UserError(f"{data} holds no image that can be decoded ({dict(counts)}); check the shards")
-        if counts and jax.process_index() == 0:
-            logger.warning("images of %s left out because they cannot be decoded: %s", data, dict(counts))
-        order = np.argsort([index for index, _, _ in records])
-        index, keys, values = zip(*(records[i] for i in order), strict=True)
-        zimg = gather_rows(np.concatenate(z))[order]
-        _warn_if_collapsed(zimg, f"images of {data}", "image")
+        order = np.argsort([index for index, _, _ in records]).astype(int)
+        index, keys, values = ([records[i][column] for i in order] for column in range(3))
         columns = {field: [own[n] for own in values] for n, field in enumerate(fields)}
-        return EmbeddedImages(zimg, list(index), list(keys), columns)
+        return EmbeddedImages(gather_rows(np.concatenate(z))[order], index, keys, columns), counts
 
 
-def _warn_if_collapsed(z: Float[np.ndarray, "n e"], what: str, tower: str) -> None:
+def _warn_if_collapsed(z: Float[np.ndarray, "n ..."], what: str, tower: str) -> None:
     """Names an encoder that maps everything to one point: its metrics would look like mere chance."""
-    if len(z) > _FEW and jax.process_index() == 0 and np.linalg.norm(z - z[0], axis=1).max() < _COLLAPSED:
+    if len(z) <= _FEW or jax.process_index() or z.ndim > 2:
+        return
+    if np.linalg.norm(np.asarray(z - z[0], np.float32), axis=1).max() < _COLLAPSED:
         logger.warning("the %s tower has collapsed: the embeddings of %d %s are all equal", tower, len(z), what)

@@ -11,7 +11,7 @@ The trap: pixels that do not fill a whole patch are dropped at the right and the
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -228,3 +228,20 @@ class ViT(nn.Module):
             return jnp.asarray(sincos2d(config.grid, width))
         shape = (1, config.grid[0] * config.grid[1], width)
         return self.param("pos_embedding", nn.initializers.normal(width**-0.5), shape)
+
+
+def pool_each(
+    config: ImageConfig, out_dim: int | None, params: Any, tokens: Float[Array, "b n d"]
+) -> Float[Array, "b m e"]:
+    """The pooling and the head of a tower for each patch alone; of one token, attention pooling takes all.
+
+    Args:
+        params: of the tower. tokens: its "encoded"; a class token in front is left out, so m may be n - 1.
+    """
+    tokens = tokens[:, 1:] if config.pool == "tok" else tokens
+    x = tokens.reshape(-1, 1, tokens.shape[-1])
+    if config.pool == "map":
+        x = MAPHead(config.spec, jnp.dtype(config.dtype)).apply({"params": params["MAPHead_0"]}, x)
+    if out_dim is not None:
+        x = nn.Dense(out_dim).apply({"params": params["head"]}, x)
+    return x.reshape(*tokens.shape[:2], -1)

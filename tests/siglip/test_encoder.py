@@ -1,6 +1,7 @@
 """siglip.load: every source, any resolution, and errors that say what to do."""
 
 import dataclasses
+import io
 import pickle
 from pathlib import Path
 
@@ -8,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from data_pipelines.image_ops import resize
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.encoder import Encoder, load
 from siglip.errors import UserError
 from siglip.formats import big_vision, hugging_face
 from siglip.formats.big_vision import image_only
+from siglip.models.layers import MAPHead
 from tests.data_pipelines.shards import SPIECE
 from tests.siglip.rounding import towers_apart
 from tests.siglip.tiny import random_inputs, random_params, square_model
@@ -185,3 +189,73 @@ def test_strings_are_embedded_as_their_tokens_are(tmp_path):
     with pytest.raises(UserError, match=r"takes a list of texts, not one: pass \['a cat'\]"):
         model.embed_texts("a cat")
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).embed_texts(texts), model.embed_texts(ids))
+
+
+@pytest.fixture(scope="module")
+def with_texts() -> Encoder:
+    config = square_model(text={"vocab_size": 4000})
+    return Encoder(random_params(config), config, tokenizer=Path(SPIECE))
+
+
+def test_images_of_any_size_and_strings_go_in_as_they_are(with_texts):
+    model, rng = with_texts, np.random.default_rng(0)
+    pixels = [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((50, 40), (32, 32), (17, 90))]
+    resized = np.stack([resize(one, (32, 32)) for one in pixels]) / np.float32(127.5) - 1
+    np.testing.assert_allclose(model.pixels(pixels), resized, atol=1e-6)
+    np.testing.assert_array_equal(model.pixels([Image.fromarray(one) for one in pixels]), model.pixels(pixels))
+    np.testing.assert_array_equal(resized[1], np.asarray(pixels[1] / np.float32(127.5) - 1))
+    images, texts = [Image.fromarray(one) for one in pixels], ["a red ball", "ein roter Ball"]
+    zimg, ztxt = model.embed_images(images), model.embed_texts(texts)
+    np.testing.assert_array_equal(zimg, model.embed_images(model.pixels(pixels)))
+    p = model.probabilities(images, texts)
+    assert p.shape == (3, 2) and p.dtype == jnp.float32
+    t, b = (float(model.params[name][0]) for name in "tb")
+    logits = np.exp(t) * np.asarray(zimg, np.float64) @ np.asarray(ztxt, np.float64).T + b
+    # logits of about exp(t) = 10: rounding of the product and of exp(t) is some 1e-6 of it, and sigmoid's slope is at most 1/4
+    np.testing.assert_allclose(p, 1 / (1 + np.exp(-logits)), rtol=1e-4, atol=1e-7)
+    assert model.image_tokens(images).shape == (3, 16, 36)
+
+
+def test_an_image_is_seen_as_a_browser_shows_it(with_texts):
+    model, left_black = with_texts, np.full((32, 32, 3), 255, np.uint8)
+    left_black[:, :16] = 0
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned a quarter: shown after a turn clockwise
+    file = io.BytesIO()
+    Image.fromarray(left_black).save(file, "png", exif=exif)
+    shown = np.rot90(left_black, -1)
+    np.testing.assert_array_equal(model.pixels([Image.open(file)]), model.pixels([np.ascontiguousarray(shown)]))
+    clear = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
+    np.testing.assert_array_equal(model.pixels([clear]), np.ones((1, 32, 32, 3), np.float32))
+    assert model.pixels([Image.new("L", (9, 9), 255)]).shape == (1, 32, 32, 3)
+
+
+def test_lists_that_are_not_images(with_texts):
+    for images, told in (
+        (["cat.jpg"], "is str; pass Pillow images"),
+        ([Image.new("RGB", (4, 4)), np.zeros((4, 4, 3))], "is ndarray"),
+        ([], "is absent"),
+        (Image.new("RGB", (4, 4)), r"pass \[image\]"),
+    ):
+        with pytest.raises(UserError, match=told):
+            with_texts.embed_images(images)
+
+
+@pytest.mark.parametrize("pool", ["map", "gap", "tok"])
+def test_a_patch_is_embedded_as_an_image_whose_tokens_are_all_that_patchs(pool):
+    """Pooling n equal tokens, by attention or as a mean, is pooling one of them."""
+    config = square_model(image={"pool": pool})
+    model = Encoder(random_params(config), config)
+    images = random_inputs(config, batch=2)[0]
+    z, tokens = np.asarray(model.embed_patches(images)), np.asarray(model.image_tokens(images))
+    assert z.shape == (2, 16, 36)
+    np.testing.assert_allclose(np.linalg.norm(z, axis=-1), 1, atol=1e-5)
+    if pool != "map":
+        own = tokens[:, 1:] if pool == "tok" else tokens
+        np.testing.assert_allclose(z, own / np.linalg.norm(own, axis=-1, keepdims=True), atol=1e-5)
+        return
+    repeated = jnp.repeat(jnp.asarray(tokens[:1, 3:4]), 16, axis=1)
+    head = MAPHead(config.image.spec, np.dtype("float32")).apply(
+        {"params": model.params["img"]["MAPHead_0"]}, repeated
+    )[0]
+    np.testing.assert_allclose(z[0, 3], head / np.linalg.norm(head), atol=1e-5)

@@ -1,6 +1,7 @@
 """The losses against a float64 double loop, against recorded numbers, and sharded over 1, 2, 3 and 8 devices."""
 
 import functools
+import math
 import types
 
 import jax
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 
 from siglip import losses
-from siglip.losses import chunked_sigmoid_loss, sigmoid_loss, softmax_loss
+from siglip.errors import UserError
+from siglip.losses import chunked_sigmoid_loss, prior_shift, sigmoid_loss, softmax_loss
 from siglip.parallel import topology
 from siglip.planning import compile
 from tests.siglip.rounding import rounding
@@ -295,3 +297,17 @@ def test_bad_input_is_named():
         chunked_sigmoid_loss(zimg, ztxt, jnp.float32(0), jnp.float32(0), mesh=mesh_of(1), chunk_size=0)
     with pytest.raises(ValueError, match="axis 'model'"):
         chunked_sigmoid_loss(zimg, ztxt, jnp.float32(0), jnp.float32(0), mesh=mesh_of(1), axis="model")
+
+
+def test_a_prior_moves_the_probability_as_bayes_rule_does():
+    """Scores of matches and of others, drawn as many as a batch has: the share of matches at a score is the shifted sigmoid."""
+    match, other = 0.03, 0.0004  # densities of a score among matches and among the others
+    for batch_size, prior in ((64, 1 / 64), (64, 0.3), (32768, 1e-3)):
+        trained = 1 / batch_size
+        logit = math.log(trained * match / ((1 - trained) * other))
+        expected = prior * match / (prior * match + (1 - prior) * other)
+        shifted = 1 / (1 + math.exp(-(logit + prior_shift(prior, batch_size=batch_size))))
+        assert shifted == pytest.approx(expected, rel=1e-12)
+    for wrong in (0.0, 1.0, -0.1, math.nan):
+        with pytest.raises(UserError, match="must lie between 0 and 1"):
+            prior_shift(wrong, batch_size=64)

@@ -218,7 +218,7 @@ def test_mistakes_in_flags(recipe, capsys, tmp_path):
     )
     fails(["eval", "nowhere", "--task", "retrieval", "--data", "x.tar"], capsys, "nowhere")
     fails(["embed", "nowhere", "--data", "x.tar", "--out", str(tmp_path / "no" / "z.npz")], capsys, "does not exist")
-    fails(["embed", "nowhere", "--data", "x.tar", "--out", "z.csv"], capsys, r"must end in \.npz or \.parquet")
+    fails(["embed", "nowhere", "--data", "x.tar", "--out", "z.csv"], capsys, r"must end in \.npz, \.npy or \.parquet")
     fails(["data", "indx"], capsys, "did you mean 'index'")
 
 
