@@ -3,17 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from siglip.evaluation.class_files import canonicalize, make_prompts, read_names, read_templates
 from siglip.evaluation.ranking import rank_right_candidates
 from siglip.evaluation.retrieval import Retrieval, mean_of, retrieval
-from siglip.evaluation.zeroshot import (
-    ZeroShot,
-    canonicalize,
-    class_embeddings,
-    classification,
-    make_prompts,
-    read_names,
-    read_templates,
-)
+from siglip.evaluation.zeroshot import ZeroShot, class_embeddings, classification
 
 
 def unit(z):
