@@ -14,7 +14,7 @@ import numpy as np
 
 from siglip.array_types import Float, Int
 from siglip.errors import UserError
-from siglip.evaluation.class_files import make_prompts, read_names, read_templates
+from siglip.evaluation.class_files import make_prompts, read_classes, read_templates, shown
 from siglip.evaluation.embed import Embedder, FirstValues
 from siglip.evaluation.ranking import rank_right_candidates
 from siglip.evaluation.results import Result, check_name, dataset_name
@@ -32,9 +32,10 @@ class ZeroShot:
 
     Attributes:
         data: shards, as for training: tar files as img2dataset writes them, Parquet, ArrayRecord, TFRecord, lists.
-        classes: file of class names, one per line or a JSON list; labels are numbers of its lines from 0, or names in it.
+        classes: file of class names, one per line or JSON, or "imagenet" for CLIP's; labels are numbers of its lines from 0, or
+            names in it. Without one the names are those that the data bring.
         templates: file of prompts with {} for the class name, one per line or a JSON list, or a JSON object with prompts for
-            each class name; without one the prompt is the class name itself.
+            each class name, or "imagenet" for CLIP's 80; without one those that the data bring, or the class name itself.
         label: field that holds the label.
         canonical: whether prompts lose punctuation, underscores and capitals; None does what the model's own pipeline does.
         name: name of the data set in the result; without one it is taken from the names of the shards.
@@ -42,7 +43,7 @@ class ZeroShot:
     """
 
     data: str
-    classes: str
+    classes: str | None = None
     templates: str | None = None
     label: str = "cls"
     canonical: bool | None = None
@@ -65,10 +66,10 @@ class ZeroShot:
         Raises:
             FileNotFoundError, UserError: for what would fail later.
         """
-        names = read_names(self.classes)
-        make_prompts(names, read_templates(self.templates))
+        classes = read_classes(self.classes)
+        make_prompts(classes.names, read_templates(self.templates))
         labels = first_values(self.data, (self.label,))[self.label]
-        if self._number(labels, "the first pair", dict.fromkeys(names, 0)) is None:
+        if self._number(labels, "the first pair", classes.numbers()) is None:
             raise UserError(
                 f"the first pair of {self.data} has no field {self.label!r}; name the field of the labels with --label"
             )
@@ -79,11 +80,11 @@ class ZeroShot:
         Raises:
             UserError: a label is not a class, no image has one, or nothing can be decoded.
         """
-        names = read_names(self.classes)
+        classes = read_classes(self.classes)
         canonical = embedder.canonical_prompts if self.canonical is None else self.canonical
-        prompts = make_prompts(names, read_templates(self.templates), canonical=canonical)
+        prompts = make_prompts(classes.names, read_templates(self.templates), canonical=canonical)
         images = embedder.embed_shards(self.data, (self.label,))
-        index = {name: names.index(name) for name in names}
+        index = classes.numbers()
         pairs = zip(images.keys, images.values[self.label], strict=True)
         numbers = [self._number(values, f"image {key}", index) for key, values in pairs]
         labelled = np.asarray([number is not None for number in numbers])
@@ -92,10 +93,15 @@ class ZeroShot:
             told = "%d images of %s left out because they have no label %r, such as %s"
             logger.warning(told, (~labelled).sum(), self.data, self.label, example)
         labels = np.asarray([number for number in numbers if number is not None], int)
-        classes = class_embeddings(embedder.embed_texts, prompts)
+        if len(labels) and labels.max() >= len(prompts):
+            where = shown(self.classes)
+            raise UserError(
+                f"{where} has {len(prompts)} classes, but {self.data} has labels up to {labels.max()}; a line is missing"
+            )
+        weights = class_embeddings(embedder.embed_texts, prompts)
         # Classes of one name have the same prompts: a tie between them is none that the encoder could avoid.
         texts = [tuple(own) for own in prompts]
-        metrics = classification(images.zimg[labelled], classes, labels, texts=texts)
+        metrics = classification(images.zimg[labelled], weights, labels, texts=texts)
         return [Result(self, self.dataset, "", metrics)]
 
     def _number(self, values: Sequence[Any], pair: str, index: Mapping[str, int]) -> int | None:
@@ -112,7 +118,8 @@ class ZeroShot:
         label = str(label)[:_SHOWN_CHARS]
         names = ", ".join(list(index)[:_SHOWN_NAMES]) + (", …" if len(index) > _SHOWN_NAMES else "")
         raise UserError(
-            f"{pair} of {self.data} has {self.label}={label!r}, which is neither a number nor a name in {self.classes} ({names})"
+            f"{pair} of {self.data} has {self.label}={label!r}, which is neither a number nor a name in "
+            f"{shown(self.classes)} ({names})"
             f"{did_you_mean(str(label), index)}; names must match exactly: correct the file, or name another field with --label"
         )
 
