@@ -15,13 +15,15 @@ evaluation takes its test set.
 import glob
 import os
 import re
+from collections.abc import Sequence
 
 from data_pipelines.errors import UserError
 from data_pipelines.sources import annotations, files, tfds
 from data_pipelines.sources.annotations import split_name
 
 EVALUATED = ("test", "validation", "val", "valid", "dev")
-SPLITS = ("train", "training", *EVALUATED)
+TRAINED = ("train", "training")
+SPLITS = (*TRAINED, *EVALUATED)
 _PARQUET_SPLIT = re.compile(r"(.+?)(?:-\d{5}-of-\d{5})?(?:-[0-9a-f]{16})?\.parquet")
 _LISTS = (".csv", ".tsv", ".jsonl")
 
@@ -43,11 +45,11 @@ def expand(path: str) -> list[str]:
     return found[split or next(iter(found))]
 
 
-def with_test_split(path: str) -> str:
-    """The path with the test split, or the validation split, after `#` where it has several splits and names none.
+def with_split(path: str, wanted: Sequence[str] = EVALUATED) -> str:
+    """The path with the first wanted split that there is after `#`, where it has several splits and names none.
 
     Raises:
-      UserError: as `expand`, or it has none of the two.
+      UserError: as `expand`, or it has none of them.
     """
     place, split = split_name(path)
     if split or not (_is_folder(place) or place.lower().endswith(".json")):
@@ -55,7 +57,7 @@ def with_test_split(path: str) -> str:
     splits = list(_splits(place)) if _is_folder(place) else annotations.splits_of(place)
     if len(splits) < 2:
         return path
-    chosen = next((name for name in EVALUATED if name in splits), None)
+    chosen = next((name for name in wanted if name in splits), None)
     if chosen is None:
         raise UserError(f"{place!r} holds the splits {', '.join(splits)}; name one: {place}#{splits[0]}")
     return f"{place}#{chosen}"

@@ -32,8 +32,10 @@ class Classes(NamedTuple):
 
     def numbers(self) -> dict[str, int]:
         """The class of each name and id; of equal names the first."""
-        labels = [*enumerate(self.names), *enumerate(self.ids)]
-        return {label: number for number, label in reversed(labels)}
+        numbers: dict[str, int] = {}
+        for number, label in [*enumerate(self.names), *enumerate(self.ids)]:
+            numbers.setdefault(label, number)
+        return numbers
 
     def to_json(self) -> str:
         """A text that `read_classes` takes in place of a file."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.sources import layouts
-from data_pipelines.sources.layouts import with_test_split
+from data_pipelines.sources.layouts import with_split
 from data_pipelines.sources.opening import open_source
 from tests.data_pipelines.shards import encode, write_pairs, write_tar
 
@@ -81,8 +81,8 @@ def test_splits_are_named_and_evaluations_take_the_test_set(tmp_path):
     with pytest.raises(ValueError, match="holds the splits test, train; name one: .*flowers#test"):
         open_source(folder)
     assert [key for key, _, _ in read(f"{folder}#train")] == ["rose/1.png"]
-    assert with_test_split(str(folder)) == f"{folder}#test" and with_test_split(f"{folder}#train") == f"{folder}#train"
-    assert [key for key, _, _ in read(with_test_split(str(folder)))] == ["lily/3.png", "rose/2.png"]
+    assert with_split(str(folder)) == f"{folder}#test" and with_split(f"{folder}#train") == f"{folder}#train"
+    assert [key for key, _, _ in read(with_split(str(folder)))] == ["lily/3.png", "rose/2.png"]
     with pytest.raises(ValueError, match="has no split 'tset'; there are test, train"):
         open_source(f"{folder}#tset")
     assert [key for key, _, _ in read(write_images(tmp_path / "a#b", "x/1.png"))] == ["x/1.png"]
@@ -111,7 +111,7 @@ def write_wds(folder: Path, **files: str) -> Path:
 def test_clip_benchmarks_folders(tmp_path):
     folder = write_wds(tmp_path / "wds_things")
     assert [len(open_source(f"{folder}{end}")) for end in ("#test", "#train", "/test")] == [6, 2, 6]
-    assert with_test_split(str(folder)) == f"{folder}#test"
+    assert with_split(str(folder)) == f"{folder}#test"
     assert [Path(path).name for path in open_source(f"{folder}#test").paths] == ["0.tar", "1.tar", "2.tar"]
     (folder / "test" / "nshards.txt").write_text("many")
     with pytest.raises(ValueError, match="holds 'many', not the number of shards"):
@@ -161,7 +161,7 @@ def test_karpathys_json(tmp_path):
     path = tmp_path / "dataset_flickr8k.json"
     path.write_text(json.dumps(KARPATHY))
     expected = [(f"{n}.png", True, {"split": "test", "cocoid": n, "txt": [f"a {n}", f"the {n}"]}) for n in (2, 4)]
-    assert read(f"{path}#test") == read(with_test_split(str(path))) == expected
+    assert read(f"{path}#test") == read(with_split(str(path))) == expected
     assert len(open_source(f"{path}#train")) == 2  # with restval
     with pytest.raises(ValueError, match="holds the splits test, train, val; name one"):
         open_source(path)
@@ -249,6 +249,6 @@ def test_hugging_faces_folders(tmp_path):
         pq.write_table(
             pa.table({"image": images, "label": [1], "caption": [["a", "b"]]}), tmp_path / "data" / f"{name}.parquet"
         )
-    assert len(open_source(with_test_split(str(tmp_path)))) == 2
+    assert len(open_source(with_split(str(tmp_path)))) == 2
     assert read(f"{tmp_path}#train") == [("train-00000-of-00001.parquet/0", True, {"label": 1, "caption": ["a", "b"]})]
     assert layouts.expand(f"{tmp_path}#train") == [str(tmp_path / "data" / "train-00000-of-00001.parquet")]
