@@ -44,6 +44,7 @@ _MAX_PIXELS_HELD_TWICE = 1 << 25
 _MAX_SCANNED_PIXELS, _MIN_SCAN_BYTES = 1 << 31, 10
 _GREY_OF_16_BITS = ((np.arange(1 << 16) + 128) // 257).astype(np.uint8)
 Resample = Literal["bilinear", "bicubic"]
+Protocol = Literal["squash", "square875", "aspect75"]
 PILLOW_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -162,6 +163,28 @@ def resize(
     whole = cykooz_resizer.ImageData(width, height, rgb, pixels.tobytes())
     _thread_resizer().resize(whole, resized, _resize_options((width, height), box))
     return np.frombuffer(resized.get_buffer(), np.uint8).reshape(h, w, 3)
+
+
+def resize_and_crop(
+    image: np.ndarray, size_px: tuple[int, int], protocol: Protocol, *, resample: Resample = "bilinear"
+) -> np.ndarray:
+    """An image as an evaluation's protocol prepares it. -> uint8 [h, w, 3]
+
+    Args:
+      protocol: squash: resized whole, whatever its aspect ratio (CLIP_benchmark, Hugging Face). square875: resized to a square
+        1 / 0.875 times as large, and its centre (big_vision). aspect75: its shorter side resized to 1 / 0.75 of the size, and
+        its centre (big_vision, for ImageNet-A).
+    """
+    if protocol == "squash":
+        return resize(image, size_px, resample=resample)
+    (h, w), (height, width) = size_px, image.shape[:2]
+    if protocol == "square875":
+        large = int(h / 0.875), int(w / 0.875)
+    else:
+        scale = max(int(h / 0.75) / height, int(w / 0.75) / width)
+        large = max(h, round(height * scale)), max(w, round(width * scale))
+    top, left = (large[0] - h) // 2, (large[1] - w) // 2
+    return resize(image, large, resample=resample)[top : top + h, left : left + w]
 
 
 def _thread_resizer():

@@ -29,7 +29,7 @@ from data_pipelines.records import Source
 from data_pipelines.samples.noise import NoiseConfig
 
 if TYPE_CHECKING:  # they import Pillow and SentencePiece
-    from data_pipelines.image_ops import Resample
+    from data_pipelines.image_ops import Protocol, Resample
     from data_pipelines.samples.batches import TrainBatches
     from data_pipelines.samples.in_order import EvalBatches
     from data_pipelines.samples.pairs import Field
@@ -304,6 +304,7 @@ def make_eval_batches(
     batch_size: int,
     image_size: tuple[int, int],
     resample: "Resample" = "bilinear",
+    protocol: "Protocol" = "squash",
     max_image_pixels: int = 1 << 26,
     process_index: int = 0,
     process_count: int = 1,
@@ -318,6 +319,7 @@ def make_eval_batches(
       batch_size: pairs in a batch of this process.
       image_size: (h, w) in pixels.
       resample: the filter that resizes images.
+      protocol: squash, square875 or aspect75: see `image_ops.resize_and_crop`.
       max_image_pixels: larger images are left out.
       process_index, process_count: of several processes each gets every `process_count`-th pair, from `process_index` on.
       workers: processes that decode; 0 decodes in threads of this one.
@@ -336,7 +338,7 @@ def make_eval_batches(
     share = range(process_index, len(source), process_count)
     ranges = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
     kept = None if fields is None else frozenset(fields)
-    pixels, decoder = Pixels(tuple(image_size), resample=resample), ImageDecoder(max_image_pixels)
+    pixels, decoder = Pixels(tuple(image_size), resample=resample, protocol=protocol), ImageDecoder(max_image_pixels)
     images = ImagesInOrder(source, ranges, batch_size, pixels, decoder, kept)
     return EvalBatches(images, workers, threads)
 

@@ -14,11 +14,19 @@ from data_pipelines.samples.pairs import SamplePair
 
 @dataclass(frozen=True)
 class Pixels:
-    """image: uint8 [h, w, 3]. size_px: (h, w); augment: None for none; resample: the filter of every resize."""
+    """image: uint8 [h, w, 3].
+
+    Attributes:
+      size_px: (h, w).
+      augment: None for none.
+      resample: the filter of every resize.
+      protocol: without augmentation, see `image_ops.resize_and_crop`.
+    """
 
     size_px: tuple[int, int]
     augment: AugmentConfig | None = None
     resample: image_ops.Resample = "bilinear"
+    protocol: image_ops.Protocol = "squash"
     reads_pixels = True
 
     @cached_property
@@ -36,7 +44,8 @@ class Pixels:
     def make(self, pair: SamplePair, rng: Rng) -> dict[str, np.ndarray]:
         config = self.augment
         if config is None:
-            return {"image": image_ops.resize(pair.pixels, self.size_px, resample=self.resample)}
+            pixels = image_ops.resize_and_crop(pair.pixels, self.size_px, self.protocol, resample=self.resample)
+            return {"image": pixels}
         box = draw_box(config, pair.pixels.shape[1::-1], rng)
         image = image_ops.resize(pair.pixels, self.size_px, box=box, resample=self.resample)
         gain, flip = draw_gain(config, rng), draw_flip(config, rng)

@@ -2,7 +2,7 @@
 
 A file beside the shard, or in the user's cache folder when the shard is remote or its folder read-only:
 
-    {"version": 3, "kind": "tar", "shard_bytes": …, "shard_version": …, "pairs": n, "tables": …, …}\\n
+    {"version": 4, "kind": "tar", "shard_bytes": …, "shard_version": …, "pairs": n, "tables": …, …}\\n
     tables of fixed-width rows, mapped into memory and so shared by processes
     CRC32 of all bytes before, 4 bytes
 
@@ -15,6 +15,7 @@ may have. So an opened index is only a header; its tables are mapped on demand, 
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple, dataclass, field
@@ -26,7 +27,7 @@ from data_pipelines.atomic import new_file
 from data_pipelines.sources import files
 from data_pipelines.sources.remote import FileStat
 
-_VERSION = 3
+_VERSION = 4
 _HEADER_BYTES, _CHECKSUM_BYTES = 1 << 20, 4
 
 
@@ -70,22 +71,27 @@ class Index:
         return found[1] if found and found[0] == self.header else None
 
 
-def open_index(shard: str, kind: str, build: Callable[[str, FileStat], Contents]) -> Index:
+def open_index(
+    shard: str,
+    kind: str,
+    build: Callable[[str, FileStat], Contents],
+    stat: Callable[[str], FileStat] = files.stat,
+) -> Index:
     """The index of a shard: the one on disk if it fits the shard as it is now, else built and written.
 
     Raises:
       FileNotFoundError, PermissionError, ValueError, OSError: as `files.stat` and `build` raise.
     """
-    stat = files.stat(shard)
-    current = (_VERSION, kind, stat.size, stat.version)
+    found = stat(shard)
+    current = (_VERSION, kind, found.size, found.version)
     places = [files.cache_path(shard, ".idx")]
-    if not files.is_remote(shard):
+    if not files.is_remote(shard) and not os.path.isdir(shard):
         places.insert(0, f"{shard}.idx")
     for place in places:
         header, _ = _map(place, check=True) or (None, {})
         if header and astuple(header)[:4] == current:
             return Index(header, place)
-    contents = build(shard, stat)
+    contents = build(shard, found)
     tables = {name: np.ascontiguousarray(table) for name, table in contents.tables.items()}
     described = tuple((name, table.dtype.descr, len(table)) for name, table in tables.items())
     header = Header(*current, contents.pairs, described, contents.digest, contents.notes)

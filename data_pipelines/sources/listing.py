@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from data_pipelines.errors import UserError
 from data_pipelines.records import Pair
 from data_pipelines.sources import files, index_file
+from data_pipelines.sources.annotations import IMAGE_COLUMNS, join
 from data_pipelines.sources.columns import parse_object
 from data_pipelines.sources.files import Window
 from data_pipelines.sources.index_file import Contents
 from data_pipelines.sources.remote import FileStat
 from data_pipelines.sources.shards import ColumnSource, join_offsets
 
-IMAGE_COLUMNS = ("image", "file_name", "filename", "filepath", "image_path", "path", "file", "img")
 _BOM, _UTF_16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 _MAX_LINE_BYTES = 1 << 24
 _LOOKED_AT_ROWS = 100
@@ -62,12 +62,8 @@ class ListSource(ColumnSource):
         key = fields.pop("key", None) or named or f"{os.path.basename(path)}/{row}"
         image = None
         if isinstance(named, str) and named:
-            try:
-                image = files.read_whole(_join(path, named))
-            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-                problems.append("missing_image")
-            except ValueError as error:  # not a path: a NUL, an unknown protocol
-                raise OSError(f"row {row} of {path!r} does not name an image: {error}") from error
+            image, missing = read_image(join(path, named))
+            problems += missing
         return Pair(str(key), image, fields, tuple(problems))
 
 
@@ -160,8 +156,15 @@ def _parse_csv(path: str, line: bytes, columns: Sequence[str]) -> tuple[dict, li
     return {name: value for name, value in fields.items() if not problems or "\ufffd" not in value}, problems
 
 
-def _join(listing: str, name: str) -> str:
-    """The path or URL of an image that a list names."""
-    if files.is_remote(name) or not files.is_remote(listing):
-        return os.path.join(os.path.dirname(listing), os.path.expanduser(name)) if not files.is_remote(name) else name
-    return f"{listing.rpartition('/')[0]}/{name}"
+def read_image(path: str) -> tuple[bytes | None, tuple[str, ...]]:
+    """An image file, and the problem "missing_image" where there is none.
+
+    Raises:
+      OSError: the storage fails, or it is not a path.
+    """
+    try:
+        return files.read_whole(path), ()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return None, ("missing_image",)
+    except ValueError as error:  # not a path: a NUL, an unknown protocol
+        raise OSError(f"{path!r} does not name an image: {error}") from error

@@ -10,9 +10,10 @@ import re
 from collections.abc import Collection, Sequence
 
 from data_pipelines.errors import UserError
-from data_pipelines.sources import files, tfds
+from data_pipelines.sources import annotations, files, layouts
 from data_pipelines.sources.arrayrecord import ArrayRecordSource
 from data_pipelines.sources.columns import did_you_mean
+from data_pipelines.sources.folder import FolderSource
 from data_pipelines.sources.listing import ListSource
 from data_pipelines.sources.parquet import ParquetSource
 from data_pipelines.sources.shards import ShardedSource
@@ -25,10 +26,11 @@ _KINDS = {
     "arrayrecord": re.compile(r"\.(?:array_?record|riegeli)(?:-\d+-of-\d+)?$"),
     "tfrecord": re.compile(r"\.tfrecords?(?:-\d+-of-\d+)?$|\.tfrec$"),
     "list": re.compile(r"\.(?:csv|tsv|jsonl)$"),
+    "folder": re.compile(r"\.(?:json|txt|token)$"),
 }
 _MAGIC = {"parquet": (0, b"PAR1"), "arrayrecord": (0, b"\x83\xaf\x70\xd1\x0d\x88\x4a\x3f"), "tar": (257, b"ustar")}
 _PAIRS_LOOKED_AT = 100
-_KNOWN = "tar, parquet, array_record, tfrecord, csv, tsv and jsonl"
+_KNOWN = "tar, parquet, array_record, tfrecord, csv, tsv, jsonl, json, txt, and folders of images"
 
 
 def open_source(
@@ -41,7 +43,8 @@ def open_source(
     """The pairs of shards of one format, local or at URLs.
 
     Args:
-      shards: a pattern or several, see `files.expand_shards`; or a folder that TFDS wrote.
+      shards: a pattern or several, see `files.expand_shards`; folders of a known layout, see `layouts`; or annotation files, see
+        `annotations`.
       image: the column or feature that holds the image, where the files have such; None finds it.
       fields: the fields that will be asked for, such as "captions" of "captions.en"; None for all of them. Other columns are
         not converted, so what is wrong with them does not matter.
@@ -52,9 +55,7 @@ def open_source(
       UserError: a shard is damaged, of an unknown or another format, or lacks a column.
       OSError: a server does not answer.
     """
-    paths = files.expand_shards(shards)
-    if len(paths) == 1 and not files.is_remote(paths[0]) and os.path.isdir(paths[0]):
-        paths = tfds.expand_folder(paths[0].rstrip("/"))
+    paths = [path for named in files.expand_shards(shards) for path in layouts.expand(named)]
     kinds = {path: _kind(path) for path in paths}
     kind, other = kinds[paths[0]], next((path for path in paths if kinds[path] != kinds[paths[0]]), None)
     if other is not None:
@@ -89,14 +90,18 @@ def _check_some_pairs(source: ShardedSource, fields: Collection[str]) -> None:
 def _open(paths: list[str], kind: str, image: str | None, fields: Collection[str] | None) -> ShardedSource:
     if kind == "parquet":
         return ParquetSource(paths, image=image, fields=fields)
-    if kind == "tar":
-        if image is not None:
-            raise UserError(f"image={image!r}: a tar has no columns; its images are its members KEY.jpg, KEY.png, …")
-        return TarSource(paths)
+    if kind in ("tar", "folder") and image is not None:
+        told = "a tar has no columns; its images are its members KEY.jpg, KEY.png, …"
+        raise UserError(f"image={image!r}: {told if kind == 'tar' else f'{paths[0]!r} has no columns; leave it out'}")
+    if kind in ("tar", "folder"):
+        return TarSource(paths) if kind == "tar" else FolderSource(paths)
     return {"arrayrecord": ArrayRecordSource, "tfrecord": TFRecordSource, "list": ListSource}[kind](paths, image=image)
 
 
 def _kind(path: str) -> str:
+    path, _ = annotations.split_name(path)
+    if not files.is_remote(path) and os.path.isdir(path):
+        return "folder"
     name = path.partition("?")[0] if path.startswith("http") else path
     for kind, pattern in _KINDS.items():
         if pattern.search(name.lower()):

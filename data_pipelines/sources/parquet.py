@@ -94,6 +94,11 @@ class ParquetSource(ColumnSource):
         starts = [self._tables(shard)["groups"]["first"] + self._starts[shard] for shard in range(len(self.paths))]
         return np.concatenate(starts)
 
+    @property
+    def schema_metadata(self) -> dict[bytes, bytes]:
+        """What the writer of the first shard noted in its schema."""
+        return self._footer(0).metadata or {}
+
     def in_block(self, index: int, block: Block, kept: BlockCache) -> Pair:
         """The same as `self[index]`, but row groups are kept until the block is over. Raises what that raises."""
         shard, row = self.locate(index)

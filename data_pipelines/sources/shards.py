@@ -52,11 +52,12 @@ class ShardedSource(abc.ABC):
     """
 
     kind: str
+    stat = staticmethod(files.stat)
     _carried: tuple[str, ...] = ("paths", "_indexes")  # what goes to another process
 
     def __init__(self, shards: str | os.PathLike | Sequence[str | os.PathLike]):
         self.paths = files.expand_shards(shards)
-        self._indexes = open_indexes(self.paths, self.kind, self.build)
+        self._indexes = open_indexes(self.paths, self.kind, self.build, self.stat)
         self._open()
         for fault in self.faults():
             warnings.warn(fault, stacklevel=3)
@@ -113,7 +114,7 @@ class ShardedSource(abc.ABC):
         if tables is not None:
             return tables
         try:
-            again = index_file.open_index(path, self.kind, self.build)
+            again = index_file.open_index(path, self.kind, self.build, self.stat)
         except (FileNotFoundError, PermissionError, UserError) as error:
             raise ShardLost(f"shard {path!r} cannot be read any more: {error}") from error
         tables = again.load()
@@ -236,7 +237,12 @@ class ColumnSource(ShardedSource):
         self._images = [check_image(path, self.notes(shard), self._image) for shard, path in enumerate(self.paths)]
 
 
-def open_indexes(paths: Sequence[str], kind: str, build: Callable[[str, FileStat], Contents]) -> list[Index]:
+def open_indexes(
+    paths: Sequence[str],
+    kind: str,
+    build: Callable[[str, FileStat], Contents],
+    stat: Callable[[str], FileStat] = files.stat,
+) -> list[Index]:
     """The indexes of shards, several at a time: servers answer side by side, and many local shards are read on all cores.
 
     Raises:
@@ -246,7 +252,7 @@ def open_indexes(paths: Sequence[str], kind: str, build: Callable[[str, FileStat
     if len(unindexed) >= _SHARDS_PER_PROCESS * 2:
         _index_in_processes(unindexed, kind, build)
     with ThreadPoolExecutor(min(_OPENING_THREADS, len(paths))) as pool:
-        futures = [pool.submit(index_file.open_index, path, kind, build) for path in paths]
+        futures = [pool.submit(index_file.open_index, path, kind, build, stat) for path in paths]
         try:
             return [future.result() for future in futures]
         finally:

@@ -2,6 +2,7 @@
 
     rows      one per pair: its key, and offset (-1: no such member) and size of image, txt, json and cls
     captions  one per further caption (KEY.0.txt, KEY.1.txt, …): the pair, offset and size
+    arrays    one per KEY.npy of a few numbers, where there are any: the labels of an image with several
     side      one per pair: its row in the Parquet file that img2dataset writes beside the shard, see `side_files`
 
 The traps: the members of a key may come in any order and apart from each other. Of several images of a key the first counts;
@@ -29,10 +30,13 @@ from data_pipelines.sources.tar_headers import Members, NotATar, walk_members
 SLOTS = ("image", "txt", "json", "cls")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "avif")
 _MORE_CAPTIONS = len(SLOTS)
+_ARRAY = _MORE_CAPTIONS + 1
+_MAX_ARRAY_BYTES = 1 << 16  # CLIP_benchmark's labels, not someone's embeddings of all tokens
 _MAX_KEY_BYTES, _SHOWN_BYTES, _MAX_JSON_BYTES = 1024, 80, 1 << 24
 _Used = list[tuple[int, int, int, int, int]]  # pair, slot, number, offset, bytes
 _SLOT_OF = {slot.encode(): index for index, slot in enumerate(SLOTS) if slot != "image"}
 _SLOT_OF |= {extension.encode(): 0 for extension in IMAGE_EXTENSIONS}
+_SLOT_OF[b"npy"] = _ARRAY
 _NUMBERED_CAPTION = re.compile(rb"(\d{1,6})\.txt")
 _PACKED_AS = (
     (b"\x1f\x8b", "gzip"),
@@ -73,7 +77,8 @@ def build(shard: str, stat: FileStat) -> Contents:
     )
     if side is not None:
         tables["side"], notes["side_columns"] = side
-    return Contents(len(rows), tables, notes, index_file.digest(stat, rows, tables["captions"]))
+    arrays = [tables["arrays"]] if "arrays" in tables else []
+    return Contents(len(rows), tables, notes, index_file.digest(stat, rows, tables["captions"], *arrays))
 
 
 def _group(members: Members, moved: Mapping[bytes, tuple[bytes, bytes]]) -> tuple[list[bytes], _Used, int | None, list]:
@@ -90,7 +95,7 @@ def _group(members: Members, moved: Mapping[bytes, tuple[bytes, bytes]]) -> tupl
         slot, number = _SLOT_OF.get(extension), 0
         if slot is None:
             slot, number = _unusual_slot(extension)
-        if slot is None or not key:
+        if slot is None or not key or (slot == _ARRAY and size > _MAX_ARRAY_BYTES):
             strangers += [name] if key else []
             continue
         names = seen.get(key)
@@ -176,11 +181,16 @@ def _tables(keys: list[bytes], used: _Used, cut_pair: int | None) -> tuple[dict[
         mine = np.flatnonzero(slot == index)[::-1]  # the first of a slot is written last and stays
         rows[name][pair[mine]], rows[f"{name}_bytes"][pair[mine]] = offset[mine], size[mine]
         second.update(offset[mine][rows[name][pair[mine]] != offset[mine]].tolist())
-    more = np.flatnonzero((slot == _MORE_CAPTIONS) & (pair != (-1 if cut_pair is None else cut_pair)))
-    more = more[np.lexsort((number[more], pair[more]))]
-    captions = np.empty(len(more), [("pair", "<i8"), ("offset", "<i8"), ("bytes", "<i8")])
-    captions["pair"], captions["offset"], captions["bytes"] = pair[more], offset[more], size[more]
+    tables = {"rows": rows}
+    for name, kind in (("captions", _MORE_CAPTIONS), ("arrays", _ARRAY)):
+        more = np.flatnonzero((slot == kind) & (pair != (-1 if cut_pair is None else cut_pair)))
+        more = more[np.lexsort((number[more], pair[more]))]
+        tables[name] = np.empty(len(more), [("pair", "<i8"), ("offset", "<i8"), ("bytes", "<i8")])
+        tables[name]["pair"], tables[name]["offset"], tables[name]["bytes"] = pair[more], offset[more], size[more]
+        if cut_pair is not None:
+            tables[name]["pair"] -= tables[name]["pair"] > cut_pair
     if cut_pair is not None:
-        rows = np.delete(rows, cut_pair)
-        captions["pair"] -= captions["pair"] > cut_pair
-    return {"rows": rows, "captions": captions}, second
+        tables["rows"] = np.delete(rows, cut_pair)
+    if not len(tables["arrays"]):
+        del tables["arrays"]
+    return tables, second

@@ -8,6 +8,7 @@ The trap: the number of records is the only sign that a shard without a footer w
 """
 
 import functools
+import glob
 import json
 import os
 import re
@@ -18,21 +19,16 @@ from data_pipelines.sources import files
 _SHARD = re.compile(r"(?:.*-)?(?P<split>[^-]+)\.(?:tfrecord|array_record)-(?P<number>\d{5})-of-\d{5}")
 
 
-def expand_folder(folder: str) -> list[str]:
-    """The shards of a folder with one split.
-
-    Raises:
-      UserError: the folder has several splits, or was not written by TFDS.
-    """
-    splits = _splits(folder)
-    if not splits:
-        raise UserError(f"{folder!r} is a folder without dataset_info.json; name its files, e.g. '{folder}/*.tar'")
-    if len(splits) > 1:
-        names = ", ".join(splits)
-        example = f"{folder}/*-{next(iter(splits))}.*-of-*"
-        raise UserError(f"{folder!r} holds the splits {names}; name the files of one, e.g. {example!r}")
-    found = files.expand_shards(os.path.join(folder, f"*-{next(iter(splits))}.*-of-*"))
-    return [path for path in found if _SHARD.fullmatch(os.path.basename(path))]
+def expand_folder(folder: str) -> dict[str, list[str]]:
+    """The shards of each split that is there. Raises UserError: there is none."""
+    found = {}
+    for split in _splits(folder):
+        paths = sorted(glob.glob(os.path.join(glob.escape(folder), f"*-{glob.escape(split)}.*-of-*")))
+        found[split] = [path for path in paths if _SHARD.fullmatch(os.path.basename(path))]
+    found = {split: paths for split, paths in found.items() if paths}
+    if not found:
+        raise UserError(f"{folder!r} has a dataset_info.json, but no shards of a split that it names; copy it again")
+    return found
 
 
 def records_due(shard: str) -> int | None:
@@ -53,6 +49,14 @@ def image_feature(shard: str) -> str | None:
         case {"featuresDict": _}:
             raise UserError(f"{path!r} is not in TFDS's format: it has no featuresDict.features; copy it again")
     return None
+
+
+def class_names(shard: str) -> dict[str, list[str]]:
+    """The names of the classes of each label feature, from FEATURE.labels.txt beside the shard."""
+    pattern = os.path.join(glob.escape(os.path.dirname(shard)), "*.labels.txt")
+    paths = [] if files.is_remote(shard) else sorted(glob.glob(pattern))
+    texts = {os.path.basename(path).removesuffix(".labels.txt"): files.read_whole(path) for path in paths}
+    return {name: text.decode("utf-8", "replace").splitlines() for name, text in texts.items()}
 
 
 def _splits(folder: str) -> dict[str, tuple[int, ...]]:

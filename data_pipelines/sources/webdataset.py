@@ -5,6 +5,7 @@ A cut shard does not fail a run, and does not go unnoticed: its whole pairs are 
 """
 
 import functools
+import io
 from collections.abc import Callable
 
 import numpy as np
@@ -47,9 +48,16 @@ class TarSource(ShardedSource):
         if len(tables["captions"]):
             first, last = np.searchsorted(tables["captions"]["pair"], (row, row + 1))
             extents += [(offset, size) for _, offset, size in tables["captions"][first:last].tolist()]
+        captions = len(extents) - len(tar_index.SLOTS)
+        if "arrays" in tables:
+            first, last = np.searchsorted(tables["arrays"]["pair"], (row, row + 1))
+            extents += [(offset, size) for _, offset, size in tables["arrays"][first : min(last, first + 1)].tolist()]
         files.check_fits(self.paths[shard], sum(size for _, size in extents))
         image, txt, meta, cls, *more = _read_members(extents, read)
-        fields, problems = _parse_fields([text for text in (txt, *more) if text is not None], meta, cls)
+        texts, arrays = [txt, *more[:captions]], more[captions:]
+        fields, problems = _parse_fields([text for text in texts if text is not None], meta, cls)
+        if arrays and (numbers := _parse_array(arrays[0])) is not None:
+            fields["npy"] = numbers
         name = key.decode("utf-8", "replace")
         if "side" in tables and (side_row := int(tables["side"]["row"][row])) >= 0:
             fields = self._side(shard).fields(side_row, name) | fields
@@ -73,6 +81,8 @@ class TarSource(ShardedSource):
         whole = np.where(there, offsets + sizes, 0).max(1) - start
         close = there.any(1) & (whole - np.where(there, sizes, 0).sum(1) <= _READ_GAP_BYTES)
         apart = there & ~close[:, None]
+        if "arrays" in tables:
+            captions = np.concatenate([captions, tables["arrays"]])
         more = captions[np.isin(captions["pair"], rows)]
         found = [
             np.stack([start[close], whole[close]], axis=1),
@@ -90,6 +100,15 @@ def _read_members(extents: list[tuple[int, int]], read: Callable[[int, int], byt
         return [read(offset, size) if offset >= 0 else None for offset, size in extents]
     block = read(start, end - start)
     return [block[at - start : at - start + size] if at >= 0 else None for at, size in extents]
+
+
+def _parse_array(data: bytes) -> list | None:
+    """The numbers of a npy file; None if it holds anything else."""
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception:  # whatever numpy makes of damaged bytes
+        return None
+    return array.ravel().tolist() if isinstance(array, np.ndarray) and array.dtype.kind in "biuf" else None
 
 
 def _parse_fields(texts: list[bytes], meta: bytes | None, cls: bytes | None) -> tuple[dict, tuple[str, ...]]:

@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.atomic import write_atomically
 from siglip.cli import BAD_INPUT, describe
 from siglip.cli.arguments import find_flag, parse
+from siglip.cli.data_sets import complete
 from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder, Params, Value, embeddings, rows_per_process
 from siglip.evaluation.suite import run_tasks, task_classes
@@ -67,22 +68,26 @@ class EvalArgs(ModelArgs, Generic[TaskT]):
         task: the settings of the evaluation.
         tokenizer: SentencePiece model, when SRC does not bring one.
         out: file for the result as JSON; a table is printed in any case.
+        pixels: squash resizes images whole; square875 and aspect75 are big_vision's: larger, and the centre cut out.
+        image_column: the column that holds the image; without one it is found.
     """
 
     task: tyro.conf.OmitArgPrefixes[TaskT]
     tokenizer: str | None = None
     out: str | None = None
+    pixels: Literal["squash", "square875", "aspect75"] = "squash"
+    image_column: str | None = None
 
 
 def _columns(fields: Sequence[str]) -> set[str]:
     return {field.split(".")[0] for field in fields}
 
 
-def first_values(data: str, fields: Sequence[str]) -> dict[str, list[Value]]:
+def first_values(data: str, fields: Sequence[str], *, image_column: str | None = None) -> dict[str, list[Value]]:
     """What some fields hold in the first pair of some shards that has one of them, among the first `_LOOKED_AT_PAIRS`."""
-    source = open_source(data)
+    source = open_source(data, image=image_column)
     if source.columns is not None:  # of tars only the pairs tell what fields there are
-        source = open_source(data, fields=_columns(fields))
+        source = open_source(data, image=image_column, fields=_columns(fields))
     values: dict[str, list[Value]] = {}
     for index in range(min(_LOOKED_AT_PAIRS, len(source))):
         with contextlib.suppress(OSError):  # storage fails for a pair now and then
@@ -108,12 +113,12 @@ def _plain(value: Any) -> Value:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def embedder_of(src: str | Path, *, tokenizer: str | None = None, with_texts: bool = True, **settings: int) -> Embedder:
+def embedder_of(src: str | Path, *, tokenizer: str | None = None, with_texts: bool = True, **settings: Any) -> Embedder:
     """The model at SRC on all devices of this job.
 
     Args:
         with_texts: whether texts will be embedded: then the model must have a text tower and a tokenizer.
-        settings: batch_size, threads and workers, as for `make_embedder`.
+        settings: batch_size, threads, workers, pixels and image_column, as for `make_embedder`.
 
     Raises:
         FileNotFoundError, UserError: it is not a model, or lacks what is needed.
@@ -143,8 +148,10 @@ def make_embedder(
     batch_size: int = 256,
     threads: int = 0,
     workers: int = 0,
+    pixels: str = "squash",
+    image_column: str | None = None,
 ) -> Embedder:
-    """Parameters on a mesh, and how the data side reads shards and tokenizes, as an embedder. Settings: see `ModelArgs`."""
+    """Parameters on a mesh, and how the data side reads shards and tokenizes, as an embedder. Settings: see `EvalArgs`."""
     if batch_size < 1 or threads < 0 or workers < 0:
         raise UserError(
             f"batch_size={batch_size} must be at least 1, threads={threads} and workers={workers} at least 0"
@@ -161,9 +168,9 @@ def make_embedder(
 
     def read(data: Any, fields: Sequence[str]) -> tuple[int, Any]:
         columns = _columns(fields)
-        source = open_source(data, fields=columns) if isinstance(data, str) else data
+        source = open_source(data, image=image_column, fields=columns) if isinstance(data, str) else data
         return len(source), make_eval_batches(
-            source, batch_size=rows, image_size=image_size, resample=resample, threads=threads, workers=workers,
+            source, batch_size=rows, image_size=image_size, resample=resample, protocol=pixels, threads=threads, workers=workers,
             fields=columns, process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
 
@@ -195,9 +202,11 @@ def eval_command(args: list[str]) -> None:
     with launch.joined(options.distributed, describe=describe):
         if options.out is not None:
             check_folder_of(Path(options.out))
-        embedder = embedder_of(options.src, tokenizer=options.tokenizer, **settings_of(options))
-        options.task.check(first_values)
-        results = run_tasks([options.task], embedder)
+        settings = settings_of(options) | {"pixels": options.pixels, "image_column": options.image_column}
+        embedder = embedder_of(options.src, tokenizer=options.tokenizer, **settings)
+        task = complete(options.task, image_column=options.image_column)
+        task.check(functools.partial(first_values, image_column=options.image_column))
+        results = run_tasks([task], embedder)
         if jax.process_index():
             return
         print(format_table({result.dataset: result.metrics for result in results}))

@@ -11,6 +11,7 @@ import tyro
 from data_pipelines.loader import make_eval_batches
 from data_pipelines.sources.opening import open_source
 from siglip.cli.arguments import parse
+from siglip.cli.data_sets import complete
 from siglip.cli.evaluation import embedder_of, format_table, settings_of
 from siglip.errors import UserError
 from siglip.evaluation.retrieval import Retrieval
@@ -68,6 +69,7 @@ def _read_baseline(path: str) -> dict[str, dict[str, float]]:
 
 def _gallery(workdir: Path, settings: EvalConfig, task: Retrieval) -> Gallery:
     """A few queries spread over the evaluation set: every other one in the first language, the rest in the others in turn."""
+    task = complete(task)
     embedder = embedder_of(workdir, tokenizer=str(workdir / TOKENIZER_FILE), **settings_of(settings))
     found = embedder.embed_shards(task.data, task.captions)
     captions = {field: task.captions_in(found, field) for field in task.captions}

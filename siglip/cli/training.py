@@ -11,6 +11,7 @@ from data_pipelines.loader import make_loader
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.cli import BAD_INPUT, describe
 from siglip.cli.arguments import parse
+from siglip.cli.data_sets import complete
 from siglip.cli.evaluation import first_values, make_embedder, settings_of
 from siglip.cli.frozen_images import make_prepare
 from siglip.errors import UserError
@@ -91,12 +92,13 @@ def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer) -> Eva
 
     Their files are opened now: a missing one must not wait for the end of training to be found.
     """
-    for task in config.eval.tasks:
+    tasks = [complete(task) for task in config.eval.tasks]
+    for task in tasks:
         task.check(first_values)
     mesh, settings = sharding.make_mesh(config.mesh), settings_of(config.eval)
 
     def evaluate(params):
         embedder = make_embedder(params, config.model, mesh=mesh, tokenizer=tokenizer, **settings)
-        return named_metrics(run_tasks(config.eval.tasks, embedder))
+        return named_metrics(run_tasks(tasks, embedder))
 
     return evaluate

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from siglip.errors import UserError
 
-_PATTERN_OR_ENDING = re.compile(r"[.*?\[{]")
+_PATTERN_OR_ENDING = re.compile(r"[.*?#\[{]")
 _SHARD_NUMBER = re.compile(r"((^|[-_])(0\d*|\d{5,}))?[-_]*$")
 
 

@@ -1,20 +1,12 @@
 """Zero-shot classification: a class is the mean of its prompts' normalised embeddings, normalised again.
 
-    w_k = normalise(mean_m normalise(text(template_m(class_k))));    prediction = argmax_k  zimg . w_k
-
-Prompts are canonicalised first, as big_vision's evaluator does for SigLIP: "_" becomes a space, punctuation goes, everything is
-lower case. Without it published models lose up to 12 points on class names with underscores. A model whose own pipeline does
-nothing of the kind (TokenConfig.canonical) gets its prompts as they are written.
+w_k = normalise(mean_m normalise(text(template_m(class_k))));    prediction = argmax_k  zimg . w_k
 """
 
 import dataclasses
-import json
 import logging
 import math
-import re
-import string
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -22,6 +14,7 @@ import numpy as np
 
 from siglip.array_types import Float, Int
 from siglip.errors import UserError
+from siglip.evaluation.class_files import make_prompts, read_classes, read_templates, shown
 from siglip.evaluation.embed import Embedder, FirstValues
 from siglip.evaluation.ranking import rank_right_candidates
 from siglip.evaluation.results import Result, check_name, dataset_name
@@ -29,9 +22,6 @@ from siglip.trees import did_you_mean
 
 logger = logging.getLogger(__name__)
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_LAMBDA = re.compile(r"\blambda\s+\w+\s*:")
-_JSON = re.compile(r"\s*(\[|\{(?!c?\}))")  # a template may begin with {} or {c}
 _SHOWN_NAMES = 5
 _SHOWN_CHARS, _MAX_DIGITS = 80, 18
 
@@ -42,9 +32,10 @@ class ZeroShot:
 
     Attributes:
         data: shards, as for training: tar files as img2dataset writes them, Parquet, ArrayRecord, TFRecord, lists.
-        classes: file of class names, one per line or a JSON list; labels are numbers of its lines from 0, or names in it.
+        classes: file of class names, one per line or JSON, or "imagenet" for CLIP's; labels are numbers of its lines from 0, or
+            names in it. Without one the names are those that the data bring.
         templates: file of prompts with {} for the class name, one per line or a JSON list, or a JSON object with prompts for
-            each class name; without one the prompt is the class name itself.
+            each class name, or "imagenet" for CLIP's 80; without one those that the data bring, or the class name itself.
         label: field that holds the label.
         canonical: whether prompts lose punctuation, underscores and capitals; None does what the model's own pipeline does.
         name: name of the data set in the result; without one it is taken from the names of the shards.
@@ -52,7 +43,7 @@ class ZeroShot:
     """
 
     data: str
-    classes: str
+    classes: str | None = None
     templates: str | None = None
     label: str = "cls"
     canonical: bool | None = None
@@ -75,10 +66,10 @@ class ZeroShot:
         Raises:
             FileNotFoundError, UserError: for what would fail later.
         """
-        names = read_names(self.classes)
-        make_prompts(names, read_templates(self.templates))
+        classes = read_classes(self.classes)
+        make_prompts(classes.names, read_templates(self.templates))
         labels = first_values(self.data, (self.label,))[self.label]
-        if self._number(labels, "the first pair", dict.fromkeys(names, 0)) is None:
+        if self._number(labels, "the first pair", classes.numbers()) is None:
             raise UserError(
                 f"the first pair of {self.data} has no field {self.label!r}; name the field of the labels with --label"
             )
@@ -89,11 +80,11 @@ class ZeroShot:
         Raises:
             UserError: a label is not a class, no image has one, or nothing can be decoded.
         """
-        names = read_names(self.classes)
+        classes = read_classes(self.classes)
         canonical = embedder.canonical_prompts if self.canonical is None else self.canonical
-        prompts = make_prompts(names, read_templates(self.templates), canonical=canonical)
+        prompts = make_prompts(classes.names, read_templates(self.templates), canonical=canonical)
         images = embedder.embed_shards(self.data, (self.label,))
-        index = {name: names.index(name) for name in names}
+        index = classes.numbers()
         pairs = zip(images.keys, images.values[self.label], strict=True)
         numbers = [self._number(values, f"image {key}", index) for key, values in pairs]
         labelled = np.asarray([number is not None for number in numbers])
@@ -102,10 +93,15 @@ class ZeroShot:
             told = "%d images of %s left out because they have no label %r, such as %s"
             logger.warning(told, (~labelled).sum(), self.data, self.label, example)
         labels = np.asarray([number for number in numbers if number is not None], int)
-        classes = class_embeddings(embedder.embed_texts, prompts)
+        if len(labels) and labels.max() >= len(prompts):
+            where = shown(self.classes)
+            raise UserError(
+                f"{where} has {len(prompts)} classes, but {self.data} has labels up to {labels.max()}; a line is missing"
+            )
+        weights = class_embeddings(embedder.embed_texts, prompts)
         # Classes of one name have the same prompts: a tie between them is none that the encoder could avoid.
         texts = [tuple(own) for own in prompts]
-        metrics = classification(images.zimg[labelled], classes, labels, texts=texts)
+        metrics = classification(images.zimg[labelled], weights, labels, texts=texts)
         return [Result(self, self.dataset, "", metrics)]
 
     def _number(self, values: Sequence[Any], pair: str, index: Mapping[str, int]) -> int | None:
@@ -122,97 +118,10 @@ class ZeroShot:
         label = str(label)[:_SHOWN_CHARS]
         names = ", ".join(list(index)[:_SHOWN_NAMES]) + (", …" if len(index) > _SHOWN_NAMES else "")
         raise UserError(
-            f"{pair} of {self.data} has {self.label}={label!r}, which is neither a number nor a name in {self.classes} ({names})"
+            f"{pair} of {self.data} has {self.label}={label!r}, which is neither a number nor a name in "
+            f"{shown(self.classes)} ({names})"
             f"{did_you_mean(str(label), index)}; names must match exactly: correct the file, or name another field with --label"
         )
-
-
-def read_names(path: str) -> list[str]:
-    """Class names: one per line, a JSON list, or a JSON object {"0": name, …} with the numbers of the classes.
-
-    Raises:
-        FileNotFoundError, UserError: there is no file, or it holds no names.
-    """
-    names = _read_lines_or_json(path)
-    if isinstance(names, Mapping):
-        if set(names) != {str(k) for k in range(len(names))}:
-            raise UserError(f'{path}: a JSON object of class names must have the keys "0" to "{len(names) - 1}"')
-        names = [names[str(k)] for k in range(len(names))]
-    if not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path} holds no class names; write one name per line, or a JSON list of strings")
-    return [_encodable(name) for name in names]
-
-
-def read_templates(path: str | None) -> Sequence[str] | Mapping[str, Sequence[str]]:
-    """Prompts for every class: one per line or a JSON list; or for each class its own, a JSON object (CuPL).
-
-    Raises:
-        FileNotFoundError, UserError: there is no file, or it holds no templates.
-    """
-    if path is None:
-        return ["{}"]
-    templates = _read_lines_or_json(path)
-    if isinstance(templates, Mapping) and all(isinstance(value, Mapping) for value in templates.values()):
-        if len(templates) != 1:  # CLIP_benchmark's files have the data set's name on top
-            raise UserError(f"{path} holds templates of {len(templates)} data sets: {', '.join(templates)}; keep one")
-        (templates,) = templates.values()
-    lists = list(templates.values()) if isinstance(templates, Mapping) else [templates]
-    prompts = [prompt for own in lists if isinstance(own, list) for prompt in own]
-    if not prompts or not all(isinstance(own, list) for own in lists) or not all(isinstance(p, str) for p in prompts):
-        raise UserError(f"{path} holds no templates; write one per line, such as 'a photo of a {{}}', or a JSON list")
-    code = next((prompt for prompt in prompts if _LAMBDA.search(prompt)), None)
-    if code is not None:
-        raise UserError(f"{path}: {code!r} is Python code; write the template alone, such as 'a photo of a {{}}'")
-    return templates
-
-
-def _read_lines_or_json(path: str) -> Any:
-    try:
-        content = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}); write one entry per line, or JSON") from None
-    if "\0" in content:
-        raise UserError(f"{path} is not text; write one entry per line, or JSON")
-    if not _JSON.match(content):
-        return [line.strip() for line in content.splitlines() if line.strip()]
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} starts like JSON but is not ({error}); write one entry per line, or JSON") from None
-
-
-def canonicalize(text: str) -> str:
-    """ "Polar_Bear!" -> "polar bear"."""
-    return " ".join(_encodable(text).replace("_", " ").translate(_PUNCTUATION).lower().split())
-
-
-def _encodable(text: str) -> str:
-    """A text of a JSON file without half an emoji ("\\ud83d"), which cannot be tokenized."""
-    return text.encode("utf-8", "ignore").decode()
-
-
-def make_prompts(
-    classnames: Sequence[str], templates: Sequence[str] | Mapping[str, Sequence[str]], *, canonical: bool = True
-) -> list[list[str]]:
-    """The prompts of each class; "{}" in a template (or "{c}", as CLIP_benchmark writes) is the class name.
-
-    Raises:
-        UserError: a template for all classes has no {}, or a class has no prompts of its own.
-    """
-    if isinstance(templates, Mapping):
-        missing = next((name for name in classnames if not templates.get(name)), None)
-        if missing is not None:
-            raise UserError(f"the templates have no prompts for class {missing!r}{did_you_mean(missing, templates)}")
-    else:
-        for template in templates:
-            if "{}" not in template and "{c}" not in template:
-                raise UserError(f"template {template!r} has no {{}} for the class name")
-        templates = dict.fromkeys(classnames, templates)
-    finish = canonicalize if canonical else str
-    return [
-        [finish(template.replace("{c}", "{}").replace("{}", name)) for template in templates[name]]
-        for name in classnames
-    ]
 
 
 def class_embeddings(

@@ -201,9 +201,9 @@ def make_text(content: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def read_templates(path: pathlib.Path) -> list:
-    from siglip.evaluation import zeroshot
+    from siglip.evaluation import class_files
 
-    return zeroshot.make_prompts(zeroshot.read_names(str(path)), ["a {}"])
+    return class_files.make_prompts(class_files.read_names(str(path)), ["a {}"])
 
 
 def read_run_metrics(path: pathlib.Path) -> list:

@@ -3,17 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from siglip.evaluation.class_files import canonicalize, make_prompts, read_classes, read_names, read_templates
 from siglip.evaluation.ranking import rank_right_candidates
 from siglip.evaluation.retrieval import Retrieval, mean_of, retrieval
-from siglip.evaluation.zeroshot import (
-    ZeroShot,
-    canonicalize,
-    class_embeddings,
-    classification,
-    make_prompts,
-    read_names,
-    read_templates,
-)
+from siglip.evaluation.zeroshot import ZeroShot, class_embeddings, classification
 
 
 def unit(z):
@@ -138,6 +131,8 @@ def test_prompts_of_each_class():
         ('{"cat": "a {}"}', "holds no templates"),
         ('{"cat": 3}', "holds no templates"),
         ('"a {}"', ['"a {}"']),
+        ('"a {}",\n"the {}",', "is a table or code"),
+        ("- a {}\n- the {}", "is a table or code"),
         ("{} at night\n{c} by day", ["{} at night", "{c} by day"]),
         ('\ufeff["a {}"]', ["a {}"]),
         ("{'cat': ['a {c}']}", "starts like JSON but is not"),
@@ -168,6 +163,15 @@ def test_files_of_templates(tmp_path, content, expected):
         ("{'0': 'tabby'}", "starts like JSON but is not"),
         ('["a \\ud83d", "b"]', ["a ", "b"]),
         (b"caf\xe9", "is not UTF-8 text"),
+        ('{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}', ["tench", "goldfish"]),
+        ('{"n01443537": "goldfish", "n01440764": "tench"}', ["tench", "goldfish"]),
+        ("n01443537 goldfish, Carassius\nn01440764 tench, Tinca tinca", ["tench", "goldfish"]),
+        ("n01443537 1 gold_fish\nn01440764 2 tench", "is a table or code"),
+        ('["n01443537", "n01440764"]', "is a table or code"),
+        ("0,tench\n1,goldfish", "is a table or code"),
+        ("0: 'tench',\n1: 'goldfish'", "is a table or code"),
+        ("0\n1\n2", ["0", "1", "2"]),
+        ("2012 Audi A5\n2012 BMW M3", ["2012 Audi A5", "2012 BMW M3"]),
     ],
 )
 def test_files_of_class_names(tmp_path, content, expected):
@@ -178,6 +182,18 @@ def test_files_of_class_names(tmp_path, content, expected):
         return
     with pytest.raises(ValueError, match=expected):
         read_names(str(path))
+
+
+def test_imagenet_is_shipped_and_classes_go_through_json():
+    classes, templates = read_classes("imagenet"), read_templates("imagenet")
+    assert len(classes.names) == len(set(classes.ids)) == 1000 and len(templates) == 80
+    assert classes.names[0] == "tench" and classes.ids[207] == "n02099601" and classes.names[207] == "Golden Retriever"
+    numbers = classes.numbers()
+    assert numbers["n02099601"] == numbers["Golden Retriever"] == 207
+    assert [k for k, name in enumerate(classes.names) if name == "missile"] == [657, 744] and numbers["missile"] == 657
+    assert read_classes(classes.to_json()) == classes and read_classes('["a", "b"]').to_json() == '["a", "b"]'
+    with pytest.raises(ValueError, match="bring no class names"):
+        read_classes(None)
 
 
 @settings(deadline=None, max_examples=30)

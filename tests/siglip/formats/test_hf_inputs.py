@@ -16,7 +16,7 @@ from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.cli.evaluation import embedder_of
 from siglip.encoder import load
 from siglip.errors import UserError
-from siglip.evaluation.zeroshot import make_prompts
+from siglip.evaluation.class_files import make_prompts
 from siglip.formats import big_vision, hugging_face
 from siglip.formats.hf_inputs import preprocessor_json, read_pixels, read_tokens, tokenizer_file
 from siglip.formats.hf_tokenizer import convert
