@@ -16,11 +16,15 @@ from collections.abc import Sequence
 
 from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder
+from siglip.evaluation.fewshot import FewShot
+from siglip.evaluation.knn import Knn
 from siglip.evaluation.results import Result
 from siglip.evaluation.retrieval import Retrieval
+from siglip.evaluation.selection import Selection
+from siglip.evaluation.verification import Verification
 from siglip.evaluation.zeroshot import ZeroShot
 
-Task = Retrieval | ZeroShot
+Task = Retrieval | ZeroShot | Knn | FewShot | Selection | Verification
 
 
 def task_classes() -> dict[str, type]:
