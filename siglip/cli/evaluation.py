@@ -172,12 +172,12 @@ def make_embedder(
         length = config.text.length
         return np.array([tokenizer.encode(text, length) for text in texts], np.int32).reshape(-1, length)
 
-    def read(data: str, fields: Sequence[str]) -> tuple[int, Any]:
-        columns = _columns(fields)
+    def read(data: str, fields: Sequence[str], **more: Any) -> tuple[int, Any]:
+        columns = _columns([*fields, more["mask"]] if "mask" in more else fields)
         source = open_source(data, fields=columns)
         return len(source), make_eval_batches(
             source, batch_size=rows, image_size=image_size, resample=resample, threads=threads, workers=workers,
-            fields=columns, process_index=jax.process_index(), process_count=jax.process_count(),
+            fields=columns, process_index=jax.process_index(), process_count=jax.process_count(), **more,
         )  # fmt: skip
 
     return Embedder(

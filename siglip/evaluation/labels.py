@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from siglip.array_types import Bool, Float, Int
+from siglip.array_types import Bool, Int
 from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder, Feature, FirstValues
 from siglip.trees import did_you_mean
@@ -105,9 +105,9 @@ def multi_hot(
 
 
 class Labelled(NamedTuple):
-    """features: [n, d]; labels: numbers of `names`, the distinct labels of the training set in order."""
+    """features: [n, d], or rows of them; labels: numbers of `names`, the distinct labels of the training set in order."""
 
-    features: Float[np.ndarray, "n d"]
+    features: np.ndarray
     labels: Int[np.ndarray, " n"]
     names: list[Any]
 
@@ -128,7 +128,7 @@ def labelled_features(
 
 
 def keep_labelled(
-    features: Float[np.ndarray, "n ..."],
+    features: np.ndarray,
     keys: Sequence[str],
     values: Sequence[Sequence[Any]],
     *,
@@ -136,7 +136,7 @@ def keep_labelled(
     label: str,
     names: Sequence[Any] | None = None,
 ) -> Labelled:
-    """Of some images those with one label each, and their numbers; see `labelled_features`."""
+    """Of some images, rows of `features`, those with one label each, and their numbers; see `labelled_features`."""
     several = next((key for key, own in zip(keys, values, strict=True) if len(own) > 1), None)
     if several is not None:
         raise UserError(f"image {several} of {data} has several labels in {label!r}; a probe takes one per image")

@@ -95,32 +95,47 @@ class ZeroShot:
         Raises:
             UserError: a label is not a class, no image has one, or nothing can be decoded.
         """
+        classes, weights, texts = self.class_weights(embedder)
+        images = embedder.embed_shards(self.data, (self.label,))
+        return [Result(self, self.dataset, "", self.score(images, classes, weights, texts))]
+
+    def class_weights(self, embedder: Embedder) -> tuple[Classes, Float[np.ndarray, "k e"], list[tuple[str, ...]]]:
+        """The classes, their vectors, and the prompts of each."""
         classes = read_classes(self.classes)
         canonical = embedder.canonical_prompts if self.canonical is None else self.canonical
         prompts = make_prompts(classes.names, read_templates(self.templates), canonical=canonical)
-        images = embedder.embed_shards(self.data, (self.label,))
-        weights = class_embeddings(embedder.embed_texts, prompts)
-        # Classes of one name have the same prompts: a tie between them is none that the encoder could avoid.
-        texts = [tuple(own) for own in prompts]
-        values, several = images.values[self.label], are_multi_label(images.values[self.label])
-        if several and (self.subset is not None or self.label_map is not None):
-            raise UserError(f"images of {self.data} have several labels; subset and label_map are for one label each")
-        if several:
+        return classes, class_embeddings(embedder.embed_texts, prompts), [tuple(own) for own in prompts]
+
+    def score(
+        self,
+        images: EmbeddedImages,
+        classes: Classes,
+        weights: Float[np.ndarray, "k e"],
+        texts: Sequence[Hashable],
+    ) -> dict[str, float]:
+        """The metrics of embedded images. texts: classes of equal ones are not tied, which the encoder could not avoid."""
+        values = images.values[self.label]
+        if are_multi_label(values):
+            if self.subset is not None or self.label_map is not None:
+                raise UserError(
+                    f"images of {self.data} have several labels; subset and label_map are for one label each"
+                )
             pairs = [f"image {key} of {self.data}" for key in images.keys]
             positive = multi_hot(values, classes.numbers(), len(classes.names), pairs=pairs)
-            metrics = {"mean_average_precision": mean_average_precision(images.zimg, weights, positive)}
-            return [Result(self, self.dataset, "", metrics)]
-        there, labels = self._labels(images, classes)
+            return {"mean_average_precision": mean_average_precision(images.zimg, weights, positive)}
+        rows, labels = self.labels_of(images, classes)
         if self.subset is not None:
             taken = read_subset(self.subset, classes.numbers(), len(classes.names))
             inside = np.isin(labels, taken)
             if not inside.all() and jax.process_index() == 0:
                 logger.warning("%d images of %s are of classes outside %s", (~inside).sum(), self.data, self.subset)
-            there, labels = there[inside], np.searchsorted(taken, labels[inside])
+            rows, labels = rows[inside], np.searchsorted(taken, labels[inside])
             weights, texts = weights[taken], [texts[number] for number in taken]
-        return [Result(self, self.dataset, "", classification(images.zimg[there], weights, labels, texts=texts))]
+        return classification(images.zimg[rows], weights, labels, texts=texts)
 
-    def _labels(self, images: EmbeddedImages, classes: Classes) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    def labels_of(
+        self, images: EmbeddedImages, classes: Classes
+    ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
         """(rows of the images that have a label, their classes)."""
         index = classes.numbers()
         outside, values = self._mapped(images.values[self.label])

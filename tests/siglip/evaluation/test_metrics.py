@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from siglip.evaluation.fewshot import draw_shots, ridge_classes
 from siglip.evaluation.knn import knn_classes
 from siglip.evaluation.labels import multi_hot, read_label_map, read_subset
+from siglip.evaluation.linear_probe import fit_logistic
 from siglip.evaluation.metrics import (
     average_precision,
     brier_score,
@@ -18,6 +19,9 @@ from siglip.evaluation.metrics import (
 from siglip.evaluation.ranking import rank_both_ways
 from siglip.evaluation.selection import selection
 from siglip.evaluation.verification import draw_pairs, verification
+from siglip.parallel import sharding
+
+MESH = sharding.make_mesh(sharding.MeshConfig())
 
 
 def unit(z):
@@ -241,3 +245,23 @@ def test_subsets_and_maps_of_classes(tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             read_label_map(str(path))
+
+
+def test_the_linear_probe_is_at_the_minimum():
+    rng = np.random.default_rng(0)
+    centres = 3 * rng.normal(size=(4, 6))
+    labels = rng.integers(0, 4, 60)
+    features = 5 + (centres[labels] + rng.normal(size=(60, 6))) * np.array([1, 1, 20, 1, 1, 0])
+    for c, (weights, bias) in zip(
+        (0.01, 10.0), fit_logistic(features, labels, [0.01, 10.0], classes=4, mesh=MESH), strict=True
+    ):
+        scores = features @ weights + bias
+        probability = np.exp(scores - scores.max(1, keepdims=True))
+        probability /= probability.sum(1, keepdims=True)
+        # At the minimum of sum CE + |V|^2 / 2 C over V = std * W the gradient is zero; the constant feature has no weight.
+        std = features.std(0)
+        error = probability - np.eye(4)[labels]
+        gradient = ((features - features.mean(0)) / np.where(std > 0, std, 1)).T @ error + weights * std[:, None] / c
+        # `_GRADIENT` is that of the mean over 60 images.
+        assert abs(gradient).max() < 60 * 1e-8 and abs(error.sum(0)).max() < 60 * 1e-8
+        assert not weights[5].any() and np.mean(np.argmax(scores, 1) == labels) > 0.8

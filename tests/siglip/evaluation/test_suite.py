@@ -308,7 +308,7 @@ def test_a_new_evaluation_is_a_file_and_its_name_in_the_union(src, table, tmp_pa
     shutil.copytree(ROOT / "siglip", tmp_path / "siglip")
     (tmp_path / "siglip" / "evaluation" / "alignment.py").write_text(ALIGNMENT)
     suite = tmp_path / "siglip" / "evaluation" / "suite.py"
-    text = suite.read_text().replace("Task = Retrieval |", "Task = Alignment | Retrieval |")
+    text = suite.read_text().replace("Retrieval | ZeroShot |", "Alignment | Retrieval | ZeroShot |")
     suite.write_text("from siglip.evaluation.alignment import Alignment\n" + text)
     args = [str(src), str(table), SPIECE, str(tmp_path / "out.json")]
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "JAX_NUM_CPU_DEVICES": "1"}

@@ -8,10 +8,15 @@ import pytest
 
 from siglip.cli import run
 from siglip.cli.evaluation import embedder_of, first_values
+from siglip.evaluation.attentive_probe import AttentiveProbe
 from siglip.evaluation.embed import Embedder
 from siglip.evaluation.fewshot import FewShot
+from siglip.evaluation.groups import Groups, group_gaps
 from siglip.evaluation.knn import Knn
+from siglip.evaluation.linear_probe import LinearProbe
 from siglip.evaluation.retrieval import Retrieval
+from siglip.evaluation.robustness import Robustness
+from siglip.evaluation.segmentation import Segmentation, confusion_of, segmentation_metrics
 from siglip.evaluation.selection import Selection
 from siglip.evaluation.verification import Verification
 from siglip.evaluation.zeroshot import ZeroShot
@@ -94,6 +99,59 @@ def test_probes_read_colours_off_random_features(embedder, train, test):
     assert fewshot["fewshot_acc1_patch_mean_5shot"] > 0.4
 
 
+def test_a_linear_and_an_attentive_probe(embedder, train, test):
+    linear = metrics_of(LinearProbe(test, train, c=(0.01, 1.0), feature="patch_mean"), embedder)
+    assert linear["lp_acc1_patch_mean"] > 0.45 and linear["lp_acc5_patch_mean"] > linear["lp_acc1_patch_mean"]
+    assert linear["c"] in (0.01, 1.0)
+    # One value is not chosen; features of length one are another protocol.
+    task = LinearProbe(test, train, c=(1.0,), feature="patch_mean", l2_normalise=True)
+    assert metrics_of(task, embedder)["lp_acc1_patch_mean"] > 0.4
+    attentive = metrics_of(AttentiveProbe(test, train, heads=4, epochs=30, images_per_step=16, learning_rate=0.01), embedder)
+    assert set(attentive) == {"ap_acc1_tokens", "ap_mean_per_class_recall_tokens"} and attentive["ap_acc1_tokens"] > 0.4
+
+
+def test_pixels_of_coloured_shapes_are_told_apart(embedder, train, test):
+    found = metrics_of(Segmentation(test, train, steps=120, learning_rate=0.03), embedder)
+    # All background is 1/4 of the classes at the share of the background, about .75.
+    assert found["mean_iou_tokens"] > 0.35 and found["pixel_acc_tokens"] > 0.8
+
+
+def test_intersection_over_union_by_hand():
+    mask = np.array([[[0, 0], [1, 255]]], np.uint8)
+    predicted = np.array([[[0, 1], [1, 1]]], np.uint8)
+    confusion = confusion_of(predicted, mask, classes=3)
+    assert confusion.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
+    # Class 0: one hit of two; class 1: one of two; class 2 is nowhere.
+    assert segmentation_metrics(confusion) == {"mean_iou_tokens": 0.5, "pixel_acc_tokens": pytest.approx(2 / 3)}
+    with pytest.raises(ValueError, match="class 4, but those of training end at 2"):
+        confusion_of(predicted, np.full_like(mask, 4), classes=3)
+
+
+def test_corrupted_images_and_groups(embedder, test, classes):
+    task = Robustness(test, classes, corruptions=("gaussian_noise", "jpeg_compression"), severities=(1, 5))
+    found = metrics_of(task, embedder)
+    assert found == metrics_of(task, embedder)  # noise is drawn from the keys
+    mean = (found["acc1_gaussian_noise"] + found["acc1_jpeg_compression"]) / 2
+    assert found["acc1_corrupted"] == pytest.approx(mean)
+    assert found["acc1_clean"] == metrics_of(ZeroShot(test, classes), embedder)["acc1"]
+    found = metrics_of(Groups(test, "place", classes, min_images=5), embedder)
+    assert {"n_north", "n_south", "n_west"} <= set(found) and found["n_north"] + found["n_south"] + found[
+        "n_west"
+    ] == 30
+    found = metrics_of(Groups(test, "place", classes, min_images=5, left_out=("west",)), embedder)
+    assert "n_west" not in found
+
+
+def test_gaps_between_groups_by_hand():
+    predicted, labels = np.array([0, 0, 1, 1, 1, 1, 0]), np.array([0, 1, 1, 0, 1, 1, 1])
+    found = group_gaps(predicted, labels, ["a"] * 4 + ["b"] * 2 + ["c"], min_images=2)
+    assert found["acc1_a"] == 0.5 and found["acc1_b"] == 1 and found["n_c"] == 1
+    assert found["acc1_worst_group"] == 0.5 and found["acc1_gap"] == 0.5  # c is too small to be the worst
+    assert found["acc1_gap_se"] == pytest.approx(np.sqrt(0.25 / 4)) and found["demographic_parity_gap"] == 0.5
+    with pytest.raises(ValueError, match="1 groups have 3 images or more"):
+        group_gaps(predicted, labels, ["a"] * 4 + ["b"] * 2 + ["c"], min_images=3)
+
+
 def test_several_labels_are_ranked_and_subsets_and_maps_take_part(embedder, test, classes, tmp_path, caplog):
     found = metrics_of(ZeroShot(test, classes, label="colours"), embedder)
     assert set(found) == {"mean_average_precision"} and 0.2 < found["mean_average_precision"] < 1
@@ -145,6 +203,14 @@ def one_line(args: list[str], capsys) -> str:
         ("--task knn --train {train} --label colours", "several labels in 'colours'"),
         ("--task fewshot --train {train} --shots 0", "shots=(0,)"),
         ("--task fewshot --train {train} --label txt", "has the label 'a "),
+        ("--task linear_probe --train {train} --c 0", "c=(0.0,)"),
+        ("--task attentive_probe --train {train}", "heads=12 does not divide the width 32; use 8"),
+        ("--task segmentation --train {train} --mask txt", "no image that can be used"),
+        ("--task segmentation --train {train} --ignore 0 1 2 255", "hold 1 classes"),
+        ("--task robustness --classes {classes} --severities 6", "severities=(6,)"),
+        ("--task robustness --classes {classes} --label colours", "robustness takes one label"),
+        ("--task groups --classes {classes} --group region", "has no field 'region'"),
+        ("--task groups --classes {classes} --group number", "0 groups have 10 images or more"),
         ("--task selection --captions txt", "name the right caption's field and those of wrong ones"),
         ("--task selection --captions txt wrong", "no field 'wrong'"),
         ("--task selection --captions txt --instance number", "no instance of {test} is whole"),
