@@ -29,6 +29,7 @@ from data_pipelines.records import Source
 from data_pipelines.samples.noise import NoiseConfig
 
 if TYPE_CHECKING:  # they import Pillow and SentencePiece
+    from data_pipelines.corruptions import Corruption
     from data_pipelines.image_ops import Protocol, Resample
     from data_pipelines.samples.batches import TrainBatches
     from data_pipelines.samples.in_order import EvalBatches
@@ -311,6 +312,8 @@ def make_eval_batches(
     workers: int = 0,
     threads: int | None = None,
     fields: Collection[str] | None = None,
+    corruption: "tuple[Corruption, int] | None" = None,
+    mask: str | None = None,
 ) -> "EvalBatches":
     """Every pair of a source once, in order, without augmentation; the last batch may be short.
 
@@ -325,11 +328,14 @@ def make_eval_batches(
       workers: processes that decode; 0 decodes in threads of this one.
       threads: in each process; None for as many as there are cores.
       fields: which fields of the pairs to carry along; None for all.
+      corruption: name and severity of what is done to every image.
+      mask: field of a segmentation mask; batches then hold "mask", uint8 [b, h, w], too.
 
     Raises:
       UserError: batch_size is below 1.
     """
     from data_pipelines.samples.in_order import EvalBatches, ImagesInOrder
+    from data_pipelines.samples.masks import Mask
     from data_pipelines.samples.pairs import ImageDecoder
     from data_pipelines.samples.pixels import Pixels
 
@@ -339,7 +345,8 @@ def make_eval_batches(
     ranges = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
     kept = None if fields is None else frozenset(fields)
     pixels, decoder = Pixels(tuple(image_size), resample=resample, protocol=protocol), ImageDecoder(max_image_pixels)
-    images = ImagesInOrder(source, ranges, batch_size, pixels, decoder, kept)
+    masks = None if mask is None else Mask(tuple(image_size), mask)
+    images = ImagesInOrder(source, ranges, batch_size, pixels, decoder, kept, corruption, masks)
     return EvalBatches(images, workers, threads)
 
 

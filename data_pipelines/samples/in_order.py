@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipelines import workers
+from data_pipelines.corruptions import Corruption, corrupt
 from data_pipelines.records import Source
+from data_pipelines.samples.masks import Mask
 from data_pipelines.samples.pairs import BrokenPair, ImageDecoder, read_pair, to_sample_pair
 from data_pipelines.samples.pixels import Pixels
 
@@ -28,7 +30,8 @@ class RowNote(NamedTuple):
 class ImagesInOrder:
     """Batches of the pairs in `ranges`, one batch each, as `workers.iterate` wants them: {"image": uint8 [n, h, w, 3], "notes"}.
 
-    Rows whose image is broken are zeros. fields: which texts are carried along; None for all.
+    Rows whose image is broken are zeros. fields: which texts are carried along; None for all. corruption: name and severity of
+    what is done to every image. mask: with it, batches hold "mask" too.
     """
 
     source: Source
@@ -37,32 +40,41 @@ class ImagesInOrder:
     pixels: Pixels
     decoder: ImageDecoder
     fields: frozenset[str] | None = None
+    corruption: tuple[Corruption, int] | None = None
+    mask: Mask | None = None
 
     def __len__(self) -> int:
         return len(self.ranges)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
-        return {name: ((self.rows, *shape), dtype) for name, (shape, dtype) in self.pixels.arrays.items()}
+        arrays = self.pixels.arrays | (self.mask.arrays if self.mask else {})
+        return {name: ((self.rows, *shape), dtype) for name, (shape, dtype) in arrays.items()}
 
     def items(self, batch: int, part: int, parts: int) -> list[tuple[int, int]]:
         rows = list(enumerate(self.ranges[batch]))
         return rows[part * len(rows) // parts : (part + 1) * len(rows) // parts]
 
     def fill(self, items: Sequence[tuple[int, int]], arrays: dict[str, np.ndarray]) -> list[RowNote]:
-        return [self._fill_row(row, index, arrays["image"]) for row, index in items]
+        return [self._fill_row(row, index, arrays) for row, index in items]
 
     def finish(self, batch: int, arrays: dict[str, np.ndarray], notes: list[list[RowNote]]) -> dict:
-        return {"image": arrays["image"][: len(self.ranges[batch])], "notes": sorted(sum(notes, []))}
+        used = {name: array[: len(self.ranges[batch])] for name, array in arrays.items()}
+        return used | {"notes": sorted(sum(notes, []))}
 
-    def _fill_row(self, row: int, index: int, images: np.ndarray) -> RowNote:
+    def _fill_row(self, row: int, index: int, arrays: dict[str, np.ndarray]) -> RowNote:
         try:
             read = read_pair(self.source, index)
             pair = to_sample_pair(read, 0, index, self.decoder)
+            made = self.pixels.make(pair, None) | (self.mask.make(pair, None) if self.mask else {})
         except BrokenPair as error:
-            images[row] = 0
+            for array in arrays.values():
+                array[row] = 0
             return RowNote(row, index, error.reason)
-        images[row] = self.pixels.make(pair, None)["image"]
+        if self.corruption is not None:
+            made["image"] = corrupt(made["image"], *self.corruption, key=pair.key)
+        for name, values in made.items():
+            arrays[name][row] = values
         wanted = self.fields
         fields = {name: v for name, v in pair.fields.items() if wanted is None or name.partition(".")[0] in wanted}
         return RowNote(row, index, None, pair.key, fields)
@@ -82,31 +94,38 @@ class EvalBatches:
         self.counts = collections.Counter()
         threads = self._threads or max(1, workers.usable_cores() // max(1, self._workers))
         batches = workers.iterate(self._images, workers=self._workers, threads=threads, prefetch=1)
-        waiting: tuple[np.ndarray, list[RowNote]] | None = None  # rows that did not fill a batch
+        waiting: tuple[dict[str, np.ndarray], list[RowNote]] | None = None  # rows that did not fill a batch
         try:
             for batch in batches:
                 self.counts.update(note.reason for note in batch["notes"] if note.reason)
-                images, notes = _join(waiting, _usable(batch["image"], batch["notes"]))
+                notes = batch.pop("notes")
+                arrays, notes = _join(waiting, _usable(batch, notes))
                 size = self._images.rows
                 if len(notes) >= size:
-                    yield _to_batch(images[:size], notes[:size])
-                    images, notes = images[size:], notes[size:]
-                waiting = (images, notes) if notes else None
+                    yield _to_batch({name: array[:size] for name, array in arrays.items()}, notes[:size])
+                    arrays, notes = {name: array[size:] for name, array in arrays.items()}, notes[size:]
+                waiting = (arrays, notes) if notes else None
         finally:
             batches.close()
         if waiting:
             yield _to_batch(*waiting)
 
 
-def _usable(images: np.ndarray, notes: list[RowNote]) -> tuple[np.ndarray, list[RowNote]]:
+def _usable(arrays: dict[str, np.ndarray], notes: list[RowNote]) -> tuple[dict[str, np.ndarray], list[RowNote]]:
     usable = [note for note in notes if note.reason is None]
-    return (images if len(usable) == len(notes) else images[[note.row for note in usable]]), usable
+    if len(usable) == len(notes):
+        return arrays, usable
+    return {name: array[[note.row for note in usable]] for name, array in arrays.items()}, usable
 
 
-def _join(waiting: tuple[np.ndarray, list] | None, more: tuple[np.ndarray, list]) -> tuple[np.ndarray, list]:
-    return more if waiting is None else (np.concatenate([waiting[0], more[0]]), waiting[1] + more[1])
+def _join(
+    waiting: tuple[dict[str, np.ndarray], list] | None, more: tuple[dict[str, np.ndarray], list]
+) -> tuple[dict[str, np.ndarray], list]:
+    if waiting is None:
+        return more
+    return {name: np.concatenate([array, more[0][name]]) for name, array in waiting[0].items()}, waiting[1] + more[1]
 
 
-def _to_batch(images: np.ndarray, notes: list[RowNote]) -> dict:
+def _to_batch(arrays: dict[str, np.ndarray], notes: list[RowNote]) -> dict:
     _, indices, _, keys, fields = zip(*notes, strict=True)
-    return {"image": images, "key": list(keys), "fields": list(fields), "index": list(indices)}
+    return arrays | {"key": list(keys), "fields": list(fields), "index": list(indices)}

@@ -166,20 +166,28 @@ def make_embedder(
         length = config.text.length
         return np.array([tokenizer.encode(text, length) for text in texts], np.int32).reshape(-1, length)
 
-    def read(data: Any, fields: Sequence[str]) -> tuple[int, Any]:
-        columns = _columns(fields)
+    def read(data: Any, fields: Sequence[str], **more: Any) -> tuple[int, Any]:
+        columns = _columns([*fields, more["mask"]] if "mask" in more else fields)
         source = open_source(data, image=image_column, fields=columns) if isinstance(data, str) else data
         return len(source), make_eval_batches(
             source, batch_size=rows, image_size=image_size, resample=resample, protocol=pixels, threads=threads, workers=workers,
-            fields=columns, process_index=jax.process_index(), process_count=jax.process_count(),
+            fields=columns, process_index=jax.process_index(), process_count=jax.process_count(), **more,
         )  # fmt: skip
 
     return Embedder(
         functools.partial(embeddings, config, params),
         mesh=mesh, rows=rows, image_size=image_size, resample=resample,
         canonical_prompts=config.text is not None and config.text.tokens.canonical != "none",
-        tokenize=tokenize, read=read, values_of=values_of,
+        tokenize=tokenize, read=read, values_of=values_of, **_scale_of(params, config),
     )  # fmt: skip
+
+
+def _scale_of(params: Params, config: ModelConfig) -> dict[str, float]:
+    """What makes logits of cosines, where the model has both towers."""
+    if config.text is None:
+        return {}
+    t, b = (float(np.asarray(params[name]).reshape(())) for name in ("t", "b"))
+    return {"temperature": float(np.exp(t)), "bias": b}
 
 
 def settings_of(options: Any) -> dict[str, int]:

@@ -13,7 +13,7 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -31,6 +31,9 @@ _COLLAPSED = 1e-3  # embeddings that all lie this close together: their scores d
 _FEW = 8  # so many inputs may happen to be copies of one
 
 Params = Mapping[str, Any]
+# What is read of the image tower. map: the pooled vector before the head, big_vision's `pre_logits`; patch_mean: the mean of the
+# patches after the last LayerNorm; head: after the head, not normalised; embedding: that, normalised; tokens: [n, patches, d].
+Feature = Literal["embedding", "map", "patch_mean", "head", "tokens"]
 Value = str | int | float
 # (shards, fields) -> what the fields of the first pair that has one hold; a missing field holds nothing.
 FirstValues = Callable[[str, Sequence[str]], Mapping[str, list[Value]]]
@@ -40,21 +43,35 @@ class EmbeddedImages(NamedTuple):
     """All decodable images of some shards, in order.
 
     Attributes:
+        zimg: embeddings, or another feature of the image tower.
         index: place of each image in the shards. keys: its name.
         values: for each field asked for, what it holds for each image: texts and numbers, none where it is missing.
     """
 
-    zimg: Float[np.ndarray, "n e"]
+    zimg: Float[np.ndarray, "n ..."]
     index: list[int]
     keys: list[str]
     values: dict[str, list[list[Value]]]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def embeddings(model: ModelConfig, params: Params, batch: Mapping[str, Array]) -> Float[Array, "b e"]:
-    """{"image": uint8 [b, h, w, 3]} or {"text": int32 [b, l]} -> L2-normalised; a new batch size compiles once."""
-    zimg, ztxt, _ = make_model(model).apply({"params": params}, batch)
-    return zimg if "image" in batch else ztxt
+@functools.partial(jax.jit, static_argnames=("model", "feature"))
+def embeddings(
+    model: ModelConfig, params: Params, batch: Mapping[str, Array], *, feature: Feature = "embedding"
+) -> Float[Array, "b ..."]:
+    """{"image": uint8 [b, h, w, 3]} or {"text": int32 [b, l]} -> L2-normalised; a new batch size compiles once.
+
+    Args:
+        feature: of images, what is read instead of the embedding.
+    """
+    zimg, ztxt, out = make_model(model).apply({"params": params}, batch)
+    if feature == "embedding":
+        return zimg if "image" in batch else ztxt
+    if feature == "map":
+        return out["img/pre_logits"]
+    if feature == "head":
+        return zimg * out["img/norm"]
+    patches = out["img/encoded"][:, 1:] if model.image.pool == "tok" else out["img/encoded"]
+    return patches if feature == "tokens" else patches.mean(axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -96,7 +113,8 @@ class Embedder:
     """Both towers of a model, ready to embed shards and strings on a mesh.
 
     Attributes:
-        embed: `embeddings` with a model and its parameters, or `token_embeddings`: then rows are [n, d] instead of [e].
+        embed: `embeddings` with a model and its parameters, where `feature` may be given; or `token_embeddings`: then rows are
+            [n, d] instead of [e].
         rows: rows of this process in each forward pass, as `rows_per_process` says.
         image_size: (height, width) in pixels.
         resample: the filter with which the model's images are resized.
@@ -106,9 +124,10 @@ class Embedder:
             most `rows` at a time, as {"image", "index", "key", "fields"}. Its `counts` are the images that could not be decoded,
             by reason.
         values_of: (fields of a pair, name of one) -> what that holds.
+        temperature, bias: of the model's logits; None where it has none.
     """
 
-    embed: Callable[[Mapping[str, Array]], Float[Array, "b e"]]
+    embed: Callable[..., Float[Array, "b ..."]]
     mesh: Mesh
     rows: int
     image_size: tuple[int, int]
@@ -117,10 +136,15 @@ class Embedder:
     tokenize: Callable[[Sequence[str]], Int[np.ndarray, "m l"]]
     read: Callable[[Any, Sequence[str]], tuple[int, Any]]
     values_of: Callable[[Mapping[str, Any], str], list[Value]]
+    temperature: float | None = None
+    bias: float | None = None
 
-    def embed_images(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n ..."]:
+    def embed_images(
+        self, images: UInt8[np.ndarray, "n h w 3"], *, feature: Feature = "embedding"
+    ) -> Float[np.ndarray, "n ..."]:
         """Embeddings of this process's images; all processes must bring as many batches."""
-        return embed_rows(self.embed, "image", images, mesh=self.mesh, rows_per_pass=self.rows)
+        embed = self.embed if feature == "embedding" else functools.partial(self.embed, feature=feature)
+        return embed_rows(embed, "image", images, mesh=self.mesh, rows_per_pass=self.rows)
 
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "m ..."]:
         """Embeddings of the texts, which are the same in every process; equal texts are embedded once."""
@@ -133,29 +157,36 @@ class Embedder:
         row_of = {text: row for row, text in enumerate(distinct)}
         return z[[row_of[text] for text in texts]]
 
-    def embed_shards(self, data: str, fields: Sequence[str] = ()) -> EmbeddedImages:
+    def embed_shards(
+        self, data: str, fields: Sequence[str] = (), *, feature: Feature = "embedding", **more: Any
+    ) -> EmbeddedImages:
         """Embeddings of every decodable image, with what `fields` hold; how many could not be decoded is logged.
+
+        Args:
+            feature: what is read instead of the embedding; each process holds all of it.
+            more: for `read`.
 
         Raises:
             FileNotFoundError, UserError: shards are missing or damaged, lack a field, or no image can be decoded.
         """
-        found, counts = self.embed_batches(*self.read(data, fields), fields)
+        found, counts = self.embed_batches(*self.read(data, fields, **more), fields, feature=feature)
         if not found.keys:
             raise UserError(f"{data} holds no image that can be decoded ({dict(counts)}); check the shards")
         if counts and jax.process_index() == 0:
             logger.warning("images of %s left out because they cannot be decoded: %s", data, dict(counts))
-        _warn_if_collapsed(found.zimg, f"images of {data}", "image")
+        if feature == "embedding":
+            _warn_if_collapsed(found.zimg, f"images of {data}", "image")
         return found
 
     def embed_batches(
-        self, pairs: int, images: Any, fields: Sequence[str] = ()
+        self, pairs: int, images: Any, fields: Sequence[str] = (), *, feature: Feature = "embedding"
     ) -> tuple[EmbeddedImages, Mapping[str, int]]:
         """What `read` gives, embedded by all processes; and how many images could not be decoded, by reason."""
         batches, z, records = iter(images), [], []
         nothing = {"image": np.zeros((0, *self.image_size, 3), np.uint8), "index": [], "key": [], "fields": []}
         for _ in range(-(-pairs // (self.rows * jax.process_count()))):
             batch = next(batches, nothing)
-            z.append(self.embed_images(batch["image"]))
+            z.append(self.embed_images(batch["image"], feature=feature))
             values = [[self.values_of(record, field) for field in fields] for record in batch["fields"]]
             records += zip(batch["index"], batch["key"], values, strict=True)
         next(batches, None)  # what comes last may have to be counted as broken

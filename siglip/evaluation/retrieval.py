@@ -16,7 +16,7 @@ import numpy as np
 from siglip.array_types import Float, Int
 from siglip.errors import UserError
 from siglip.evaluation.embed import EmbeddedImages, Embedder, FirstValues
-from siglip.evaluation.ranking import rank_right_candidates
+from siglip.evaluation.ranking import rank_both_ways
 from siglip.evaluation.results import Result, check_name, dataset_name
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ class Retrieval:
             is added under the name <name>-mean. A field whose value is a list holds several captions of one image.
         name: name of the data set in the result; without one it is taken from the names of the shards.
         lines: each line of a `txt` is a caption of its own, as CLIP_benchmark writes them; False: a text is one caption.
+        first_caption: whether an image's other captions are left out, as CLIP_benchmark does for Crossmodal-3600; in the papers
+            all count, and the two differ by several points.
         task: the kind of evaluation.
     """
 
@@ -41,6 +43,7 @@ class Retrieval:
     captions: tuple[str, ...] = ("txt",)
     name: str | None = None
     lines: bool = True
+    first_caption: bool = False
     task: Literal["retrieval"] = "retrieval"
 
     BENCHMARK_TASK: ClassVar[str] = "zeroshot_retrieval"
@@ -73,7 +76,7 @@ class Retrieval:
         images = embedder.embed_shards(self.data, self.captions)
         results = []
         for field in self.captions:
-            captions = self.captions_in(images, field)
+            captions = [own[:1] if self.first_caption else own for own in self.captions_in(images, field)]
             texts = [text for own in captions for text in own]
             if not texts:
                 raise UserError(
@@ -130,11 +133,10 @@ def retrieval(
         raise UserError(f"retrieval needs images and captions, got {len(zimg)} and {len(ztxt)}")
     if len(image_of_text) != len(ztxt) or image_of_text.min() < 0 or image_of_text.max() >= len(zimg):
         raise ValueError(f"image_of_text must name one of {len(zimg)} images for each of {len(ztxt)} captions")
-    described = np.unique(image_of_text)  # an image whose captions are all missing is a candidate, but no query
-    text_ranks, text_tied = rank_right_candidates(zimg[described], ztxt, described, image_of_text, texts=texts)
-    image_ranks, image_tied = rank_right_candidates(ztxt, zimg, image_of_text, np.arange(len(zimg)))
-    tied = float(np.mean(np.concatenate([text_tied, image_tied])))
-    return _summary("text", text_ranks) | _summary("image", image_ranks) | {"tied_fraction": tied}
+    of_images, of_texts = rank_both_ways(zimg, ztxt, np.arange(len(zimg)), image_of_text, column_texts=texts)
+    described = of_images.ranks > 0  # an image whose captions are all missing is a candidate, but no query
+    tied = float(np.mean(np.concatenate([of_images.tied[described], of_texts.tied])))
+    return _summary("text", of_images.ranks[described]) | _summary("image", of_texts.ranks) | {"tied_fraction": tied}
 
 
 def mean_of(results: Sequence[dict[str, float]]) -> dict[str, float]:

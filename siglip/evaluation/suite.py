@@ -15,12 +15,24 @@ from collections import Counter
 from collections.abc import Sequence
 
 from siglip.errors import UserError
+from siglip.evaluation.attentive_probe import AttentiveProbe
 from siglip.evaluation.embed import Embedder
+from siglip.evaluation.fewshot import FewShot
+from siglip.evaluation.groups import Groups
+from siglip.evaluation.knn import Knn
+from siglip.evaluation.linear_probe import LinearProbe
 from siglip.evaluation.results import Result
 from siglip.evaluation.retrieval import Retrieval
+from siglip.evaluation.robustness import Robustness
+from siglip.evaluation.segmentation import Segmentation
+from siglip.evaluation.selection import Selection
+from siglip.evaluation.verification import Verification
 from siglip.evaluation.zeroshot import ZeroShot
 
-Task = Retrieval | ZeroShot
+Task = (
+    Retrieval | ZeroShot | Knn | FewShot | LinearProbe | AttentiveProbe | Segmentation | Selection | Verification
+    | Robustness | Groups
+)  # fmt: skip
 
 
 def task_classes() -> dict[str, type]:

@@ -1,6 +1,8 @@
 """Zero-shot classification: a class is the mean of its prompts' normalised embeddings, normalised again.
 
-w_k = normalise(mean_m normalise(text(template_m(class_k))));    prediction = argmax_k  zimg . w_k
+    w_k = normalise(mean_m normalise(text(template_m(class_k))));    prediction = argmax_k  zimg . w_k
+
+Images with several labels each are not predicted but ranked: mean average precision over the classes.
 """
 
 import dataclasses
@@ -14,8 +16,10 @@ import numpy as np
 
 from siglip.array_types import Float, Int
 from siglip.errors import UserError
-from siglip.evaluation.class_files import make_prompts, read_classes, read_templates, shown
-from siglip.evaluation.embed import Embedder, FirstValues
+from siglip.evaluation.class_files import Classes, make_prompts, read_classes, read_templates, shown
+from siglip.evaluation.embed import EmbeddedImages, Embedder, FirstValues
+from siglip.evaluation.labels import are_multi_label, multi_hot, read_label_map, read_subset
+from siglip.evaluation.metrics import accuracies, mean_average_precision
 from siglip.evaluation.ranking import rank_right_candidates
 from siglip.evaluation.results import Result, check_name, dataset_name
 from siglip.trees import did_you_mean
@@ -28,7 +32,7 @@ _SHOWN_CHARS, _MAX_DIGITS = 80, 18
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShot:
-    """Zero-shot classification: acc1, acc5, mean recall per class.
+    """Zero-shot classification: acc1, acc5, mean recall per class; of images with several labels, mean average precision.
 
     Attributes:
         data: shards, as for training: tar files as img2dataset writes them, Parquet, ArrayRecord, TFRecord, lists.
@@ -36,7 +40,10 @@ class ZeroShot:
             names in it. Without one the names are those that the data bring.
         templates: file of prompts with {} for the class name, one per line or a JSON list, or a JSON object with prompts for
             each class name, or "imagenet" for CLIP's 80; without one those that the data bring, or the class name itself.
-        label: field that holds the label.
+        label: field that holds the label; a list of labels, or a zero or one for each class, where images show several.
+        subset: file of the classes that take part, a name, an id or a number on each line: ImageNet-A, -R and -O have 200 of
+            ImageNet's. Images of other classes are left out.
+        label_map: JSON object {label in the data: class}, or ObjectNet's folder of mappings; what it lacks is left out.
         canonical: whether prompts lose punctuation, underscores and capitals; None does what the model's own pipeline does.
         name: name of the data set in the result; without one it is taken from the names of the shards.
         task: the kind of evaluation.
@@ -46,6 +53,8 @@ class ZeroShot:
     classes: str | None = None
     templates: str | None = None
     label: str = "cls"
+    subset: str | None = None
+    label_map: str | None = None
     canonical: bool | None = None
     name: str | None = None
     task: Literal["zeroshot"] = "zeroshot"
@@ -68,8 +77,14 @@ class ZeroShot:
         """
         classes = read_classes(self.classes)
         make_prompts(classes.names, read_templates(self.templates))
+        if self.subset is not None:
+            read_subset(self.subset, classes.numbers(), len(classes.names))
         labels = first_values(self.data, (self.label,))[self.label]
-        if self._number(labels, "the first pair", classes.numbers()) is None:
+        if are_multi_label([labels]):
+            multi_hot([labels], classes.numbers(), len(classes.names), pairs=[f"the first pair of {self.data}"])
+            return
+        outside, (labels,) = self._mapped([labels])
+        if not outside and self._number(labels, "the first pair", classes.numbers()) is None:
             raise UserError(
                 f"the first pair of {self.data} has no field {self.label!r}; name the field of the labels with --label"
             )
@@ -80,29 +95,75 @@ class ZeroShot:
         Raises:
             UserError: a label is not a class, no image has one, or nothing can be decoded.
         """
+        classes, weights, texts = self.class_weights(embedder)
+        images = embedder.embed_shards(self.data, (self.label,))
+        return [Result(self, self.dataset, "", self.score(images, classes, weights, texts))]
+
+    def class_weights(self, embedder: Embedder) -> tuple[Classes, Float[np.ndarray, "k e"], list[tuple[str, ...]]]:
+        """The classes, their vectors, and the prompts of each."""
         classes = read_classes(self.classes)
         canonical = embedder.canonical_prompts if self.canonical is None else self.canonical
         prompts = make_prompts(classes.names, read_templates(self.templates), canonical=canonical)
-        images = embedder.embed_shards(self.data, (self.label,))
+        return classes, class_embeddings(embedder.embed_texts, prompts), [tuple(own) for own in prompts]
+
+    def score(
+        self,
+        images: EmbeddedImages,
+        classes: Classes,
+        weights: Float[np.ndarray, "k e"],
+        texts: Sequence[Hashable],
+    ) -> dict[str, float]:
+        """The metrics of embedded images. texts: classes of equal ones are not tied, which the encoder could not avoid."""
+        values = images.values[self.label]
+        if are_multi_label(values):
+            if self.subset is not None or self.label_map is not None:
+                raise UserError(
+                    f"images of {self.data} have several labels; subset and label_map are for one label each"
+                )
+            pairs = [f"image {key} of {self.data}" for key in images.keys]
+            positive = multi_hot(values, classes.numbers(), len(classes.names), pairs=pairs)
+            return {"mean_average_precision": mean_average_precision(images.zimg, weights, positive)}
+        rows, labels = self.labels_of(images, classes)
+        if self.subset is not None:
+            taken = read_subset(self.subset, classes.numbers(), len(classes.names))
+            inside = np.isin(labels, taken)
+            if not inside.all() and jax.process_index() == 0:
+                logger.warning("%d images of %s are of classes outside %s", (~inside).sum(), self.data, self.subset)
+            rows, labels = rows[inside], np.searchsorted(taken, labels[inside])
+            weights, texts = weights[taken], [texts[number] for number in taken]
+        return classification(images.zimg[rows], weights, labels, texts=texts)
+
+    def labels_of(
+        self, images: EmbeddedImages, classes: Classes
+    ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """(rows of the images that have a label, their classes)."""
         index = classes.numbers()
-        pairs = zip(images.keys, images.values[self.label], strict=True)
-        numbers = [self._number(values, f"image {key}", index) for key, values in pairs]
-        labelled = np.asarray([number is not None for number in numbers])
-        if not labelled.all() and jax.process_index() == 0:
-            example = images.keys[labelled.argmin()]
+        outside, values = self._mapped(images.values[self.label])
+        pairs = enumerate(zip(images.keys, values, strict=True))
+        numbers = [None if n in outside else self._number(own, f"image {key}", index) for n, (key, own) in pairs]
+        unlabelled = [n for n, number in enumerate(numbers) if number is None and n not in outside]
+        if unlabelled and jax.process_index() == 0:
             told = "%d images of %s left out because they have no label %r, such as %s"
-            logger.warning(told, (~labelled).sum(), self.data, self.label, example)
-        labels = np.asarray([number for number in numbers if number is not None], int)
-        if len(labels) and labels.max() >= len(prompts):
-            where = shown(self.classes)
-            raise UserError(
-                f"{where} has {len(prompts)} classes, but {self.data} has labels up to {labels.max()}; a line is missing"
+            logger.warning(told, len(unlabelled), self.data, self.label, images.keys[unlabelled[0]])
+        if outside and jax.process_index() == 0:
+            logger.warning(
+                "%d images of %s left out: %s has no class for them", len(outside), self.data, self.label_map
             )
-        weights = class_embeddings(embedder.embed_texts, prompts)
-        # Classes of one name have the same prompts: a tie between them is none that the encoder could avoid.
-        texts = [tuple(own) for own in prompts]
-        metrics = classification(images.zimg[labelled], weights, labels, texts=texts)
-        return [Result(self, self.dataset, "", metrics)]
+        labels = np.asarray([number for number in numbers if number is not None], int)
+        if len(labels) and labels.max() >= len(classes.names):
+            raise UserError(
+                f"{shown(self.classes)} has {len(classes.names)} classes, but {self.data} has labels up to {labels.max()}; "
+                "a line is missing"
+            )
+        return np.flatnonzero([number is not None for number in numbers]), labels
+
+    def _mapped(self, values: Sequence[Sequence[Any]]) -> tuple[set[int], list[Sequence[Any]]]:
+        """(places of the labels that `label_map` lacks, all labels as it has them)."""
+        if self.label_map is None:
+            return set(), list(values)
+        names = read_label_map(self.label_map)
+        mapped = [[names[str(own[0])]] if own and str(own[0]) in names else own for own in values]
+        return {n for n, own in enumerate(values) if own and str(own[0]) not in names}, mapped
 
     def _number(self, values: Sequence[Any], pair: str, index: Mapping[str, int]) -> int | None:
         """The class of a pair; None if it has no label, or a number that no list of classes reaches."""
@@ -153,11 +214,7 @@ def classification(
     if labels.min() < 0 or labels.max() >= len(classes):
         raise UserError(f"labels reach from {labels.min()} to {labels.max()}, but there are {len(classes)} classes")
     ranks, tied = rank_right_candidates(zimg, classes, labels, np.arange(len(classes)), texts=texts)
-    top1 = ranks == 1
-    metrics = {
-        "acc1": float(np.mean(top1)),
-        "mean_per_class_recall": float(np.mean([np.mean(top1[labels == k]) for k in np.unique(labels)])),
-    }
+    metrics = accuracies(np.where(ranks == 1, labels, -1), labels)
     acc5 = {"acc5": float(np.mean(ranks <= 5))} if len(classes) >= 5 else {}
     return metrics | acc5 | {"tied_fraction": float(np.mean(tied))}
 

@@ -1,0 +1,232 @@
+"""Every task from files to metrics, on generated shapes and a model with random parameters."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from siglip.cli import run
+from siglip.cli.evaluation import embedder_of, first_values
+from siglip.evaluation.attentive_probe import AttentiveProbe
+from siglip.evaluation.embed import Embedder
+from siglip.evaluation.fewshot import FewShot
+from siglip.evaluation.groups import Groups, group_gaps
+from siglip.evaluation.knn import Knn
+from siglip.evaluation.linear_probe import LinearProbe
+from siglip.evaluation.retrieval import Retrieval
+from siglip.evaluation.robustness import Robustness
+from siglip.evaluation.segmentation import Segmentation, confusion_of, segmentation_metrics
+from siglip.evaluation.selection import Selection
+from siglip.evaluation.verification import Verification
+from siglip.evaluation.zeroshot import ZeroShot
+from siglip.formats import big_vision
+from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
+from tests.siglip.jobs import SAMPLE
+from tests.siglip.shapes import CLASSES, write_shapes
+from tests.siglip.tiny import random_params
+
+pytestmark = pytest.mark.unoptimized
+
+SPIECE = str(SAMPLE / "spiece.model")
+MODEL = ModelConfig(
+    image=ImageConfig(variant="mu", patch_size=(8, 8), image_size=(32, 32)),
+    text=TextConfig(variant="mu", vocab_size=4000, length=8),
+    out_dim=(24, 24),
+)
+TRAIN, TEST = 48, 30
+
+
+@pytest.fixture(scope="module")
+def src(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "m.npz"
+    big_vision.write(path, random_params(MODEL), MODEL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def embedder(src) -> Embedder:
+    return embedder_of(src, tokenizer=SPIECE, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory) -> str:
+    return str(write_shapes(tmp_path_factory.mktemp("train") / "train.parquet", count=TRAIN, seed=0))
+
+
+@pytest.fixture(scope="module")
+def test(tmp_path_factory) -> str:
+    return str(write_shapes(tmp_path_factory.mktemp("test") / "shapes.parquet", count=TEST, seed=1))
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("classes") / "classes.txt"
+    path.write_text("\n".join(CLASSES))
+    return str(path)
+
+
+def metrics_of(task, embedder) -> dict[str, float]:
+    task.check(first_values)
+    (result,) = task.run(embedder)
+    assert result.dataset == "shapes" and all(np.isfinite(list(result.metrics.values())))
+    return result.metrics
+
+
+def test_features_by_their_names(embedder, test):
+    found = {
+        feature: embedder.embed_shards(test, feature=feature).zimg
+        for feature in ("embedding", "map", "patch_mean", "head", "tokens")
+    }
+    width, patches = MODEL.image.spec.width, 16
+    assert found["tokens"].shape == (TEST, patches, width) and found["map"].shape == (TEST, width)
+    assert found["head"].shape == found["embedding"].shape == (TEST, 24)
+    np.testing.assert_allclose(found["tokens"].mean(axis=1), found["patch_mean"], atol=1e-5)
+    head = random_params(MODEL)["img"]["head"]
+    np.testing.assert_allclose(found["map"] @ head["kernel"] + head["bias"], found["head"], atol=1e-4)
+    norm = np.linalg.norm(found["head"], axis=1, keepdims=True)
+    np.testing.assert_allclose(found["head"] / norm, found["embedding"], atol=1e-6)
+
+
+def test_probes_read_colours_off_random_features(embedder, train, test):
+    knn = metrics_of(Knn(test, train, k=3, feature="patch_mean"), embedder)
+    assert set(knn) == {"knn_acc1_patch_mean", "knn_mean_per_class_recall_patch_mean"}
+    assert knn["knn_acc1_patch_mean"] > 0.4  # chance 1/6, the colour alone 1/2
+    names = metrics_of(Knn(test, train, label="name", k=3, feature="patch_mean"), embedder)
+    assert names == pytest.approx(knn)
+    fewshot = metrics_of(FewShot(test, train, shots=(1, 5), seeds=(0, 1), feature="patch_mean"), embedder)
+    assert set(fewshot) == {f"fewshot_acc1_patch_mean_{s}shot{e}" for s in (1, 5) for e in ("", "_seed0", "_seed1")}
+    assert fewshot["fewshot_acc1_patch_mean_5shot"] > 0.4
+
+
+def test_a_linear_and_an_attentive_probe(embedder, train, test):
+    linear = metrics_of(LinearProbe(test, train, c=(0.01, 1.0), feature="patch_mean"), embedder)
+    assert linear["lp_acc1_patch_mean"] > 0.45 and linear["lp_acc5_patch_mean"] > linear["lp_acc1_patch_mean"]
+    assert linear["c"] in (0.01, 1.0)
+    # One value is not chosen; features of length one are another protocol.
+    task = LinearProbe(test, train, c=(1.0,), feature="patch_mean", l2_normalise=True)
+    assert metrics_of(task, embedder)["lp_acc1_patch_mean"] > 0.4
+    attentive = metrics_of(AttentiveProbe(test, train, heads=4, epochs=30, images_per_step=16, learning_rate=0.01), embedder)
+    assert set(attentive) == {"ap_acc1_tokens", "ap_mean_per_class_recall_tokens"} and attentive["ap_acc1_tokens"] > 0.4
+
+
+def test_pixels_of_coloured_shapes_are_told_apart(embedder, train, test):
+    found = metrics_of(Segmentation(test, train, steps=120, learning_rate=0.03), embedder)
+    # All background is 1/4 of the classes at the share of the background, about .75.
+    assert found["mean_iou_tokens"] > 0.35 and found["pixel_acc_tokens"] > 0.8
+
+
+def test_intersection_over_union_by_hand():
+    mask = np.array([[[0, 0], [1, 255]]], np.uint8)
+    predicted = np.array([[[0, 1], [1, 1]]], np.uint8)
+    confusion = confusion_of(predicted, mask, classes=3)
+    assert confusion.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
+    # Class 0: one hit of two; class 1: one of two; class 2 is nowhere.
+    assert segmentation_metrics(confusion) == {"mean_iou_tokens": 0.5, "pixel_acc_tokens": pytest.approx(2 / 3)}
+    with pytest.raises(ValueError, match="class 4, but those of training end at 2"):
+        confusion_of(predicted, np.full_like(mask, 4), classes=3)
+
+
+def test_corrupted_images_and_groups(embedder, test, classes):
+    task = Robustness(test, classes, corruptions=("gaussian_noise", "jpeg_compression"), severities=(1, 5))
+    found = metrics_of(task, embedder)
+    assert found == metrics_of(task, embedder)  # noise is drawn from the keys
+    mean = (found["acc1_gaussian_noise"] + found["acc1_jpeg_compression"]) / 2
+    assert found["acc1_corrupted"] == pytest.approx(mean)
+    assert found["acc1_clean"] == metrics_of(ZeroShot(test, classes), embedder)["acc1"]
+    found = metrics_of(Groups(test, "place", classes, min_images=5), embedder)
+    assert {"n_north", "n_south", "n_west"} <= set(found) and found["n_north"] + found["n_south"] + found[
+        "n_west"
+    ] == 30
+    found = metrics_of(Groups(test, "place", classes, min_images=5, left_out=("west",)), embedder)
+    assert "n_west" not in found
+
+
+def test_gaps_between_groups_by_hand():
+    predicted, labels = np.array([0, 0, 1, 1, 1, 1, 0]), np.array([0, 1, 1, 0, 1, 1, 1])
+    found = group_gaps(predicted, labels, ["a"] * 4 + ["b"] * 2 + ["c"], min_images=2)
+    assert found["acc1_a"] == 0.5 and found["acc1_b"] == 1 and found["n_c"] == 1
+    assert found["acc1_worst_group"] == 0.5 and found["acc1_gap"] == 0.5  # c is too small to be the worst
+    assert found["acc1_gap_se"] == pytest.approx(np.sqrt(0.25 / 4)) and found["demographic_parity_gap"] == 0.5
+    with pytest.raises(ValueError, match="1 groups have 3 images or more"):
+        group_gaps(predicted, labels, ["a"] * 4 + ["b"] * 2 + ["c"], min_images=3)
+
+
+def test_several_labels_are_ranked_and_subsets_and_maps_take_part(embedder, test, classes, tmp_path, caplog):
+    found = metrics_of(ZeroShot(test, classes, label="colours"), embedder)
+    assert set(found) == {"mean_average_precision"} and 0.2 < found["mean_average_precision"] < 1
+    subset = tmp_path / "subset.txt"
+    subset.write_text("red square\n2\n")
+    found = metrics_of(ZeroShot(test, classes, subset=str(subset)), embedder)
+    assert set(found) == {"acc1", "mean_per_class_recall", "tied_fraction"}  # two classes: no acc5
+    assert f"20 images of {test} are of classes outside" in caplog.text
+    of_two = tmp_path / "two.txt"
+    of_two.write_text("red square\ngreen square\n")
+    mapping = tmp_path / "map.json"
+    mapping.write_text(json.dumps({"0": "red square", "2": 1}))
+    assert metrics_of(ZeroShot(test, str(of_two), label_map=str(mapping)), embedder) == found
+    assert "has no class for them" in caplog.text
+
+
+def test_captions_are_selected_and_pairs_verified(embedder, test):
+    found = metrics_of(Selection(test), embedder)
+    assert set(found) == {"text_acc", "tied_fraction"} and 0 < found["text_acc"] < 1
+    pairs = metrics_of(Selection(test, captions=("txt",), instance="pair"), embedder)
+    assert set(pairs) == {"text_acc", "image_acc", "acc", "tied_fraction"}
+    assert pairs["acc"] <= min(pairs["text_acc"], pairs["image_acc"])
+    found = metrics_of(Verification(test, priors=(0.5, 0.1), train_batch_size=256, negatives=3), embedder)
+    assert 0 < found["roc_auc"] < 1 and found["average_precision@0.1"] < found["average_precision@0.5"]
+    assert {"ece@0.1", "ece_shifted@0.1", "ece_shifted_se@0.5", "observed_over_expected@0.5"} <= set(found)
+    assert 0 < metrics_of(Verification(test, match="match"), embedder)["roc_auc"] < 1
+
+
+def test_the_first_caption_alone(embedder, test):
+    several = metrics_of(Retrieval(test), embedder)
+    first = metrics_of(Retrieval(test, first_caption=True), embedder)
+    assert set(several) == set(first)
+
+
+def one_line(args: list[str], capsys) -> str:
+    capsys.readouterr()
+    assert run(args) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--task knn --train {train} --label size", "has no field 'size'"),
+        ("--task knn --train {train} --k 0", "k=0 must be at least 1"),
+        ("--task knn --train {train} --feature tokens", "is not one vector per image"),
+        ("--task knn --train {train} --label colours", "several labels in 'colours'"),
+        ("--task fewshot --train {train} --shots 0", "shots=(0,)"),
+        ("--task fewshot --train {train} --label txt", "has the label 'a "),
+        ("--task linear_probe --train {train} --c 0", "c=(0.0,)"),
+        ("--task attentive_probe --train {train}", "heads=12 does not divide the width 32; use 8"),
+        ("--task segmentation --train {train} --mask txt", "no image that can be used"),
+        ("--task segmentation --train {train} --ignore 0 1 2 255", "hold 1 classes"),
+        ("--task robustness --classes {classes} --severities 6", "severities=(6,)"),
+        ("--task robustness --classes {classes} --label colours", "robustness takes one label"),
+        ("--task groups --classes {classes} --group region", "has no field 'region'"),
+        ("--task groups --classes {classes} --group number", "0 groups have 10 images or more"),
+        ("--task selection --captions txt", "name the right caption's field and those of wrong ones"),
+        ("--task selection --captions txt wrong", "no field 'wrong'"),
+        ("--task selection --captions txt --instance number", "no instance of {test} is whole"),
+        ("--task verification --priors 1.5", "priors=(1.5,) must be shares"),
+        ("--task verification --match cls", "cls=2; it must be 0 or 1"),
+        ("--task zeroshot --classes {classes} --label mask", "neither a number nor a name"),
+        (
+            "--task zeroshot --classes {classes} --subset {classes} --label colours",
+            "subset and label_map are for one label",
+        ),
+        ("--task zeroshot --classes {classes} --subset none.txt", "none.txt"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(src, train, test, classes, tmp_path, capsys, flags, told):
+    if "--label txt" in flags:  # a class that no training image has
+        train = str(write_shapes(tmp_path / "few.parquet", count=2, seed=0))
+    paths = {"train": train, "test": test, "classes": classes}
+    line = one_line(["eval", str(src), "--data", test, "--tokenizer", SPIECE, *flags.format(**paths).split()], capsys)
+    assert told.format(**paths) in line
