@@ -140,6 +140,8 @@ def _launched(program: Program, name: str, runs: int) -> Iterator[tuple[int, Ins
 def _kernel(program: Program, runs: int, i: Instruction) -> Kernel:
     inside = program.computations[i.called[0]] if i.opcode == "fusion" else []
     operands = [program.shapes[name] for name in i.operands]
+    # What only starts has its operands among its results.
+    given = 0 if i.opcode.endswith("-start") and i.opcode != "all-reduce-start" else sum(map(_hbm_bytes, operands))
     written, opcodes = _hbm_bytes(i.shape), {j.opcode for j in inside or [i]}
     return Kernel(
         name=i.name,
@@ -148,7 +150,7 @@ def _kernel(program: Program, runs: int, i: Instruction) -> Kernel:
         shape=i.shape,
         runs=runs,
         flops=program.matmul_flops(i) + sum(program.matmul_flops(j) for j in inside),
-        bytes=_fusion_bytes(program, inside) if inside else sum(map(_hbm_bytes, operands)) + written - _workspace(i),
+        bytes=_fusion_bytes(program, inside) if inside else given + written - _workspace(i),
         has_float32_operands=any(shape.startswith("f32[") for shape in operands[:2]),
         fills=written >= _FILL_MIN_BYTES and opcodes <= _FILLERS and "broadcast" in opcodes,
     )
