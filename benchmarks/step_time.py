@@ -35,43 +35,25 @@ import statistics
 import subprocess
 import sys
 import time
-from importlib import machinery, util
-from typing import Any
-from unittest import mock
 
-TORCHVISION = [f"torchvision{name}" for name in ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional")]
+import sides
+
 ROW = "{:40}{:>9}{:>9}{:>8}{:>8}{:>7}{:>10}{:>7}{:>7}{:>11}"
-BATCHES, SETTLE_STEPS, PAUSE_S = 4, 3, 1.0
+SETTLE_STEPS, PAUSE_S = 3, 1.0
 OPEN_CLIP = {"compiled": "open_clip, torch.compile", "eager": "open_clip, eager"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What one side trains."""
-
-    model: Any
-    optim: Any
-    loss: Any
-    batch_size: int
-
-
-def make_case(args, options):
+def case_of(args, options):
     """The recipe's model and batch, or the variant's, with the row's options."""
-    from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
-    from siglip.training.objective import LossConfig
-    from siglip.training.optim import OptimConfig
-
     if args.config:
         from siglip.training.config import load_config_file
 
         config = load_config_file(args.config)
-        case = Case(config.model, config.optim, config.loss, args.batch_size or config.batch_size)
+        case = sides.Case(config.model, config.optim, config.loss, args.batch_size or config.batch_size)
     else:
         tower = {"scan": not args.loop, "dtype": args.dtype}
-        image = ImageConfig(args.variant, image_size=(args.image_size,) * 2, **tower)
-        text = TextConfig(args.variant.split("/")[0], length=args.text_length, **tower)
-        model = ModelConfig(image, text, (None, image.spec.width))
-        case = Case(model, OptimConfig(), LossConfig(), args.batch_size or 256)
+        sizes = {"image_size": args.image_size, "text_length": args.text_length, "batch_size": args.batch_size or 256}
+        case = sides.make_case(args.variant, **sizes, **tower)
     tower = {name: options[name] for name in ("remat", "attention") if options.get(name)}
     image, text = (dataclasses.replace(t, **tower) for t in (case.model.image, case.model.text))
     loss = {"kind": "softmax"} if options.get("loss") == "softmax" else {"impl": options.get("loss") or case.loss.impl}
@@ -80,142 +62,18 @@ def make_case(args, options):
     return dataclasses.replace(case, model=dataclasses.replace(case.model, image=image, text=text), loss=loss)
 
 
-def ours(case, args):
-    """(facts, run): `run(n)` takes n steps and waits for them."""
-    import jax
-    import numpy as np
-
-    from siglip.models.two_tower import param_shapes
-    from siglip.parallel import sharding
-    from siglip.training import flops, optim
-    from siglip.training.objective import make_objective
-    from siglip.training.step import init_state, make_abstract_state, make_train_step
-
-    model, ema, shapes = case.model, case.optim.ema, param_shapes(case.model)
-    mesh_config = sharding.MeshConfig(fsdp=args.fsdp)
-    mesh = sharding.make_mesh(mesh_config)
-    optimizer = optim.make_optimizer(case.optim, shapes, total_steps=10**6)
-    schedule, frozen = optim.make_schedule(case.optim, 10**6), optim.frozen_mask(case.optim, shapes)
-    jax.set_mesh(mesh)
-    abstract_state = make_abstract_state(model, optimizer, mesh=mesh, mesh_config=mesh_config, ema=ema > 0)
-    objective = make_objective(model, case.loss, layout=sharding.ParamLayout.of(abstract_state.params))
-    options = {"abstract_state": abstract_state, "micro_batch_size": case.loss.micro_batch_size, "ema": ema}
-    step = make_train_step(objective, optimizer, schedule, frozen=frozen, **options)
-    state = init_state(model, optimizer, abstract_state=abstract_state, seed=0)
-    rng, size = np.random.default_rng(0), (BATCHES, case.batch_size)
-    images = rng.integers(0, 256, (*size, *model.image.image_size, 3), np.uint8)
-    texts = rng.integers(0, model.text.vocab_size, (*size, model.text.length), np.int32)
-    batches = [sharding.put_batch({"image": i, "text": t}, mesh) for i, t in zip(images, texts, strict=True)]
-    start = time.perf_counter()
-    program = step.lower(state, batches[0]).compile()
-    facts, memory = {"compile_s": time.perf_counter() - start}, program.memory_analysis()
-    facts["memory_bytes"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-
-    def run(steps):
-        nonlocal state
-        for i in range(steps):
-            state, _ = program(state, batches[i % BATCHES])
-        jax.block_until_ready(state)
-
-    device = mesh.devices.flat[0]
-    if mesh.size > 1 and args.open_clip:
-        raise ValueError(
-            f"open_clip runs on one device, this process sees {mesh.size}; show it one, or leave out --open-clip"
-        )
-    peak = flops.peak_flops(device.device_kind)
-    facts |= {"version": f"jax {jax.__version__}", "device": f"{mesh.size} x {device.device_kind}"}
-    facts |= {"peak_flops": peak and peak * mesh.size, "parameters": sum(x.size for x in jax.tree.leaves(shapes))}
-    return facts | {"flops": flops.train_flops_per_pair(model, batch_size=case.batch_size)}, run
-
-
-def theirs(case, compiled):
-    """The same of open_clip at the same numbers."""
-    import torch
-
-    absent = () if util.find_spec("torchvision") else TORCHVISION
-    for name in absent:  # open_clip imports it for its data transforms only: names that do nothing stand in
-        sys.modules[name] = mock.MagicMock(__spec__=machinery.ModuleSpec(name, None))
-    import open_clip
-
-    [sys.modules.pop(name) for name in absent]
-    torch.manual_seed(0)
-    image, text, optim, spec = case.model.image, case.model.text, case.optim, case.model.image.spec
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    patches, kept = image.grid[0] * image.grid[1], image.kept_patches
-    common = {"norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"}}
-    vision = open_clip.CLIPVisionCfg(
-        layers=spec.depth, width=spec.width, head_width=spec.width // spec.num_heads, patch_size=image.patch,
-        mlp_ratio=spec.mlp_dim / spec.width, image_size=image.image_size, no_ln_pre=True,
-        patch_dropout=1 - (kept + 0.5) / patches if kept < patches else 0.0, **common,  # it keeps int(n (1 - rate))
-    )  # fmt: skip
-    words = open_clip.CLIPTextCfg(
-        context_length=text.length, vocab_size=text.vocab_size, width=text.spec.width, heads=text.spec.num_heads,
-        layers=text.spec.depth, mlp_ratio=text.spec.mlp_dim / text.spec.width, no_causal_mask=True, pool_type="last",
-        proj_bias=True, proj_type="linear" if case.model.out_dim[1] else "none", **common,
-    )  # fmt: skip
-    model = open_clip.CustomTextCLIP(case.model.embedding_dims[0], vision, words, init_logit_bias=-10.0)
-    # Its option for this pool makes it as wide as the embedding; ours is as wide as the tower.
-    model.visual.attn_pool = open_clip.transformer.AttentionalPooler(spec.width, spec.width, spec.num_heads, 1)
-    model.visual.attn_pool_contrastive = None
-    model.to(device)
-    betas, decay = (optim.b1, optim.b2), optim.weight_decay / optim.lr  # torch multiplies it by lr, we do not
-    optimizer = torch.optim.AdamW(model.parameters(), optim.lr, betas, weight_decay=decay, fused=True)
-    forward = torch.compile(lambda *pair: open_clip.loss.SigLipLoss()(*model(*pair)), disable=not compiled)
-    images = (torch.rand(BATCHES, case.batch_size, 3, *image.image_size) * 2 - 1).to(device)
-    texts = torch.randint(text.vocab_size, (BATCHES, case.batch_size, text.length)).to(device)
-    low = torch.autocast(device, torch.bfloat16, enabled=image.dtype == "bfloat16")
-    torch.set_float32_matmul_precision("highest" if image.dtype == "float32" else "high")
-
-    def run(steps):
-        for i in range(steps):
-            with low:
-                loss = forward(images[i % BATCHES], texts[i % BATCHES])
-            loss.backward()
-            if optim.clip_norm:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
-            facts["memory_bytes"] = torch.cuda.max_memory_allocated()
-
-    from siglip.training import flops
-
-    facts = {"version": f"torch {torch.__version__}, open_clip {open_clip.__version__}", "memory_bytes": None}
-    facts |= {"flops": flops_of_theirs(case)}
-    facts["device"] = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    facts |= {"peak_flops": flops.peak_flops(facts["device"]), "parameters": sum(p.numel() for p in model.parameters())}
-    start = time.perf_counter()
-    run(1)
-    facts["compile_s"] = time.perf_counter() - start
-    return facts, run
-
-
-def flops_of_theirs(case):
-    """Our count of a step's FLOPs per pair, corrected by what their model has in other sizes."""
-    from siglip.training import flops
-
-    spec, tokens = case.model.image.spec, case.model.image.kept_patches
-    width, out_dim = spec.width, case.model.out_dim[0] or 0
-    # A class token that is never dropped attends as well.
-    extra = spec.depth * 4 * width * (2 * width + 2 * tokens + 1 + spec.mlp_dim) + 4 * width**2
-    # The pool has no MLP; the image head is always there.
-    extra += 2 * width * (case.model.embedding_dims[0] - out_dim) - 4 * width * spec.mlp_dim
-    return flops.train_flops_per_pair(case.model, batch_size=case.batch_size) + 3 * extra
-
-
 def work(args, parser):
     """A worker: facts as JSON on stdout, then [seconds, cores, memory] of every number of steps that comes on stdin."""
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever libraries print
     side, options = json.loads(args.worker)
-    case = make_case(args, options)
+    case = case_of(args, options)
     image, text = case.model.image, case.model.text
     kinds = (image.pool, text.pool == "map", image.dtype == text.dtype, case.loss.kind, case.optim.name)
     if side != "ours" and kinds != ("map", False, True, "sigmoid", "adamw"):
         parser.exit(2, "open_clip has no match; use pools map and last or mean, one dtype, the sigmoid loss, adamw\n")
     try:
-        facts, run = ours(case, args) if side == "ours" else theirs(case, side == "compiled")
+        facts, run = sides.ours(case, fsdp=args.fsdp) if side == "ours" else sides.theirs(case, side == "compiled")
     except ImportError as error:
         parser.exit(2, f"{side}: {error}; the first lines of {__file__} say what to install\n")
     print(json.dumps(facts | {"batch_size": case.batch_size}), file=channel)
@@ -334,12 +192,12 @@ def main():
         return work(args, parser)
     grid = itertools.product(args.loss, args.remat, args.attention, args.micro_batch_size)
     names = ("loss", "remat", "attention", "micro_batch_size")
-    sides = [(side, {}) for side in args.open_clip] + [
+    wanted = [(side, {}) for side in args.open_clip] + [
         ("ours", dict(zip(names, values, strict=True))) for values in grid
     ]
     load, rows = os.getloadavg(), []
     workers = []
-    for side, options in sides:
+    for side, options in wanted:
         worker = Worker(side, options)
         workers.append(worker)
         if worker.facts and not worker.facts["device"].startswith(("cpu", "1 x cpu")):
