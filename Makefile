@@ -11,7 +11,7 @@ STEPS ?=
 # there are cores, since some tests wait. Compiled programs stay in .pytest_cache/xla.
 JOBS ?= $(shell expr `getconf _NPROCESSORS_ONLN` + 1)
 PARALLEL ?= -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 10
-# What compares numbers that floating point rounds.
+# What compares numbers that floating point rounds: with XLA's optimizations. All else compiles faster without (tests/conftest.py).
 NUMERICS := $(addprefix tests/siglip/, models training/test_accumulation.py training/test_optim.py parallel/test_sharding.py \
     test_losses.py formats/test_big_vision.py evaluation)
 # The instruction sets of this processor that XLA knows by name; none where there is no /proc/cpuinfo.
@@ -41,13 +41,14 @@ quickstart: $(VENV)/.installed
 	@echo "encoder: $(RUN)/encoder"
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m 'not slow' -rs $(PARALLEL)
+	OPTIMIZED=1 $(BIN)/python -m pytest -m 'not slow' -rs $(PARALLEL) $(NUMERICS)
+	$(BIN)/python -m pytest -m 'not slow' -rs $(PARALLEL) $(addprefix --ignore=,$(NUMERICS))
 
 # Every instruction set adds numbers in an order of its own: tests of numbers must hold for each.
 isa: $(VENV)/.installed
 	for isa in $(ISA); do \
 	    echo "--xla_cpu_max_isa=$$isa"; \
-	    XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_max_isa=$$isa" \
+	    OPTIMIZED=1 XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_max_isa=$$isa" \
 	        $(BIN)/python -m pytest -m 'not interop and not slow' -rs $(PARALLEL) $(NUMERICS) || exit 1; \
 	done
 
@@ -59,7 +60,7 @@ slow: $(VENV)/.installed
 
 # What needs torch and transformers, exports read back by their users; and libtpu, programs compiled for a pod.
 interop: $(VENV)/.interop
-	$(BIN)/python -m pytest -m interop -rs $(PARALLEL)
+	OPTIMIZED=1 $(BIN)/python -m pytest -m interop -rs $(PARALLEL)
 
 # The same exports in transformers 5, beside the version 4 of .venv.
 interop5: $(VENV)/.interop

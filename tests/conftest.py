@@ -11,6 +11,11 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 # finds it done. XLA's flags are part of a program's key.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# A program that runs once need not be fast: without optimizations it compiles in a third of the time. What compares numbers must
+# hold for the programs that users have: `make test` runs those files with OPTIMIZED=1.
+if os.environ.get("OPTIMIZED") != "1":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import pytest
@@ -42,18 +47,6 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         left_bytes -= path.stat().st_size
         if left_bytes < 0:
             path.unlink()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def optimized(request: pytest.FixtureRequest):
-    """Files with `pytestmark = pytest.mark.unoptimized` are not about numbers: their programs compile several times as fast."""
-    off = request.node.get_closest_marker("unoptimized") is not None
-    patch = pytest.MonkeyPatch()
-    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(off)))  # for processes that tests start
-    jax.config.update("jax_disable_most_optimizations", off)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    patch.undo()
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from siglip.parallel import sharding
 from tests.siglip.tiny import random_params, square_model
 
 # Training the two stages takes longer than a fast test may.
-pytestmark = [pytest.mark.slow, pytest.mark.unoptimized]
+pytestmark = [pytest.mark.slow]
 
 SHARDS = f"{data.SAMPLE}/emoji-train-00000.tar"
 BATCH = 16

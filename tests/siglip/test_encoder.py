@@ -22,8 +22,6 @@ from tests.data_pipelines.shards import SPIECE
 from tests.siglip.rounding import towers_apart
 from tests.siglip.tiny import random_inputs, random_params, square_model
 
-pytestmark = pytest.mark.unoptimized
-
 
 @pytest.fixture(scope="module")
 def model() -> Encoder:

@@ -20,8 +20,6 @@ from tests.siglip import numpy_model
 from tests.siglip.rounding import towers_apart
 from tests.siglip.tiny import random_inputs, random_params, square_model
 
-pytestmark = pytest.mark.unoptimized
-
 
 @pytest.fixture
 def source(tmp_path):

@@ -5,10 +5,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-import pytest
-
-pytestmark = pytest.mark.unoptimized
-
 ROOT = Path(__file__).parents[2]
 
 BLOCK = """

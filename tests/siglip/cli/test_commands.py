@@ -27,8 +27,6 @@ from siglip.workdir.checkpoint import read_run_params
 from siglip.workdir.metrics import read_metrics
 from tests.siglip.tiny_run import use_devices
 
-pytestmark = pytest.mark.unoptimized
-
 ROOT = Path(__file__).parents[3]
 SAMPLE = ROOT / "data_pipelines" / "sample"
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

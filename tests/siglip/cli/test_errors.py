@@ -20,8 +20,6 @@ from siglip.training.warm_start import InitConfig
 from tests.siglip.cli.test_commands import fails, recipe, shard  # noqa: F401
 from tests.siglip.tiny_run import tiny_config, use_devices
 
-pytestmark = pytest.mark.unoptimized
-
 
 def mismatched(zimg, ztxt, positive_row, temperature, bias):
     return zimg + jnp.zeros(3)

@@ -31,8 +31,6 @@ from tests.siglip.rounding import rounding, towers_apart
 from tests.siglip.tiny import random_params
 from tests.siglip.tiny_run import use_devices
 
-pytestmark = pytest.mark.unoptimized
-
 SAMPLE = Path(__file__).parents[3] / "data_pipelines" / "sample"
 MODEL = ModelConfig(
     ImageConfig(variant="mu", patch_size=(8, 8), image_size=(16, 16)),

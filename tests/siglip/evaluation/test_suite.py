@@ -41,8 +41,6 @@ from tests.siglip.jobs import ROOT, SAMPLE, free_port
 from tests.siglip.tiny import random_params
 from tests.siglip.tiny_run import tiny_config
 
-pytestmark = pytest.mark.unoptimized
-
 SPIECE = str(SAMPLE / "spiece.model")
 MODEL = ModelConfig(
     image=ImageConfig(variant="mu", patch_size=(8, 8), image_size=(16, 16)),

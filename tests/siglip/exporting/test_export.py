@@ -33,8 +33,6 @@ from tests.siglip.rounding import towers_apart
 from tests.siglip.tiny import random_inputs, random_params, square_model
 from tests.siglip.tiny_run import TinyBatches, tiny_config, use_devices
 
-pytestmark = pytest.mark.unoptimized
-
 SAMPLE = Path(__file__).parents[3] / "data_pipelines" / "sample"
 HAS_TRANSFORMERS = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 

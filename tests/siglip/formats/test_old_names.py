@@ -9,8 +9,6 @@ from siglip.trees import flatten
 from tests.siglip.formats.test_big_vision import same
 from tests.siglip.tiny import ODD_TEXT, random_params, square_model
 
-pytestmark = pytest.mark.unoptimized
-
 CLASS_TOKEN = square_model(image={"pool": "tok"})
 
 

@@ -17,8 +17,6 @@ from tests.siglip import numpy_model
 from tests.siglip.rounding import towers_apart
 from tests.siglip.tiny import ODD_IMAGE, ODD_TEXT, random_inputs, random_params, square_model
 
-pytestmark = pytest.mark.unoptimized
-
 ODD = ModelConfig(
     ImageConfig(**ODD_IMAGE, image_size=(20, 34), scan=True, pool="tok"), TextConfig(**ODD_TEXT, pool="map"), (21, 21)
 )

@@ -8,8 +8,6 @@ import pytest
 from siglip.workdir.checkpoint import read_run_params
 from tests.siglip.jobs import LOSS_RTOL, STEPS, Jobs, losses
 
-pytestmark = pytest.mark.unoptimized
-
 LAYOUTS = {
     "one host, replicated": (dict(processes=1, devices=8), ("--data.threads", "2")),
     "two hosts, sharded": (

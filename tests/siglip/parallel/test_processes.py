@@ -17,8 +17,6 @@ from siglip.workdir.checkpoint import read_run_params
 from siglip.workdir.metrics import read_metrics
 from tests.siglip.jobs import ANY, GONE_S, LOSS_RTOL, STEPS, Jobs, free_port, losses, params
 
-pytestmark = pytest.mark.unoptimized
-
 # Where a gradient is almost zero, Adam makes a step of some size of its rounding. For the keys' bias, which softmax cancels,
 # rounding is all there is: it is left out.
 PARAM_ATOL = 1e-5

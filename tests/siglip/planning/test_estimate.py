@@ -16,8 +16,6 @@ from siglip.training import flops
 from siglip.training.loop import make_program
 from tests.siglip.planning.plans import make_config, tiny
 
-pytestmark = pytest.mark.unoptimized
-
 B16 = make_config("B/16", "B", batch_size=4096)
 
 

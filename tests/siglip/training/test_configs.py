@@ -17,8 +17,6 @@ from siglip.workdir.checkpoint import read_run_params
 from siglip.workdir.files import CONFIG_FILE
 from siglip.workdir.metrics import LogConfig, read_metrics
 
-pytestmark = pytest.mark.unoptimized
-
 CONFIGS = Path(__file__).parents[3] / "configs"
 
 

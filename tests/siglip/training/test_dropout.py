@@ -10,8 +10,6 @@ import pytest
 
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, init_params, make_model
 
-pytestmark = pytest.mark.unoptimized
-
 IMAGE = ImageConfig(variant="mu", patch_size=(4, 4), image_size=(16, 16))
 TEXT = TextConfig(variant="mu", vocab_size=20, length=5)
 

@@ -30,8 +30,6 @@ from siglip.workdir.checkpoint import CheckpointConfig, read_run_params
 from siglip.workdir.metrics import read_metrics
 from tests.siglip.tiny_run import MODEL, TinyBatches, tiny_config, use_devices
 
-pytestmark = pytest.mark.unoptimized
-
 
 class ColourHead(nn.Module):
     """[b, n, d] -> [b, 3]: a transformer block, the mean and a linear map."""

@@ -19,8 +19,6 @@ from siglip.workdir.checkpoint import read_run_params
 from siglip.workdir.metrics import LogConfig, read_metrics
 from tests.siglip.tiny_run import StopsAt, TinyBatches, assert_bit_equal, tiny_config, use_devices
 
-pytestmark = pytest.mark.unoptimized
-
 FSDP = MeshConfig(fsdp=4, fsdp_min_size_bytes=1024)
 OPTIM = {"lr": 1e-2, "warmup_steps": 3}
 

@@ -26,8 +26,6 @@ from tests.siglip.rounding import towers_apart
 from tests.siglip.tiny import random_inputs, random_params, square_model
 from tests.siglip.tiny_run import MODEL, TinyBatches, tiny_config, use_devices
 
-pytestmark = pytest.mark.unoptimized
-
 TOKENIZER = b"the pieces"
 NEW_TEXT = TextConfig(variant="mu", vocab_size=50, length=6, depth=2)
 
