@@ -23,6 +23,7 @@ HELP = """usage: siglip COMMAND …
 
   train   CONFIG [--workdir DIR] [--total-steps N] [--batch-size N] …     pretrain; any config field is a flag
   eval    SRC --task TASK --data SHARDS [--out FILE.json]                 evaluate zero-shot
+          SRC --suite FILE.yaml --out DIR                                 … on many data sets
   export  SRC --format hf|bigvision|… --out DIR …                         hand the encoder over, verified
   embed   SRC --data SHARDS --out FILE.npz|FILE.parquet                   embed images
   report  WORKDIR                                                         report.html: curves, tables, images found
