@@ -27,7 +27,7 @@ HELP = """usage: siglip COMMAND …
   export  SRC --format hf|bigvision|… --out DIR …                         hand the encoder over, verified
   embed   SRC --data SHARDS --out FILE.npz|FILE.parquet                   embed images
   report  WORKDIR                                                         report.html: curves, tables, images found
-  data    index | tokenizer | stats SHARDS… | curate SHARDS… --out DIR    prepare data
+  data    index | pack | tokenizer | stats | curate SHARDS…               prepare data
 
 SRC is a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
 `siglip COMMAND --help` explains a command, `siglip train CONFIG --help` lists every config field.

@@ -1,4 +1,4 @@
-"""`siglip data index|tokenizer|curate|stats`: preparing data without training."""
+"""`siglip data index|pack|tokenizer|curate|stats`: preparing data without training."""
 
 import collections
 import dataclasses
@@ -20,6 +20,7 @@ from siglip.trees import did_you_mean
 logger = logging.getLogger(__name__)
 
 USAGE = """usage: siglip data index SHARDS…
+       siglip data pack FOLDER|FILE.json|FILE.csv|SHARDS… --out DIR [--captions FIELD] [--label FIELD] [--image-column NAME]
        siglip data tokenizer SHARDS… --out FILE [--vocab-size N] [--captions FIELD …] [--repeat FIELD N …]
        siglip data curate SHARDS… --out DIR [--against SHARDS…] [--preset NAME] [--model SRC] [--materialize tar|arrayrecord] …
        siglip data stats DIR|SHARDS… [--captions FIELD …]
@@ -69,12 +70,14 @@ def data_command(args: list[str]) -> None:
         call = index_command
     elif args[0] == "tokenizer":
         call = tokenizer_command
+    elif args[0] == "pack":
+        from siglip.cli.packing import pack_command as call
     elif args[0] == "curate":
         from siglip.cli.curating import curate_command as call
     elif args[0] == "stats":
         from siglip.cli.curating import stats_command as call
     else:
-        commands = ["index", "tokenizer", "curate", "stats"]
+        commands = ["index", "pack", "tokenizer", "curate", "stats"]
         hint = did_you_mean(args[0], commands) or f"; there are {', '.join(commands)}"
         raise UserError(f"unknown command 'data {args[0]}'{hint}")
     call(args[1:])
