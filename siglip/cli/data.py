@@ -10,7 +10,7 @@ import tyro
 
 from data_pipelines.records import Pair, Source
 from data_pipelines.sources.blocks import InOrder
-from data_pipelines.sources.opening import open_source
+from data_pipelines.sources.opening import check_columns, open_source
 from data_pipelines.text_ops import ALL_FIELDS, iter_captions
 from data_pipelines.tokenizers import SentencePieceTokenizer, train_tokenizer
 from siglip.cli.arguments import parse
@@ -47,6 +47,7 @@ class TokenizerArgs:
         out: the model file to write, for instance spiece.model.
         vocab_size: pieces in all.
         captions: fields to take the texts from.
+        image_column: the column that holds the image, or its path; without it the usual names are looked for.
         repeat: FIELD N pairs: texts of that field count N times, so that a language among many gets pieces of its own.
         max_texts: of more texts than this, so many are drawn.
         threads: more are faster; the same number gives the same file.
@@ -56,6 +57,7 @@ class TokenizerArgs:
     out: str
     vocab_size: int = 4000
     captions: tuple[str, ...] = ALL_FIELDS
+    image_column: str | None = None
     repeat: tuple[tuple[str, int], ...] = ()
     max_texts: int = 2_000_000
     threads: int = 1
@@ -97,7 +99,10 @@ def tokenizer_command(args: list[str]) -> None:
     if min(options.max_texts, options.threads, options.vocab_size) < 1 or not options.captions:
         raise UserError("--max-texts, --threads and --vocab-size must be at least 1, and --captions must name a field")
     names = (*options.captions, *(name for name, _ in options.repeat))
-    source = _open(options.shards, fields={name.partition(".")[0] for name in names}, required=False)
+    check_columns(options.shards, image=options.image_column, fields=() if options.captions == ALL_FIELDS else names)
+    source = _open(
+        options.shards, image=options.image_column, fields={name.partition(".")[0] for name in names}, required=False
+    )
     counts: collections.Counter[str] = collections.Counter()
     texts = iter_captions(_readable(source, counts), fields=options.captions, repeat=dict(options.repeat))
     sizes = {"vocab_size": options.vocab_size, "max_texts": options.max_texts, "threads": options.threads}
