@@ -178,7 +178,7 @@ def test_mistakes_in_the_flags_of_a_suite(src, tmp_path, capsys):
     suite = write_suite(tmp_path)
     for flags, message in (
         (["--only", "petz"], "the suite has no entry 'petz'; did you mean 'pets'"),
-        (["--published", "b32"], "has no published values of 'b32'; did you mean 'b16'"),
+        (["--published", "b32"], "has no published values of 'b32'; there are b16"),
         (["--task", "zeroshot"], "--task"),
     ):
         assert evaluate(src, suite, None, tmp_path / "out", *flags) == 2
