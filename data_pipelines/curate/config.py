@@ -50,6 +50,7 @@ class CurateConfig:
 
     Attributes:
       captions: the fields to take the caption from; the first that a pair has is used.
+      image_column: the column of the shards that holds the image, or its path; None finds it.
       max_image_pixels: larger images are decompression bombs, refused by their header.
       animated: drop images with more than one frame.
       min_side_px: minimum shorter side of an image.
@@ -75,6 +76,7 @@ class CurateConfig:
     """
 
     captions: tuple[str, ...] = ("txt",)
+    image_column: str | None = None
     max_image_pixels: int = 1 << 26
     animated: bool = True
     min_side_px: int = 8

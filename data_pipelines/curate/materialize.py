@@ -36,10 +36,11 @@ def materialize(
     out: Path,
     kind: Literal["tar", "arrayrecord"],
     *,
+    image: str | None = None,
     pairs_per_shard: int = PAIRS_PER_SHARD,
     progress: Callable[[str, int, int], None] = lambda stage, done, of: None,
 ) -> list[Path]:
-    """Writes OUT/00000.tar … (or .arrayrecord) and returns the paths of all of them.
+    """Writes OUT/00000.tar … (or .arrayrecord) and returns the paths of all of them. image: as for `open_source`.
 
     Raises:
       FileNotFoundError: a shard of the manifest does not exist any more.
@@ -56,7 +57,7 @@ def materialize(
             )
     _write_listing(out, earlier | set(names))
     writer = {"tar": TarWriter, "arrayrecord": ArrayRecordWriter}[kind]
-    pairs, paths = _kept_pairs(manifest), []
+    pairs, paths = _kept_pairs(manifest, image), []
     for first in range(0, kept, pairs_per_shard):
         path = out / names[len(paths)]
         seen: dict[str, int] = {}
@@ -110,7 +111,7 @@ def _write_listing(out: Path, names: set[str]) -> None:
         partial.write_text(json.dumps(sorted(names)) + "\n")
 
 
-def _kept_pairs(manifest: Path) -> Iterator[Pair]:
+def _kept_pairs(manifest: Path, image: str | None) -> Iterator[Pair]:
     """The kept pairs in order; each shard is open for as long as it is read."""
     shard, source = None, None
     with pq.ParquetFile(manifest) as file:
@@ -119,7 +120,7 @@ def _kept_pairs(manifest: Path) -> Iterator[Pair]:
                 if not row["keep"]:
                     continue
                 if row["shard"] != shard:
-                    shard, source = row["shard"], _open(row["shard"])
+                    shard, source = row["shard"], _open(row["shard"], image)
                 pair = source[row["index"]] if row["index"] < len(source) else None
                 if pair is None or pair.key != row["key"] or pair.image is None:
                     raise UserError(
@@ -128,7 +129,7 @@ def _kept_pairs(manifest: Path) -> Iterator[Pair]:
                 yield dataclasses.replace(pair, fields={**pair.fields, "txt": row["caption"]})
 
 
-def _open(shard: str) -> InOrder:
+def _open(shard: str, image: str | None) -> InOrder:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the funnel has reported cut shards
-        return InOrder(open_source(shard))
+        return InOrder(open_source(shard, image=image))

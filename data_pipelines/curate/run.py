@@ -18,7 +18,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def curate(
     protected = expand_shards(against) if against else []
     run = _Run(out, engine, progress)
     results = run.scan(names, "scan", config, image_hashes.CROPS)
-    against_results = run.scan(protected, "against", config, image_hashes.EVAL_CROPS)
+    against_results = run.scan(protected, "against", replace(config, image_column=None), image_hashes.EVAL_CROPS)
     for result in against_results:
         if not result.pairs:  # an empty set protects nothing
             raise UserError(f"evaluation {result.problem or f'shard {result.shard!r} is empty'}")

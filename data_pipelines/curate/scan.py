@@ -60,7 +60,9 @@ def scan_shard(task: ScanTask) -> ScanResult:
     Raises:
       FileNotFoundError, PermissionError: the shard does not exist or is not readable.
     """
-    source, problem = _open(task.shard, {field.partition(".")[0] for field in task.config.captions})
+    source, problem = _open(
+        task.shard, {field.partition(".")[0] for field in task.config.captions}, task.config.image_column
+    )
     digest = _digest(task, source)
     found = read_metadata(task.out)
     if found.get("digest") == digest and not int(found.get("unread", 0)):
@@ -76,11 +78,11 @@ def scan_shard(task: ScanTask) -> ScanResult:
     return ScanResult(task.shard, pairs, problem, False)
 
 
-def _open(shard: str, fields: Collection[str]) -> tuple[ShardedSource | None, str | None]:
+def _open(shard: str, fields: Collection[str], image: str | None) -> tuple[ShardedSource | None, str | None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `problem` tells what they would
         try:
-            source = open_source(shard, fields=fields, required=False)
+            source = open_source(shard, image=image, fields=fields, required=False)
         except (UserError, ShardLost) as error:
             return None, str(error)
     return source, "; ".join(source.faults()) or None
@@ -95,6 +97,7 @@ def _digest(task: ScanTask, source: ShardedSource | None) -> str:
         version = []
     content = source.fingerprint if source is not None else ""
     inputs = [_VERSION, task.config.digest(_SCAN_FIELDS), task.crops, version, content]
+    inputs += [task.config.image_column] if task.config.image_column else []
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 

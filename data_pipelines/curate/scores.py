@@ -50,10 +50,12 @@ class Scorer(Protocol):
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray: ...
 
 
-def embed_images(scorer: Scorer, table: Path, shard: str, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
+def embed_images(
+    scorer: Scorer, table: Path, shard: str, max_pixels: int, image: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Embeds the decodable images of a scanned shard. -> row numbers int64 [n], float32 [n, e]"""
     rows, embeddings = [np.zeros(0, np.int64)], []
-    for indexes, images in _images(scorer, table, shard, max_pixels):
+    for indexes, images in _images(scorer, table, shard, max_pixels, image):
         rows.append(indexes)
         embeddings.append(scorer.embed_images(images))
     return np.concatenate(rows), np.concatenate(embeddings) if embeddings else np.zeros((0, 0), np.float32)
@@ -66,16 +68,18 @@ def decodable(table: Path) -> np.ndarray:
     return np.array([row for row, faults in enumerate(reasons) if not no_image.intersection(faults)], np.int64)
 
 
-def _images(scorer: Scorer, table: Path, shard: str, max_pixels: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _images(
+    scorer: Scorer, table: Path, shard: str, max_pixels: int, image: str | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of (row numbers [n], uint8 [n, h, w, 3]); all batches of a shard but the last have the same size."""
     rows = decodable(table).tolist()
     if not rows:
         return
-    source = InOrder(open_source(shard, fields=()))
+    source = InOrder(open_source(shard, image=image, fields=()))
 
     def load(row: int) -> np.ndarray:
-        image = image_ops.decode_image(source[row].image, max_pixels=max_pixels)
-        return image_ops.resize(image, scorer.image_size, resample=scorer.resample)
+        decoded = image_ops.decode_image(source[row].image, max_pixels=max_pixels)
+        return image_ops.resize(decoded, scorer.image_size, resample=scorer.resample)
 
     with ThreadPoolExecutor() as threads:
         for start in range(0, len(rows), _BATCH):

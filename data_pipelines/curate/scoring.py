@@ -113,7 +113,8 @@ def _score_shard(scoring: Scoring, shard: int, protected: _Protected) -> None:
     captions = pq.read_table(table, columns=["caption"])["caption"].to_pylist()
     score, similarity = np.full((2, len(captions)), np.nan, np.float32)
     number = np.full(len(captions), -1, np.int32)
-    rows, zimg = scores.embed_images(scorer, table, work.layout.shards[shard], work.config.max_image_pixels)
+    limit, column = work.config.max_image_pixels, work.config.image_column
+    rows, zimg = scores.embed_images(scorer, table, work.layout.shards[shard], limit, column)
     if len(rows):
         score[rows] = np.einsum("be,be->b", zimg, scorer.embed_texts([captions[row] for row in rows.tolist()]))
     if len(rows) and len(protected.pairs):

@@ -21,18 +21,20 @@ def describe(
     shards: str | Sequence[str],
     *,
     captions: Sequence[str] = ("txt",),
+    image_column: str | None = None,
     engine: Engine,
     progress: Callable[[str, int, int], None] = lambda stage, done, of: None,
 ) -> dict:
     """Counts over every pair: {pairs, shards, problems, formats, languages, sides_px, words, faults}.
 
     captions: the fields to take the caption from; the first that a pair has is used.
+    image_column: the column that holds the image; None finds it.
 
     Raises:
       FileNotFoundError: a pattern matches nothing, or a shard does not exist.
       UserError: no pair can be read.
     """
-    names, config = expand_shards(shards), CurateConfig(captions=tuple(captions))
+    names, config = expand_shards(shards), CurateConfig(captions=tuple(captions), image_column=image_column)
     counts = {name: collections.Counter() for name in ("formats", "languages", "sides_px", "words", "faults")}
     pairs, problems = 0, {}
     with tempfile.TemporaryDirectory(prefix="siglip-stats-") as folder:

@@ -67,6 +67,16 @@ class ListSource(ColumnSource):
         return Pair(str(key), image, fields, tuple(problems))
 
 
+def read_columns(path: str) -> list[str]:
+    """The columns in the first line of a list; of JSONL the fields of its first row. Raises as `files.stat`."""
+    for _, line in _lines(path, files.stat(path)):
+        line = line.removeprefix(_BOM)
+        if _is_json(path):
+            return sorted(parse_object(line)[0])
+        return [name.strip() for name in next(_rows(path, [line.decode("utf-8", "replace")]), [])]
+    return []
+
+
 def _is_json(path: str) -> bool:
     return path.lower().endswith(".jsonl")
 

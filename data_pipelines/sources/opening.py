@@ -10,11 +10,11 @@ import re
 from collections.abc import Collection, Sequence
 
 from data_pipelines.errors import UserError
-from data_pipelines.sources import annotations, files, layouts
+from data_pipelines.sources import annotations, files, index_file, layouts
 from data_pipelines.sources.arrayrecord import ArrayRecordSource
-from data_pipelines.sources.columns import did_you_mean
+from data_pipelines.sources.columns import check_image, did_you_mean
 from data_pipelines.sources.folder import FolderSource
-from data_pipelines.sources.listing import ListSource
+from data_pipelines.sources.listing import ListSource, read_columns
 from data_pipelines.sources.parquet import ParquetSource
 from data_pipelines.sources.shards import ShardedSource
 from data_pipelines.sources.tfrecord import TFRecordSource
@@ -60,6 +60,8 @@ def open_source(
     kind, other = kinds[paths[0]], next((path for path in paths if kinds[path] != kinds[paths[0]]), None)
     if other is not None:
         raise UserError(f"shards {paths[0]!r} and {other!r} are of two formats; make them two sources")
+    if kind == "list" and image is not None:  # a list is scanned when it is opened
+        check_columns(paths[0], image=image)
     source = _open(paths, kind, image, fields)
     if not required:
         return source
@@ -71,6 +73,40 @@ def open_source(
     if columns is None and fields:
         _check_some_pairs(source, fields)
     return source
+
+
+def check_columns(
+    shards: str | os.PathLike | Sequence[str | os.PathLike], *, image: str | None = None, fields: Collection[str] = ()
+) -> None:
+    """Looks for named columns in the header of the first list or Parquet file, before anything is scanned; tars have none.
+
+    Raises:
+      FileNotFoundError: there is no shard.
+      UserError: it has no column `image`, or none of `fields`.
+    """
+    if image is None and not fields:
+        return
+    paths = [path for named in files.expand_shards(shards) for path in layouts.expand(named)]
+    columns = _columns_of(paths[0])
+    if columns is None:
+        return
+    if image is not None:
+        check_image(paths[0], {"columns": columns, "image": None}, image)
+    if fields and {name.partition(".")[0] for name in fields}.isdisjoint({name.partition(".")[0] for name in columns}):
+        raise UserError(f"shard {paths[0]!r} has no field {min(fields)!r}{did_you_mean(min(fields), columns)}")
+
+
+def _columns_of(path: str) -> list[str] | None:
+    """What the header of a list or a Parquet file names; None where there is none, or it is damaged, which reading it tells."""
+    kind = _kind(path)
+    try:
+        if kind == "list":
+            return read_columns(path)
+        if kind != "parquet":
+            return None
+        return list(index_file.open_index(path, kind, ParquetSource.build).header.notes["columns"])
+    except UserError:
+        return None
 
 
 def _check_some_pairs(source: ShardedSource, fields: Collection[str]) -> None:

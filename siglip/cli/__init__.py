@@ -23,11 +23,12 @@ HELP = """usage: siglip COMMAND …
 
   train   CONFIG [--workdir DIR] [--total-steps N] [--batch-size N] …     pretrain; any config field is a flag
   eval    SRC --task TASK --data SHARDS [--out FILE.json]                 evaluate zero-shot
+          SRC --suite FILE.yaml --out DIR                                 … on many data sets
   export  SRC --format hf|bigvision|… --out DIR …                         hand the encoder over, verified
   embed   SRC --data SHARDS|IMAGE_DIR|TEXT_FILE --out FILE|DIR            embed images or texts
   plan    CONFIG --topology v5e:16x16|h100:8|… [--compile] [--search]     does it fit, how long does it take
   report  WORKDIR                                                         report.html: curves, tables, images found
-  data    index | tokenizer | stats SHARDS… | curate SHARDS… --out DIR    prepare data
+  data    index | pack | tokenizer | stats | curate SHARDS…               prepare data
 
 SRC is a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
 `siglip COMMAND --help` explains a command, `siglip train CONFIG --help` lists every config field.

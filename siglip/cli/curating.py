@@ -20,6 +20,7 @@ from data_pipelines.curate.ray_engine import RayEngine
 from data_pipelines.curate.run import FUNNEL_FILE, curate
 from data_pipelines.curate.stats import describe
 from data_pipelines.sources.files import expand_shards
+from data_pipelines.sources.opening import check_columns
 from siglip.cli.arguments import find_flag, parse
 from siglip.errors import UserError
 from siglip.trees import did_you_mean
@@ -74,10 +75,12 @@ class StatsArgs:
     Attributes:
         paths: the folder of a curation, or shards.
         captions: fields to take the caption from, the first that a pair has.
+        image_column: the column that holds the image, or its path; without it the usual names are looked for.
     """
 
     paths: tyro.conf.Positional[tuple[str, ...]]
     captions: tuple[str, ...] = ("txt",)
+    image_column: str | None = None
 
 
 def curate_command(args: list[str]) -> None:
@@ -95,6 +98,7 @@ def curate_command(args: list[str]) -> None:
     out, paths = Path(options.out), []
     if "://" in options.out or (out.exists() and not out.is_dir()):
         raise UserError(f"--out {options.out} is not a folder of a file system; name a local or mounted one")
+    check_columns(options.shards, image=options.rules.image_column, fields=_named(options.rules.captions))
     if options.materialize is not None:
         check_place(out / "shards", expand_shards([*options.shards, *options.against]))
     with hold(out, fix="give another --out"), Watch() as watch, _engine(options) as engine:
@@ -110,7 +114,8 @@ def curate_command(args: list[str]) -> None:
             progress=watch,
         )
         if options.materialize is not None:
-            paths = materialize(out / "manifest.parquet", out / "shards", options.materialize, progress=watch)
+            settings = {"image": options.rules.image_column, "progress": watch}
+            paths = materialize(out / "manifest.parquet", out / "shards", options.materialize, **settings)
     print(format_funnel(funnel))
     if options.materialize is not None:
         print(f"{funnel['kept']} pairs in {len(paths)} shards -> {out / 'shards'}")
@@ -129,9 +134,16 @@ def stats_command(args: list[str]) -> None:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not the funnel of a curation ({error!r}); curate again") from error
         return
+    check_columns(options.paths, image=options.image_column, fields=_named(options.captions))
+    settings = {"captions": options.captions, "image_column": options.image_column}
     with Watch() as watch, LocalEngine() as engine:
-        stats = describe(options.paths, captions=options.captions, engine=engine, progress=watch)
+        stats = describe(options.paths, **settings, engine=engine, progress=watch)
     print(format_stats(stats))
+
+
+def _named(captions: tuple[str, ...]) -> tuple[str, ...]:
+    """The caption fields that were asked for; the usual one may be missing."""
+    return () if captions == CurateConfig().captions else captions
 
 
 def _engine(options: CurateArgs) -> LocalEngine | RayEngine:

@@ -1,4 +1,4 @@
-"""`siglip data index|tokenizer|curate|stats`: preparing data without training."""
+"""`siglip data index|pack|tokenizer|curate|stats`: preparing data without training."""
 
 import collections
 import dataclasses
@@ -10,7 +10,7 @@ import tyro
 
 from data_pipelines.records import Pair, Source
 from data_pipelines.sources.blocks import InOrder
-from data_pipelines.sources.opening import open_source
+from data_pipelines.sources.opening import check_columns, open_source
 from data_pipelines.text_ops import ALL_FIELDS, iter_captions
 from data_pipelines.tokenizers import SentencePieceTokenizer, train_tokenizer
 from siglip.cli.arguments import parse
@@ -20,6 +20,7 @@ from siglip.trees import did_you_mean
 logger = logging.getLogger(__name__)
 
 USAGE = """usage: siglip data index SHARDS…
+       siglip data pack FOLDER|FILE.json|FILE.csv|SHARDS… --out DIR [--captions FIELD] [--label FIELD] [--image-column NAME]
        siglip data tokenizer SHARDS… --out FILE [--vocab-size N] [--captions FIELD …] [--repeat FIELD N …]
        siglip data curate SHARDS… --out DIR [--against SHARDS…] [--preset NAME] [--model SRC] [--materialize tar|arrayrecord] …
        siglip data stats DIR|SHARDS… [--captions FIELD …]
@@ -46,6 +47,7 @@ class TokenizerArgs:
         out: the model file to write, for instance spiece.model.
         vocab_size: pieces in all.
         captions: fields to take the texts from.
+        image_column: the column that holds the image, or its path; without it the usual names are looked for.
         repeat: FIELD N pairs: texts of that field count N times, so that a language among many gets pieces of its own.
         max_texts: of more texts than this, so many are drawn.
         threads: more are faster; the same number gives the same file.
@@ -55,6 +57,7 @@ class TokenizerArgs:
     out: str
     vocab_size: int = 4000
     captions: tuple[str, ...] = ALL_FIELDS
+    image_column: str | None = None
     repeat: tuple[tuple[str, int], ...] = ()
     max_texts: int = 2_000_000
     threads: int = 1
@@ -69,12 +72,14 @@ def data_command(args: list[str]) -> None:
         call = index_command
     elif args[0] == "tokenizer":
         call = tokenizer_command
+    elif args[0] == "pack":
+        from siglip.cli.packing import pack_command as call
     elif args[0] == "curate":
         from siglip.cli.curating import curate_command as call
     elif args[0] == "stats":
         from siglip.cli.curating import stats_command as call
     else:
-        commands = ["index", "tokenizer", "curate", "stats"]
+        commands = ["index", "pack", "tokenizer", "curate", "stats"]
         hint = did_you_mean(args[0], commands) or f"; there are {', '.join(commands)}"
         raise UserError(f"unknown command 'data {args[0]}'{hint}")
     call(args[1:])
@@ -94,7 +99,10 @@ def tokenizer_command(args: list[str]) -> None:
     if min(options.max_texts, options.threads, options.vocab_size) < 1 or not options.captions:
         raise UserError("--max-texts, --threads and --vocab-size must be at least 1, and --captions must name a field")
     names = (*options.captions, *(name for name, _ in options.repeat))
-    source = _open(options.shards, fields={name.partition(".")[0] for name in names}, required=False)
+    check_columns(options.shards, image=options.image_column, fields=() if options.captions == ALL_FIELDS else names)
+    source = _open(
+        options.shards, image=options.image_column, fields={name.partition(".")[0] for name in names}, required=False
+    )
     counts: collections.Counter[str] = collections.Counter()
     texts = iter_captions(_readable(source, counts), fields=options.captions, repeat=dict(options.repeat))
     sizes = {"vocab_size": options.vocab_size, "max_texts": options.max_texts, "threads": options.threads}

@@ -35,10 +35,11 @@ TaskT = TypeVar("TaskT")
 _LOOKED_AT_PAIRS = 100
 
 USAGE = """usage: siglip eval SRC --task {names} --data SHARDS [flags]
+       siglip eval SRC --suite FILE.yaml --out DIR [flags]
 
 SRC is a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
 {tasks}
-`siglip eval --task NAME --help` lists the flags of a task."""
+`siglip eval --task NAME --help` lists the flags of a task, `siglip eval --suite FILE --help` those of a suite."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,20 +124,35 @@ def embedder_of(src: str | Path, *, tokenizer: str | None = None, with_texts: bo
     Raises:
         FileNotFoundError, UserError: it is not a model, or lacks what is needed.
     """
-    params, config, own_tokenizer = read_model(src, only_image=not with_texts)
+    if with_texts:
+        params, config, pieces = read_for_texts(src, tokenizer)
+    else:
+        params, config, pieces = *read_model(src, only_image=True)[:2], None
+        _check_pools(config)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    params = jax.device_put(params, NamedSharding(mesh, sharding.P_REPLICATED))
+    return make_embedder(params, config, mesh=mesh, tokenizer=pieces, **settings)
+
+
+def read_for_texts(
+    src: str | Path, tokenizer: str | None
+) -> tuple[dict[str, Any], ModelConfig, SentencePieceTokenizer]:
+    """Both towers of a model on no device yet, and its tokenizer, or the one named. Raises as `embedder_of`."""
+    params, config, own_tokenizer = read_model(src)
     path = tokenizer or own_tokenizer
+    _check_pools(config)
+    if config.text is None:
+        raise UserError("the model has no text tower, so it cannot be evaluated zero-shot; export it with --tower both")
+    if path is None:
+        raise UserError("the model brings no tokenizer; name its SentencePiece model with --tokenizer FILE")
+    return params, config, SentencePieceTokenizer(str(path), **vars(config.text.tokens))
+
+
+def _check_pools(config: ModelConfig) -> None:
     if config.image.pool == "none":
         raise UserError(
             "this image tower has no pooling, so an image has no embedding; siglip.load(SRC) gives image_tokens"
         )
-    if with_texts and config.text is None:
-        raise UserError("the model has no text tower, so it cannot be evaluated zero-shot; export it with --tower both")
-    if with_texts and path is None:
-        raise UserError("the model brings no tokenizer; name its SentencePiece model with --tokenizer FILE")
-    mesh = sharding.make_mesh(sharding.MeshConfig())
-    params = jax.device_put(params, NamedSharding(mesh, sharding.P_REPLICATED))
-    pieces = SentencePieceTokenizer(str(path), **vars(config.text.tokens)) if with_texts else None
-    return make_embedder(params, config, mesh=mesh, tokenizer=pieces, **settings)
 
 
 def make_embedder(
@@ -197,6 +213,10 @@ def settings_of(options: Any) -> dict[str, int]:
 
 def eval_command(args: list[str]) -> None:
     """Prints a table; writes the JSON when asked."""
+    if find_flag(args, "--suite") is not None:
+        from siglip.cli.suites import suite_command
+
+        return suite_command(args)
     classes = task_classes()
     name = find_flag(args, "--task")
     if name is None and ("-h" in args or "--help" in args):

@@ -170,3 +170,29 @@ def test_pixels_by_protocol(tmp_path):
     source = open_source(write_tar(tmp_path / "a.tar", {"1.png": encode(image)}))
     (batch,) = make_eval_batches(source, batch_size=1, image_size=(28, 28), protocol="square875")
     np.testing.assert_array_equal(batch["image"][0], whole[2:30, 2:30])
+
+
+def test_columns_are_named_by_flags_and_checked_before_a_list_is_scanned(tmp_path, capsys, monkeypatch):
+    from data_pipelines.sources.listing import ListSource
+    from siglip.cli import run
+
+    (tmp_path / "1.png").write_bytes(PNG)
+    (tmp_path / "shop.csv").write_text("photo,title\n1.png,a red shoe\n1.png,a hat\n")
+    flags = ["--image-column", "photo", "--captions", "title"]
+    assert run(["data", "stats", str(tmp_path / "shop.csv"), *flags]) == 0
+    assert "2 pairs" in capsys.readouterr().out
+    keep = ["--min-side-px", "0", "--duplicates", "off", "--materialize", "tar"]
+    assert run(["data", "curate", str(tmp_path / "shop.csv"), "--out", str(tmp_path / "out"), *flags, *keep]) == 0
+    assert [pair.fields["txt"] for pair in open_source(tmp_path / "out" / "shards")] == ["a red shoe", "a hat"]
+    capsys.readouterr()
+    (tmp_path / "other.csv").write_text("photo,title\n1.png,a red shoe\n")
+    monkeypatch.setattr(ListSource, "build", None)
+    there = "; there are photo, title, did you mean"
+    for command, out in (("stats", []), ("curate", ["--out", "new"]), ("tokenizer", ["--out", "t.model"])):
+        for wrong, message in (
+            (["--image-column", "foto", "--captions", "title"], "has no image column 'foto'"),
+            (["--image-column", "photo", "--captions", "titel"], "has no field 'titel'"),
+        ):
+            assert run(["data", command, str(tmp_path / "other.csv"), *out, *wrong]) == 2
+            assert message + there in capsys.readouterr().err
+    assert not Path("new").exists()
