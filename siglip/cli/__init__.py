@@ -25,7 +25,8 @@ HELP = """usage: siglip COMMAND …
   eval    SRC --task TASK --data SHARDS [--out FILE.json]                 evaluate zero-shot
   export  SRC --format hf|bigvision|… --out DIR …                         hand the encoder over, verified
   embed   SRC --data SHARDS|IMAGE_DIR|TEXT_FILE --out FILE|DIR            embed images or texts
-  report  WORKDIR                                                         report.html: curves, tables, images found
+  report  WORKDIR…                                                        one page: curves, tables, images found; or a comparison
+  demo    SRC --data SHARDS|IMAGE_DIR                                     search images in the browser, by text or by image
   data    index | tokenizer | stats SHARDS… | curate SHARDS… --out DIR    prepare data
 
 SRC is a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
@@ -98,10 +99,12 @@ def _dispatch(command: str, args: list[str]) -> None:
         from siglip.cli.exporting import export_command as call
     elif command == "report":
         from siglip.cli.reporting import report_command as call
+    elif command == "demo":
+        from siglip.cli.demo import demo_command as call
     elif command == "data":
         from siglip.cli.data import data_command as call
     else:
-        commands = ["train", "eval", "export", "embed", "report", "data"]
+        commands = ["train", "eval", "export", "embed", "report", "demo", "data"]
         hint = did_you_mean(command, commands) or f"; there are {', '.join(commands)}"
         raise UserError(f"unknown command {command!r}{hint}")
     call(args)
