@@ -27,7 +27,8 @@ HELP = """usage: siglip COMMAND …
   export  SRC --format hf|bigvision|… --out DIR …                         hand the encoder over, verified
   embed   SRC --data SHARDS|IMAGE_DIR|TEXT_FILE --out FILE|DIR            embed images or texts
   plan    CONFIG --topology v5e:16x16|h100:8|… [--compile] [--search]     does it fit, how long does it take
-  report  WORKDIR                                                         report.html: curves, tables, images found
+  report  WORKDIR…                                                        one page: curves, tables, images found; or a comparison
+  demo    SRC --data SHARDS|IMAGE_DIR                                     search images in the browser, by text or by image
   data    index | pack | tokenizer | stats | curate SHARDS…               prepare data
 
 SRC is a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
@@ -102,10 +103,12 @@ def _dispatch(command: str, args: list[str]) -> None:
         from siglip.cli.planning import plan_command as call
     elif command == "report":
         from siglip.cli.reporting import report_command as call
+    elif command == "demo":
+        from siglip.cli.demo import demo_command as call
     elif command == "data":
         from siglip.cli.data import data_command as call
     else:
-        commands = ["train", "eval", "export", "embed", "plan", "report", "data"]
+        commands = ["train", "eval", "export", "embed", "plan", "report", "demo", "data"]
         hint = did_you_mean(command, commands) or f"; there are {', '.join(commands)}"
         raise UserError(f"unknown command {command!r}{hint}")
     call(args)

@@ -20,14 +20,13 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from data_pipelines.records import Pair, Source
 from data_pipelines.text_ops import captions_of
 from siglip.cli import BAD_INPUT, describe
 from siglip.cli.arguments import parse, spell_out
 from siglip.cli.embedding_files import Part, PartFiles, check_out
 from siglip.cli.evaluation import ModelArgs, check_folder_of, make_embedder, settings_of
 from siglip.cli.frozen_images import fingerprint
-from siglip.cli.image_folder import open_images
+from siglip.cli.opening import Stretch, open_images
 from siglip.errors import RunFailed, UserError
 from siglip.evaluation.embed import Embedder, token_embeddings
 from siglip.inputs import tokenizer_of
@@ -65,24 +64,6 @@ class EmbedArgs(ModelArgs):
     tokens: bool = False
     dtype: Dtype | None = None
     tokenizer: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stretch:
-    """Some pairs of a source as a source."""
-
-    source: Source
-    rows: range
-
-    @property
-    def fingerprint(self) -> str:
-        return f"{self.source.fingerprint} {self.rows}"
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Pair:
-        return self.source[self.rows[index]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +176,7 @@ def _shard_job(options: EmbedArgs, embedder: Embedder) -> _Job:
     source = open_images(options.data, fields=set() if field is None else {field.partition(".")[0]})
 
     def embed_images(rows: range) -> tuple[Part, Counter]:
-        found, broken = embedder.embed_batches(*embedder.read(_Stretch(source, rows), ()))
+        found, broken = embedder.embed_batches(*embedder.read(Stretch(source, rows), ()))
         return Part(found.keys, None, found.zimg), Counter(broken)
 
     def embed_captions(rows: range) -> tuple[Part, Counter]:

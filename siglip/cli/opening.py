@@ -1,11 +1,13 @@
-"""A folder of image files as a source, in the order of their paths."""
+"""What `siglip embed` and `siglip demo` read: shards or a folder of image files, whole or a part of them."""
 
+import dataclasses
 import hashlib
 import os
+from collections.abc import Collection
 from functools import cached_property
 
 from data_pipelines.errors import UserError
-from data_pipelines.records import Pair
+from data_pipelines.records import Pair, Source
 from data_pipelines.sources import files
 from data_pipelines.sources.opening import open_source
 
@@ -41,8 +43,26 @@ class ImageFolder:
         return Pair(path, files.read_whole(os.path.join(self._folder, path)), {})
 
 
-def open_images(data: str, fields: set[str]):
-    """The pairs of shards, or the images of a folder. Raises as `open_source` and `ImageFolder`."""
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Some pairs of a source as a source."""
+
+    source: Source
+    rows: range
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.source.fingerprint} {self.rows}"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.source[self.rows[index]]
+
+
+def open_images(data: str, *, fields: Collection[str] | None = None) -> Source:
+    """The pairs of shards with these fields (None: all), or the images of a folder. Raises as `open_source` and `ImageFolder`."""
     if os.path.isdir(data) and not os.path.exists(os.path.join(data, "dataset_info.json")):
         return ImageFolder(data)
     return open_source(data, fields=fields)
