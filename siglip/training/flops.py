@@ -3,8 +3,8 @@
     MFU = pairs/s * FLOPs per pair / (devices * peak)                       (model FLOPs utilization, PaLM, arXiv 2204.02311)
 
 Counted are the matrix products of the forward pass, times three for the backward pass: a frozen tower has only the forward
-pass, one whose embeddings are read has none. A product that `remat` or micro-batches compute again is not counted again, nor is anything
-elementwise.
+pass, one whose embeddings are read has none. A product that `remat` or micro-batches compute again is not counted again, nor
+is anything elementwise.
 """
 
 from collections.abc import Mapping
