@@ -32,7 +32,7 @@ from siglip.training.optim import OptimConfig
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "plan_compiled.json"
 SCALING = ROOT / "docs" / "scaling.md"
-TOPOLOGIES = ("h100:8", "h100:8x8", "v4:4x4x4", "v5e:16x16", "v5p:8x8x8")
+TOPOLOGIES = ("h100:8", "h100:8x8", "v4:2x4x4", "v5e:16x16", "v5p:8x8x8")
 BEGIN, END = "<!-- benchmarks/plan_table.py writes from here -->", "<!-- to here -->"
 HEADER = re.compile(r"^(?:PLAN|Devices and time:) (\S+?)(?:,.*)?$", re.M)
 # Compiled for memory: "topology image text px batch remat fsdp micro". The first lines were used to fit, the others not.
@@ -118,9 +118,10 @@ def _cell(config: TrainConfig, shapes, topology: str) -> str:
         return "–"
     if not found:
         return "does not fit"
-    plan = found[0].estimate
-    changed = re.sub(r"--(mesh|model\.image|loss)\.(\S+) ", r"\2 ", re.sub(r"--model\.text\.remat \S+ ?", "", found[0].flags))
-    return f"{plan.device_hours:,.0f} h, {plan.bytes_per_device['total'] / 2**30:.1f} GiB{', ' + changed.strip() if changed else ''}"
+    plan, changed = found[0].estimate, re.sub(r"--model\.text\.remat \S+ ?", "", found[0].flags)
+    changed = re.sub(r"--(mesh|model\.image|loss)\.", "", changed).strip()
+    cell = f"{plan.device_hours:,.0f} h, {plan.bytes_per_device['total'] / 2**30:.1f} GiB"
+    return f"{cell}, {changed}" if changed else cell
 
 
 def write() -> None:
@@ -154,11 +155,16 @@ def compile_cases(start: str) -> None:
 def compare() -> list[str]:
     """Estimate, compiler and their ratio."""
     known = json.loads(RESULTS.read_text())
-    lines = ["| topology, image, text, px, batch, remat, fsdp, micro-batch | estimate GiB | compiler GiB | ratio | |", "|---|---|---|---|---|"]
+    lines = [
+        "| topology, image, text, px, batch, remat, fsdp, micro-batch | estimate GiB | compiler GiB | ratio | |",
+        "|---|---|---|---|---|",
+    ]
     for case in (case for case in cases() if case in known):
         estimated, compiled = estimated_peak(case), known[case]["peak_bytes"]
         used = "fitted" if case in cases()[: len(FITTED.strip().splitlines())] else "unseen"
-        lines.append(f"| {case} | {estimated / 2**30:.2f} | {compiled / 2**30:.2f} | {estimated / compiled:.2f} | {used} |")
+        lines.append(
+            f"| {case} | {estimated / 2**30:.2f} | {compiled / 2**30:.2f} | {estimated / compiled:.2f} | {used} |"
+        )
     return lines
 
 

@@ -1,12 +1,13 @@
 """B/16 at 224 px on your own 10 10^6 pairs, on one to eight GPUs.
 
-    siglip train configs/b16_own_data.py --data.sources.0.shards '/data/mine/*.tar' --data.tokenizer mine.model
+    siglip train configs/b16_own_data.py --data.sources.0.shards 'mine/*.tar' --data.tokenizer mine.model
     … --init.src siglip_b16_224.npz --optim.lr 1e-4         from a published model: the better start if its language is yours
     … --loss.micro-batch-size 512                           on one GPU: the same loss and gradients, 512 images at a time
 
-30 epochs at a batch of 4096, where the paper found the sigmoid loss ahead of the softmax (arXiv:2303.15343, Figure 2). From scratch
-expect on ImageNet zero-shot between DataComp medium's 29.7 % (128 10^6 pairs seen, filtered) and large's 63.1 % (1.28 10^9); your own
-retrieval set tells more. `siglip data tokenizer` makes a tokenizer of your captions, `siglip data curate` cleans them.
+30 epochs at a batch of 4096, where the paper found the sigmoid loss ahead of the softmax (arXiv:2303.15343, Table 5). From
+scratch expect on ImageNet zero-shot between DataComp medium's 29.7 % (128 10^6 pairs seen, filtered) and large's 63.1 %
+(1.28 10^9); your own retrieval set tells more. `siglip data tokenizer` makes a tokenizer of your captions, `siglip data curate`
+cleans them.
 
 PLAN h100:8
 """

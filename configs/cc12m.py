@@ -1,6 +1,6 @@
 """B/16 on a set of CC12M's size, for one node: 10 10^6 pairs, 32 epochs at a batch of 4096.
 
-    siglip train configs/cc12m.py --data.sources.0.shards '/data/cc12m/*.tar' --data.tokenizer c4_en_32k.model
+    siglip train configs/cc12m.py --data.sources.0.shards 'cc12m/*.tar' --data.tokenizer c4_en_32k.model
 
 No ImageNet number of a sigmoid run on CC12M was found to check against; DataComp medium saw fewer pairs of worse quality and has
 17.6 to 29.7 %. Light crops and flips: every pair is seen 32 times.

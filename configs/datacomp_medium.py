@@ -1,6 +1,6 @@
 """DataComp medium: B/32, 128 10^6 pairs seen at a batch of 4096 (arXiv:2304.14108), with the sigmoid loss.
 
-    siglip train configs/datacomp_medium.py --data.sources.0.shards '/data/datacomp_medium/*.tar' --data.sources.0.manifest curated/manifest.parquet
+    siglip train configs/datacomp_medium.py --data.sources.0.manifest curated/manifest.parquet
 
 Expect with CLIP's loss on ImageNet zero-shot 17.6 % unfiltered, 22.6 % with the basic filter, 29.7 % with image clusters and CLIP
 score (Table 3). Learning rate, decay and warm-up are DataComp's.

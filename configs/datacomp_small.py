@@ -1,9 +1,10 @@
 """DataComp small: B/32, 12.8 10^6 pairs seen at a batch of 4096 (arXiv:2304.14108), with the sigmoid loss.
 
-    siglip train configs/datacomp_small.py --data.sources.0.shards '/data/datacomp_small/*.tar' --data.sources.0.manifest curated/manifest.parquet
+    siglip train configs/datacomp_small.py --data.sources.0.manifest curated/manifest.parquet
 
-Expect with CLIP's loss on ImageNet zero-shot 2.5 % unfiltered, 3.8 % with the basic filter, 5.1 % with the best 30 % by CLIP score
-(Table 3); at this batch the sigmoid is the better loss in the SigLIP paper. Learning rate, decay and warm-up are DataComp's.
+Expect with CLIP's loss on ImageNet zero-shot 2.5 % unfiltered, 3.8 % with the basic filter, 5.1 % with the best 30 % by CLIP
+score (Table 3); at this batch the sigmoid is the better loss in the SigLIP paper. Learning rate, decay and warm-up are
+DataComp's.
 
 PLAN h100:1
 """

@@ -1,6 +1,6 @@
 """mSigLIP B/16 at 256 px, 40 10^9 pairs in 100 languages, 250k pieces in a table 96 wide (arXiv:2303.15343, section 4.6).
 
-    siglip train configs/msiglip_b16.py --data.sources.0.shards '/data/webli_multi/*.tar' --data.tokenizer mc4_250k.model
+    siglip train configs/msiglip_b16.py --data.sources.0.shards 'webli/*.tar' --data.tokenizer mc4_250k.model
 
 Expect 42.6 / 54.1 % R@1 on XM3600 (text to image / image to text, mean of 36 languages). The narrow table costs half a point on
 ImageNet and saves 640 MB; the published i18n model has the wide one: --model.text.embed-bottleneck None.

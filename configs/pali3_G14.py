@@ -1,10 +1,11 @@
 """G/14 at 224 px, the 2 10^9 encoder of PaLI-3 (arXiv:2310.09199), by SigLIP's recipe.
 
-    siglip train configs/pali3_G14.py --data.sources.0.shards '/data/webli/*.tar' --data.tokenizer c4_en_32k.model
+    siglip train configs/pali3_G14.py --data.sources.0.shards 'webli/*.tar' --data.tokenizer c4_en_32k.model
 
-PaLI-3 takes the tokens before pooling: `siglip export runs/pali3_G14 --format bigvision --tower image`, or siglip.load_encoder. Batch and
-number of pairs of its encoder are not published: these are So400m's. Expect less on ImageNet than a classifier of this size and more
-as an encoder (the paper's finding, TextVQA and RefCOCO above all). Then configs/pali3_G14_812.py.
+PaLI-3 takes the tokens before pooling: `siglip export runs/pali3_G14 --format bigvision --tower image`, or
+siglip.load_encoder. Batch and number of pairs of its encoder are not published: these are So400m's. Expect less on ImageNet
+than a classifier of this size and more as an encoder (the paper's finding, on TextVQA and RefCOCO above all). Then
+configs/pali3_G14_812.py.
 
 PLAN v5e:16x16
 """

@@ -1,6 +1,6 @@
 """G/14 from 224 to 812 px, and to 1064: the resolutions of PaLI-3's last stage (arXiv:2310.09199).
 
-    siglip train configs/pali3_G14_812.py --data.sources.0.shards '/data/webli/*.tar' --data.tokenizer c4_en_32k.model --init.src runs/pali3_G14
+    siglip train configs/pali3_G14_812.py --data.sources.0.shards 'webli/*.tar' --data.tokenizer c4_en_32k.model
     … --init.src runs/pali3_G14_812 --model.image.image-size 1064 1064 --workdir runs/pali3_G14_1064
 
 PaLI-3 raised the resolution while training the whole model; this does it for the encoder alone, with SigLIP's recipe for higher

@@ -1,6 +1,6 @@
 """e/14 at 224 px, the 4 10^9 encoder of PaLI (arXiv:2209.06794), trained with the sigmoid loss.
 
-    siglip train configs/pali_e14.py --data.sources.0.shards '/data/webli/*.tar' --data.tokenizer c4_en_32k.model
+    siglip train configs/pali_e14.py --data.sources.0.shards 'webli/*.tar' --data.tokenizer c4_en_32k.model
 
 PaLI's own ViT-e was a JFT classifier; locked and given a text tower it has 28.5 % R@1 on XM3600 text to image (LiT, in
 arXiv:2303.15343). No sigmoid run of this size is published: batch and pairs are So400m's.

@@ -1,6 +1,6 @@
 """So400m/14 at 224 px, the encoder of PaliGemma and PaliGemma 2: 40 10^9 pairs at a batch of 32k.
 
-    siglip train configs/paligemma_so400m14.py --data.sources.0.shards '/data/webli/*.tar' --data.tokenizer c4_en_32k.model
+    siglip train configs/paligemma_so400m14.py --data.sources.0.shards 'webli/*.tar' --data.tokenizer c4_en_32k.model
 
 Expect 82.2 % on ImageNet zero-shot, 69.0 / 50.8 % R@1 on COCO (SigLIP 2, arXiv:2502.14786, Table 1). 16 tokens, as the published
 checkpoint at this resolution has. The shape is SoViT's (arXiv:2305.13035): siglip.models.variants.sovit.

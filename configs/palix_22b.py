@@ -1,9 +1,9 @@
 """A tower of ViT-22B's shape (PaLI-X's encoder; arXiv:2302.05442) at 224 px, trained with the sigmoid loss.
 
-    siglip train configs/palix_22b.py --data.sources.0.shards '/data/webli/*.tar' --data.tokenizer c4_en_32k.model
+    siglip train configs/palix_22b.py --data.sources.0.shards 'webli/*.tar' --data.tokenizer c4_en_32k.model
 
-Attention and MLP side by side, LayerNorm of queries and keys, no biases in query, key, value and LayerNorms. ViT-22B itself was a JFT
-classifier, and no sigmoid run of this size is published: batch and pairs are those of the smaller ones.
+Attention and MLP side by side, LayerNorm of queries and keys, no biases in query, key, value and LayerNorms. ViT-22B itself
+was a JFT classifier, and no sigmoid run of this size is published: batch and pairs are those of the smaller ones.
 
 PLAN v5p:8x8x16
 """

@@ -1,10 +1,10 @@
 """g-opt/16 at 256 px, the giant of SigLIP 2 (arXiv:2502.14786), with its sigmoid loss alone.
 
-    siglip train configs/siglip2_gopt16.py --data.sources.0.shards '/data/webli_multi/*.tar' --data.tokenizer gemma.model
+    siglip train configs/siglip2_gopt16.py --data.sources.0.shards 'webli/*.tar' --data.tokenizer gemma.model
 
-40 10^9 pairs at 32k, 90 % English, lr 1e-3, clipping at 1, 20k steps of warm-up; Gemma's 256k pieces, lower case, pads of 0. The published
-84.5 % on ImageNet come with captioning, self-distillation and masked prediction, which are not in this recipe: expect less, no
-ablation is published. The text tower is So400m, as there.
+40 10^9 pairs at 32k, 90 % English, lr 1e-3, clipping at 1, 20k steps of warm-up; Gemma's 256k pieces, lower case, pads of 0.
+The published 84.5 % on ImageNet come with captioning, self-distillation and masked prediction, which are not in this recipe:
+expect less, no ablation is published. The text tower is So400m, as there.
 
 PLAN v5e:16x16
 """

@@ -1,11 +1,11 @@
 """SigLIP B/16 at 224 px from scratch, 9 10^9 English pairs: the paper's batch-size study (arXiv:2303.15343, Tables 1 and 5).
 
-    siglip train configs/siglip_b16.py --data.sources.0.shards '/data/webli/*.tar' --data.tokenizer c4_en_32k.model
+    siglip train configs/siglip_b16.py --data.sources.0.shards 'webli/*.tar' --data.tokenizer c4_en_32k.model
     … --batch-size 4096 --total-steps 2197266          the same pairs at 4k; 16384 and 549316 at 16k
 
-Expect on ImageNet zero-shot 68.4 % at 4k, 72.3 % at 16k, 73.4 % at 32k (Table 5; WebLI, 16 tokens, Adafactor with b2 .95). The paper
-took 5 days on 32 TPU v4. The published B/16 saw 40 10^9 pairs with 64 tokens and has 76.2 %: --total-steps 1220703
---model.text.length 64. The paper does not print its warm-up.
+Expect on ImageNet zero-shot 68.4 % at 4k, 72.3 % at 16k, 73.4 % at 32k (Table 5; WebLI, 16 tokens, Adafactor with b2 .95).
+The paper took 5 days on 32 TPU v4. The published B/16 saw 40 10^9 pairs with 64 tokens and has 76.2 %:
+--total-steps 1220703 --model.text.length 64. The paper does not print its warm-up.
 
 PLAN v4:2x4x4
 """

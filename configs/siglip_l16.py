@@ -1,6 +1,6 @@
 """SigLIP L/16 at 256 px, 40 10^9 English pairs at a batch of 32k (arXiv:2303.15343, Table 3).
 
-    siglip train configs/siglip_l16.py --data.sources.0.shards '/data/webli/*.tar' --data.tokenizer c4_en_32k.model
+    siglip train configs/siglip_l16.py --data.sources.0.shards 'webli/*.tar' --data.tokenizer c4_en_32k.model
 
 Expect 80.5 % on ImageNet zero-shot, 69.5 / 51.1 % R@1 on COCO (image to text / text to image). Continue at 384 px as
 configs/paligemma_so400m14_384.py does: 82.1 %. The paper does not print its warm-up; 20k steps are SigLIP 2's.

@@ -1,6 +1,6 @@
 """SigLiT B/8: a public ViT-B/8 stays frozen, its embeddings are computed once, a text tower learns (arXiv:2303.15343, Table 1).
 
-    siglip train configs/siglit_b8.py --data.sources.0.shards '/data/webli/*.tar' --data.tokenizer c4_en_32k.model --init.src vit_b8.npz:img
+    siglip train configs/siglit_b8.py --data.sources.0.shards 'webli/*.tar' --data.tokenizer c4_en_32k.model
 
 Expect 79.7 % on ImageNet zero-shot after one day on four TPU v4 (65k steps of 32k pairs, text tower of 12 layers of L). The paper
 used LION at 1e-4; this is Adafactor as for its other runs. Stored embeddings are 3 KB an image: 3 TB for 10^9.
@@ -38,7 +38,9 @@ def get_config() -> TrainConfig:
         total_steps=65_000,
         batch_size=32_768,
         workdir="runs/siglit_b8",
-        optim=OptimConfig(name="adafactor", lr=1e-3, weight_decay=1e-4, warmup_steps=6_500, lr_mults=(("img/.*", 0.0),)),
+        optim=OptimConfig(
+            name="adafactor", lr=1e-3, weight_decay=1e-4, warmup_steps=6_500, lr_mults=(("img/.*", 0.0),)
+        ),
         loss=LossConfig(micro_batch_size=8_192),
         checkpoint=CheckpointConfig(every_steps=2000),
     )

@@ -148,6 +148,6 @@ def with_plain_attention(config: TrainConfig) -> TrainConfig:
 
 
 def _needed_bytes(message: str) -> int | None:
-    """What a refused program would need: "Used 20.65G of 15.75G hbm"."""
-    match = re.search(r"Used ([\d.]+)([GMK]?) of", message)
+    """What a refused program would need: "Used 20.65G of 15.75G hbm", "HLO temporaries (37.35G) exceeds"."""
+    match = re.search(r"(?:Used |temporaries \()([\d.]+)([GMK]?)", message)
     return int(float(match[1]) * _GIB[match[2]]) if match else None

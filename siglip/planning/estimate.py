@@ -62,7 +62,7 @@ _KEPT = {
         working=(20, 8, 6),
     ),
     "gpu": _Kept(
-        width={"none": 38, "dots": 14, "full": 4},
+        width={"none": 49, "dots": 11, "full": 4},
         mlp={"none": 8, "dots": 2, "full": 0},
         logits={"none": 6, "dots": 0, "full": 0},
         working=(40, 8, 8),
@@ -199,12 +199,10 @@ def _memory(
     trained = [
         leaf for leaf, fixed in zip(jax.tree.leaves(state.params), jax.tree.leaves(frozen), strict=True) if not fixed
     ]
-    # Micro-batches add up their gradients: the sum, and those of one.
-    copies = 1 if _micro_batches(config) == 1 else 2
     sizes = {
         "parameters": _shard_bytes(state.params),
         "optimizer": _shard_bytes(state.opt_state) + _shard_bytes(state.ema),
-        "gradients": copies * _shard_bytes(trained),
+        "gradients": _shard_bytes(trained),
         "activations": _activations(config, topology, passes),
         "gathered": _gathered_bytes(config, state),
         "loss": _loss_bytes(config, topology),
