@@ -48,6 +48,8 @@ def plan_command(args: list[str]) -> None:
         if not candidates:
             raise UserError(_nothing_fits(config, topology))
         config = candidates[0].config
+    if switches["--compile"] and not topology.accelerator.sides:
+        config = ahead_of_time.with_plain_attention(config)  # what is compiled is what is planned
     plan = estimate.estimate(config, topology, shapes)
     compiled = None
     if switches["--compile"]:

@@ -68,7 +68,7 @@ def compile_step(config: TrainConfig, topology: Topology) -> CompiledStep:
         UserError: the plugin is missing, another process is using libtpu, or the config does not fit the devices.
     """
     is_gpu = not topology.accelerator.sides
-    config = _with_plain_attention(config) if is_gpu else config
+    config = with_plain_attention(config) if is_gpu else config
     program = make_program(config, devices_of(topology))
     with jax.set_mesh(program.mesh):
         lowered = program.step.lower(program.abstract_state, batch_shapes(config, program.mesh))
@@ -140,13 +140,14 @@ def batch_shapes(config: TrainConfig, mesh: Any) -> dict[str, jax.ShapeDtypeStru
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, (shape, dtype) in shapes.items()}
 
 
-def _with_plain_attention(config: TrainConfig) -> TrainConfig:
+def with_plain_attention(config: TrainConfig) -> TrainConfig:
+    """The same run, for compilers that cannot ask for a fused kernel's needs."""
     image = dataclasses.replace(config.model.image, attention="xla")
     text = dataclasses.replace(config.model.text, attention="xla")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, image=image, text=text))
 
 
 def _needed_bytes(message: str) -> int | None:
-    """What a refused program would need: "Used 20.65G of 15.75G hbm"."""
-    match = re.search(r"Used ([\d.]+)([GMK]?) of", message)
+    """What a refused program would need: "Used 20.65G of 15.75G hbm", "HLO temporaries (37.35G) exceeds"."""
+    match = re.search(r"(?:Used |temporaries \()([\d.]+)([GMK]?)", message)
     return int(float(match[1]) * _GIB[match[2]]) if match else None

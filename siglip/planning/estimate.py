@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import math
 import re
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ import jax
 
 from siglip import trees
 from siglip.losses import tile_shape
+from siglip.models.attention import choose_kernel
 from siglip.models.layers import Remat
 from siglip.models.two_tower import ImageConfig, TextConfig
 from siglip.parallel import sharding
@@ -60,7 +62,7 @@ _KEPT = {
         working=(20, 8, 6),
     ),
     "gpu": _Kept(
-        width={"none": 38, "dots": 14, "full": 4},
+        width={"none": 49, "dots": 11, "full": 4},
         mlp={"none": 8, "dots": 2, "full": 0},
         logits={"none": 6, "dots": 0, "full": 0},
         working=(40, 8, 8),
@@ -197,12 +199,10 @@ def _memory(
     trained = [
         leaf for leaf, fixed in zip(jax.tree.leaves(state.params), jax.tree.leaves(frozen), strict=True) if not fixed
     ]
-    # Micro-batches add up their gradients: the sum, and those of one.
-    copies = 1 if _micro_batches(config) == 1 else 2
     sizes = {
         "parameters": _shard_bytes(state.params),
         "optimizer": _shard_bytes(state.opt_state) + _shard_bytes(state.ema),
-        "gradients": copies * _shard_bytes(trained),
+        "gradients": _shard_bytes(trained),
         "activations": _activations(config, topology, passes),
         "gathered": _gathered_bytes(config, state),
         "loss": _loss_bytes(config, topology),
@@ -228,11 +228,12 @@ def _towers(config: TrainConfig, passes: flops.Passes) -> list[tuple[ImageConfig
 
 
 def _activations(config: TrainConfig, topology: Topology, passes: flops.Passes) -> int:
-    kept = _KEPT["tpu" if topology.accelerator.sides else "gpu"]
+    kept = _KEPT[_platform(topology)]
     pairs = config.batch_size // _micro_batches(config) / topology.devices
     total, working = 0.0, 0.0
     for tower, tokens, times in _towers(config, passes):
-        spec, logits = tower.spec, tower.spec.num_heads * tokens
+        spec = tower.spec
+        logits = spec.num_heads * tokens if _kernel(tower, tokens, topology) == "xla" else 0
         low = 1 if tower.dtype == "bfloat16" else 2
         if times == 3:
             mlp, attended = kept.mlp[tower.remat] * spec.mlp_dim, kept.logits[tower.remat] * logits
@@ -241,6 +242,17 @@ def _activations(config: TrainConfig, topology: Topology, passes: flops.Passes) 
             a, b, c = kept.working
             working = max(working, pairs * tokens * (a * spec.width + low * (b * spec.mlp_dim + c * logits)))
     return int(total + working)
+
+
+def _platform(topology: Topology) -> str:
+    return "tpu" if topology.accelerator.sides else "gpu"
+
+
+def _kernel(tower: ImageConfig | TextConfig, tokens: int, topology: Topology) -> str:
+    """The attention kernel that training takes there; without "xla" no logits are written to memory."""
+    device = types.SimpleNamespace(platform=_platform(topology), device_kind=topology.accelerator.device_kind)
+    head_dim = tower.spec.width // tower.spec.num_heads
+    return choose_kernel(tower.attention, device=device, tokens=tokens, head_dim=head_dim, dtype=tower.dtype)
 
 
 def _with_remat(config: TrainConfig, remat: str) -> TrainConfig:
@@ -288,12 +300,10 @@ def _loss_bytes(config: TrainConfig, topology: Topology) -> int:
     rows, width = config.batch_size // topology.devices, config.model.embedding_dims[0] or 0
     if config.loss.kind == "softmax":
         return 3 * 4 * rows * config.batch_size + 2 * 4 * config.batch_size * width
-    is_tpu = bool(topology.accelerator.sides)
-    ring = config.loss.impl == "ring" or (config.loss.impl == "auto" and is_tpu)
-    platform = "tpu" if is_tpu else "gpu"
-    chunk, tile_rows = tile_shape(
-        config.batch_size, topology.devices, platform, chunk_size=config.loss.chunk_size, ring=ring
-    )
+    platform = _platform(topology)
+    ring = config.loss.impl == "ring" or (config.loss.impl == "auto" and platform == "tpu")
+    options = {"chunk_size": config.loss.chunk_size, "ring": ring}
+    chunk, tile_rows = tile_shape(config.batch_size, topology.devices, platform, **options)
     columns = chunk if ring else chunk * topology.devices
     total = 2 * 4 * rows * width + columns * (4 * min(rows, tile_rows) + 6 * width)
     in_vmem = total <= _VMEM_BYTES.get(topology.name.partition(":")[0], 0)

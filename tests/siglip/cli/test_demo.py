@@ -31,8 +31,6 @@ from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from tests.siglip.jobs import ROOT, SAMPLE
 from tests.siglip.tiny import random_params
 
-pytestmark = pytest.mark.unoptimized
-
 MODEL = ModelConfig(
     image=ImageConfig(variant="mu", patch_size=(8, 8), image_size=(16, 16)),
     text=TextConfig(variant="mu", vocab_size=4000, length=8),

@@ -19,8 +19,6 @@ from tests.siglip.jobs import ROOT, SAMPLE
 from tests.siglip.tiny import random_params
 from tests.siglip.tiny_run import use_devices
 
-pytestmark = pytest.mark.unoptimized
-
 SUITES = ROOT / "configs" / "suites"
 MODEL = ModelConfig(
     image=ImageConfig(variant="mu", patch_size=(8, 8), image_size=(16, 16)),
