@@ -87,7 +87,7 @@ def summary(case, compiled, rates, devices=1):
         "cudnn_calls": sum(k.runs for k in found if k.library_call.startswith("__cudnn$fmha")),
         "image_layer_gb": image_layer_bytes(blocks, case.model.image.spec.depth) / 1e9,
         "transposed_gb": sum(k.runs * k.bytes for k in blocks if k.is_transpose) / 1e9,
-        "filled_gb": sum(k.runs * k.bytes for k in blocks if k.fills) / 1e9,
+        "filled_gb": sum(k.runs * k.bytes for k in found if k.fills) / 1e9,
         "stacked_gb": sum(k.runs * k.bytes for k in found if k.kind == "stacks of a scan") / 1e9,
         "float32_matmuls": sum(k.runs for k in blocks if k.flops and k.has_float32_operands),
         "in_flight": [f._asdict() for f in stats.in_flight],

@@ -23,7 +23,7 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = ("dynamic-update-slice", "scatter")
 _ON_CHIP = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\(1\)[^}]*\}")  # a TPU's vector memory
 # What a kernel that repeats a few values consists of; smaller arrays than these are bookkeeping.
-_FILLERS, _FILL_MIN_BYTES = {"parameter", "constant", "broadcast", "bitcast", "convert", "reshape", "tuple"}, 2**20
+_FILLERS, _FILL_MIN_BYTES = {"parameter", "constant", "broadcast", *_VIEWS, "tuple"}, 2**20
 
 # Kinds by the path of what a kernel computes, the first that matches.
 _KINDS = (
@@ -73,7 +73,7 @@ class Kernel(NamedTuple):
             return "collectives"
         if self.fills:
             return "fills"
-        if "dynamic-update-slice" in self.name or "dynamic_update_slice" in self.name:
+        if re.search(r"dynamic.update.slice", self.name) or re.search(r"while/body/jit\(dynamic_", self.path):
             return "stacks of a scan"
         if self.is_transpose:
             return "transposes"

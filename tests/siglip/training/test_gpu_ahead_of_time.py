@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.skipif(util.find_spec("jax_plugins") is None, reason="needs the extra `aot`: jax-cuda13-plugin"),
 ]
 
+EMBEDDING_GB = 0.1  # the gradient of 32 000 rows begins with zeros, 98 MB
 ROOT = Path(__file__).parents[3]
 # What the model does not do yet, and what becomes of it without.
 LAYOUT = "XLA lays the residual stream of unrolled blocks out batch-innermost and transposes it around every product"
@@ -55,8 +56,8 @@ def test_the_residual_stream_is_never_transposed():
 
 
 @pytest.mark.xfail(strict=True, reason=BIASES)
-def test_nothing_in_a_block_is_filled_with_one_value():
-    assert compiled_step()["filled_gb"] == 0
+def test_no_bias_is_broadcast_to_memory():
+    assert compiled_step()["filled_gb"] <= EMBEDDING_GB
 
 
 @pytest.mark.xfail(strict=True, reason=LAYOUT)
@@ -72,4 +73,4 @@ def test_a_layer_moves_what_a_bfloat16_stream_needs():
 @pytest.mark.xfail(strict=True, reason=STACKS)
 def test_a_scan_keeps_no_stacks():
     step = compiled_step("--scan")
-    assert (step["filled_gb"], step["stacked_gb"]) == (0, 0)
+    assert step["stacked_gb"] == 0 and step["filled_gb"] <= EMBEDDING_GB
