@@ -170,6 +170,7 @@ def flops_of_theirs(case):
     width, out_dim = spec.width, case.model.out_dim[0] or 0
     # A class token that is never dropped attends as well.
     extra = spec.depth * 4 * width * (2 * width + 2 * tokens + 1 + spec.mlp_dim) + 4 * width**2
-    # The pool has no MLP; the image head is always there.
+    # The pool computes keys and values of all tokens, where ours attends without, and has no MLP; the image head is always there.
+    extra += 4 * tokens * width * (width + 1 - spec.num_heads)
     extra += 2 * width * (case.model.embedding_dims[0] - out_dim) - 4 * width * spec.mlp_dim
     return flops.train_flops_per_pair(case.model, batch_size=case.batch_size) + 3 * extra

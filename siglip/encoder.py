@@ -339,7 +339,7 @@ def load_encoder(
         frozen: whether gradients stop.
         dtype: of the matrix products; parameters, LayerNorms and the tokens stay float32.
         remat: what the backward pass of an unfrozen encoder computes again to save memory: "full" keeps each block's input alone,
-            "dots" the results of its matrix products as well.
+            "dots" the results of its matrix products and its attention as well, "dots+gelu" also those of GELU.
         attention: the kernel: "xla" runs anywhere; "cudnn" (GPU, bfloat16) and "splash" (TPU) never store tokens x tokens
             weights; "auto" takes the one that suits the devices.
         scan: True stacks the parameters of all blocks and compiles one block for all, False keeps them one by one; None is as in
@@ -354,7 +354,8 @@ def load_encoder(
     if not -depth <= layer <= -1:
         raise UserError(f"layer={layer}: the tower has {depth} blocks; count them from the end, -1 to -{depth}")
     options = {"dtype": dtype, "remat": remat, "attention": attention, "scan": image.scan if scan is None else scan}
-    image = dataclasses.replace(image, **options, dropout=0.0, patch_dropout=0.0)
+    options |= {"residual_dtype": "float32", "dropout": 0.0, "patch_dropout": 0.0}
+    image = dataclasses.replace(image, **options)
     _attention_of(image)  # raises now where it cannot run
     params, head_dim = params["img"], config.out_dim[0]
     if image.scan != config.image.scan:

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 _TELL_EVERY_S = 10.0
 _SHARED_FILES_S = 10.0  # a network folder may be slow to show what another host wrote
-_ONLY_MEMORY_AND_SPEED = ("scan", "remat", "attention", "dropout", "patch_dropout")
+_ONLY_MEMORY_AND_SPEED = ("scan", "unroll", "remat", "attention", "dropout", "patch_dropout")
 
 
 class StoppedComputing(Interrupted):

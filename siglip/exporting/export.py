@@ -159,8 +159,9 @@ def _model(
     tokenizer = tokenizer if tower == "both" else None
     if not head:
         params, config = big_vision.without_head(params, config)
-    image = dataclasses.replace(config.image, dtype="float32", remat="none")
-    text = config.text and dataclasses.replace(config.text, dtype="float32", remat="none")
+    exact = {"dtype": "float32", "residual_dtype": "float32", "remat": "none"}
+    image = dataclasses.replace(config.image, **exact)
+    text = config.text and dataclasses.replace(config.text, **exact)
     return params, dataclasses.replace(config, image=image, text=text), tokenizer
 
 

@@ -15,6 +15,7 @@ query (the MAP head) stay with "xla".
 """
 
 import functools
+import logging
 import re
 from collections.abc import Callable
 from typing import Any, Literal
@@ -22,16 +23,21 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from siglip.array_types import Array, Float
 from siglip.errors import UserError
 from siglip.parallel.sharding import P_BATCH
 
+logger = logging.getLogger(__name__)
+
 Attention = Literal["auto", "xla", "cudnn", "splash"]
 Kernel = Literal["xla", "cudnn", "splash"]
 AttentionFn = Callable[[Array, Array, Array], Array]
 
+# The `checkpoint_name` of what a backward pass needs of a forward pass: the output and, of a fused kernel, its statistics.
+SAVED = "attention"
 SPLASH_MIN_TOKENS = 512
 _CUDNN_MAX_HEAD_DIM = 128
 # Rows of a TPU's vector registers hold 128 numbers: tiles come in multiples of that. Larger ones than this overflow its memory.
@@ -61,7 +67,12 @@ def attention_fn(
             # Nothing inside is replicated, so the replication checker has nothing to protect.
             local = jax.shard_map(local, mesh=mesh, in_specs=P_BATCH, out_specs=P_BATCH, check_vma=False)
         return local(query, key, value)
-    return _einsum(query, key, value)
+    return checkpoint_name(_einsum(query, key, value), SAVED)
+
+
+def is_fused_forward(primitive: Any) -> bool:
+    """Whether a remat policy is asked about cuDNN's forward pass, whose statistics jax leaves without a `checkpoint_name`."""
+    return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def _einsum(query: Array, key: Array, value: Array) -> Array:
@@ -83,7 +94,9 @@ def _splash(query: Array, key: Array, value: Array, *, interpret: bool) -> Array
         block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile
     )
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((padded, padded))] * heads)
-    kernel = splash_attention_kernel.make_splash_mha_single_device(mask, block_sizes=tiles, interpret=interpret)
+    kernel = splash_attention_kernel.make_splash_mha_single_device(
+        mask, block_sizes=tiles, residual_checkpoint_name=SAVED, interpret=interpret
+    )
     segments = None
     if padded > tokens:
         # Attention stays within a segment: real tokens look at real ones, the padding at itself.
@@ -105,7 +118,8 @@ def choose_kernel(
 
     `where` names the setting in errors.
 
-    "auto" is cuDNN on NVIDIA when the sizes allow it, splash on TPU from SPLASH_MIN_TOKENS tokens on, and XLA otherwise.
+    "auto" is cuDNN on NVIDIA when the sizes allow it, splash on TPU from SPLASH_MIN_TOKENS tokens on, and XLA otherwise. A GPU
+    that gets XLA's, which is slower by a third of the step, says why.
 
     Raises:
         UserError: if `choice` names a kernel that cannot run there.
@@ -117,6 +131,8 @@ def choose_kernel(
     if choice == "auto":
         if obstacles["cudnn"] is None:
             return "cudnn"
+        if device.platform == "gpu":
+            logger.warning("%s='auto' takes 'xla', not flash attention, which needs %s", where, obstacles["cudnn"])
         return "splash" if obstacles["splash"] is None and tokens >= SPLASH_MIN_TOKENS else "xla"
     if choice == "xla":
         return "xla"

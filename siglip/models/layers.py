@@ -4,8 +4,9 @@
     x = x + attention(LN(x)) + mlp(LN(x))  with block.parallel                                 (ViT-22B, arXiv:2302.05442)
     MAP: y = attention(probe, x);  y + mlp(LN(y));  no residual around the attention (scaling ViT, arXiv:2106.04560)
 
-Precision: parameters are float32. Matrix products run in `dtype` (float32 or bfloat16); the residual stream, LayerNorm
-and the softmax always stay float32, because at width 1000 and depth 27 their rounding is what bfloat16 loses by.
+Precision: parameters are float32. Matrix products run in `dtype` (float32 or bfloat16); LayerNorm and the softmax always
+stay float32, and so does the residual stream unless `residual_dtype` says otherwise, because at width 1000 and depth 27 its
+rounding is what bfloat16 loses by.
 
 The trap: the explicit `name=` of every submodule is the key in published checkpoints. Renaming one renames weights.
 """
@@ -18,20 +19,25 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from siglip.array_types import Array, Float
-from siglip.models.attention import AttentionFn, attention_fn
+from siglip.models.attention import SAVED, AttentionFn, attention_fn, is_fused_forward
+from siglip.models.dense import Dense, gelu
 from siglip.models.variants import BlockConfig, Variant
 from siglip.parallel.sharding import ParamLayout
 
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "dots+gelu", "dots", "full"]
 
 _LAYER_NORM_EPS = 1e-6
 _PLAIN = BlockConfig()
+# What `remat` may keep: results of matrix products after their bias, and GELU's output.
+_PRODUCT, _GELU = "product", "gelu"
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention with biases and the parameter tree of `nn.MultiHeadDotProductAttention`."""
+    """Self-attention with biases and the parameter tree of `nn.MultiHeadDotProductAttention`."""
 
     num_heads: int
     dtype: jnp.dtype
@@ -39,45 +45,64 @@ class MultiHeadAttention(nn.Module):
     config: BlockConfig = BlockConfig()
 
     @nn.compact
-    def __call__(self, inputs_q: Float[Array, "a q d"], inputs_kv: Float[Array, "b k d"]) -> Float[Array, "b q d"]:
-        """`inputs_q` may have a batch of 1, shared by the whole batch: it is then projected only once."""
-        width = inputs_kv.shape[-1]
-        head_dim = width // self.num_heads
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        (b, n, width), heads = x.shape, self.num_heads
 
-        def project(name: str, x: Array) -> Array:
-            dense = nn.DenseGeneral(
-                (self.num_heads, head_dim), dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name=name,
-                use_bias=self.config.bias,
-            )  # fmt: skip
-            return dense(x)
+        def project(name: str) -> Array:
+            bias = {"use_bias": self.config.bias}
+            y = Dense((width,), (heads, width // heads), self.dtype, **bias, name=name)(x)
+            return checkpoint_name(y, _PRODUCT).reshape(b, n, heads, -1)
 
         def normalise(name: str, x: Array) -> Array:
             return _layer_norm(name, self.config)(x).astype(self.dtype) if self.config.qk_norm else x
 
-        query, key, value = project("query", inputs_q), project("key", inputs_kv), project("value", inputs_kv)
-        query, key = normalise("query_ln", query), normalise("key_ln", key)
-        query = jnp.broadcast_to(query, (key.shape[0], *query.shape[1:]))
-        out = nn.DenseGeneral(
-            width, axis=(-2, -1), dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="out"
-        )
-        return out(self.attention(query, key, value))
+        query, key = normalise("query_ln", project("query")), normalise("key_ln", project("key"))
+        y = self.attention(query, key, project("value"))
+        y = Dense((heads, width // heads), (width,), self.dtype, name="out")(y.reshape(b, n, width))
+        return checkpoint_name(y, _PRODUCT)
+
+
+class PoolingAttention(nn.Module):
+    """Attention of one query, shared by the whole batch, with the parameter tree of `MultiHeadAttention`.
+
+    A head's logits are x @ (Wk @ q), and its output is (weights @ x) @ Wv: keys and values of the tokens are never computed,
+    width / heads times fewer operations. The key's bias adds the same to every logit, which the softmax does not see.
+    """
+
+    num_heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, probe: Float[Array, "1 1 d"], x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+        (b, _, width), heads = x.shape, self.num_heads
+        into = functools.partial(Dense, (width,), (heads, width // heads))
+        # The query and what it makes of the keys' kernel are one row each: exact, and cheap.
+        query = into(jnp.dtype("float32"), name="query")(probe).reshape(heads, -1) * (width // heads) ** -0.5
+        key, value = into(self.dtype, name="key"), into(self.dtype, name="value")
+        x, probes = x.astype(self.dtype), jnp.einsum("dhk,hk->hd", key.kernel, query).astype(self.dtype)
+        logits = jnp.einsum("bnd,hd->bhn", x, probes, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+        pooled = jnp.einsum("bhn,bnd->bhd", weights, x)
+        y = jnp.einsum("bhd,dhk->bhk", pooled, value.kernel.astype(self.dtype)) + value.bias.astype(self.dtype)[None]
+        return Dense((heads, width // heads), (width,), self.dtype, name="out")(y.reshape(b, width))
 
 
 class MlpBlock(nn.Module):
-    """Dense, GELU (tanh approximation, as the published weights expect), Dense."""
+    """Dense, GELU, Dense."""
 
     mlp_dim: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        init = {"kernel_init": nn.initializers.xavier_uniform(), "bias_init": nn.initializers.normal(1e-6)}
-        hidden = nn.Dense(self.mlp_dim, dtype=self.dtype, name="Dense_0", **init)(x)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="Dense_1", **init)(nn.gelu(hidden, approximate=True))
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        width, bias_init = x.shape[-1], nn.initializers.normal(1e-6)
+        hidden = Dense((width,), (self.mlp_dim,), self.dtype, bias_init=bias_init, name="Dense_0")(x)
+        active = checkpoint_name(gelu(checkpoint_name(hidden, _PRODUCT)), _GELU)
+        return Dense((self.mlp_dim,), (width,), self.dtype, bias_init=bias_init, name="Dense_1")(active)
 
 
 class Block(nn.Module):
-    """One transformer block; the residual stream `x` is float32 whatever the `dtype` of the products.
+    """One transformer block; the residual stream `x` has a dtype of its own, whatever the `dtype` of the products.
 
     `dropout` zeroes that share of what each half of the block adds; above 0 it needs a "dropout" rng.
     """
@@ -92,7 +117,7 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         heads, config, name = self.variant.num_heads, self.config, "MultiHeadDotProductAttention_0"
         normal = _layer_norm("LayerNorm_0", config)(x).astype(self.dtype)
-        y = MultiHeadAttention(heads, self.dtype, self.attention, config, name=name)(normal, normal)
+        y = MultiHeadAttention(heads, self.dtype, self.attention, config, name=name)(normal)
         x = x + dropout(y.astype(x.dtype), self.dropout)
         y = normal if config.parallel else _layer_norm("LayerNorm_1", config)(x).astype(self.dtype)
         y = MlpBlock(self.variant.mlp_dim, self.dtype, name="MlpBlock_0")(y)
@@ -105,19 +130,24 @@ def dropout(x: Float[Array, "b n d"], rate: float) -> Float[Array, "b n d"]:
 
 
 class Encoder(nn.Module):
-    """`variant.depth` blocks and, with `final_norm`, a LayerNorm.
+    """`variant.depth` blocks and, with `final_norm`, a LayerNorm. Returns float32.
 
-    `scan` compiles one block for all of them and stacks their parameters on a leading layer axis under
-    `encoderblock`; without it they are `encoderblock_0`, `encoderblock_1`, … `remat` recomputes activations in the
-    backward pass: "full" keeps only each block's input, "dots" also the results of its matrix products (more memory,
-    less recomputation). With a `layout` that shards the blocks' weights, each block gathers its own where it runs,
-    and again in the backward pass, whatever `remat` says: kept from the forward pass, they would be the whole model.
+    `scan` stacks the parameters of all blocks on a leading layer axis under `encoderblock`; without it they are
+    `encoderblock_0`, `encoderblock_1`, … A scan is a loop over one compiled block, unless `unroll` has it compiled block by
+    block; None unrolls on a GPU, where a loop copies everything it saves (docs/scaling.md).
+
+    `remat` recomputes activations in the backward pass: "full" keeps only each block's input, "dots" also the results of its
+    matrix products and of the attention, "dots+gelu" also those of GELU (more memory, less recomputation), "none" everything.
+    With a `layout` that shards the blocks' weights, each block gathers its own where it runs, and again in the backward pass,
+    whatever `remat` says: kept from the forward pass, they would be the whole model.
     """
 
     variant: Variant
     scan: bool
+    unroll: bool | None
     remat: Remat
     dtype: jnp.dtype
+    residual_dtype: jnp.dtype
     dropout: float = 0.0
     attention: AttentionFn = attention_fn
     layout: ParamLayout | None = None
@@ -128,10 +158,14 @@ class Encoder(nn.Module):
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         layout, path = self.layout, "/".join(self.path)
         sharded = layout is not None and layout.shards(f"{re.escape(path)}/encoderblock.*")
+        on_gpu = layout is not None and layout.platform == "gpu"
+        unrolled = not self.scan or (on_gpu if self.unroll is None else self.unroll)
 
         def body(block: Block, x: Array, _: None) -> tuple[Array, None]:
             # The loop's carry has no sharding of its own: unless told, the compiler may split it some other way.
             x = x if layout is None else layout.batch(x)
+            # Without a loop XLA for GPUs puts the batch innermost, and transposes around every product.
+            x = with_layout_constraint(x, Layout((0, 1, 2))) if on_gpu else x
             return block(x), None
 
         def block(name: str) -> Block:
@@ -142,17 +176,19 @@ class Encoder(nn.Module):
             return make(self.variant, self.dtype, self.dropout, self.attention, self.config, name=name)
 
         if self.remat != "none" or sharded:
-            # Inside scan the loop already keeps XLA from undoing the recomputation.
-            body = nn.remat(body, policy=_POLICIES[self.remat], prevent_cse=not self.scan)
+            # Inside a loop nothing can undo the recomputation.
+            body = nn.remat(body, policy=_POLICIES[self.remat], prevent_cse=unrolled)
+        x = x.astype(self.residual_dtype)
         if self.scan:
+            options = {"length": self.variant.depth, "unroll": self.variant.depth if unrolled else 1}
             rngs = {"params": True, "dropout": True}
-            loop = nn.scan(body, variable_axes={"params": 0}, split_rngs=rngs, length=self.variant.depth)
+            loop = nn.scan(body, variable_axes={"params": 0}, split_rngs=rngs, **options)
             x, _ = loop(block("encoderblock"), x, None)
         else:
             for i in range(self.variant.depth):
                 x, _ = body(block(f"encoderblock_{i}"), x, None)
         x = x if layout is None else layout.batch(x)
-        return _layer_norm("encoder_norm", self.config)(x) if self.final_norm else x
+        return _layer_norm("encoder_norm", self.config)(x) if self.final_norm else x.astype(jnp.float32)
 
 
 def _on_params(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -166,10 +202,17 @@ def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name != "sharding_constraint" and not primitive.name.startswith("custom_vjp_call")
 
 
+def _keep(*names: str) -> Callable[..., bool]:
+    """The policy that keeps values by their `checkpoint_name`, and what a fused attention kernel gives its backward pass."""
+    named = jax.checkpoint_policies.save_only_these_names(*names, SAVED)
+    return lambda primitive, *args, **kwargs: is_fused_forward(primitive) or named(primitive, *args, **kwargs)
+
+
 _POLICIES = {
     "none": _all_but_gathered,  # taken under FSDP only
+    "dots+gelu": _keep(_PRODUCT, _GELU),
+    "dots": _keep(_PRODUCT),
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -183,10 +226,10 @@ class MAPHead(nn.Module):
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1]))
         heads = self.variant.num_heads
-        y = MultiHeadAttention(heads, self.dtype, name="MultiHeadDotProductAttention_0")(probe, x).astype(x.dtype)
+        y = PoolingAttention(heads, self.dtype, name="MultiHeadDotProductAttention_0")(probe, x).astype(x.dtype)
         z = _layer_norm("LayerNorm_0")(y).astype(self.dtype)
         z = MlpBlock(self.variant.mlp_dim, self.dtype, name="MlpBlock_0")(z)
-        return (y + z.astype(y.dtype))[:, 0]
+        return y + z.astype(y.dtype)
 
 
 def _layer_norm(name: str, config: BlockConfig = _PLAIN) -> nn.LayerNorm | nn.RMSNorm:

@@ -63,8 +63,10 @@ class TextConfig:
     tokens: TokenConfig = TokenConfig()
     pool: Literal["last", "first", "mean", "max", "map"] = "last"
     scan: bool = False
+    unroll: bool | None = None
     remat: Remat = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    residual_dtype: Literal["float32", "bfloat16"] = "float32"
     dropout: float = 0.0
     embed_std: float | None = None
     embed_bottleneck: int | None = None
@@ -72,7 +74,7 @@ class TextConfig:
     block: BlockConfig = BlockConfig()
 
     def __post_init__(self) -> None:
-        check_choices(self, ("pool", "remat", "dtype", "attention"))
+        check_choices(self, ("pool", "remat", "dtype", "residual_dtype", "attention"))
         check_rate("text.dropout", self.dropout)
         if self.embed_std is not None and not self.embed_std > 0:
             raise UserError(f"text.embed_std={self.embed_std} must be positive, or None for 1/sqrt(width)")
@@ -124,7 +126,8 @@ class TextTransformer(nn.Module):
         rate = config.dropout if train else 0.0
         x = dropout(x, rate)
         out = {}
-        encoder = (spec, config.scan, config.remat, dtype, rate, self.attention, self.layout)
+        blocks = (spec, config.scan, config.unroll, config.remat, dtype, jnp.dtype(config.residual_dtype))
+        encoder = (*blocks, rate, self.attention, self.layout)
         x = out["encoded"] = Encoder(*encoder, config=config.block, name="Encoder_0")(x)
         match config.pool:
             case "last":

@@ -56,8 +56,9 @@ class PixelConfig:
 class ImageConfig:
     """The image tower. `width`, `depth`, `mlp_dim`, `num_heads` and `patch_size` override what `variant` says.
 
-    `image_size` and `patch_size` are (height, width) in pixels. `scan`, `remat`, `dtype` and `attention` change memory and
-    speed, not the function: see layers.Encoder, and attention.choose_kernel for the kernel that training takes.
+    `image_size` and `patch_size` are (height, width) in pixels. `scan`, `unroll`, `remat`, `dtype`, `residual_dtype` and
+    `attention` change memory and speed, not the function: see layers.Encoder, and attention.choose_kernel for the kernel that
+    training takes.
     """
 
     variant: str = "B/16"
@@ -71,15 +72,17 @@ class ImageConfig:
     pool: Literal["map", "gap", "0", "tok", "none"] = "map"
     posemb: Literal["learn", "sincos2d"] = "learn"
     scan: bool = False
+    unroll: bool | None = None
     remat: Remat = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    residual_dtype: Literal["float32", "bfloat16"] = "float32"
     dropout: float = 0.0
     patch_dropout: float = 0.0
     attention: Attention = "auto"
     block: BlockConfig = BlockConfig()
 
     def __post_init__(self) -> None:
-        check_choices(self, ("pool", "posemb", "remat", "dtype", "attention"))
+        check_choices(self, ("pool", "posemb", "remat", "dtype", "residual_dtype", "attention"))
         check_rate("image.dropout", self.dropout)
         check_rate("image.patch_dropout", self.patch_dropout)
         (ph, pw), (h, w) = self.patch, self.image_size
@@ -193,17 +196,8 @@ class ViT(nn.Module):
         if config.pool == "tok":
             cls = self.param("cls", nn.initializers.zeros, (1, 1, spec.width))
             x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, spec.width)), x], axis=1)
-        encoder = (
-            spec,
-            config.scan,
-            config.remat,
-            dtype,
-            rate,
-            self.attention,
-            self.layout,
-            self.final_norm,
-            config.block,
-        )
+        blocks = (spec, config.scan, config.unroll, config.remat, dtype, jnp.dtype(config.residual_dtype))
+        encoder = (*blocks, rate, self.attention, self.layout, self.final_norm, config.block)
         x = out["encoded"] = Encoder(*encoder, name="Transformer")(x)
         if config.pool == "none":
             return None, out

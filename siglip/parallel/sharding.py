@@ -233,6 +233,11 @@ class ParamLayout:
         specs = tuple((path, each.spec) for path, each in shardings.items() if each.spec != P_REPLICATED)
         return cls(next(iter(shardings.values())).mesh, specs)
 
+    @property
+    def platform(self) -> str:
+        """Of the devices: "cpu", "gpu" or "tpu", also where they only describe a topology."""
+        return self.mesh.devices.flat[0].platform
+
     def within(self, name: str) -> "ParamLayout":
         """The layout of the sub-tree `name`, for a module whose parameters it is."""
         prefix = f"{name}/"

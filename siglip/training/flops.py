@@ -84,7 +84,7 @@ def _blocks(spec: Variant, tokens: int) -> int:
 
 
 def _pool(pool: str, spec: Variant, tokens: int) -> int:
-    """Attention of one query: keys and values of every token; query, output and MLP of one."""
+    """Attention of one query for the whole batch: logits and weighted sums of the tokens; value, output and MLP of one."""
     if pool != "map":
         return 0
-    return 4 * tokens * spec.width * (spec.width + 1) + 4 * spec.width * (spec.width + spec.mlp_dim)
+    return 4 * tokens * spec.width * spec.num_heads + 4 * spec.width * (spec.width + spec.mlp_dim)

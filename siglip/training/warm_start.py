@@ -66,8 +66,10 @@ class SourceImage:
     patch_size: tuple[int, int] | None = None
     pool: Literal["map", "gap", "tok"] | None = None
     scan: bool | None = None
+    unroll: bool | None = None
     remat: Remat | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
+    residual_dtype: Literal["float32", "bfloat16"] | None = None
     dropout: float | None = None
     patch_dropout: float | None = None
     attention: Attention | None = None
@@ -78,8 +80,10 @@ class SourceText:
     """The source's text tower; what is None stays as it is there."""
 
     scan: bool | None = None
+    unroll: bool | None = None
     remat: Remat | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
+    residual_dtype: Literal["float32", "bfloat16"] | None = None
     dropout: float | None = None
     attention: Attention | None = None
 

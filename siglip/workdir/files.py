@@ -41,7 +41,7 @@ FREE_FIELDS = (
     "workdir",
     "(mesh|log|checkpoint|eval|distributed)(/.*)?",
     "loss/(impl|chunk_size|micro_batch_size)",
-    "model/(image|text)/(attention|remat)",
+    "model/(image|text)/(attention|remat|unroll)",
     f"data/({_LOADER}|tokenizer|image_embeddings)",
     r"data/sources/\d+/(shards|manifest|weight)",
 )

@@ -1,0 +1,110 @@
+"""Matrix products with a bias, and GELU: what the towers' activations are made of, as compilers fuse it best.
+
+    y = x @ kernel + bias;   gelu(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))      (GELU, arXiv:1606.08415)
+
+- A bias is added to a flat axis: it is then part of the matrix product on a GPU, where a bias of [heads, depth] would be
+  written out for every token first. Its gradient is a sum over all tokens, taken in float32 whatever the dtype.
+- GELU's backward pass computes tanh again from `x`, which is kept anyway, in place of keeping the tanh as well. Both passes
+  compute in float32.
+
+The trap: GELU is a custom VJP, so forward-mode derivatives (`jax.jvp`) of the towers do not exist.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from siglip.array_types import Array, Float
+
+_SLOPE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
+
+
+class Dense(nn.Module):
+    """`x @ kernel + bias` in `dtype`, over the last axis of x.
+
+    The parameters have the shapes `inputs` + `features` and `features`, as `nn.DenseGeneral`'s do, and are drawn like those;
+    what is multiplied is flat.
+    """
+
+    inputs: tuple[int, ...]
+    features: tuple[int, ...]
+    dtype: jnp.dtype
+    kernel_init: Callable[..., Array] = nn.initializers.xavier_uniform()
+    bias_init: Callable[..., Array] = nn.initializers.zeros
+    use_bias: bool = True
+
+    def setup(self) -> None:
+        flat = math.prod(self.inputs), math.prod(self.features)
+        draw = lambda key: self.kernel_init(key, flat).reshape(*self.inputs, *self.features)  # noqa: E731
+        self.kernel = self.param("kernel", draw)
+        self.bias = self.param("bias", self.bias_init, self.features) if self.use_bias else None
+
+    def __call__(self, x: Float[Array, "*rows i"]) -> Float[Array, "*rows o"]:
+        kernel = self.kernel.reshape(math.prod(self.inputs), -1).astype(self.dtype)
+        y = x.astype(self.dtype) @ kernel
+        return y if self.bias is None else _add_bias(y, self.bias.reshape(-1))
+
+
+@jax.custom_vjp
+def _add_bias(y: Float[Array, "*rows o"], bias: Float[Array, " o"]) -> Float[Array, "*rows o"]:
+    return y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
+
+
+def _add_bias_fwd(y: Array, bias: Array) -> tuple[Array, None]:
+    return _add_bias(y, bias), None
+
+
+def _add_bias_bwd(_: None, grad: Array) -> tuple[Array, Array]:
+    widen = lambda x: x.astype(jnp.float32)  # noqa: E731
+    if grad.dtype == jnp.bfloat16:
+        grad32 = jax.lax.platform_dependent(grad, cuda=_widen_bits, default=widen)
+    else:
+        grad32 = widen(grad)
+    return grad, grad32.sum(range(grad.ndim - 1))
+
+
+def _widen_bits(x: Array) -> Array:
+    # The same numbers as a conversion. But one right after a rounding XLA drops, both together: it then keeps the unrounded
+    # values in memory for the sum, where it would sum in the kernel that makes the rounded ones.
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << jnp.uint32(16)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+_add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
+
+
+@jax.custom_vjp
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The tanh approximation, which the published weights expect."""
+
+    def in_float32(x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        return (wide * _cdf(wide)[0]).astype(x.dtype)
+
+    if x.dtype == jnp.float32:
+        return in_float32(x)
+    # cuBLASLt computes it in float32 within the product before it, if XLA recognises this form, which has no conversions.
+    return jax.lax.platform_dependent(x, cuda=jax.nn.gelu, default=in_float32)
+
+
+def _gelu_fwd(x: Array) -> tuple[Array, Array]:
+    return gelu(x), x
+
+
+def _gelu_bwd(x: Array, grad: Array) -> tuple[Array]:
+    wide = x.astype(jnp.float32)
+    cdf, tanh = _cdf(wide)
+    density = 0.5 * _SLOPE * (1 - tanh * tanh) * (1 + 3 * _CUBIC * wide * wide)
+    return ((grad.astype(jnp.float32) * (cdf + wide * density)).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_fwd, _gelu_bwd)
+
+
+def _cdf(x: Array) -> tuple[Array, Array]:
+    """gelu(x) / x, and the tanh in it."""
+    tanh = jnp.tanh(_SLOPE * (x + _CUBIC * x**3))
+    return 0.5 * (1 + tanh), tanh
