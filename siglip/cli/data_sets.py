@@ -55,8 +55,8 @@ def _complete_fields(task: object, about: Description, columns: Sequence[str] | 
 
     if "label" in defaults and about.label and (is_open("label", str(task.label)) or about.label == "npy"):
         changes["label"] = about.label
-    if "captions" in defaults and about.caption and is_open("captions", *task.captions):
-        changes["captions"] = (about.caption,)
+    if "captions" in defaults and about.captions and is_open("captions", *task.captions):
+        changes["captions"] = about.captions
     return changes
 
 
@@ -75,7 +75,8 @@ def match_folders(classes: Classes, folders: Sequence[str], data: str) -> Classe
     """The classes that folders stand for, so that a folder's name is a label.
 
     Folders that are called by ids (WordNet's) are the only classes: ImageNet-A and -R have 200 of the 1000. Folders that are
-    called by class names leave all classes as they are. As many folders as classes, of other names, are in the same order.
+    called by class names, or by their numbers as in ImageNetV2, leave all classes as they are. As many folders as classes, of
+    other names, are in the same order.
 
     Raises:
         UserError: a folder is no class.
@@ -83,7 +84,8 @@ def match_folders(classes: Classes, folders: Sequence[str], data: str) -> Classe
     if set(folders) <= set(classes.ids):
         name_of = dict(zip(classes.ids, classes.names, strict=True))
         return Classes([name_of[folder] for folder in folders], tuple(folders))
-    if set(folders) <= set(classes.names):
+    are_numbers = all(name.isdecimal() and int(name) < len(classes.names) for name in folders)
+    if set(folders) <= set(classes.names) or are_numbers:
         return classes
     if len(folders) == len(classes.names):
         return Classes(classes.names, tuple(folders))

@@ -136,6 +136,25 @@ def test_wordnet_ids_are_a_subset_of_imagenet(tmp_path):
     assert names(completed(ZeroShot(str(folder), str(tmp_path / "map.txt")))) == ["a fish", "a dog", "glasses"]
 
 
+def test_folders_that_are_numbers(tmp_path):
+    folder = write_folders(tmp_path / "imagenetv2", "0", "10", "9")
+    numbers = read_classes(completed(ZeroShot(str(folder), "imagenet")).classes).numbers()
+    assert numbers["tench"] == 0 and "10" not in numbers  # so that a label is the number that it is
+    assert names(completed(ZeroShot(str(folder)))) == ["0", "9", "10"]
+    (tmp_path / "three.txt").write_text("nil\nnine\nten")
+    numbers = read_classes(completed(ZeroShot(str(folder), str(tmp_path / "three.txt"))).classes).numbers()
+    assert (numbers["9"], numbers["10"]) == (1, 2)
+
+
+def test_all_languages_of_crossmodal_3600(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "k.jpg").write_bytes(PNG)
+    texts = {language: {"caption": ["a", "b"]} for language in ("th", "de")}
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"image/key": "k", "image/locale": "de"} | texts))
+    assert completed(Retrieval(str(tmp_path))).captions == ("captions.de", "captions.th")
+    assert completed(Retrieval(str(tmp_path), captions=("captions.th",))).captions == ("captions.th",)
+
+
 def test_tfds_as_a_source_of_evaluations(tmp_path):
     from tests.data_pipelines.test_tf_examples import write_tfds
 
