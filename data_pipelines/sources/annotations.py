@@ -74,6 +74,7 @@ def _walk_classes(folder: str) -> Annotations:
     if not found:
         raise UserError(f"folder {folder!r} holds no images ({', '.join(IMAGE_SUFFIXES)}); name its shards")
     classes = sorted({path.split(os.sep)[0] for path in found if os.sep in path})
+    classes.sort(key=int if all(name.isdecimal() for name in classes) else str)
     rows = [{"image": path} | ({"cls": path.split(os.sep)[0]} if os.sep in path else {}) for path in found]
     return Annotations(rows, "", classes or None)
 

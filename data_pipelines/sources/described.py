@@ -6,6 +6,7 @@ TFDS             FEATURE.labels.txt beside the shards
 folders          the names of the folders, sorted
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -27,13 +28,13 @@ class Description:
     Attributes:
       classes: for each field that holds labels the names of the classes, in the order of their numbers.
       templates: the prompts of the data set; () if it brings none.
-      caption: the field that holds captions, or None.
+      captions: the field that holds captions, those of all languages where they are apart, or ().
       are_folders: whether labels are the names of folders instead of numbers.
     """
 
     classes: dict[str, list[str]] = field(default_factory=dict)
     templates: tuple[str, ...] = ()
-    caption: str | None = None
+    captions: tuple[str, ...] = ()
     are_folders: bool = False
 
     @property
@@ -44,27 +45,37 @@ class Description:
 
 def describe(source: ShardedSource) -> Description:
     """What the files of a source tell. Raises UserError: one of them cannot be read."""
-    columns = source.columns
-    caption = "txt" if columns is None else next((name for name in CAPTIONS if name in columns), None)
+    captions = _captions_of(source)
     if source.kind == "folder":
         classes = source.notes(0).get("classes")
-        return Description({"cls": list(classes)} if classes else {}, caption=caption, are_folders=True)
+        return Description({"cls": list(classes)} if classes else {}, captions=captions, are_folders=True)
     first = source.paths[0]
     if source.kind == "parquet":
         return Description(
-            class_labels(source.schema_metadata.get(b"huggingface")) or _read_card(first), caption=caption
+            class_labels(source.schema_metadata.get(b"huggingface")) or _read_card(first), captions=captions
         )
     if found := tfds.class_names(first):
-        return Description(found, caption=caption)
+        return Description(found, captions=captions)
     if source.kind != "tar":
-        return Description(caption=caption)
+        return Description(captions=captions)
     folder = first.rpartition("/")[0] or "."
     for place in (folder, folder.rpartition("/")[0] or ".."):
         if (names := _lines(f"{place}/{_CLASSES}")) is not None:
             kind = (_lines(f"{place}/{_TYPE}") or [""])[0].lower()
             label = "npy" if kind == "multilabel" else "cls"
-            return Description({label: names}, tuple(_lines(f"{place}/{_TEMPLATES}") or ()), caption)
-    return Description(caption=caption)
+            return Description({label: names}, tuple(_lines(f"{place}/{_TEMPLATES}") or ()), captions)
+    return Description(captions=captions)
+
+
+def _captions_of(source: ShardedSource) -> tuple[str, ...]:
+    if source.columns is None:
+        return ("txt",)
+    found = tuple(name for name in CAPTIONS if name in source.columns)[:1]
+    if found == ("captions",):
+        with contextlib.suppress(OSError):  # storage fails for a pair now and then
+            first = source[0].fields.get("captions")
+            return tuple(f"captions.{language}" for language in sorted(first)) if isinstance(first, dict) else found
+    return found
 
 
 def _lines(path: str) -> list[str] | None:

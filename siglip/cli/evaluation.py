@@ -20,7 +20,7 @@ from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.atomic import write_atomically
 from siglip.cli import BAD_INPUT, describe
 from siglip.cli.arguments import find_flag, parse
-from siglip.cli.data_sets import complete
+from siglip.cli.data_sets import complete, protocol
 from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder, Params, Value, embeddings, rows_per_process
 from siglip.evaluation.suite import run_tasks, task_classes
@@ -238,6 +238,8 @@ def eval_command(args: list[str]) -> None:
         if jax.process_index():
             return
         print(format_table({result.dataset: result.metrics for result in results}))
+        prepared = {"image_size": embedder.image_size, "resample": embedder.resample}
+        print(protocol(task, pixels=options.pixels, **prepared, canonical=embedder.canonical_prompts))
         if options.out is not None:
             content = json.dumps([r.to_clip_benchmark(options.src) for r in results], indent=2, ensure_ascii=False)
             write_atomically(Path(options.out), content + "\n")

@@ -62,7 +62,8 @@ def pack_command(args: list[str]) -> None:
     about = describe(source)
     label = options.label or about.label
     classes = about.classes.get(label or "")
-    captions = options.captions or (about.caption if _has_some(source, about.caption) else None)
+    found = about.captions[0] if len(about.captions) == 1 else None  # several languages stay in the json member
+    captions = options.captions or (found if _has_some(source, found) else None)
     start = last = time.monotonic()
 
     def progress(pairs: int) -> None:

@@ -176,10 +176,9 @@ def format_results(suite: Suite, results: Mapping[str, Sequence[Record]], model:
         if not records:
             rows.append((entry.task.dataset, "failed", None, None))
         for record in shown:
-            for name in entry.metrics or record["metrics"]:
-                value = metric_of(record["metrics"], name)
-                if value is not None:
-                    rows.append((record["dataset"], name, value, published.get(name)))
+            values = {name: metric_of(record["metrics"], name) for name in entry.metrics}
+            values = {name: value for name, value in values.items() if value is not None} or record["metrics"]
+            rows += [(record["dataset"], name, value, published.get(name)) for name, value in values.items()]
         if shown and entry.metrics:
             mains.append((metric_of(shown[-1]["metrics"], entry.metrics[0]), published.get(entry.metrics[0])))
     if suite.average and mains:

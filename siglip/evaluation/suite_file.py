@@ -29,7 +29,7 @@ _MAIN = {
     "retrieval": ("text_retrieval_recall@1", "image_retrieval_recall@1"),
 }
 _OWN = ("metrics", "published", "note")
-_PATHS = ("data", "train")
+_PATHS, _FILES = ("data", "train"), ("classes", "templates", "subset", "label_map")
 _MEANS = {"mean_recall@1": _MAIN["retrieval"]}
 
 
@@ -139,9 +139,13 @@ def _entry(
         raise UserError(f"{where}.metrics={metrics!r} is not a list of names, such as [acc1]")
     published = _published(_mapping(merged.get("published") or {}, f"{where}.published"), metrics, sources, where)
     task = build_dataclass(cls, fields | {"task": kind}, where=where)
-    others = {key: value for key, value in fields.items() if key not in _PATHS and value != settings[key]}
-    files = {key: hashlib.sha256(Path(value).read_bytes()).hexdigest()[:16] for key, value in others.items()}
+    named = {key: Path(fields[key]) for key in _FILES if isinstance(fields.get(key), str)}
+    files = {key: _digest(path) for key, path in named.items() if path.is_file()}
     return Entry(task, settings | {"task": kind, "files": files}, pixels, column, tuple(metrics), published)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _published(given: Mapping, metrics: Sequence[str], sources: Mapping, where: str) -> dict[str, dict[str, float]]:
@@ -164,7 +168,7 @@ def _resolve(key: str, value: Any, roots: tuple[Path, Path]) -> Any:
         return value
     if key in _PATHS:
         return str(roots[0] / value)
-    there = [str(root / value) for root in roots if "." in value and (root / value).is_file()]
+    there = [str(root / value) for root in roots if key in _FILES and (root / value).exists()]
     return there[0] if there else value
 
 

@@ -1,5 +1,6 @@
 """What data say of themselves becomes the settings of a task: each layout from a small generated set."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from data_pipelines.image_ops import resize, resize_and_crop
 from data_pipelines.loader import make_eval_batches
 from data_pipelines.sources.opening import open_source
-from siglip.cli.data_sets import complete
+from siglip.cli.data_sets import complete, protocol
 from siglip.cli.evaluation import first_values
 from siglip.evaluation.class_files import read_classes, read_templates
 from siglip.evaluation.retrieval import Retrieval
@@ -114,6 +115,28 @@ def test_caption_columns(tmp_path):
         completed(Retrieval(str(folder), captions=("title",)))
 
 
+def test_each_usual_field_has_its_stand_in(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Selection:
+        data: str
+        captions: tuple[str, ...] = ("txt", "negative")
+
+    @dataclasses.dataclass(frozen=True)
+    class Verification:
+        data: str
+        captions: str = "txt"
+
+    (tmp_path / "1.png").write_bytes(PNG)
+    entry = {"filename": "1.png", "caption": "a cat", "negative_caption": "a dog"}
+    (tmp_path / "add_obj.json").write_text(json.dumps({"0": entry}))
+    data = str(tmp_path / "add_obj.json")
+    assert complete(Selection(data)).captions == ("caption", "negative_caption")
+    assert complete(Verification(data)).captions == "caption"
+    assert complete(Selection(data, ("caption", "x"))).captions == ("caption", "x")
+    (tmp_path / "one.json").write_text(json.dumps([{"filename": "1.png", "caption": "a cat"}]))
+    assert complete(Selection(str(tmp_path / "one.json"))).captions == ("txt", "negative")  # half of it is no answer
+
+
 def test_folders_as_classes(tmp_path):
     folder = write_folders(tmp_path / "pets", "dog", "cat")
     assert names(completed(ZeroShot(str(folder)))) == ["cat", "dog"]
@@ -136,6 +159,37 @@ def test_wordnet_ids_are_a_subset_of_imagenet(tmp_path):
     assert names(completed(ZeroShot(str(folder), str(tmp_path / "map.txt")))) == ["a fish", "a dog", "glasses"]
 
 
+def test_folders_that_are_numbers(tmp_path):
+    folder = write_folders(tmp_path / "imagenetv2", "0", "10", "9")
+    numbers = read_classes(completed(ZeroShot(str(folder), "imagenet")).classes).numbers()
+    assert numbers["tench"] == 0 and "10" not in numbers  # so that a label is the number that it is
+    assert names(completed(ZeroShot(str(folder)))) == ["0", "9", "10"]
+    (tmp_path / "three.txt").write_text("nil\nnine\nten")
+    numbers = read_classes(completed(ZeroShot(str(folder), str(tmp_path / "three.txt"))).classes).numbers()
+    assert (numbers["9"], numbers["10"]) == (1, 2)
+
+
+def test_all_languages_of_crossmodal_3600(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "k.jpg").write_bytes(PNG)
+    texts = {language: {"caption": ["a", "b"]} for language in ("th", "de")}
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"image/key": "k", "image/locale": "de"} | texts))
+    assert completed(Retrieval(str(tmp_path))).captions == ("captions.de", "captions.th")
+    assert completed(Retrieval(str(tmp_path), captions=("captions.th",))).captions == ("captions.th",)
+
+
+def test_the_protocol_in_one_line(tmp_path):
+    task = ZeroShot("a.tar", "imagenet", "imagenet")
+    prepared = {"pixels": "square875", "image_size": (224, 224), "resample": "bilinear"}
+    told = "protocol: pixels square875, 224 x 224, bilinear; 1000 classes, 80 templates; prompts "
+    assert protocol(task, **prepared, canonical=True) == told + "canonical"
+    assert protocol(dataclasses.replace(task, canonical=False), **prepared, canonical=True) == told + "as written"
+    own = ZeroShot("a.tar", '["a", "b"]', '{"a": ["x"], "b": ["y", "z"]}')
+    assert "2 classes, prompts for each class;" in protocol(own, **prepared, canonical=True)
+    assert "2 classes, names alone;" in protocol(dataclasses.replace(own, templates=None), **prepared, canonical=True)
+    assert protocol(Retrieval("a.tar"), **prepared, canonical=True) == "protocol: pixels square875, 224 x 224, bilinear"
+
+
 def test_tfds_as_a_source_of_evaluations(tmp_path):
     from tests.data_pipelines.test_tf_examples import write_tfds
 
@@ -146,8 +200,6 @@ def test_tfds_as_a_source_of_evaluations(tmp_path):
 
 
 def test_splits_of_training(tmp_path):
-    import dataclasses
-
     @dataclasses.dataclass(frozen=True)
     class Probe:
         data: str
