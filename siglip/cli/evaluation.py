@@ -171,8 +171,16 @@ def make_embedder(
         functools.partial(embeddings, config, params),
         mesh=mesh, rows=rows, image_size=image_size, resample=resample,
         canonical_prompts=config.text is not None and config.text.tokens.canonical != "none",
-        tokenize=tokenize, read=read, values_of=values_of,
+        tokenize=tokenize, read=read, values_of=values_of, **_scale_of(params, config),
     )  # fmt: skip
+
+
+def _scale_of(params: Params, config: ModelConfig) -> dict[str, float]:
+    """What makes logits of cosines, where the model has both towers."""
+    if config.text is None:
+        return {}
+    t, b = (float(np.asarray(params[name]).reshape(())) for name in ("t", "b"))
+    return {"temperature": float(np.exp(t)), "bias": b}
 
 
 def settings_of(options: Any) -> dict[str, int]:

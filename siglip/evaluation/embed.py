@@ -106,6 +106,7 @@ class Embedder:
             most `rows` at a time, as {"image", "index", "key", "fields"}. Its `counts` are the images that could not be decoded,
             by reason.
         values_of: (fields of a pair, name of one) -> what that holds.
+        temperature, bias: of the model's logits; None where it has none.
     """
 
     embed: Callable[[Mapping[str, Array]], Float[Array, "b e"]]
@@ -117,6 +118,8 @@ class Embedder:
     tokenize: Callable[[Sequence[str]], Int[np.ndarray, "m l"]]
     read: Callable[[Any, Sequence[str]], tuple[int, Any]]
     values_of: Callable[[Mapping[str, Any], str], list[Value]]
+    temperature: float | None = None
+    bias: float | None = None
 
     def embed_images(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n ..."]:
         """Embeddings of this process's images; all processes must bring as many batches."""

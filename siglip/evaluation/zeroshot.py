@@ -15,14 +15,14 @@ import re
 import string
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from siglip.array_types import Float, Int
 from siglip.errors import UserError
-from siglip.evaluation.embed import Embedder, FirstValues
+from siglip.evaluation.embed import EmbeddedImages, Embedder, FirstValues
 from siglip.evaluation.ranking import rank_right_candidates
 from siglip.evaluation.results import Result, check_name, dataset_name
 from siglip.trees import did_you_mean
@@ -34,6 +34,12 @@ _LAMBDA = re.compile(r"\blambda\s+\w+\s*:")
 _JSON = re.compile(r"\s*(\[|\{(?!c?\}))")  # a template may begin with {} or {c}
 _SHOWN_NAMES = 5
 _SHOWN_CHARS, _MAX_DIGITS = 80, 18
+
+
+class Classes(NamedTuple):
+    """The classes of a data set, by their numbers."""
+
+    names: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +95,24 @@ class ZeroShot:
         Raises:
             UserError: a label is not a class, no image has one, or nothing can be decoded.
         """
+        classes, weights, texts = self.class_weights(embedder)
+        images = embedder.embed_shards(self.data, (self.label,))
+        rows, labels = self.labels_of(images, classes)
+        return [Result(self, self.dataset, "", classification(images.zimg[rows], weights, labels, texts=texts))]
+
+    def class_weights(self, embedder: Embedder) -> tuple[Classes, Float[np.ndarray, "k e"], list[tuple[str, ...]]]:
+        """The classes, their vectors, and the prompts of each."""
         names = read_names(self.classes)
         canonical = embedder.canonical_prompts if self.canonical is None else self.canonical
         prompts = make_prompts(names, read_templates(self.templates), canonical=canonical)
-        images = embedder.embed_shards(self.data, (self.label,))
-        index = {name: names.index(name) for name in names}
+        # Classes of one name have the same prompts: a tie between them is none that the encoder could avoid.
+        return Classes(names), class_embeddings(embedder.embed_texts, prompts), [tuple(own) for own in prompts]
+
+    def labels_of(
+        self, images: EmbeddedImages, classes: Classes
+    ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """(rows of the images that have a label, their classes)."""
+        index = {name: classes.names.index(name) for name in classes.names}
         pairs = zip(images.keys, images.values[self.label], strict=True)
         numbers = [self._number(values, f"image {key}", index) for key, values in pairs]
         labelled = np.asarray([number is not None for number in numbers])
@@ -101,12 +120,7 @@ class ZeroShot:
             example = images.keys[labelled.argmin()]
             told = "%d images of %s left out because they have no label %r, such as %s"
             logger.warning(told, (~labelled).sum(), self.data, self.label, example)
-        labels = np.asarray([number for number in numbers if number is not None], int)
-        classes = class_embeddings(embedder.embed_texts, prompts)
-        # Classes of one name have the same prompts: a tie between them is none that the encoder could avoid.
-        texts = [tuple(own) for own in prompts]
-        metrics = classification(images.zimg[labelled], classes, labels, texts=texts)
-        return [Result(self, self.dataset, "", metrics)]
+        return np.flatnonzero(labelled), np.asarray([number for number in numbers if number is not None], int)
 
     def _number(self, values: Sequence[Any], pair: str, index: Mapping[str, int]) -> int | None:
         """The class of a pair; None if it has no label, or a number that no list of classes reaches."""
