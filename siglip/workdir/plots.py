@@ -46,7 +46,7 @@ def _figure(figure: Any, title: str, note: str = "") -> str:
     return f"<figure>{caption}<img class='plot' alt='{html.escape(title)}' src='{source}'></figure>"
 
 
-def smooth(values: Sequence[float]) -> np.ndarray:
+def smooth(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """A running mean over a twentieth of the points, at least 3, shorter at the ends."""
     values = np.asarray(values, float)
     half = max(1, round(len(values) * _SMOOTHED_OVER / 2))
@@ -89,7 +89,7 @@ def logit_histogram(edges: Sequence[float], positives: Sequence[int], negatives:
     return _figure(figure, "Logits", "of matching and of other pairs, each summing to 1")
 
 
-def reliability(bins: Sequence[tuple[float, float, int]], title: str, note: str) -> str:
+def reliability(bins: Sequence[Sequence[float]], title: str, note: str) -> str:
     """[(mean predicted probability, observed share, pairs)]."""
     figure, axes = _axes(4.6, 3.6)
     predicted, observed, pairs = (

@@ -181,7 +181,7 @@ def _results(runs: Sequence[Run], baselines: Mapping[str, Mapping[str, float]]) 
 
 
 def _sizes(run: Run, dataset: str, task: str) -> Mapping[str, int]:
-    """Numbers of queries and candidates, where they have been counted: {"images", "described", "texts"} or {"images", "classes"}."""
+    """Numbers of queries and candidates where they are known: {"images", "described", "texts"} or {"images", "classes"}."""
     counts = run.findings.get("retrieval", {}).get("counts", {}) if task == "retrieval" else {}
     language = dataset.rpartition("-")[2]
     if task == "zeroshot":
@@ -197,19 +197,19 @@ def _queries(metric: str, sizes: Mapping[str, int]) -> int:
 
 
 def _chance(metric: str, sizes: Mapping[str, int]) -> float | None:
-    """What a model that knows nothing gets; with several captions per image, of one of them."""
+    """What a model that knows nothing gets: a hit needs one of the `right` among k of the candidates drawn at random."""
     if "classes" in sizes:
-        return (
-            {"acc1": 1, "acc5": 5, "mean_per_class_recall": 1}.get(metric, math.nan) / sizes["classes"]
-            if metric != "tied_fraction"
-            else None
-        )
+        hits = {"acc1": 1, "acc5": 5, "mean_per_class_recall": 1}.get(metric)
+        return None if hits is None else hits / sizes["classes"]
     if not sizes or not metric.startswith(("text_retrieval", "image_retrieval")):
         return None
-    candidates = sizes["texts" if metric.startswith("text_") else "images"]
+    candidates, right = sizes["images"], 1.0
+    if metric.startswith("text_"):
+        candidates, right = sizes["texts"], sizes["texts"] / max(1, sizes["described"])
     if "recall@" in metric:
-        return min(1.0, int(metric.rpartition("@")[2]) / candidates)
-    return (candidates + 1) / 2 if "rank" in metric else None
+        draws = range(min(int(metric.rpartition("@")[2]), candidates))
+        return 1 - math.prod(max(0.0, (candidates - right - n) / (candidates - n)) for n in draws)
+    return (candidates + 1) / 2 if "rank" in metric and right == 1 else None
 
 
 def _row(name: str, metrics: Mapping[str, float], columns: Sequence[str], css: str, sizes: Mapping[str, int]) -> str:

@@ -8,7 +8,7 @@ import pytest
 from siglip.evaluation import findings
 from siglip.evaluation.findings import confusion, retrieval_findings
 from siglip.workdir import plots
-from siglip.workdir.report import Run, final_results, write_report
+from siglip.workdir.report import Run, _chance, final_results, write_report
 
 TEMPERATURE, BIAS, BATCH = 9.0, -4.0, 64
 
@@ -98,6 +98,15 @@ def test_numbers_have_their_chance_and_standard_error_and_english_is_first(tmp_p
     assert "&lt;i&gt;</td><td>1</td><td>7</td>" in page and "7 of 10 pairs kept" in page
     for raw in ("<run>", "<out>", "<x>", "<b></td>", "<1>", "<i></td>"):
         assert raw not in page
+
+
+def test_chance_of_several_right_ones_equals_drawing_at_random():
+    sizes, rng = {"images": 10, "described": 10, "texts": 30}, np.random.default_rng(0)
+    drawn = np.array([rng.permutation(30)[:5].min() < 3 for _ in range(20_000)])
+    found = _chance("text_retrieval_recall@5", sizes)
+    assert found == pytest.approx(1 - math.comb(27, 5) / math.comb(30, 5))
+    assert abs(drawn.mean() - found) < 5 * drawn.std() / math.sqrt(len(drawn))
+    assert _chance("image_retrieval_recall@5", sizes) == pytest.approx(0.5) and _chance("text_median_rank", {}) is None
 
 
 SCORES = {
