@@ -100,7 +100,7 @@ class DemoIndex:
     def _decode(self, file: bytes) -> Any:
         return decode_image(file, max_pixels=MAX_IMAGE_PIXELS)
 
-    def _row(self, row: int, rank: int, **scores: float) -> dict[str, Any]:
+    def _row(self, row: int, rank: int, **scores: Any) -> dict[str, Any]:
         about = {"row": row, "rank": rank, "key": self.keys[row], "caption": self.captions[row]}
         return about | {name: float(score) for name, score in scores.items()}
 

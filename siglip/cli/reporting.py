@@ -1,60 +1,86 @@
-"""`siglip report`: a run's metrics, images that queries find, and other models' numbers on one page and in one table."""
+"""`siglip report`: a run on one page, or several beside each other, with other models' numbers; the last evaluation as a table.
+
+What needs the model (scores, images found, mistakes) is computed from the run's newest checkpoint and its evaluation data, and
+kept in WORKDIR/findings.json: later reports of the same checkpoint need neither.
+"""
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
 
 from data_pipelines.loader import make_eval_batches
 from data_pipelines.sources.opening import open_source
+from siglip.atomic import write_atomically
 from siglip.cli.arguments import parse
 from siglip.cli.data_sets import complete
 from siglip.cli.evaluation import embedder_of, format_table, settings_of
-from siglip.errors import UserError
+from siglip.errors import BAD_PATH, UserError
+from siglip.evaluation.embed import Embedder
+from siglip.evaluation.findings import confusion, retrieval_findings
 from siglip.evaluation.retrieval import Retrieval
+from siglip.evaluation.zeroshot import ZeroShot
 from siglip.training.config import EvalConfig
 from siglip.trees import build_dataclass
+from siglip.workdir import plots
+from siglip.workdir.checkpoint import CHECKPOINTS_DIR
 from siglip.workdir.files import CONFIG_FILE, TOKENIZER_FILE, read_config
 from siglip.workdir.metrics import read_metrics
-from siglip.workdir.report import Gallery, final_results, write_report
+from siglip.workdir.report import Run, final_results, write_report
 
-QUERIES = 16
+logger = logging.getLogger(__name__)
+
+FINDINGS_FILE = "findings.json"
 SHOWN_PX = 72
+_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportArgs:
-    """Write WORKDIR/report.html and print the last evaluation.
+    """Write the page of a run, or of several beside each other, and print their last evaluations.
 
     Attributes:
-        workdir: workdir of a run.
+        workdirs: workdirs of runs.
         baseline: JSON result files of other models, as `siglip eval --out` or CLIP_benchmark writes; more rows of the table.
+        out: the page; without it WORKDIR/report.html, or comparison.html here for several runs.
     """
 
-    workdir: tyro.conf.Positional[str]
+    workdirs: tyro.conf.Positional[tuple[str, ...]]
     baseline: tuple[str, ...] = ()
+    out: str | None = None
 
 
 def report_command(args: list[str]) -> None:
-    """Prints the table and the report's path."""
+    """Prints the tables and the page's path."""
     options = parse(ReportArgs, args, prog="siglip report")
-    workdir = Path(options.workdir)
-    results = final_results(read_metrics(workdir))
-    settings = build_dataclass(
-        EvalConfig, read_config(workdir, fields=["eval"])["eval"], where=f"{workdir / CONFIG_FILE}: eval"
-    )
+    workdirs = [Path(workdir) for workdir in options.workdirs]
+    if not workdirs:
+        raise UserError("name the workdir of a run, or of several: siglip report runs/a runs/b")
+    out = Path(options.out or (workdirs[0] / "report.html" if len(workdirs) == 1 else "comparison.html"))
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder {out.parent} of --out does not exist; make it first")
     baselines = {name: row for path in options.baseline for name, row in _read_baseline(path).items()}
-    retrieval = next((task for task in settings.tasks if isinstance(task, Retrieval)), None)
-    gallery = None if retrieval is None else _gallery(workdir, settings, retrieval)
-    path = write_report(workdir, gallery=gallery, baselines=baselines)
-    for datasets in results.values():
-        columns = {name for metrics in datasets.values() for name in metrics}
-        rows = {name: {k: v for k, v in row.items() if k in columns} for name, row in baselines.items()}
-        print(format_table(datasets | {name: row for name, row in rows.items() if row}))
+    runs = [_read_run(workdir, name) for workdir, name in zip(workdirs, _names(workdirs), strict=True)]
+    path = write_report(out, runs, baselines=baselines)
+    for run in runs:
+        for datasets in final_results(run.lines).values():
+            columns = {name for metrics in datasets.values() for name in metrics}
+            rows = {name: {k: v for k, v in row.items() if k in columns} for name, row in baselines.items()}
+            print(format_table(datasets | {name: row for name, row in rows.items() if row}))
+        for note in run.notes:
+            print(f"{run.name}: {note}")
     print(f"report: {path}")
+
+
+def _names(workdirs: Sequence[Path]) -> list[str]:
+    """The folders' names, or their paths where two have the same."""
+    names = [workdir.resolve().name for workdir in workdirs]
+    return names if len(set(names)) == len(names) else [str(workdir) for workdir in workdirs]
 
 
 def _read_baseline(path: str) -> dict[str, dict[str, float]]:
@@ -67,23 +93,97 @@ def _read_baseline(path: str) -> dict[str, dict[str, float]]:
         ) from None
 
 
-def _gallery(workdir: Path, settings: EvalConfig, task: Retrieval) -> Gallery:
-    """A few queries spread over the evaluation set: every other one in the first language, the rest in the others in turn."""
-    task = complete(task)
+def _read_run(workdir: Path, name: str) -> Run:
+    lines, config = read_metrics(workdir), read_config(workdir, fields=["eval"])
+    settings = build_dataclass(EvalConfig, config["eval"], where=f"{workdir / CONFIG_FILE}: eval")
+    findings, notes = _findings(workdir, config, settings) if settings.tasks else ({}, [])
+    if findings.get("retrieval"):
+        findings["recall"] = _recall(final_results(lines).get("retrieval", {}), findings["retrieval"]["counts"])
+    sources = config.get("data", {}).get("sources", [])
+    manifests = [source["manifest"] for source in sources if isinstance(source, Mapping) and source.get("manifest")]
+    funnels = {manifest: found for manifest in manifests if (found := _read_funnel(Path(manifest)))}
+    return Run(name, lines, config, findings, funnels, notes)
+
+
+def _read_funnel(manifest: Path) -> dict[str, Any] | None:
+    path = manifest.parent / "funnel.json"
+    try:
+        funnel = json.loads(path.read_text())
+        return funnel if {"pairs", "kept", "applied", "taken"} <= funnel.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _recall(results: Mapping[str, Mapping[str, float]], counts: Mapping[str, Mapping[str, int]]) -> list[list[Any]]:
+    """[language, t2i R@10, its standard error] of each language, the best first but English before all."""
+    rows = []
+    for dataset, metrics in results.items():
+        language, value = dataset.rpartition("-")[2], metrics.get("image_retrieval_recall@10")
+        if language in counts and value is not None:
+            rows.append([language, value, float(np.sqrt(value * (1 - value) / counts[language]["texts"]))])
+    return sorted(rows, key=lambda row: (row[0] != "en", -row[1]))
+
+
+def _findings(workdir: Path, config: Mapping[str, Any], settings: EvalConfig) -> tuple[dict[str, Any], list[str]]:
+    """What the newest checkpoint scores, finds and mistakes, from WORKDIR/findings.json or the data; and what is left out."""
+    steps = [int(path.name) for path in (workdir / CHECKPOINTS_DIR).glob("*") if path.name.isdigit()]
+    made_from = {"version": _VERSION, "step": max(steps, default=None), "tasks": config["eval"]["tasks"]}
+    path = workdir / FINDINGS_FILE
+    if path.is_file():
+        try:
+            kept = json.loads(path.read_text())
+            if kept["made_from"] == made_from:
+                return kept["findings"], []
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s is damaged and is made again", path)
+    if not steps:
+        return {}, ["no checkpoint: scores, images found and mistakes are left out"]
+    try:
+        findings = _compute(workdir, config, settings)
+    except (UserError, *BAD_PATH, OSError) as error:
+        return {}, [
+            f"scores, images found and mistakes are left out, since the evaluation cannot be repeated here: {error}"
+        ]
+    write_atomically(path, json.dumps({"made_from": made_from, "findings": findings}))
+    return findings, []
+
+
+def _compute(workdir: Path, config: Mapping[str, Any], settings: EvalConfig) -> dict[str, Any]:
+    """Runs the model over the first retrieval set and every classification set."""
     embedder = embedder_of(workdir, tokenizer=str(workdir / TOKENIZER_FILE), **settings_of(settings))
-    found = embedder.embed_shards(task.data, task.captions)
-    captions = {field: task.captions_in(found, field) for field in task.captions}
-    count = len(found.zimg)
-    queries = []
-    for n, row in enumerate(np.linspace(0, count - 1, min(QUERIES, count)).astype(int).tolist()):
-        first, *others = task.captions
-        field = others[n // 2 % len(others)] if others and n % 2 else first
-        if texts := captions[field][row]:
-            queries.append((field.partition("captions.")[2], texts[0], row))
+    findings: dict[str, Any] = {"zeroshot": {}}
+    tasks = [complete(task) for task in settings.tasks]
+    retrieval = next((task for task in tasks if isinstance(task, Retrieval)), None)
+    if retrieval is not None:
+        findings |= _of_retrieval(retrieval, embedder, batch_size=config["batch_size"])
+    for task in tasks:
+        if isinstance(task, ZeroShot):
+            images = embedder.embed_shards(task.data, (task.label,))
+            classes, weights, _ = task.class_weights(embedder)
+            rows, labels = task.labels_of(images, classes)
+            findings["zeroshot"][task.dataset] = confusion(images.zimg[rows], weights, labels, classes.names)
+    return findings
 
-    def shown(rows: Sequence[int]) -> np.ndarray:
-        source, size = open_source(task.data, fields=()), (SHOWN_PX, SHOWN_PX)
-        some = [source[found.index[row]] for row in rows]
-        return next(iter(make_eval_batches(some, batch_size=max(1, len(some)), image_size=size)))["image"]
 
-    return Gallery(shown, found.zimg, queries, embedder.embed_texts([text for _, text, _ in queries]))
+def _of_retrieval(task: Retrieval, embedder: Embedder, *, batch_size: int) -> dict[str, Any]:
+    images = embedder.embed_shards(task.data, task.captions)
+    english = sorted(task.captions, key=lambda field: field.rpartition(".")[2] != "en")
+    captions = {field.partition("captions.")[2] or field: task.captions_in(images, field) for field in english}
+    captions = {language: own for language, own in captions.items() if any(own)}
+    ztxt = {
+        language: embedder.embed_texts([text for own in texts for text in own]) for language, texts in captions.items()
+    }
+    scale = {"temperature": embedder.temperature, "bias": embedder.bias, "batch_size": batch_size}
+    found = retrieval_findings(images.zimg, captions, ztxt, **scale)
+    shown = {row for query in found["found"] for row in (query["right"], *query["top"])}
+    shown |= {one[which] for one in found["mistakes"] for which in ("right", "wrong")}
+    return {"retrieval": found, "thumbs": _thumbs(task.data, sorted(shown), images.index)}
+
+
+def _thumbs(data: str, rows: Sequence[int], index: Sequence[int]) -> dict[str, str]:
+    """Only what is shown is decoded again."""
+    source = open_source(data, fields=())
+    some = [source[index[row]] for row in rows]
+    batches = make_eval_batches(some, batch_size=max(1, len(some)), image_size=(SHOWN_PX, SHOWN_PX))
+    images = next(iter(batches))["image"]
+    return {str(row): plots.png(image) for row, image in zip(rows, images, strict=True)}

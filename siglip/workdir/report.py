@@ -1,175 +1,304 @@
-"""report.html: a run in one self-contained page, with curves, tables and the images that queries found.
+"""report.html: a run, or several beside each other, in one self-contained page.
 
-Everything is inlined (plots and thumbnails as data URLs), so the file can be mailed.
+Everything is inlined (plots and thumbnails as data URLs), so the file can be mailed, and a phone shows it without a network.
 
-Captions are other people's text: every string is escaped before it becomes HTML.
+Captions, file names and settings are other people's text: every string is escaped before it becomes HTML.
 """
 
-import base64
 import html
-import io
-from collections.abc import Callable, Mapping, Sequence
+import importlib.resources
+import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from siglip.array_types import Float, UInt8
 from siglip.atomic import write_atomically
-from siglip.workdir.metrics import format_value, read_metrics, short_name
+from siglip.workdir import plots
+from siglip.workdir.metrics import format_value, short_name
 
 CURVES = (
-    ("train/loss", "loss"),
-    ("train/temperature", "temperature exp(t)"),
-    ("train/bias", "bias b"),
-    ("train/pairs_per_s", "pairs per second"),
-    ("train/grad_norm", "gradient norm"),
-    ("train/schedule", "schedule"),
+    ("train/loss", "Loss"),
+    ("train/temperature", "Temperature exp(t)"),
+    ("train/bias", "Bias b"),
+    ("train/grad_norm", "Gradient norm"),
+    ("train/schedule", "Schedule"),
+    ("train/pairs_per_s", "Pairs per second"),
+    ("train/data_wait", "Share of time waiting for data"),
+    ("train/mfu", "Model FLOP utilisation"),
 )
-TOP = 8  # images shown per query
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1160px; margin: 2rem auto; padding: 0 1rem; color: #1d2433; }
-h1 { margin-bottom: 0 } h2 { margin-top: 2.2rem; border-bottom: 1px solid #dde2ea; padding-bottom: .3rem }
-.muted { color: #6a7385 } table { border-collapse: collapse; margin: .6rem 0 }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #eceff4 } th { font-weight: 600 }
-th:first-child, td:first-child { text-align: left } .baseline td { color: #6a7385; font-style: italic }
-.query { display: flex; align-items: center; gap: .5rem; margin: .35rem 0 } .query .text { width: 15rem; flex: none }
-.query .lang { display: inline-block; min-width: 2.2rem; color: #6a7385; font-size: .8rem }
-.query img { width: 72px; height: 72px; border: 3px solid transparent; border-radius: 8px; background: #fff }
-.query img.hit { border-color: #23a35a } .rank { width: 4.6rem; flex: none;
-         color: #6a7385; font-size: .85rem; text-align: right; padding-right: .6rem }
-img.plot { width: 100% }
-"""
+ENGLISH = ("en", "eng")
 
 
-class Gallery(NamedTuple):
-    """Images to find and what to look for.
+class Run(NamedTuple):
+    """What the report shows of a run.
 
     Attributes:
-        images: row numbers -> uint8 [k, h, w, 3] of these images, as shown. zimg: the embeddings of all [n, e].
-        queries: (language, text, row of the right image) each. ztxt: their embeddings, in the same order.
+        lines: of metrics.jsonl. config: config.json. findings: what `siglip report` has computed with the model, or {}:
+            "retrieval" (siglip/evaluation/findings.py), "zeroshot" {data set: confusion}, "thumbs" {row: data URL}.
+        funnels: {manifest: funnel.json of its curation}. notes: what is left out, and why.
     """
 
-    images: Callable[[Sequence[int]], UInt8[np.ndarray, "k h w 3"]]
-    zimg: Float[np.ndarray, "n e"]
-    queries: Sequence[tuple[str, str, int]]
-    ztxt: Float[np.ndarray, "m e"]
+    name: str
+    lines: Sequence[Mapping[str, Any]]
+    config: Mapping[str, Any]
+    findings: Mapping[str, Any] = {}
+    funnels: Mapping[str, Mapping[str, Any]] = {}
+    notes: Sequence[str] = ()
 
 
 def write_report(
-    workdir: Path, *, gallery: Gallery | None = None, baselines: Mapping[str, Mapping[str, float]] | None = None
+    path: Path, runs: Sequence[Run], *, baselines: Mapping[str, Mapping[str, float]] | None = None
 ) -> Path:
-    """Writes WORKDIR/report.html from metrics.jsonl and returns its path.
+    """Writes the page of one run, or of several side by side, and returns its path.
 
     Args:
-        gallery: images found; None leaves that section out.
-        baselines: rows of other models for the table, {name: {metric: value}}.
-
-    Raises:
-        FileNotFoundError: if the workdir has no metrics.jsonl.
+        baselines: rows of other models for the tables, {name: {metric: value}}.
     """
-    lines = read_metrics(workdir)
-    sections = [_head(workdir, lines), _results(lines, baselines or {}), _curves(lines)]
-    if gallery is not None:
-        sections.append(_gallery(gallery))
+    sections = _one(runs[0], baselines or {}) if len(runs) == 1 else _several(runs, baselines or {})
+    title = html.escape(" · ".join(run.name for run in runs))
+    style = importlib.resources.files("siglip.workdir").joinpath("report.css").read_text()
     page = (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(workdir.name)}</title>"
-        f"<style>{_STYLE}</style><body>{''.join(sections)}</body></html>\n"
+        "<!doctype html><html lang='en'><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{title}</title><style>{style}</style><body>{''.join(sections)}</body></html>\n"
     )
-    path = workdir / "report.html"
     write_atomically(path, page)
     return path
 
 
 def final_results(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """{task: {data set: {metric: value}}} of the last evaluation of each."""
+    """{task: {data set: {metric: value}}} of the last evaluation of each; English first."""
     results: dict[str, dict[str, dict[str, float]]] = {}
     for line in lines:
         for name, value in line.items():
             if name.startswith("eval/"):
                 _, task, dataset, metric = name.split("/", 3)
                 results.setdefault(task, {}).setdefault(dataset, {})[metric] = value
-    return results
+    return {
+        task: dict(sorted(sets.items(), key=lambda item: not _is_english(item[0]))) for task, sets in results.items()
+    }
 
 
-def _head(workdir: Path, lines: Sequence[Mapping[str, Any]]) -> str:
-    trained = [line for line in lines if "train/loss" in line]
+def _is_english(dataset: str) -> bool:
+    return dataset.rpartition("-")[2] in ENGLISH
+
+
+def _one(run: Run, baselines: Mapping[str, Mapping[str, float]]) -> list[str]:
+    from siglip.workdir.report_findings import findings_sections
+
+    notes = "".join(f"<p class='muted'>{html.escape(note)}</p>" for note in run.notes)
+    return [
+        _head(run), notes, _what(run.config), _results([run], baselines), _curves([run]), *findings_sections(run.findings),
+        _substituted(run.lines), *map(_funnel, run.funnels, run.funnels.values()), _config(run.config),
+    ]  # fmt: skip
+
+
+def _several(runs: Sequence[Run], baselines: Mapping[str, Mapping[str, float]]) -> list[str]:
+    rows = "".join(f"<li>{html.escape(run.name)}: {_summary(run)}</li>" for run in runs)
+    return [f"<h1>{len(runs)} runs</h1><ul>{rows}</ul>", _differences(runs), _results(runs, baselines), _curves(runs)]
+
+
+def _head(run: Run) -> str:
+    return f"<h1>{html.escape(run.name)}</h1><p class='muted'>{_summary(run)}</p>"
+
+
+def _summary(run: Run) -> str:
+    trained = [line for line in run.lines if "train/loss" in line]
     if not trained:
-        return f"<h1>{html.escape(workdir.name)}</h1><p class='muted'>no training step logged yet</p>"
+        return "no training step logged yet"
     last = trained[-1]
-    rates = [rate for line in trained if (rate := line.get("train/pairs_per_s")) is not None]
-    rate = f"{np.median(rates):.0f} pairs/s (median) · " if rates else ""
-    broken = sum(v or 0 for k, v in last.items() if k.startswith("train/substituted/"))
-    return (
-        f"<h1>{html.escape(workdir.name)}</h1><p class='muted'>{last['step']} steps · loss {format_value(last['train/loss'])} · "
-        f"{rate}{broken} broken pairs replaced</p>"
+    rates, waits = (
+        [v for line in trained if (v := line.get(f"train/{name}")) is not None] for name in ("pairs_per_s", "data_wait")
     )
+    rate = f"{np.median(rates):.0f} pairs/s (median) · " if rates else ""
+    wait = f"{np.median(waits):.1%} of the time waiting for data · " if waits else ""
+    broken = sum(v or 0 for k, v in last.items() if k.startswith("train/substituted/"))
+    return f"{last['step']} steps · loss {format_value(last['train/loss'])} · {rate}{wait}{broken:.0f} broken pairs replaced"
 
 
-def _results(lines: Sequence[Mapping[str, Any]], baselines: Mapping[str, Mapping[str, float]]) -> str:
-    parts = []
-    for task, datasets in final_results(lines).items():
-        columns = list(dict.fromkeys(m for metrics in datasets.values() for m in metrics))
+def _what(config: Mapping[str, Any]) -> str:
+    """What was run on what, from config.json; "" for a config that is not a run's."""
+    try:
+        model, data, optim = config["model"], config["data"], config["optim"]
+        image, text = model["image"], model["text"]
+        size = " x ".join(map(str, image["image_size"]))
+        sources = (f"{source['shards']} (weight {source['weight']:g})" for source in data["sources"])
+        steps = f"{config['total_steps']} steps of {config['batch_size']} pairs, {config['loss']['kind']} loss"
+        rows = {
+            "images": f"{_tower(image)}, {size} px, pooled by {image['pool']}",
+            "texts": f"{_tower(text)}, {text['length']} tokens of {text['vocab_size']}" if text else "none",
+            "data": "; ".join(sources),
+            "training": f"{steps}, seed {config['seed']}",
+            "optimiser": ", ".join(
+                f"{name} {optim[name]}" for name in ("name", "lr", "weight_decay", "schedule", "warmup_steps")
+            ),
+        }
+    except (KeyError, TypeError, ValueError):
+        return ""
+    cells = "".join(f"<tr><td>{name}</td><td>{html.escape(text)}</td></tr>" for name, text in rows.items())
+    return f"<h2>What was run</h2><table class='settings'>{cells}</table>"
+
+
+def _tower(config: Mapping[str, Any]) -> str:
+    """Its variant, with what overrides it."""
+    sizes = {name: config.get(name) for name in ("width", "depth", "mlp_dim", "num_heads", "patch_size")}
+    changed = ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None)
+    return f"{config['variant']} with {changed}" if changed else config["variant"]
+
+
+def _results(runs: Sequence[Run], baselines: Mapping[str, Mapping[str, float]]) -> str:
+    parts, every = [], [final_results(run.lines) for run in runs]
+    for task in dict.fromkeys(task for results in every for task in results):
+        datasets = dict.fromkeys(name for results in every for name in results.get(task, {}))
+        columns = list(dict.fromkeys(m for results in every for row in results.get(task, {}).values() for m in row))
+        rows, sizes = [], {}
+        for n, dataset in enumerate(datasets):
+            for run, results in zip(runs, every, strict=True):
+                if dataset in results.get(task, {}):
+                    name = dataset if len(runs) == 1 else f"{dataset} · {run.name}"
+                    sizes = sizes or _sizes(run, dataset, task)
+                    rows.append(
+                        _row(name, results[task][dataset], columns, "first" * (n == 0), _sizes(run, dataset, task))
+                    )
+        chance = {c: value for c in columns if (value := _chance(c, sizes)) is not None}
+        if chance:
+            rows.append(_row("chance", chance, columns, "baseline", {}))
+        rows += [_row(name, row, columns, "baseline", {}) for name, row in baselines.items() if set(columns) & {*row}]
         head = "".join(f"<th>{html.escape(short_name(c))}</th>" for c in columns)
-        rows = [_row(name, metrics, columns, "") for name, metrics in datasets.items()]
-        rows += [
-            _row(name, metrics, columns, "baseline") for name, metrics in baselines.items() if set(columns) & {*metrics}
-        ]
-        parts.append(f"<h2>{html.escape(task)}</h2><table><tr><th></th>{head}</tr>{''.join(rows)}</table>")
+        told = (
+            " ± 1 standard error, of queries drawn at random; training again with another seed adds to it."
+            if sizes
+            else ""
+        )
+        parts.append(
+            f"<h2>{html.escape(task)}</h2><div class='scroll'><table><tr><th></th>{head}</tr>{''.join(rows)}</table></div>"
+            f"<p class='muted'>{told}</p>"
+        )
     return "".join(parts)
 
 
-def _row(name: str, metrics: Mapping[str, float], columns: Sequence[str], css: str) -> str:
-    cells = "".join(f"<td>{format_value(metrics.get(c), rank='rank' in c)}</td>" for c in columns)
-    return f"<tr class='{css}'><td>{html.escape(name)}</td>{cells}</tr>"
+def _sizes(run: Run, dataset: str, task: str) -> Mapping[str, int]:
+    """Numbers of queries and candidates where they are known: {"images", "described", "texts"} or {"images", "classes"}."""
+    counts = run.findings.get("retrieval", {}).get("counts", {}) if task == "retrieval" else {}
+    language = dataset.rpartition("-")[2]
+    if task == "zeroshot":
+        return run.findings.get("zeroshot", {}).get(dataset, {})
+    return counts.get(language) or (next(iter(counts.values())) if len(counts) == 1 else {})
 
 
-def _curves(lines: Sequence[Mapping[str, Any]]) -> str:
-    trained = [line for line in lines if "train/loss" in line]
-    if len(trained) < 2:
-        return ""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(2, 3).flat, CURVES, strict=True):
-        points = [(line["step"], line[name]) for line in trained if line.get(name) is not None]
-        axes.plot([step for step, _ in points], [value for _, value in points], color="#3457d5", linewidth=1.4)
-        axes.set_title(title, fontsize=10)
-        axes.grid(alpha=0.25)
-        axes.tick_params(labelsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return f"<h2>Curves</h2><img class='plot' alt='training curves' src='{_data_url(buffer.getvalue(), 'svg+xml')}'>"
+def _queries(metric: str, sizes: Mapping[str, int]) -> int:
+    if "classes" in sizes:
+        return sizes["images"] if metric in ("acc1", "acc5") else 0
+    kind = "described" if metric.startswith("text_") else "texts"
+    return sizes.get(kind, 0) if "recall@" in metric else 0
 
 
-def _gallery(gallery: Gallery) -> str:
-    orders = [np.argsort(-(gallery.zimg @ z), kind="stable").tolist() for z in gallery.ztxt]
-    shown = sorted({wanted for _, _, wanted in gallery.queries}.union(*(order[:TOP] for order in orders)))
-    images = dict(zip(shown, gallery.images(shown), strict=True))
-    rows = []
-    for (language, text, wanted), order in zip(gallery.queries, orders, strict=True):
-        rank = order.index(wanted) + 1
-        found = "".join(_thumbnail(images[i], hit=i == wanted) for i in order[:TOP])
-        rows.append(
-            f"<div class='query'><div class='text'><span class='lang'>{html.escape(language)}</span>"
-            f"<bdi>{html.escape(text)}</bdi></div>{_thumbnail(images[wanted], hit=True)}"
-            f"<span class='rank'>no. {rank}</span>{found}</div>"
+def _chance(metric: str, sizes: Mapping[str, int]) -> float | None:
+    """What a model that knows nothing gets: a hit needs one of the `right` among k of the candidates drawn at random."""
+    if "classes" in sizes:
+        hits = {"acc1": 1, "acc5": 5, "mean_per_class_recall": 1}.get(metric)
+        return None if hits is None else hits / sizes["classes"]
+    if not sizes or not metric.startswith(("text_retrieval", "image_retrieval")):
+        return None
+    candidates, right = sizes["images"], 1.0
+    if metric.startswith("text_"):
+        candidates, right = sizes["texts"], sizes["texts"] / max(1, sizes["described"])
+    if "recall@" in metric:
+        draws = range(min(int(metric.rpartition("@")[2]), candidates))
+        return 1 - math.prod(max(0.0, (candidates - right - n) / (candidates - n)) for n in draws)
+    return (candidates + 1) / 2 if "rank" in metric and right == 1 else None
+
+
+def _row(name: str, metrics: Mapping[str, float], columns: Sequence[str], css: str, sizes: Mapping[str, int]) -> str:
+    cells = []
+    for c in columns:
+        value, queries = metrics.get(c), _queries(c, sizes)
+        error = (
+            f" <small>± {math.sqrt(max(value * (1 - value), 0) / queries):.3f}</small>"
+            if value is not None and queries
+            else ""
         )
+        cells.append(f"<td>{format_value(value, rank='rank' in c)}{error}</td>")
+    return f"<tr class='{css}'><td>{html.escape(name)}</td>{''.join(cells)}</tr>"
+
+
+def _curves(runs: Sequence[Run]) -> str:
+    def points(run: Run, name: str) -> list[tuple[float, float]]:
+        return [(line["step"], value) for line in run.lines if (value := line.get(name)) is not None]
+
+    shown = [plots.curves({run.name: points(run, name) for run in runs}, title) for name, title in CURVES]
+    names = dict.fromkeys(name for run in runs for line in run.lines for name in line if name.startswith("eval/"))
+    wanted = [name for name in names if name.endswith(("image_retrieval_recall@10", "acc1"))]
+    english = [name for name in wanted if _is_english(name.split("/")[2])] or wanted
+    for name in english[:4]:
+        series = {run.name: points(run, name) for run in runs}
+        if max(map(len, series.values())) > 1:
+            shown.append(plots.curves(series, f"{name.split('/')[2]}: {short_name(name.split('/', 3)[3])}"))
+    return f"<h2>Curves</h2><div class='plots'>{''.join(shown)}</div>" if any(shown) else ""
+
+
+def _substituted(lines: Sequence[Mapping[str, Any]]) -> str:
+    last = next((line for line in reversed(lines) if "train/loss" in line), {})
+    counts = {
+        name.rpartition("/")[2]: value
+        for name, value in last.items()
+        if name.startswith("train/substituted/") and value
+    }
+    if not counts:
+        return ""
+    pairs = sum(value for name, value in last.items() if name.startswith("data/source_") and name.endswith("/pairs"))
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{count:.0f}</td><td>{f'{count / pairs:.2%}' if pairs else ''}</td></tr>"
+        for name, count in sorted(counts.items(), key=lambda item: -item[1])
+    )
     return (
-        f"<h2>What queries find</h2><p class='muted'>On the left the query, the image that it describes "
-        f"and the rank that the model gives it; on the right the {TOP} images that come first, of "
-        f"{len(gallery.zimg)}. The right one is framed.</p>{''.join(rows)}"
+        f"<h2>Substituted samples</h2><table><tr><th>reason</th><th>pairs</th><th>of all seen</th></tr>{rows}</table>"
     )
 
 
-def _thumbnail(image: UInt8[np.ndarray, "h w 3"], *, hit: bool) -> str:
-    from matplotlib.image import imsave
+def _funnel(manifest: str, funnel: Mapping[str, Any]) -> str:
+    """The curation that a manifest came from: what each rule took."""
+    left, rows = funnel["pairs"], []
+    for rule in funnel["applied"]:
+        taken = funnel["taken"].get(rule, 0)
+        left -= taken
+        rows.append(f"<tr><td>{html.escape(rule)}</td><td>{taken}</td><td>{left}</td></tr>")
+    return (
+        f"<h2>Data funnel</h2><p class='muted'>{html.escape(manifest)}: {funnel['kept']} of {funnel['pairs']} pairs kept</p>"
+        f"<div class='scroll'><table><tr><th>rule</th><th>drops</th><th>left</th></tr>{''.join(rows)}</table></div>"
+    )
 
-    buffer = io.BytesIO()
-    imsave(buffer, image, format="png")
-    return f"<img class='{'hit' if hit else ''}' alt='' src='{_data_url(buffer.getvalue(), 'png')}'>"
+
+def _config(config: Mapping[str, Any]) -> str:
+    text = html.escape(json.dumps(config, indent=1, ensure_ascii=False))
+    return f"<h2>Settings</h2><details><summary>config.json</summary><pre>{text}</pre></details>"
 
 
-def _data_url(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def _differences(runs: Sequence[Run]) -> str:
+    """The settings in which the runs differ."""
+    flat = [_flat(run.config) for run in runs]
+    names = [
+        n
+        for n in dict.fromkeys(n for one in flat for n in one)
+        if n != "workdir" and len({repr(one.get(n)) for one in flat}) > 1
+    ]
+    head = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
+    cells = {name: [html.escape(str(one.get(name, "-"))) for one in flat] for name in names}
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{'</td><td>'.join(own)}</td></tr>" for name, own in cells.items()
+    )
+    return (
+        f"<h2>Settings that differ</h2><div class='scroll'><table><tr><th></th>{head}</tr>{rows}</table></div>"
+        if names
+        else ""
+    )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {prefix[:-1]: value}
+    return {name: v for key, item in items for name, v in _flat(item, f"{prefix}{key}.").items()}

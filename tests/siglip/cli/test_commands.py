@@ -159,7 +159,27 @@ def test_a_run_can_be_evaluated_exported_embedded_and_reported(trained, shard, t
     assert run(["report", str(trained), "--baseline", str(tmp_path / "eval.json")]) == 0
     assert "toy-mean" in capsys.readouterr().out
     page = (trained / "report.html").read_text()
-    assert page.count("<img") > 40 and "captions" not in page
+    assert (
+        page.count("<img") > 40 and "Worst mistakes" in page and "toy-en" in page and "±" in page and "chance" in page
+    )
+    assert not re.search(r"(src|href)=['\"](?!data:)", page)  # nothing is fetched
+
+    findings, made = json.loads((trained / "findings.json").read_text()), (trained / "findings.json").stat().st_mtime_ns
+    (trained / "report.html").unlink()
+    assert run(["report", str(trained)]) == 0 and (trained / "findings.json").stat().st_mtime_ns == made
+    assert findings["findings"]["retrieval"]["counts"]["de"] == {"images": 40, "described": 40, "texts": 40}
+    shutil.copytree(trained, tmp_path / "other", ignore=shutil.ignore_patterns("findings.json"))
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["seed"], config["eval"]["tasks"][0]["data"] = 3, "gone.tar"
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert run(["report", str(trained), str(tmp_path / "other"), "--out", str(tmp_path / "both.html")]) == 0
+    told = capsys.readouterr().out
+    assert "other: scores, images found and mistakes are left out" in told and "gone.tar" in told
+    page = (tmp_path / "both.html").read_text()
+    assert "<td>seed</td><td>0</td><td>3</td>" in page and "toy-en · run" in page and "toy-en · other" in page
+    fails(["report"], capsys, "workdirs|WORKDIRS")
+    fails(["report", str(trained), "--out", str(tmp_path / "no" / "x.html")], capsys, "does not exist; make it first")
 
 
 def test_zero_shot_classification_from_files(trained, tmp_path, capsys):

@@ -8,7 +8,7 @@ import pytest
 
 from siglip.errors import UserError
 from siglip.workdir.metrics import LogConfig, MetricsWriter, read_metrics
-from siglip.workdir.report import write_report
+from siglip.workdir.report import Run, write_report
 
 
 def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
@@ -44,7 +44,7 @@ def test_without_wandb_no_id_is_kept(tmp_path):
 def test_odd_values_are_told_with_their_file(tmp_path, values, message):
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, ' + values + "}\n")
     with pytest.raises(UserError, match=f"metrics.jsonl: {message}.*; correct or remove that line") as error:
-        write_report(tmp_path)
+        read_metrics(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -54,7 +54,7 @@ def test_lines_that_are_none_are_left_out_and_nulls_are_shown(tmp_path):
         f'{{"step": {"1" * 5000}}}\n{"[" * 100_000}\n{{"step": true}}\n{{"st'
     )
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]
-    assert "1 steps" in write_report(tmp_path).read_text()
+    assert "1 steps" in write_report(tmp_path / "report.html", [Run("run", read_metrics(tmp_path), {})]).read_text()
 
 
 def test_a_disk_that_is_full_is_told_with_the_file(tmp_path):

@@ -1,0 +1,142 @@
+"""What a model makes of an evaluation set, beside its metrics: what the report shows. All of it is JSON.
+
+    positives, negatives   histograms of logits = exp(t) * zimg @ ztxt.T + b, of matching and of other pairs
+    reliability            predicted probability and observed share of matches, by bins of logits, at the set's own prior
+    found, mistakes        what queries find, and the queries whose right image is furthest behind a wrong one
+
+The scores are walked over in blocks of rows, so memory does not grow with images x texts. Images are told by their row.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from siglip.array_types import Float, Int
+from siglip.losses import prior_shift
+
+TOP = 8
+_QUERIES, _MISTAKES, _SIMILAR = 16, 8, 24
+_BINS, _RELIABILITY_BINS = 60, 12
+_BLOCK = 1 << 22  # scores
+
+
+def retrieval_findings(
+    zimg: Float[np.ndarray, "n e"],
+    captions: Mapping[str, Sequence[Sequence[str]]],
+    ztxt: Mapping[str, Float[np.ndarray, "m e"]],
+    *,
+    temperature: float,
+    bias: float,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Of images and their captions by language; the first language is looked at in detail.
+
+    Args:
+        captions: language -> captions of each image. ztxt: their embeddings, one after the other.
+        temperature: exp(t). batch_size: pairs in a training batch, for the probabilities.
+    """
+    first = next(iter(captions))
+    texts = [text for own in captions[first] for text in own]
+    image_of_text = np.repeat(np.arange(len(zimg)), [len(own) for own in captions[first]])
+    shift = prior_shift(min(len(texts) / (len(zimg) * len(texts)), 0.5), batch_size=batch_size)
+    statistics = _walk(zimg, ztxt[first], image_of_text, temperature, bias, shift)
+    some = np.unique(np.linspace(0, len(texts) - 1, min(_SIMILAR, len(texts))).astype(int))
+    logits = temperature * zimg[image_of_text[some]] @ ztxt[first][some].T + bias
+    counts = {
+        language: {"images": len(zimg), "described": sum(map(bool, own)), "texts": sum(map(len, own))}
+        for language, own in captions.items()
+    }
+    return {
+        "counts": counts,
+        "language": first,
+        "histogram": statistics["histogram"],
+        "reliability": statistics["reliability"],
+        "similarity": {"texts": [texts[n] for n in some], "logits": np.round(logits, 2).tolist()},
+        "found": _found(zimg, captions, ztxt),
+        "mistakes": _mistakes(statistics, texts, image_of_text, shift),
+    }
+
+
+def _walk(zimg, ztxt, image_of_text, temperature: float, bias: float, shift: float) -> dict[str, Any]:
+    low, high = bias - temperature, bias + temperature
+    edges, coarse = np.linspace(low, high, _BINS + 1), np.linspace(low, high, _RELIABILITY_BINS + 1)
+    positives, negatives = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)
+    sums = np.zeros((3, _RELIABILITY_BINS))  # pairs, matches, probabilities
+    right, best_wrong = np.empty(len(ztxt)), np.full(len(ztxt), -np.inf)
+    wrong = np.zeros(len(ztxt), np.int64)
+    rows = max(1, _BLOCK // len(zimg))
+    for start in range(0, len(ztxt), rows):
+        block = slice(start, start + rows)
+        logits = np.clip(temperature * ztxt[block] @ zimg.T + bias, low, high).astype(np.float64)
+        matches = image_of_text[block, None] == np.arange(len(zimg))
+        positives += np.histogram(logits[matches], edges)[0]
+        negatives += np.histogram(logits[~matches], edges)[0]
+        which = np.clip(np.digitize(logits.ravel(), coarse) - 1, 0, _RELIABILITY_BINS - 1)
+        for row, weights in enumerate((None, matches.ravel(), _sigmoid(logits + shift).ravel())):
+            sums[row] += np.bincount(which, weights, _RELIABILITY_BINS)
+        right[block] = logits[matches]
+        others = np.where(matches, -np.inf, logits)
+        wrong[block], best_wrong[block] = others.argmax(axis=1), others.max(axis=1)
+    pairs, matched, predicted = sums[:, sums[0] > 0]
+    error = float(np.sum(np.abs(matched - predicted)) / pairs.sum())
+    bins = [[p / n, m / n, int(n)] for n, m, p in zip(pairs, matched, predicted, strict=True)]
+    return {
+        "histogram": {"edges": edges.tolist(), "positives": positives.tolist(), "negatives": negatives.tolist()},
+        "reliability": {"bins": bins, "error": error, "prior": float(matched.sum() / pairs.sum())},
+        "right": right, "wrong": wrong, "best_wrong": best_wrong,
+    }  # fmt: skip
+
+
+def _mistakes(statistics, texts: Sequence[str], image_of_text: Int[np.ndarray, " m"], shift: float) -> list[dict]:
+    """The queries whose right image is furthest behind a wrong one, one for each image."""
+    behind = statistics["best_wrong"] - statistics["right"]
+    found, seen = [], set()
+    for n in np.argsort(-behind, kind="stable").tolist():
+        if behind[n] <= 0 or len(found) == _MISTAKES:
+            break
+        if (row := int(image_of_text[n])) in seen:
+            continue
+        seen.add(row)
+        p_right, p_wrong = (float(_sigmoid(statistics[name][n] + shift)) for name in ("right", "best_wrong"))
+        wrong = int(statistics["wrong"][n])
+        found.append({"text": texts[n], "right": row, "p_right": p_right, "wrong": wrong, "p_wrong": p_wrong})
+    return found
+
+
+def _found(zimg, captions, ztxt) -> list[dict]:
+    """A few queries spread over the set: every other one in the first language, the rest in the others in turn."""
+    languages, count, queries = list(captions), len(zimg), []
+    starts = {language: np.cumsum([0, *map(len, captions[language])]) for language in languages}
+    for n, row in enumerate(np.linspace(0, count - 1, min(_QUERIES, count)).astype(int).tolist()):
+        first, *others = languages
+        language = others[n // 2 % len(others)] if others and n % 2 else first
+        if captions[language][row]:
+            scores = zimg @ ztxt[language][starts[language][row]]
+            order = np.argsort(-scores, kind="stable").tolist()
+            text, rank = captions[language][row][0], order.index(row) + 1
+            queries.append({"language": language, "text": text, "right": row, "rank": rank, "top": order[:TOP]})
+    return sorted(queries, key=lambda query: query["language"] != languages[0])
+
+
+def confusion(
+    zimg: Float[np.ndarray, "n e"],
+    weights: Float[np.ndarray, "k e"],
+    labels: Int[np.ndarray, " n"],
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """Which class is taken for which: the whole matrix of up to 40 classes, and the pairs confused most often."""
+    taken = np.argmax(zimg @ weights.T, axis=1)
+    pairs, counts = np.unique(np.stack([labels, taken])[:, labels != taken], axis=1, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:15]
+    worst = [[names[pairs[0, n]], names[pairs[1, n]], int(counts[n])] for n in order]
+    found = {"images": len(labels), "classes": len(names), "worst": worst}
+    if len(names) <= 40:
+        matrix = np.zeros((len(names), len(names)), int)
+        np.add.at(matrix, (labels, taken), 1)
+        found |= {"names": list(names), "matrix": matrix.tolist()}
+    return found
+
+
+def _sigmoid(x):
+    return 1 / (1 + np.exp(-x))

@@ -1,0 +1,116 @@
+"""The report: what it computes against plain float64 loops, and what it makes of other people's texts."""
+
+import math
+
+import numpy as np
+import pytest
+
+from siglip.evaluation import findings
+from siglip.evaluation.findings import confusion, retrieval_findings
+from siglip.workdir import plots
+from siglip.workdir.report import Run, _chance, final_results, write_report
+
+TEMPERATURE, BIAS, BATCH = 9.0, -4.0, 64
+
+
+def unit(rng, count: int) -> np.ndarray:
+    z = rng.normal(size=(count, 8))
+    return (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("block", [1 << 22, 40])
+def test_findings_equal_a_loop_over_all_pairs(monkeypatch, block):
+    """Images with 0, 1 or 2 captions; in one block or in many."""
+    monkeypatch.setattr(findings, "_BLOCK", block)
+    rng = np.random.default_rng(0)
+    captions = [[f"{n}.{k}" for k in range((1, 2, 1, 0)[n % 4])] for n in range(13)]
+    texts, owner = [t for own in captions for t in own], [n for n, own in enumerate(captions) for _ in own]
+    zimg, ztxt = unit(rng, 13), unit(rng, len(texts))
+    scale = {"temperature": TEMPERATURE, "bias": BIAS, "batch_size": BATCH}
+    found = retrieval_findings(zimg, {"en": captions}, {"en": ztxt}, **scale)
+    logits = TEMPERATURE * np.float64(ztxt) @ np.float64(zimg).T + BIAS
+    match = np.array(owner)[:, None] == np.arange(13)
+    assert found["counts"] == {"en": {"images": 13, "described": 10, "texts": len(texts)}}
+    edges = found["histogram"]["edges"]
+    assert found["histogram"]["positives"] == np.histogram(logits[match], edges)[0].tolist()
+    assert found["histogram"]["negatives"] == np.histogram(logits[~match], edges)[0].tolist()
+    prior = 1 / 13
+    p = 1 / (1 + np.exp(-(logits + math.log(prior / (1 - prior)) + math.log(BATCH - 1))))
+    bins = found["reliability"]["bins"]
+    assert sum(n for *_, n in bins) == match.size and found["reliability"]["prior"] == pytest.approx(prior)
+    assert sum(mean * n for mean, _, n in bins) == pytest.approx(p.sum(), rel=1e-5)
+    assert sum(share * n for _, share, n in bins) == pytest.approx(match.sum())
+    assert found["reliability"]["error"] == pytest.approx(
+        sum(abs(mean - share) * n for mean, share, n in bins) / match.size
+    )
+    behind = np.where(match, -np.inf, logits).max(axis=1) - logits[match]
+    worst = found["mistakes"][0]
+    assert texts.index(worst["text"]) == behind.argmax() and worst["right"] == owner[behind.argmax()]
+    assert worst["p_wrong"] == pytest.approx(p[behind.argmax(), worst["wrong"]], rel=1e-5)
+    for query in found["found"]:
+        scores = logits[texts.index(query["text"])]
+        assert query["rank"] == 1 + np.sum(scores > scores[query["right"]])
+        assert query["top"] == np.argsort(-scores)[:8].tolist()
+
+
+def test_confusion():
+    weights, labels = np.eye(3, 8, dtype=np.float32), np.array([0, 0, 1, 2, 2, 2])
+    zimg = weights[[0, 1, 1, 0, 0, 2]]
+    found = confusion(zimg, weights, labels, ["cat", "dog", "cow"])
+    assert found["matrix"] == [[1, 1, 0], [0, 1, 0], [2, 0, 1]] and found["worst"] == [
+        ["cow", "cat", 2],
+        ["cat", "dog", 1],
+    ]
+
+
+def test_smoothing_keeps_a_line_and_halves_noise():
+    line = np.arange(100.0)
+    np.testing.assert_allclose(plots.smooth(line)[5:-5], line[5:-5])
+    noise = np.random.default_rng(0).normal(size=400)
+    assert plots.smooth(noise).std() < 0.5 * noise.std() and len(plots.smooth([1.0])) == 1
+
+
+LINES = [
+    {"step": 1, "train/loss": 3.0, "train/substituted/truncated": 1, "data/source_0/pairs": 100},
+    {"step": 2, "train/loss": 2.0, "train/substituted/truncated": 4, "data/source_0/pairs": 200},
+    {
+        "step": 2,
+        "eval/retrieval/toy-de/image_retrieval_recall@10": 0.2,
+        "eval/retrieval/toy-en/image_retrieval_recall@10": 0.36,
+    },
+    {"step": 2, "eval/zeroshot/things/acc1": 0.5},
+]
+
+
+def test_numbers_have_their_chance_and_standard_error_and_english_is_first(tmp_path):
+    counts = {"en": {"images": 50, "described": 50, "texts": 100}, "de": {"images": 50, "described": 50, "texts": 100}}
+    zeroshot = {"things": {"images": 25, "classes": 4, "worst": [["<b>", "dog", 3]]}}
+    funnel = {"pairs": 10, "kept": 7, "applied": {"bomb": 2, "<i>": 1}, "taken": {"bomb": 2, "<i>": 1}}
+    found = {"retrieval": {"counts": counts, **SCORES}, "zeroshot": zeroshot}
+    run = Run("<run>", LINES, {"data": "<x>"}, found, {"m.parquet": funnel}, ["left <out>"])
+    baselines = {"ridge <1>": {"image_retrieval_recall@10": 0.48}}
+    page = write_report(tmp_path / "r.html", [run], baselines=baselines).read_text()
+    assert list(final_results(LINES)["retrieval"]) == ["toy-en", "toy-de"]
+    assert "0.360 <small>± 0.048</small>" in page  # sqrt(.36 * .64 / 100)
+    assert "0.500 <small>± 0.100</small>" in page and page.index("toy-en") < page.index("toy-de")
+    assert "<td>chance</td><td>0.200</td>" in page and "<td>chance</td><td>0.250</td>" in page
+    assert "ridge &lt;1&gt;" in page and "<td>truncated</td><td>4</td><td>2.00%</td>" in page
+    assert "&lt;i&gt;</td><td>1</td><td>7</td>" in page and "7 of 10 pairs kept" in page
+    for raw in ("<run>", "<out>", "<x>", "<b></td>", "<1>", "<i></td>"):
+        assert raw not in page
+
+
+def test_chance_of_several_right_ones_equals_drawing_at_random():
+    sizes, rng = {"images": 10, "described": 10, "texts": 30}, np.random.default_rng(0)
+    drawn = np.array([rng.permutation(30)[:5].min() < 3 for _ in range(20_000)])
+    found = _chance("text_retrieval_recall@5", sizes)
+    assert found == pytest.approx(1 - math.comb(27, 5) / math.comb(30, 5))
+    assert abs(drawn.mean() - found) < 5 * drawn.std() / math.sqrt(len(drawn))
+    assert _chance("image_retrieval_recall@5", sizes) == pytest.approx(0.5) and _chance("text_median_rank", {}) is None
+
+
+SCORES = {
+    "language": "en", "histogram": {"edges": [-2.0, -1.0, 0.0], "positives": [0, 5], "negatives": [9, 1]},
+    "reliability": {"bins": [[0.01, 0.0, 50], [0.2, 0.25, 20]], "error": 0.02, "prior": 0.02},
+    "similarity": {"texts": ["a", "b"], "logits": [[0.0, -1.0], [-2.0, 0.5]]}, "found": [], "mistakes": [],
+}  # fmt: skip
