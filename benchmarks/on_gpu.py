@@ -39,6 +39,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib import util
 
 import sides
 
@@ -154,10 +155,11 @@ def bfloat16_stream(run):
 
 def open_clip(run):
     """Part E: open_clip."""
-    try:
-        import open_clip  # noqa: F401
-    except ImportError as error:
-        return run.emit("open_clip", skipped=f"{error}; the first lines of on_gpu.py say what to bring along")
+    missing = [name for name in ("torch", "open_clip") if util.find_spec(name) is None]
+    if missing:
+        return run.emit(
+            "open_clip", skipped=f"no {', '.join(missing)}; the first lines of on_gpu.py say what to bring along"
+        )
     case = make_case(run, "B/16", 512)
     for name, compiled in (("open_clip", False),) if run.toy else (("open_clip, torch.compile", True),):
         with run.row(name):
