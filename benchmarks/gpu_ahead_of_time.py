@@ -1,6 +1,7 @@
 """The training step compiled for an H100 that is not there: its kernels by kind, and what they take at least.
 
-    python -m pip install 'jax-cuda13-plugin==VERSION_OF_JAX'        # the extra `aot`: the compiler, without CUDA's libraries
+    make aot                        # the extra `aot`, the compiler without CUDA's libraries, into build/aot
+    export PYTHONPATH=build/aot
     python benchmarks/gpu_ahead_of_time.py --variant B/16 --batch 512 --remat none
     python benchmarks/gpu_ahead_of_time.py --variant So400m/14 --batch 256 --scan --remat full --layers 3
 

@@ -15,7 +15,7 @@ measured, so a part that fails, or is cut off, loses only what it had not measur
     I  loss and gradients of a small model against float32 on the CPU
     G  So400m/14, 256 pairs
     F  C without command buffers;  F-triton  C with Triton's products
-    H  the loss alone, 4k to 128k pairs: ours, dense, torch's
+    H  the loss alone, 4k to 128k pairs: ours and dense;  H-torch  torch's
 
 A bare CUDA machine is enough: Python 3.12, jax 0.11 with CUDA 13, flax, optax, orbax, torch 2.11; no tensorflow, grain or tyro.
 Part E skips itself with one line unless open_clip is there; where there is no network, bring it in a folder:
@@ -39,6 +39,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib import util
 
 import sides
 
@@ -154,10 +155,11 @@ def bfloat16_stream(run):
 
 def open_clip(run):
     """Part E: open_clip."""
-    try:
-        import open_clip  # noqa: F401
-    except ImportError as error:
-        return run.emit("open_clip", skipped=f"{error}; the first lines of on_gpu.py say what to bring along")
+    missing = [name for name in ("torch", "open_clip") if util.find_spec(name) is None]
+    if missing:
+        return run.emit(
+            "open_clip", skipped=f"no {', '.join(missing)}; the first lines of on_gpu.py say what to bring along"
+        )
     case = make_case(run, "B/16", 512)
     for name, compiled in (("open_clip", False),) if run.toy else (("open_clip, torch.compile", True),):
         with run.row(name):
@@ -190,6 +192,13 @@ def losses(run):
     on_gpu_kernels.losses(run)
 
 
+def torch_losses(run):
+    """Part H: the loss by itself in torch, which shares no memory with jax."""
+    import on_gpu_kernels
+
+    on_gpu_kernels.torch_losses(run)
+
+
 # name: (function, seconds, flags of XLA), the most valuable first.
 PARTS = {
     "A": (products, 70, TRITON_OFF),
@@ -202,6 +211,7 @@ PARTS = {
     "F": (now, 60, f"{TRITON_OFF} --xla_gpu_enable_command_buffer="),
     "F-triton": (now, 90, "--xla_gpu_enable_triton_gemm=true"),
     "H": (losses, 60, TRITON_OFF),
+    "H-torch": (torch_losses, 40, ""),
 }
 
 
@@ -211,7 +221,8 @@ def run_part(name, args, limit_s):
     paths = [args.baseline if name == "B" else None, str(pathlib.Path(__file__).parents[1]), args.packages]
     path = os.pathsep.join([*filter(None, paths), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     environment = os.environ | {"PYTHONPATH": path, "XLA_PYTHON_CLIENT_MEM_FRACTION": ".93"}
-    environment |= {"JAX_PLATFORMS": "cpu"} if args.rehearse else {"XLA_FLAGS": PARTS[name][2]}
+    environment |= {"JAX_PLATFORMS": "cpu" if args.rehearse else "cuda,cpu"}
+    environment |= {} if args.rehearse else {"XLA_FLAGS": PARTS[name][2]}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         return process.wait(limit_s)

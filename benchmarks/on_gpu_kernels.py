@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import sides
 
+LOSS_PAIRS = (4096, 16384, 32768, 65536, 131072)
 TOY = {"width": 64, "depth": 2, "mlp_dim": 128, "num_heads": 1}
 
 
@@ -106,7 +107,7 @@ def losses(run):
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
     candidates = {"ours": functools.partial(chunked_sigmoid_loss, mesh=mesh), "dense": sigmoid_loss}
     scalars = (jnp.log(jnp.float32(10)), jnp.float32(-10))
-    for pairs in (64,) if run.toy else (4096, 16384, 32768, 65536, 131072):
+    for pairs in (64,) if run.toy else LOSS_PAIRS:
         z = [jax.random.normal(jax.random.key(i), (pairs, 768)) for i in range(2)]
         z = [(x / jnp.linalg.norm(x, axis=-1, keepdims=True)).astype(jnp.bfloat16) for x in z]
         for name, function in candidates.items():
@@ -115,13 +116,17 @@ def losses(run):
                 temp_bytes = program.memory_analysis().temp_size_in_bytes
                 row = {"ms": 1e3 * seconds_of(program, *z, *scalars), "temp_mib": temp_bytes / 2**20}
                 run.emit(f"loss, {name}, {pairs} pairs", **row)
-        del z
+
+
+def torch_losses(run):
+    """Part H in torch."""
+    for pairs in (64,) if run.toy else LOSS_PAIRS:
         with run.row(f"loss, torch, {pairs} pairs"):
             run.emit(f"loss, torch, {pairs} pairs", **torch_loss(pairs))
 
 
 def torch_loss(pairs):
-    """Milliseconds and peak MiB of the dense loss in torch, under autocast's dtype."""
+    """Milliseconds and peak MiB of value and gradients of the dense loss, in bfloat16 as under autocast."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -142,7 +147,7 @@ def torch_loss(pairs):
         if device == "cuda":
             torch.cuda.synchronize()
         turns.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None  # of the largest batch so far
     return {"ms": 1e3 * statistics.median(turns[1:]), "peak_mib": peak}
 
 

@@ -1,4 +1,4 @@
-"""The loss compiled for TPU pods ahead of time, without one: memory at a million pairs, and what overlaps.
+"""The loss and the image tower compiled for TPUs ahead of time, without one: memory at a million pairs, what overlaps, bytes.
 
 Needs libtpu (`make interop`), which one process at a time may use.
 """
@@ -13,12 +13,15 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from siglip.losses import chunked_sigmoid_loss
-from siglip.planning import compile
+from siglip.models.two_tower import ImageConfig, ModelConfig, make_model, param_shapes
+from siglip.parallel import sharding
+from siglip.planning import compile, kernels
 
 pytest.importorskip("libtpu")
 pytestmark = pytest.mark.interop
 
 WIDTH = 768
+HBM_GB = 0.0
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +71,21 @@ def test_memory_per_chip_at_fixed_pairs_per_chip():
 def test_the_ring_overlaps_on_other_generations(topology):
     stats = stats_of(topology, 32768, "ring")
     assert share_in_flight(stats, "collective-permute") > 0.9
+
+
+@pytest.mark.slow
+def test_a_layer_of_so400m_moves_no_more_bytes_than_it_did():
+    """64 images a chip, full remat, forward and backward: HBM_GB a layer with jax 0.10.2 and libtpu 0.0.52, November 2026."""
+    layers = 3
+    mesh = sharding.make_mesh(sharding.MeshConfig(), topologies.get_topology_desc("v5e:2x2", platform="tpu").devices)
+    image = ImageConfig("So400m/14", depth=layers, dtype="bfloat16", scan=True, remat="full")
+    config = ModelConfig(image, None, (None, None))
+    model, whole = make_model(config, layout=sharding.ParamLayout(mesh)), NamedSharding(mesh, sharding.P_REPLICATED)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), param_shapes(config))
+    rows = NamedSharding(mesh, sharding.P_BATCH)
+    images = jax.ShapeDtypeStruct((64 * mesh.size, 224, 224, 3), jnp.uint8, sharding=rows)
+    with jax.set_mesh(mesh):
+        grad = jax.grad(lambda params, image: jnp.sum(model.apply({"params": params}, {"image": image}, train=True)[0]))
+        found = kernels.read_kernels(jax.jit(grad).lower(params, images).compile().as_text())
+    moved = sum(k.runs * k.bytes for k in found if k.is_in_a_block)
+    assert moved / layers / 1e9 <= HBM_GB
