@@ -222,5 +222,6 @@ class MAPHead(nn.Module):
         return y + z.astype(y.dtype)
 
 
-def _layer_norm(name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=_LAYER_NORM_EPS, dtype=jnp.float32, name=name)
+def _layer_norm(name: str) -> Callable[[Array], Array]:
+    norm = nn.LayerNorm(epsilon=_LAYER_NORM_EPS, dtype=jnp.float32, name=name)
+    return lambda x: norm(x.astype(jnp.float32))
