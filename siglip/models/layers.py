@@ -232,6 +232,7 @@ class MAPHead(nn.Module):
         return y + z.astype(y.dtype)
 
 
-def _layer_norm(name: str, config: BlockConfig = _PLAIN) -> nn.LayerNorm | nn.RMSNorm:
-    norm = nn.LayerNorm if config.bias else nn.RMSNorm
-    return norm(epsilon=_LAYER_NORM_EPS, dtype=jnp.float32, name=name)
+def _layer_norm(name: str, config: BlockConfig = _PLAIN) -> Callable[[Array], Array]:
+    make = nn.LayerNorm if config.bias else nn.RMSNorm
+    norm = make(epsilon=_LAYER_NORM_EPS, dtype=jnp.float32, name=name)
+    return lambda x: norm(x.astype(jnp.float32))

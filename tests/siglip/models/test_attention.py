@@ -110,6 +110,15 @@ def test_auto_takes_what_the_device_and_the_sizes_allow(device, sizes, expected)
     assert choose_kernel("xla", device=device, **(SIZES | sizes)) == "xla"
 
 
+def test_a_gpu_without_flash_attention_says_why(caplog):
+    choose_kernel("auto", device=H100, where="model.image.attention", **SIZES)
+    choose_kernel("auto", device=CPU, **SIZES)
+    assert not caplog.records
+    choose_kernel("auto", device=H100, where="model.image.attention", **(SIZES | {"dtype": "float32"}))
+    needs = "not flash attention, which needs dtype 'bfloat16', not 'float32'"
+    assert caplog.messages == [f"model.image.attention='auto' takes 'xla', {needs}"]
+
+
 @pytest.mark.parametrize(
     "choice, device, sizes, words",
     [

@@ -1,0 +1,97 @@
+"""How blocks are stacked, what remat keeps, and in which dtype the residual stream runs: the same function each time."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from siglip.models.attention import attention_fn
+from siglip.models.layers import Encoder
+from siglip.models.two_tower import ImageConfig, ModelConfig, make_model
+from siglip.models.variants import Variant
+from siglip.parallel.sharding import MeshConfig, ParamLayout, make_mesh
+from siglip.trees import flatten
+from tests.siglip.rounding import towers_apart
+from tests.siglip.tiny import ODD_IMAGE, random_batch, random_params
+
+CONFIG = ModelConfig(ImageConfig(**ODD_IMAGE, image_size=(12, 16), pool="gap", scan=True), text=None)
+FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
+
+
+class OnGpu(ParamLayout):
+    """This machine's devices, taken for GPUs."""
+
+    platform = "gpu"
+
+
+def of_image(**fields):
+    return dataclasses.replace(CONFIG, image=dataclasses.replace(CONFIG.image, **fields))
+
+
+def gradients(config, *, layout=None):
+    """(the traced program of a gradient, the compiled one, what it gives)."""
+    module, batch = make_model(config, layout=layout), jax.tree.map(jnp.asarray, random_batch(config))
+    loss = lambda params: module.apply({"params": params}, batch)[0][:, 0].sum()  # noqa: E731
+    traced = jax.jit(jax.grad(loss)).trace(random_params(config))
+    compiled = traced.lower().compile()
+    return str(traced.jaxpr), compiled.as_text(), flatten(compiled(random_params(config)))
+
+
+def assert_same(found, expected):
+    for path, grad in expected.items():
+        atol = towers_apart(CONFIG, np.append(grad, 1), passes=2)  # sums of terms of size 1
+        np.testing.assert_allclose(found[path], grad, rtol=0, atol=atol, err_msg=path)
+
+
+def test_an_unrolled_scan_is_the_same_function_without_a_loop():
+    _, loop, expected = gradients(of_image(remat="full", unroll=False))
+    _, straight, found = gradients(of_image(remat="full", unroll=True))
+    assert " while(" in loop and " while(" not in straight
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("unroll, turns_of_the_loop", [(None, 2), (True, 2), (False, 1)])
+def test_on_a_gpu_a_scan_is_unrolled_and_its_layout_pinned(unroll, turns_of_the_loop):
+    layout = OnGpu(make_mesh(MeshConfig(), jax.devices()[:1]))
+    program, _, found = gradients(of_image(unroll=unroll), layout=layout)
+    assert f"unroll={turns_of_the_loop}" in program and "layout_constraint" in program
+    plain, _, expected = gradients(of_image())
+    assert "unroll=1" in plain and "layout_constraint" not in plain
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("remat, runs", [("none", 2), ("dots+gelu", 2), ("dots", 2), ("full", 3)])
+def test_remat_by_name_keeps_what_flash_attention_gives_its_backward_pass(remat, runs):
+    attention = functools.partial(attention_fn, kernel="splash", interpret=True)
+    module = Encoder(Variant(16, 1, 24, 2), False, None, remat, BFLOAT16, FLOAT32, attention=attention)
+    x = jnp.zeros((1, 8, 16))
+    params = jax.eval_shape(module.init, jax.random.key(0), x)
+    program = str(jax.make_jaxpr(jax.grad(lambda params: module.apply(params, x).sum()))(params))
+    # Forward and backward, each a call; a forward pass whose results are all kept is left behind without any, and dropped.
+    assert len(re.findall(r"= jit\[\s*name=_splash_attention\b", program)) == runs
+
+
+def test_dots_keep_gelu_out_of_memory_and_dots_gelu_do_not_compute_it_again():
+    tanhs = {remat: gradients(of_image(remat=remat))[0].count("= tanh") for remat in ("none", "dots", "dots+gelu")}
+    # GELU's backward pass has a tanh of its own; "dots" computes the forward one again for Dense_1's kernel.
+    assert tanhs == {"none": 2, "dots+gelu": 2, "dots": 3}
+
+
+def test_a_bfloat16_stream_has_the_parameters_and_outputs_of_the_float32_one():
+    """It rounds the stream twice a block, to 8 bits; LayerNorm's input is then off by that much."""
+    params, batch = random_params(CONFIG), jax.tree.map(jnp.asarray, random_batch(CONFIG))
+
+    def tokens(**fields):
+        with jax.numpy_dtype_promotion("strict"):
+            return jax.jit(make_model(of_image(**fields)).apply)({"params": params}, batch)[2]["img/encoded"]
+
+    exact, products = tokens(), tokens(dtype="bfloat16")
+    stream = tokens(dtype="bfloat16", residual_dtype="bfloat16")
+    assert stream.dtype == jnp.float32
+    errors = [float(jnp.sqrt(jnp.mean((each - exact) ** 2))) for each in (products, stream)]
+    roundings = 1 + 2 * CONFIG.image.spec.depth
+    assert errors[0] < errors[1] < errors[0] + np.sqrt(roundings) * 2.0**-8
