@@ -19,11 +19,11 @@ from data_pipelines.curate.materialize import check_place, materialize
 from data_pipelines.curate.ray_engine import RayEngine
 from data_pipelines.curate.run import FUNNEL_FILE, curate
 from data_pipelines.curate.stats import describe
+from data_pipelines.lock import hold
 from data_pipelines.sources.files import expand_shards
 from siglip.cli.arguments import find_flag, parse
 from siglip.errors import UserError
 from siglip.trees import did_you_mean
-from siglip.workdir.lock import hold
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SHOWN_COUNTS = 12
@@ -97,7 +97,7 @@ def curate_command(args: list[str]) -> None:
         raise UserError(f"--out {options.out} is not a folder of a file system; name a local or mounted one")
     if options.materialize is not None:
         check_place(out / "shards", expand_shards([*options.shards, *options.against]))
-    with hold(out, fix="give another --out"), Watch() as watch, _engine(options) as engine:
+    with Watch() as watch, _engine(options) as engine:
         scorer = None if options.model is None else ModelScorer(options.model, options.tokenizer, options.batch_size)
         funnel = curate(
             options.shards,
@@ -110,7 +110,8 @@ def curate_command(args: list[str]) -> None:
             progress=watch,
         )
         if options.materialize is not None:
-            paths = materialize(out / "manifest.parquet", out / "shards", options.materialize, progress=watch)
+            with hold(out, fix="give another --out"):
+                paths = materialize(out / "manifest.parquet", out / "shards", options.materialize, progress=watch)
     print(format_funnel(funnel))
     if options.materialize is not None:
         print(f"{funnel['kept']} pairs in {len(paths)} shards -> {out / 'shards'}")
