@@ -49,6 +49,7 @@ class ModelArgs:
         batch_size: images or texts per forward pass, over all devices.
         threads: threads that decode images; 0 takes one per core that this process may use.
         workers: processes that decode images; with 0, threads alone do it.
+        image: column of the images, where the shards have several or it has another name than usual; tars have none.
         distributed: several processes as one job: flags for where its coordinator is not detected.
     """
 
@@ -56,6 +57,7 @@ class ModelArgs:
     batch_size: int = 256
     threads: int = 0
     workers: int = 0
+    image: str | None = None
     distributed: DistributedConfig = DistributedConfig()
 
 
@@ -121,12 +123,12 @@ def _plain(value: Any) -> Value:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def embedder_of(src: str | Path, *, tokenizer: str | None = None, with_texts: bool = True, **settings: int) -> Embedder:
+def embedder_of(src: str | Path, *, tokenizer: str | None = None, with_texts: bool = True, **settings: Any) -> Embedder:
     """The model at SRC on all devices of this job.
 
     Args:
         with_texts: whether texts will be embedded: then the model must have a text tower and a tokenizer.
-        settings: batch_size, threads and workers, as for `make_embedder`.
+        settings: batch_size, threads, workers and image, as for `make_embedder`.
 
     Raises:
         FileNotFoundError, UserError: it is not a model, or lacks what is needed.
@@ -156,6 +158,7 @@ def make_embedder(
     batch_size: int = 256,
     threads: int = 0,
     workers: int = 0,
+    image: str | None = None,
 ) -> Embedder:
     """Parameters on a mesh, and how the data side reads shards and tokenizes, as an embedder. Settings: see `ModelArgs`."""
     if batch_size < 1 or threads < 0 or workers < 0:
@@ -174,7 +177,7 @@ def make_embedder(
 
     def read(data: str, fields: Sequence[str]) -> tuple[int, Any]:
         columns = _columns(fields)
-        source = open_source(data, fields=columns)
+        source = open_source(data, fields=columns, image=image)
         return len(source), make_eval_batches(
             source, batch_size=rows, image_size=image_size, resample=resample, threads=threads, workers=workers,
             fields=columns, process_index=jax.process_index(), process_count=jax.process_count(),
@@ -188,9 +191,10 @@ def make_embedder(
     )  # fmt: skip
 
 
-def settings_of(options: Any) -> dict[str, int]:
-    """What `make_embedder` takes of `ModelArgs`, or of a recipe's `EvalConfig`."""
-    return {"batch_size": options.batch_size, "threads": options.threads, "workers": options.workers}
+def settings_of(options: Any) -> dict[str, Any]:
+    """What `make_embedder` takes of `ModelArgs`, or of a recipe's `EvalConfig`, whose shards have the usual names."""
+    settings = {"batch_size": options.batch_size, "threads": options.threads, "workers": options.workers}
+    return settings | {"image": getattr(options, "image", None)}
 
 
 def eval_command(args: list[str]) -> None:
