@@ -191,7 +191,8 @@ def run(args: PaliGemmaArgs) -> None:
         ExportMismatch: the two sides differ, or transformers does not load all weights.
     """
     encoder = load_encoder(args.src, args.image_size)
-    heldout = read_heldout(f"{SAMPLE}/emoji-heldout-*.tar", image_size=encoder.spec.image_size, limit=_IMAGES)
+    images = {"image_size": encoder.spec.image_size, "resample": encoder.config.pixels.resample}
+    heldout = read_heldout(f"{SAMPLE}/emoji-heldout-*.tar", limit=_IMAGES, **images)
     images = np.asarray(normalize_pixels(heldout.images))
     with new_folder(Path(args.out)) as out:
         export(args.src, format="hf", out=out / "tower", tower="image", head=False, image_size=args.image_size)

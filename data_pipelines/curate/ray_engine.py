@@ -49,12 +49,16 @@ class RayEngine:
             cleanup.callback(self._ray.shutdown)
             if self._gpus_per_task and not self._slots_with_model():
                 raise UserError(f"gpus_per_task={self._gpus_per_task} but no machine of the cluster has a GPU; use 0")
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for left in self._folder.glob(f"{_MARKER}*"):  # by a run that was killed
-                left.unlink(missing_ok=True)
-            self._marker = cleanup.enter_context(NamedTemporaryFile(prefix=_MARKER, dir=self._folder)).name
             self._cleanup = cleanup.pop_all()
         return self
+
+    @functools.cached_property
+    def _marker(self) -> str:
+        """A file that tasks find where they share the folder. Made for the first task: from then on the run holds the folder."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for left in self._folder.glob(f"{_MARKER}*"):  # by a run that was killed
+            left.unlink(missing_ok=True)
+        return self._cleanup.enter_context(NamedTemporaryFile(prefix=_MARKER, dir=self._folder)).name
 
     def __exit__(self, *error) -> None:
         self._cleanup.close()

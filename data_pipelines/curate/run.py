@@ -36,6 +36,7 @@ from data_pipelines.curate.scan import ScanResult, ScanTask, scan_shard
 from data_pipelines.curate.scoring import Scoring, embed_protected, embedding_verdicts, score_group
 from data_pipelines.curate.shuffle import Shuffle
 from data_pipelines.errors import BAD_PATH, RunFailed, UserError
+from data_pipelines.lock import hold
 from data_pipelines.sources.files import expand_shards
 
 Progress = Callable[[str, int, int], None]  # (stage, done, of)
@@ -54,7 +55,7 @@ def curate(
     concepts: str | None = None,
     progress: Progress = lambda stage, done, of: None,
 ) -> dict:
-    """Curates shards and returns the funnel, as in funnel.json.
+    """Curates shards and returns the funnel, as in funnel.json. One run at a time holds `out` (see `lock`).
 
     Args:
       shards: patterns of the shards to curate.
@@ -65,12 +66,25 @@ def curate(
     Raises:
       FileNotFoundError: a pattern matches nothing.
       UserError: a threshold lacks what it needs, no pair can be read, or some shards failed (the others are then scanned).
+      RunFailed: another run holds `out`.
     """
     _check_needs(config, scorer, concepts)
     out, concepts = out.absolute(), concepts and os.path.abspath(concepts)  # workers may run in another folder
     names = expand_shards(shards)
     protected = expand_shards(against) if against else []
-    run = _Run(out, engine, progress)
+    with hold(out, fix="give another --out"):
+        return _curate(_Run(out, engine, progress), names, protected, config, scorer, concepts)
+
+
+def _curate(
+    run: "_Run",
+    names: list[str],
+    protected: list[str],
+    config: CurateConfig,
+    scorer: scores.Scorer | None,
+    concepts: str | None,
+) -> dict:
+    out = run.out
     results = run.scan(names, "scan", config, image_hashes.CROPS)
     against_results = run.scan(protected, "against", replace(config, image_column=None), image_hashes.EVAL_CROPS)
     for result in against_results:

@@ -5,11 +5,13 @@ tars only the pairs tell what fields there are, so some of them are looked at.
 """
 
 import contextlib
+import dataclasses
 import os
 import re
 from collections.abc import Collection, Sequence
 
 from data_pipelines.errors import UserError
+from data_pipelines.records import Pair, Source
 from data_pipelines.sources import annotations, files, index_file, layouts
 from data_pipelines.sources.arrayrecord import ArrayRecordSource
 from data_pipelines.sources.columns import check_image, did_you_mean
@@ -148,3 +150,21 @@ def _kind(path: str) -> str:
         if head[offset : offset + len(magic)] == magic:
             return kind
     raise UserError(f"shard {path!r} is of no known format ({_KNOWN}); rename it if it is one of them")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Some pairs of a source as a source."""
+
+    source: Source
+    rows: range
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.source.fingerprint} {self.rows}"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.source[self.rows[index]]

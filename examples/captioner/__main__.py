@@ -113,11 +113,10 @@ class Measured:
     def stage(self, name: str, captioner: Captioner, stage: StageConfig, *, blind: bool = False) -> Captioner:
         """One stage at the resolution of the captioner's encoder, and its numbers on the held-out images."""
         args, spec = self.args, captioner.encoder.spec
+        images = {"image_size": spec.image_size, "resample": captioner.encoder.config.pixels.resample}
         print(f"{name}: {stage.steps} steps" + ("" if blind else f", {spec.image_size} px, {spec.tokens} image tokens"))
-        heldout = data.read_heldout(args.heldout, image_size=spec.image_size)
-        batches = data.training_batches(
-            args.train, image_size=spec.image_size, batch_size=args.batch_size, seed=args.seed
-        )
+        heldout = data.read_heldout(args.heldout, **images)
+        batches = data.training_batches(args.train, batch_size=args.batch_size, seed=args.seed, **images)
         try:
             captioner, losses = train_stage(
                 captioner, stage, batches=batches, prompt=self.prompt, mesh=self.mesh, blind=blind, log_every=_LOG_EVERY

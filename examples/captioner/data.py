@@ -16,6 +16,7 @@ import sentencepiece
 
 from data_pipelines import sample
 from data_pipelines.augment import AugmentConfig
+from data_pipelines.image_ops import Resample
 from data_pipelines.loader import DataConfig, Loader, make_eval_batches, make_loader
 from data_pipelines.order.mixture import SourceConfig
 from data_pipelines.sources.webdataset import TarSource
@@ -67,14 +68,19 @@ def texts_of(tokens: np.ndarray) -> list[str]:
     return _processor().decode(rows)
 
 
-def training_batches(shards: str, *, image_size: tuple[int, int], batch_size: int, seed: int) -> Loader:
+def training_batches(
+    shards: str, *, image_size: tuple[int, int], batch_size: int, seed: int, resample: Resample = "bilinear"
+) -> Loader:
     """An endless stream of {"image": uint8 [b, h, w, 3], "text": int32 [b, l], …}, slightly augmented."""
     source = SourceConfig(shards, captions=((FIELD, 1.0),))
     config = DataConfig(sources=(source,), tokenizer=str(TOKENIZER), augment=_AUGMENT, threads=1)
-    return make_loader(config, batch_size=batch_size, image_size=image_size, text_length=CAPTION_LENGTH, seed=seed)
+    settings = {"batch_size": batch_size, "image_size": image_size, "text_length": CAPTION_LENGTH, "seed": seed}
+    return make_loader(config, **settings, resample=resample)
 
 
-def read_heldout(shards: str, *, image_size: tuple[int, int], limit: int | None = None) -> Heldout:
+def read_heldout(
+    shards: str, *, image_size: tuple[int, int], limit: int | None = None, resample: Resample = "bilinear"
+) -> Heldout:
     """The images of some shards that have a caption, in order and unchanged.
 
     Raises:
@@ -82,7 +88,7 @@ def read_heldout(shards: str, *, image_size: tuple[int, int], limit: int | None 
     """
     tokenizer = SentencePieceTokenizer(str(TOKENIZER))
     images, suffix = [], []
-    for batch in make_eval_batches(TarSource(shards), batch_size=64, image_size=image_size):
+    for batch in make_eval_batches(TarSource(shards), batch_size=64, image_size=image_size, resample=resample):
         for image, fields in zip(batch["image"], batch["fields"], strict=True):
             if caption := captions_of(fields, FIELD):
                 images.append(image)

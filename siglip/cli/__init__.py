@@ -64,7 +64,7 @@ def run(args: list[str]) -> int:
         return 0
     _prepare_environment()
     try:
-        _dispatch(args[0], [_expand_home(arg) for arg in args[1:]])
+        _dispatch(args[0], [expand_home(arg) for arg in args[1:]])
     except (Exception, KeyboardInterrupt) as error:
         code, line = describe(error)
         print(f"siglip: error: {line}", file=sys.stderr)
@@ -72,7 +72,7 @@ def run(args: list[str]) -> int:
     return 0
 
 
-def _expand_home(arg: str) -> str:
+def expand_home(arg: str) -> str:
     """`~/x` and `--flag=~/x` with the home folder in place of ~: shells leave it where it is quoted or follows a `=`."""
     flag, equals, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
     return flag + equals + (os.path.expanduser(value) if value.startswith("~") else value)

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import tyro
 
+from siglip.cli import expand_home
 from siglip.errors import UserError
 
 T = TypeVar("T")
@@ -16,13 +17,13 @@ _BOOLS = ("True", "False")
 
 
 def parse(cls: Callable[..., T], args: list[str], *, prog: str, default: T | None = None) -> T:
-    """Parses `args` into `cls`; with `default`, every field of that instance is an optional flag.
+    """Parses `args` into `cls`; with `default`, every field of that instance is an optional flag. `~` is expanded.
 
     Raises:
         UserError: one line, for an unknown flag (with a suggestion), a wrong value or a missing one.
         SystemExit: with code 0, after --help.
     """
-    given = {} if default is None else {"default": default}
+    given, args = {} if default is None else {"default": default}, [expand_home(arg) for arg in args]
     config = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     call = functools.partial(tyro.cli, cls, args=args, prog=prog, config=config, **given)
     printed = io.StringIO()

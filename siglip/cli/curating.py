@@ -19,12 +19,12 @@ from data_pipelines.curate.materialize import check_place, materialize
 from data_pipelines.curate.ray_engine import RayEngine
 from data_pipelines.curate.run import FUNNEL_FILE, curate
 from data_pipelines.curate.stats import describe
+from data_pipelines.lock import hold
 from data_pipelines.sources.files import expand_shards
 from data_pipelines.sources.opening import check_columns
 from siglip.cli.arguments import find_flag, parse
 from siglip.errors import UserError
 from siglip.trees import did_you_mean
-from siglip.workdir.lock import hold
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SHOWN_COUNTS = 12
@@ -101,7 +101,7 @@ def curate_command(args: list[str]) -> None:
     check_columns(options.shards, image=options.rules.image_column, fields=_named(options.rules.captions))
     if options.materialize is not None:
         check_place(out / "shards", expand_shards([*options.shards, *options.against]))
-    with hold(out, fix="give another --out"), Watch() as watch, _engine(options) as engine:
+    with Watch() as watch, _engine(options) as engine:
         scorer = None if options.model is None else ModelScorer(options.model, options.tokenizer, options.batch_size)
         funnel = curate(
             options.shards,
@@ -115,7 +115,8 @@ def curate_command(args: list[str]) -> None:
         )
         if options.materialize is not None:
             settings = {"image": options.rules.image_column, "progress": watch}
-            paths = materialize(out / "manifest.parquet", out / "shards", options.materialize, **settings)
+            with hold(out, fix="give another --out"):
+                paths = materialize(out / "manifest.parquet", out / "shards", options.materialize, **settings)
     print(format_funnel(funnel))
     if options.materialize is not None:
         print(f"{funnel['kept']} pairs in {len(paths)} shards -> {out / 'shards'}")

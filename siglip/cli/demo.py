@@ -10,10 +10,10 @@ import tyro
 from jax.sharding import NamedSharding
 
 from data_pipelines.records import Source
+from data_pipelines.sources.opening import Stretch, open_source
 from data_pipelines.text_ops import captions_of
 from siglip.cli.arguments import parse
 from siglip.cli.evaluation import make_embedder
-from siglip.cli.opening import Stretch, open_images
 from siglip.encoder import Encoder
 from siglip.errors import UserError
 from siglip.model_source import read_model
@@ -88,10 +88,10 @@ def make_index(options: DemoArgs) -> Any:
     mesh = sharding.make_mesh(sharding.MeshConfig())
     replicated = jax.device_put(params, NamedSharding(mesh, sharding.P_REPLICATED))
     embedder = make_embedder(replicated, config, mesh=mesh, tokenizer=None, batch_size=options.batch_size)
-    source = open_images(options.data)
+    source = open_source(options.data)
     field = options.captions or _caption_field(source)
     source, fields = (
-        open_images(options.data, fields=[field.partition(".")[0]] if field else []),
+        open_source(options.data, fields=[field.partition(".")[0]] if field else []),
         [field] if field else [],
     )
     count = min(len(source), options.max_images)

@@ -20,13 +20,13 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from data_pipelines.sources.opening import Stretch, open_source
 from data_pipelines.text_ops import captions_of
 from siglip.cli import BAD_INPUT, describe
 from siglip.cli.arguments import parse, spell_out
 from siglip.cli.embedding_files import Part, PartFiles, check_out
 from siglip.cli.evaluation import ModelArgs, check_folder_of, make_embedder, settings_of
 from siglip.cli.frozen_images import fingerprint
-from siglip.cli.opening import Stretch, open_images
 from siglip.errors import RunFailed, UserError
 from siglip.evaluation.embed import Embedder, token_embeddings
 from siglip.inputs import tokenizer_of
@@ -52,6 +52,7 @@ class EmbedArgs(ModelArgs):
         data: images: shards, as for training, or a folder of image files; or texts: FILE.txt with one on each line.
         out: FILE.npz or FILE.parquet with columns `key` and `embedding` (L2-normalised), FILE.npy with the keys in
             FILE.keys.txt, or a folder of Parquet files.
+        image_column: the column that holds the image; without one it is found.
         captions: the field of shards whose texts are embedded in place of the images ("txt", "captions.de").
         tokens: the tokens before pooling, after the last LayerNorm, in place of one embedding.
         dtype: float32, float16 or bfloat16; without it float32 for embeddings, float16 for tokens.
@@ -60,6 +61,7 @@ class EmbedArgs(ModelArgs):
 
     data: str
     out: str
+    image_column: str | None = None
     captions: str | None = None
     tokens: bool = False
     dtype: Dtype | None = None
@@ -173,7 +175,9 @@ def _text_job(path: str, embedder: Embedder) -> _Job:
 
 def _shard_job(options: EmbedArgs, embedder: Embedder) -> _Job:
     field = options.captions
-    source = open_images(options.data, fields=set() if field is None else {field.partition(".")[0]})
+    source = open_source(
+        options.data, image=options.image_column, fields=set() if field is None else {field.partition(".")[0]}
+    )
 
     def embed_images(rows: range) -> tuple[Part, Counter]:
         found, broken = embedder.embed_batches(*embedder.read(Stretch(source, rows), ()))

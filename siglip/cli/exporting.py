@@ -42,6 +42,7 @@ class ExportArgs:
         patch_size: likewise; the patch kernel is resampled.
         head: False leaves the pooling head away: vision-language models do not use it.
         layout: for bigvision: blocks one by one (loop), or stacked (scan).
+        dtype: for hf: type of the weights in the file; bfloat16 is half the size.
         licence: licence of the weights, for the model card.
         samples: shards whose first images and texts are compared as well; the shipped sample by default.
     """
@@ -54,6 +55,7 @@ class ExportArgs:
     patch_size: tuple[int, ...] = ()
     head: bool = True
     layout: Literal["loop", "scan"] = "loop"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     licence: str | None = None
     samples: str = f"{Path(sample.__file__).parent}/emoji-heldout-*.tar"
 

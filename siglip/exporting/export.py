@@ -7,17 +7,23 @@ fed noise and, where the caller has them, real images and texts. A new format is
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from siglip import __version__
 from siglip.atomic import new_folder
 from siglip.encoder import Encoder
 from siglip.errors import UserError
 from siglip.exporting.model_card import model_card, provenance
-from siglip.exporting.verification import compare, expected_outputs, model_outputs, random_inputs
+from siglip.exporting.verification import compare, expected_outputs, largest_difference, model_outputs, random_inputs
 from siglip.formats import big_vision, hf_export, saved_model, stablehlo
-from siglip.formats.export_format import ExportFormat, Inputs, Layout
+from siglip.formats.export_format import Dtype, ExportFormat, Inputs, Layout
 from siglip.model_source import read_model
 from siglip.models.two_tower import ModelConfig
 
@@ -37,7 +43,8 @@ class ExportReport:
 
     Attributes:
         path: the folder, or the npz.
-        differences: {inputs: {output: largest absolute difference}}; inputs are "random" and "sample".
+        differences: {inputs: {output: largest absolute difference}}; inputs are "random" and "sample". Under "rounding": what
+            rounding the weights changed, with the inputs "random".
         verified: whether the reader that its users have read it back; False when that one is not installed.
         message: one line for a person, warnings included.
     """
@@ -58,6 +65,7 @@ def export(
     patch_size: int | tuple[int, int] | None = None,
     head: bool = True,
     layout: Layout = "loop",
+    dtype: Dtype = "float32",
     licence: str | None = None,
     samples: Samples | None = None,
 ) -> ExportReport:
@@ -71,6 +79,8 @@ def export(
         image_size, patch_size: pixels; positions and the patch kernel are resampled. None keeps the source's.
         head: False leaves the pooling head away, which a vision-language model does not use; for the image tower alone.
         layout: for "bigvision": blocks one by one, or stacked.
+        dtype: of the weights in the file; "bfloat16" only with "hf". The rounded model is then compared; the report says what
+            rounding changed.
         licence: for the model card.
         samples: (config, tokenizer file) -> real images and texts as our pipeline prepares them, to compare with as well.
             "savedmodel" needs them: it takes encoded images and raw texts, which this package does not prepare.
@@ -82,13 +92,15 @@ def export(
         ExportMismatch: the written file does not give the same outputs; nothing is left of it.
     """
     out = Path(out).expanduser()
-    chosen = _check_request(out, format=format, tower=tower, layout=layout, samples=samples)
+    chosen = _check_request(out, format=format, tower=tower, layout=layout, dtype=dtype, samples=samples)
     _check_place(out, big_vision.split_subtree(src)[0])
     params, config, tokenizer = _model(src, tower=tower, head=head, image_size=image_size, patch_size=patch_size)
+    params, differences = (params, {}) if dtype == "float32" else _rounded(params, config)
     known = (config, tokenizer is not None)
     verified = all(find_spec(package) for package in chosen.needs)
     with new_folder(out, publish=_publish_npz if out.suffix == ".npz" else os.rename) as partial:
-        chosen.write(partial, params, config, tokenizer=tokenizer, layout=layout)
+        options = {"layout": layout} | ({"dtype": dtype} if len(chosen.dtypes) > 1 else {})
+        chosen.write(partial, params, config, tokenizer=tokenizer, **options)
         cases = [] if chosen.takes_files else [random_inputs(config)]  # noise has no encoded files
         cases += [] if samples is None else [samples(config, tokenizer)]
         expected = [expected_outputs(Encoder(params, config), case) for case in cases]
@@ -98,8 +110,12 @@ def export(
         else:
             model = Encoder(*read_model(partial)[:2])
             found = [model_outputs(model, case) for case in cases]
-        differences = {case.name: compare(*pair) for case, *pair in zip(cases, expected, found, strict=True)}
-        texts = {"contract": chosen.contract(*known), "example": chosen.example(*known)}
+        differences |= {case.name: compare(*pair) for case, *pair in zip(cases, expected, found, strict=True)}
+        texts = {
+            "contract": chosen.contract(*known),
+            "example": chosen.example(*known),
+            "reader": _reader(chosen, verified),
+        }
         origin = provenance(src, licence=licence)
         card = model_card(config, library=chosen.library, origin=origin, differences=differences, **texts)
         (partial / "README.md").write_text(card)
@@ -111,17 +127,44 @@ def export(
     return ExportReport(out, differences, verified, _message(out, differences, warnings))
 
 
+def _rounded(params: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """The parameters as bfloat16 holds them, but for temperature and bias, two numbers that every logit depends on; and what that
+    changes, {"rounding": {output: largest difference}}."""
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16).astype(np.float32), params)
+    rounded |= {name: params[name] for name in ("t", "b") if name in params}
+    before, after = (model_outputs(Encoder(tree, config), random_inputs(config)) for tree in (params, rounded))
+    return rounded, {"rounding": {name: largest_difference(before[name], after[name]) for name in before}}
+
+
+def _reader(chosen: ExportFormat, verified: bool) -> str:
+    """What has read the export back, with its version."""
+    if not (chosen.outputs and verified):
+        alone = "" if verified else f" alone, not by {chosen.library}"
+        return f"siglip-stage0 {__version__}{alone}"
+    return " and ".join(f"{name} {version(name)}" for name in chosen.needs or (chosen.library,))
+
+
 def _message(out: Path, differences: Mapping[str, Mapping[str, float]], warnings: Sequence[str]) -> str:
+    differences = dict(differences)
+    rounding = differences.pop("rounding", {})
     worst = max(value for found in differences.values() for value in found.values())
     count = len({name for found in differences.values() for name in found})
-    return "; ".join([f"wrote {out}: {count} outputs agree, largest difference {worst:.1e}", *warnings])
+    told = [f"wrote {out}: {count} outputs agree, largest difference {worst:.1e}"]
+    told += [f"rounding changes the outputs by up to {max(rounding.values()):.1e}"] if rounding else []
+    return "; ".join([*told, *warnings])
 
 
-def _check_request(out: Path, *, format: str, tower: Tower, layout: Layout, samples: Samples | None) -> ExportFormat:
+def _check_request(
+    out: Path, *, format: str, tower: Tower, layout: Layout, dtype: Dtype, samples: Samples | None
+) -> ExportFormat:
     if format not in FORMATS:
         raise UserError(f"format={format!r} is not one of {', '.join(FORMATS)}")
     chosen = FORMATS[format]
-    for name, value, choices in (("tower", tower, get_args(Tower)), ("layout", layout, chosen.layouts)):
+    for name, value, choices in (
+        ("tower", tower, get_args(Tower)),
+        ("layout", layout, chosen.layouts),
+        ("dtype", dtype, chosen.dtypes),
+    ):
         if value not in choices:
             raise UserError(f"{name}={value!r}: --format {format} has {', '.join(choices)}; take one of these")
     if out.suffix == ".npz" and chosen is not big_vision.EXPORT:

@@ -78,6 +78,7 @@ def model_card(
     example: str,
     origin: Provenance,
     differences: Mapping[str, Mapping[str, float]],
+    reader: str,
 ) -> str:
     """The card.
 
@@ -86,6 +87,7 @@ def model_card(
         contract: the format's own lines on what to feed.
         example: text and code; HEIGHT, WIDTH and LENGTH become the model's numbers.
         differences: {inputs: {output: largest difference}}, as the export's own check found them.
+        reader: what read it back for that check, with its version.
     """
     both = config.text is not None
     parts = [
@@ -96,7 +98,7 @@ def model_card(
         "## What it takes\n\n" + "\n".join([*_contract(config), *contract]),
         "## Data and recipe\n\n" + _recipe(origin),
         "## Evaluation\n\n" + _evaluation(origin),
-        "## How far it was checked\n\n" + _differences(differences),
+        "## How far it was checked\n\n" + _differences(differences, reader),
         "## Example\n\n" + _example(config, example),
     ]
     return "\n\n".join(parts) + "\n"
@@ -193,13 +195,19 @@ def _evaluation(origin: Provenance) -> str:
     return "\n\n".join(tables) or "None on record."
 
 
-def _differences(differences: Mapping[str, Mapping[str, float]]) -> str:
+def _differences(differences: Mapping[str, Mapping[str, float]], reader: str) -> str:
     outputs = dict.fromkeys(name for found in differences.values() for name in found)
     rows = [
         [name, *(f"{found[name]:.1e}" if name in found else "" for found in differences.values())] for name in outputs
     ]
     table = _table(["largest difference from the source", *differences], rows)
-    return f"Read back and fed the same inputs as its source:\n\n{table}"
+    rounded = "rounding" in differences
+    note = (
+        " The weights are bfloat16; the source here is the rounded model, and `rounding` is what that changed."
+        if rounded
+        else ""
+    )
+    return f"Read back by {reader}, and fed the same inputs as its source.{note}\n\n{table}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

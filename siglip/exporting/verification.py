@@ -75,13 +75,18 @@ def compare(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray])
         if name not in expected or expected[name].shape != array.shape:
             there = expected[name].shape if name in expected else "absent"
             raise ExportMismatch(f"the export's {name} has shape {array.shape}, its source's is {there}")
-        differences[name] = float(np.max(np.abs(expected[name].astype(np.float64) - array.astype(np.float64))))
+        differences[name] = largest_difference(expected[name], array)
         if not differences[name] <= _allowed(name, expected[name]):  # so that NaN fails
             raise ExportMismatch(
                 f"the export's {name} differs from its source by {differences[name]:.1e}, allowed is "
                 f"{_allowed(name, expected[name]):.1e}"
             )
     return differences
+
+
+def largest_difference(expected: np.ndarray, found: np.ndarray) -> float:
+    """The largest absolute one; NaN where either holds one."""
+    return float(np.max(np.abs(expected.astype(np.float64) - found.astype(np.float64))))
 
 
 def _allowed(name: str, expected: np.ndarray) -> float:

@@ -56,6 +56,7 @@ _SAFETENSORS_TYPES = {
     "BF16": np.dtype(jnp.bfloat16),
 }
 FLOATING = tuple(dtype.name for dtype in _SAFETENSORS_TYPES.values())
+_WRITTEN = {dtype.name: (name, dtype) for name, dtype in _SAFETENSORS_TYPES.items()}
 _CHUNK_BYTES = 1 << 24
 # XLA's CPU client takes arrays that start at such an address as they are; others it copies.
 _ALIGNMENT_BYTES = 64
@@ -238,18 +239,18 @@ def write_npz(file: Path, arrays: Mapping[str, LazyArray]) -> None:
 
 
 def write_safetensors(file: Path, arrays: Mapping[str, LazyArray]) -> None:
-    """Writes float32 arrays as one safetensors file for torch, holding one array at a time; a file that fails half-way is
-    removed."""
+    """Writes arrays, each in its stored type, as one safetensors file for torch, holding one array at a time; a file that fails
+    half-way is removed."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key, array in arrays.items():
-        start, end = end, end + 4 * math.prod(array.shape)
-        header[key] = {"dtype": "F32", "shape": array.shape, "data_offsets": (start, end)}
+        start, end = end, end + _WRITTEN[array.dtype][1].itemsize * math.prod(array.shape)
+        header[key] = {"dtype": _WRITTEN[array.dtype][0], "shape": array.shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with new_file(file) as partial, partial.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for key, array in arrays.items():
-            values = np.asarray(array.read(), "<f4", order="C")
+            values = np.asarray(array.read(), _WRITTEN[array.dtype][1], order="C")
             assert values.shape == array.shape, (key, values.shape, array.shape)
-            stream.write(values.data)
+            stream.write(values.view(np.uint8).data if values.ndim else values.tobytes())

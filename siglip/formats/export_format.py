@@ -14,6 +14,7 @@ from siglip.models.two_tower import ModelConfig
 
 TOKENIZER_FILE = "spiece.model"  # beside every model whose texts it encodes
 Layout = Literal["loop", "scan"]
+Dtype = Literal["float32", "bfloat16"]
 Outputs = dict[str, np.ndarray]
 
 
@@ -56,7 +57,7 @@ class ExportFormat:
     Attributes:
         library: what loads it, as model hubs call it.
         write: (folder, params, config, *, tokenizer: Path | None, layout) -> None: writes the model into an empty folder.
-            Raises UserError, before all else, where the format cannot express it.
+            Raises UserError, before all else, where the format cannot express it. With a choice of `dtypes` it takes `dtype` too.
         example: (config, has tokenizer) -> text and code for the model card, run in the folder; HEIGHT, WIDTH and LENGTH in it
             become the model's numbers.
         outputs: (folder, inputs) -> what the written model gives, through the reader that its users have; None where that is
@@ -66,6 +67,7 @@ class ExportFormat:
         warnings: (config, has tokenizer) -> what whoever exports should know.
         takes_files: it takes encoded images and raw texts, so noise cannot be fed to it.
         layouts: of the transformer's blocks, one by one or stacked.
+        dtypes: of the weights in the file.
     """
 
     library: str
@@ -77,3 +79,4 @@ class ExportFormat:
     warnings: Callable[[ModelConfig, bool], Sequence[str]] = _nothing
     takes_files: bool = False
     layouts: tuple[Layout, ...] = ("loop",)
+    dtypes: tuple[Dtype, ...] = ("float32",)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from siglip.formats import hugging_face
-from siglip.formats.export_format import ExportFormat, ExportMismatch, Inputs, Layout, Outputs, in_folder
+from siglip.formats.export_format import Dtype, ExportFormat, ExportMismatch, Inputs, Layout, Outputs, in_folder
 from siglip.formats.hf_tokenizer.convert import read_pieces
 from siglip.models.two_tower import ModelConfig
 from siglip.models.vit import PixelConfig
@@ -22,6 +22,10 @@ _PIPELINE_LENGTH = 64
 _UPRIGHT = (
     "- the preprocessor here resizes and scales to the same pixels, but only calls `convert('RGB')` before: turn images "
     "upright (`ImageOps.exif_transpose`), put transparent ones over white and scale 16-bit grey to 8 bits yourself"
+)
+_PIXELS = (
+    "- transformers 5 takes torchvision's resize where that is installed; it rounds otherwise, up to 1/255 off (bicubic: 2/255). "
+    "What was verified here resizes by Pillow: `AutoImageProcessor.from_pretrained(DIR, use_fast=False)`"
 )
 _TOKENIZER = (
     "- the tokenizer here gives the ids of training with `padding='max_length', truncation=True`; a `</s>` typed in a text is "
@@ -33,7 +37,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, SiglipVisionModel
 
-processor = AutoImageProcessor.from_pretrained(".")
+processor = AutoImageProcessor.from_pretrained(".", use_fast=False)
 model = SiglipVisionModel.from_pretrained(".")
 image = Image.new("RGB", (640, 480))
 with torch.no_grad():
@@ -53,7 +57,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, SiglipModel
 
-processor, tokenizer = AutoImageProcessor.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+processor = AutoImageProcessor.from_pretrained(".", use_fast=False)
+tokenizer = AutoTokenizer.from_pretrained(".")
 model = SiglipModel.from_pretrained(".")
 image = Image.new("RGB", (640, 480), "red")
 texts = tokenizer(["a red wall", "two cats"], padding="max_length", truncation=True, return_tensors="pt")
@@ -74,9 +79,9 @@ def outputs(folder: Path, cases: Sequence[Inputs]) -> list[Outputs]:
     os.environ.setdefault("USE_TF", "0")
     from transformers import AutoModel
 
-    model, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
+    model, loading = AutoModel.from_pretrained(folder, output_loading_info=True, dtype="float32")
     check_all_loaded(loading)
-    model = model.float().eval()
+    model = model.eval()
     pixels = hugging_face.read_config(folder).image.pixels
     return [_preprocessed(folder, case, pixels) | _torch_outputs(model, case, pixels) for case in cases]
 
@@ -111,7 +116,7 @@ def _torch_outputs(model: Any, inputs: Inputs, config: PixelConfig) -> Outputs:
 
 
 def _preprocessed(folder: Path, inputs: Inputs, config: PixelConfig) -> Outputs:
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoTokenizer, __version__
 
     outputs: Outputs = {}
     if inputs.files:
@@ -119,7 +124,8 @@ def _preprocessed(folder: Path, inputs: Inputs, config: PixelConfig) -> Outputs:
 
         # The preprocessor of transformers neither turns images upright nor puts them over white: that is its caller's part.
         images = [Image.open(io.BytesIO(file)) for file in inputs.files]
-        pixels = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="np")["pixel_values"]
+        by_pillow = {"use_fast": False} if __version__.startswith("4.") else {"backend": "pil"}
+        pixels = AutoImageProcessor.from_pretrained(folder, **by_pillow)(images, return_tensors="np")["pixel_values"]
         pixels = np.asarray(pixels, np.float32).transpose(0, 2, 3, 1)
         if not config.has_default_range:
             pixels = (2 * (pixels * np.float64(config.std) + config.mean) - 1).astype(np.float32)
@@ -143,9 +149,9 @@ def _no_pipeline(config: ModelConfig) -> list[str]:
 
 def _contract(config: ModelConfig, has_tokenizer: bool) -> list[str]:
     if config.text is None:
-        return [_UPRIGHT]
+        return [_UPRIGHT, _PIXELS]
     notes = [f"- note: {warning}" for warning in _no_pipeline(config)]
-    return [_UPRIGHT, _TOKENIZER if has_tokenizer else _NO_TOKENIZER, *notes]
+    return [_UPRIGHT, _PIXELS, _TOKENIZER if has_tokenizer else _NO_TOKENIZER, *notes]
 
 
 def _warnings(config: ModelConfig, has_tokenizer: bool) -> list[str]:
@@ -158,8 +164,10 @@ def _example(config: ModelConfig, has_tokenizer: bool) -> str:
     return in_folder("transformers torch pillow", both if config.text and has_tokenizer else _EXAMPLE_IMAGES)
 
 
-def _write(folder: Path, params: Any, config: ModelConfig, *, tokenizer: Path | None, layout: Layout) -> None:
-    hugging_face.write(folder, params, config, tokenizer=tokenizer)
+def _write(
+    folder: Path, params: Any, config: ModelConfig, *, tokenizer: Path | None, layout: Layout, dtype: Dtype
+) -> None:
+    hugging_face.write(folder, params, config, tokenizer=tokenizer, dtype=dtype)
     if tokenizer is not None:
         read_pieces(tokenizer, room=config.text.vocab_size)
 
@@ -172,4 +180,5 @@ EXPORT = ExportFormat(
     needs=("transformers", "torch"),
     contract=_contract,
     warnings=_warnings,
+    dtypes=("float32", "bfloat16"),
 )

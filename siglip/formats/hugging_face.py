@@ -21,7 +21,7 @@ import numpy as np
 from siglip.errors import UserError
 from siglip.formats import key_maps, pali_gemma
 from siglip.formats.containers import LazyArray, open_safetensors, write_safetensors
-from siglip.formats.export_format import TOKENIZER_FILE
+from siglip.formats.export_format import TOKENIZER_FILE, Dtype
 from siglip.formats.hf_inputs import preprocessor_json, read_pixels, read_tokens
 from siglip.formats.hf_tokenizer import convert
 from siglip.formats.infer_config import expected_shapes
@@ -95,25 +95,37 @@ def read_config(folder: str | Path, *, with_texts: bool = True) -> ModelConfig:
     return dataclasses.replace(config, image=dataclasses.replace(image, pixels=pixels), text=text)
 
 
-def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, tokenizer: Path | None = None) -> None:
+def write(
+    folder: Path,
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    *,
+    tokenizer: Path | None = None,
+    dtype: Dtype = "float32",
+) -> None:
     """Writes a folder that `transformers` loads: both towers, or the vision tower alone when `config.text` is None.
 
     Args:
         tokenizer: SentencePiece model of the text tower; without one the folder has no tokenizer.
+        dtype: of the weights; temperature, bias and fixed positions are float32 in either.
 
     Raises:
         UserError: Hugging Face's SigLIP cannot express this model.
     """
     check_expressible(config)
+    exact = {"t", "b"}
     flat = key_maps.unstack_blocks({path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()})
     if config.image.posemb == "sincos2d":
         flat["img/pos_embedding"] = sincos2d(config.image.grid, config.image.spec.width)
+        exact.add("img/pos_embedding")
     if config.text is not None and config.out_dim[1] is None:
         width = config.text.spec.width
         flat |= {"txt/head/kernel": np.eye(width, dtype=np.float32), "txt/head/bias": np.zeros(width, np.float32)}
 
-    write_safetensors(folder / _WEIGHTS, _their_arrays(flat))
-    _write_json(folder / "config.json", config_json(config))
+    write_safetensors(
+        folder / _WEIGHTS, _their_arrays(flat, {path: "float32" if path in exact else dtype for path in flat})
+    )
+    _write_json(folder / "config.json", config_json(config, dtype))
     image, text = config.image, config.text
     preprocessor = preprocessor_json(image.pixels, image_size=image.image_size, with_texts=text is not None)
     _write_json(folder / "preprocessor_config.json", preprocessor)
@@ -154,7 +166,7 @@ def check_expressible(config: ModelConfig) -> None:
         )
 
 
-def config_json(config: ModelConfig) -> dict[str, Any]:
+def config_json(config: ModelConfig, dtype: Dtype = "float32") -> dict[str, Any]:
     """The content of config.json."""
     image, text = config.image, config.text
     vision = {
@@ -167,7 +179,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         "vision_use_head": image.pool == "map",
     }
     if text is None:
-        return {"architectures": ["SiglipVisionModel"], "torch_dtype": "float32", **vision}
+        return {"architectures": ["SiglipVisionModel"], "torch_dtype": dtype, **vision}
     text_json = {
         "model_type": _TEXT_TYPE,
         **_sizes_json(text.spec),
@@ -182,7 +194,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["SiglipModel"],
         "model_type": "siglip",
-        "torch_dtype": "float32",
+        "torch_dtype": dtype,
         "vision_config": vision,
         "text_config": text_json,
     }
@@ -265,18 +277,20 @@ def _sizes_json(spec: Variant) -> dict[str, int]:
     return {theirs: getattr(spec, ours) for theirs, ours in _SIZES.items()}
 
 
-def _their_arrays(flat: Mapping[str, np.ndarray]) -> dict[str, LazyArray]:
+def _their_arrays(flat: Mapping[str, np.ndarray], dtypes: Mapping[str, Dtype]) -> dict[str, LazyArray]:
+    theirs: dict[str, Dtype] = {}
     sources: dict[str, list[tuple[tuple[int, int], np.ndarray, str]]] = {}
     for path, array in flat.items():
         key, kind, part = key_maps.hugging_face_entry(path)
         sources.setdefault(key, []).append((part or (0, 1), array, kind))
+        theirs[key] = dtypes[path]
 
     def make(parts: list[tuple[tuple[int, int], np.ndarray, str]]) -> np.ndarray:
         arrays = [key_maps.to_hugging_face(array, kind) for _, array, kind in sorted(parts, key=lambda part: part[0])]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     shapes = key_maps.torch_shapes(key_maps.flat_shapes(flat), key_maps.hugging_face_entry)
-    return {key: LazyArray(shapes[key], functools.partial(make, parts)) for key, parts in sources.items()}
+    return {key: LazyArray(shapes[key], functools.partial(make, parts), theirs[key]) for key, parts in sources.items()}
 
 
 def _weight_files(folder: Path) -> list[Path]:

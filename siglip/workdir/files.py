@@ -23,12 +23,12 @@ from typing import Any
 
 import jax
 
+from data_pipelines.lock import hold
 from siglip.atomic import write_atomically
 from siglip.errors import BAD_PATH, UserError
 from siglip.parallel.collectives import gather_records
 from siglip.parallel.launch import in_all_or_none
 from siglip.trees import read_json
-from siglip.workdir.lock import hold
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.model"
@@ -108,7 +108,8 @@ def open_workdir(
 
     Raises:
         UserError: if config.json there differs in a field that changes the parameters or the pairs, if its tokenizer is
-            another one, if another run holds the workdir, or if the processes do not all see the same folder.
+            another one, or if the processes do not all see the same folder.
+        data_pipelines.errors.RunFailed: if another run holds the workdir.
         PermissionError, NotADirectoryError: if the folder cannot be made or written.
     """
     with contextlib.ExitStack() as stack:

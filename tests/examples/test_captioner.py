@@ -62,6 +62,14 @@ def prompt():
     return data.prompt_tokens(PROMPT)
 
 
+def test_images_are_resized_as_the_encoders_were():
+    found = {
+        how: data.read_heldout(SHARDS, image_size=(16, 16), limit=2, resample=how).images
+        for how in ("bilinear", "bicubic")
+    }
+    assert np.abs(found["bilinear"].astype(int) - found["bicubic"]).max() > 5
+
+
 def pictures(captioner, count=8):
     size = captioner.encoder.spec.image_size
     return np.random.default_rng(0).integers(0, 256, (count, *size, 3), dtype=np.uint8)

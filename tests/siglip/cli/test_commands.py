@@ -20,6 +20,8 @@ import pytest
 
 from siglip import trees
 from siglip.cli import run
+from siglip.cli.arguments import parse
+from siglip.cli.exporting import ExportArgs
 from siglip.models.two_tower import param_shapes
 from siglip.training.config import load_config_file
 from siglip.training.warm_start import SourceModel
@@ -75,6 +77,28 @@ def shard(tmp_path_factory) -> Path:
         for member in sample.getmembers()[: 3 * 40]:
             small.addfile(member, io.BytesIO(sample.extractfile(member).read()))
     return path
+
+
+def test_the_column_of_the_images_can_be_named(trained, shard, tmp_path, capsys):
+    """Two columns of bytes under other names than usual: which are the images is for the user to say."""
+    with tarfile.open(shard) as tar:
+        files = [tar.extractfile(member).read() for member in tar if member.name.endswith((".png", ".webp", ".jpg"))][
+            :3
+        ]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"mask": [b"none"] * len(files), "photo": files}), path)
+    fails(["embed", str(trained), "--data", str(path), "--out", str(tmp_path / "z.npz")], capsys, "mask, photo")
+    assert (
+        run(["embed", str(trained), "--data", str(path), "--image-column", "photo", "--out", str(tmp_path / "z.npz")])
+        == 0
+    )
+    assert np.load(tmp_path / "z.npz")["embedding"].shape == (len(files), 32)
+
+
+def test_home_is_expanded_in_the_flags_of_any_program(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    args = parse(ExportArgs, ["~/run", "--format", "hf", "--out=~/out"], prog="examples")
+    assert (args.src, args.out) == ("/somewhere/run", "/somewhere/out")
 
 
 @pytest.fixture

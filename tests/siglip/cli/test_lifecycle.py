@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from data_pipelines import lock
+from data_pipelines.lock import LOCK_FILE, hold
 from siglip.cli import run
 from siglip.workdir.checkpoint import whole_steps
-from siglip.workdir.lock import LOCK_FILE, hold
 from tests.siglip.cli.test_commands import fails, shard  # noqa: F401
 from tests.siglip.jobs import STEPS, Jobs
 
@@ -51,7 +52,7 @@ def test_a_second_run_in_one_workdir_is_refused_and_a_killed_one_is_followed(job
     while whole_steps(first.workdir) != [4, 8]:
         time.sleep(0.05)
     before = contents(first.workdir)
-    (line,) = jobs.start("two", processes=1, devices=1, toy=True).ends_with(2)
+    (line,) = jobs.start("two", processes=1, devices=1, toy=True).ends_with(1)
     assert f"two is in use by process {first.processes[0].pid} on " in line and "give another --workdir" in line
     assert contents(first.workdir) == before
     first.processes[0].kill()
@@ -101,11 +102,17 @@ def test_a_reader_that_goes_away_ends_no_run(jobs):
     assert process.wait(240) == 0 and whole_steps(job.workdir)[-1] == STEPS
 
 
-def test_a_folder_that_another_curation_holds_is_refused(tmp_path, shard, capsys):  # noqa: F811
+def test_a_folder_that_another_curation_holds_is_refused(tmp_path, shard, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(lock, "PATIENCE_S", 0.3)
     out = tmp_path / "out"
     with hold(out, fix="wait"):
         before = contents(out)
-        fails(["data", "curate", str(shard), "--out", str(out)], capsys, f"{out} is in use by process {os.getpid()} ")
+        fails(
+            ["data", "curate", str(shard), "--out", str(out)],
+            capsys,
+            f"{out} is in use by process {os.getpid()} ",
+            code=1,
+        )
         assert contents(out) == before
     assert run(["data", "curate", str(shard), "--out", str(out), "--workers", "1"]) == 0
     assert (out / "manifest.parquet").exists() and not (out / LOCK_FILE).exists()

@@ -7,13 +7,16 @@ import io
 import json
 import re
 import tarfile
+from importlib import metadata
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+import siglip
 from data_pipelines.sources.webdataset import TarSource
 from siglip.cli.exporting import ExportArgs, sample_inputs
 from siglip.encoder import load
@@ -29,6 +32,7 @@ from siglip.models.text import TokenConfig
 from siglip.models.two_tower import ModelConfig
 from siglip.models.vit import PixelConfig
 from siglip.training.loop import train
+from siglip.trees import flatten
 from tests.siglip.rounding import towers_apart
 from tests.siglip.tiny import random_inputs, random_params, square_model
 from tests.siglip.tiny_run import TinyBatches, tiny_config, use_devices
@@ -134,6 +138,10 @@ def test_hugging_face_is_proved_by_transformers(tmp_path, real_source, tower):
     found = report.differences["sample"]
     assert set(found) == outputs | {"pixels"} | ({"tokens"} if tower == "both" else set())
     assert max(found.values()) < 1e-5 and found["pixels"] < 2e-7 and found.get("tokens", 0) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert (
+        f"Read back by transformers {metadata.version('transformers')} and torch {metadata.version('torch')}," in card
+    )
 
 
 @pytest.mark.interop
@@ -204,6 +212,38 @@ def test_without_transformers_it_says_so(tmp_path, source, monkeypatch):
     report = export(source, format="hf", out=tmp_path / "hf", tower="both")
     assert not report.verified and "pip install" in report.message and "\n" not in report.message
     assert "pads or cuts them to 64" in report.message
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert f"Read back by siglip-stage0 {siglip.__version__} alone, not by transformers, and" in card
+
+
+@pytest.mark.parametrize("own", [True, pytest.param(False, marks=pytest.mark.interop)])
+def test_bfloat16_is_half_the_size_and_the_rounded_model(tmp_path, source, monkeypatch, own):
+    """Fixed positions, which are not parameters, temperature and bias are stored as they are."""
+    config = square_model(image={"posemb": "sincos2d"}, text={"vocab_size": 4000})
+    params = random_params(config)
+    big_vision.write(source, params, config)
+    if own:
+        without_transformers(monkeypatch)
+    elif not HAS_TRANSFORMERS:
+        pytest.skip("needs torch and transformers: pip install '.[interop]'")
+    report = export(source, format="hf", out=tmp_path / "hf", tower="both", dtype="bfloat16")
+    assert report.verified != own and max(report.differences["random"].values()) < 1e-5
+    rounding = report.differences["rounding"]
+    assert 1e-4 < rounding["image_embedding"] < 0.1 and "rounding changes the outputs by up to" in report.message
+    assert "| rounding |" in (tmp_path / "hf" / "README.md").read_text()
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    with containers.open_safetensors([tmp_path / "hf" / "model.safetensors"]) as stored:
+        exact = {"logit_scale", "logit_bias", "vision_model.embeddings.position_embedding.weight"}
+        assert {key for key, array in stored.items() if array.dtype != "bfloat16"} == exact
+    found = flatten(hugging_face.read(tmp_path / "hf")[0])
+    for path, array in flatten(params).items():
+        rounded = array if path in ("t", "b") else np.asarray(jnp.asarray(array, jnp.bfloat16), np.float32)
+        np.testing.assert_array_equal(found[path], rounded)
+
+
+def test_only_some_formats_have_bfloat16(tmp_path, source):
+    with pytest.raises(UserError, match="dtype='bfloat16': --format bigvision has float32; take one of these"):
+        export(source, format="bigvision", out=tmp_path / "out", dtype="bfloat16")
 
 
 def test_a_source_without_tokenizer_is_mentioned(tmp_path, source, monkeypatch):

@@ -5,6 +5,9 @@
 The kernel's lock on that file (flock) goes when its process ends, however that ends, and most network folders pass it on to
 other hosts. Some do not (mounted buckets, Lustre without -o flock): so the holder also touches the file every few seconds. A
 file left behind on this machine is taken over at once; one that another machine left is watched first.
+
+A scheduler may start a run again while the one that it has stopped still saves. So the next one waits a little, and a folder that
+is held even then is not bad input: whoever starts failed runs again is to try once more.
 """
 
 import contextlib
@@ -19,12 +22,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from siglip.errors import UserError
+from data_pipelines.errors import RunFailed
 
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 BEAT_S = 10.0
+PATIENCE_S = 15.0
 WATCH_S = 60.0  # network folders show a new modification time that late
 _DEAD_S = 600.0  # after so long without a touch there is nothing to watch, even if the clocks differ a little
 
@@ -34,7 +38,7 @@ def hold(folder: Path, *, fix: str) -> Iterator[None]:
     """Holds a folder, which is made if it is not there; one that was made here and stays empty is removed.
 
     Raises:
-        UserError: another process holds it. `fix`: what to do then.
+        RunFailed: another process holds it, and does so after PATIENCE_S. `fix`: what to do then.
         PermissionError, NotADirectoryError: the folder cannot be made or written.
     """
     made = [parent for parent in (folder.absolute(), *folder.absolute().parents) if not parent.exists()]
@@ -62,29 +66,40 @@ def hold(folder: Path, *, fix: str) -> Iterator[None]:
 
 
 def _acquire(path: Path, fix: str) -> TextIO:
+    deadline, told = time.monotonic() + PATIENCE_S, False
     while True:
         file = path.open("a+")
         try:
-            exclusive = _flock(file, path, fix)
+            exclusive = _flock(file)
+            if exclusive is None:
+                line = _told(path, _holder(path), fix)
+                if time.monotonic() > deadline:
+                    raise RunFailed(line)
+                if not told:
+                    logger.warning("waiting up to %.0f s: %s", PATIENCE_S, line)
+                told = True
+                file.close()
+                time.sleep(min(0.2, PATIENCE_S / 10))
+                continue
             if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
                 file.close()  # whoever held it has removed it meanwhile
                 continue
             holder = _holder(path)
             # Of this machine, the kernel has told the truth.
             if holder and not (exclusive and holder.get("machine") == _machine()) and _is_touched(path):
-                raise UserError(_told(path, holder, fix))
+                raise RunFailed(_told(path, holder, fix))
             return file
         except BaseException:
             file.close()
             raise
 
 
-def _flock(file: TextIO, path: Path, fix: str) -> bool:
-    """Whether the file is locked now; False where the folder knows no locks. Raises UserError: another process has the lock."""
+def _flock(file: TextIO) -> bool | None:
+    """Whether the file is locked now; False where the folder knows no locks, None where another process has the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(_told(path, _holder(path), fix)) from None
+        return None
     except OSError:
         return False
     return True
@@ -95,7 +110,7 @@ def _is_touched(path: Path) -> bool:
     first = _touched_ns(path)
     if abs(time.time() - first / 1e9) > _DEAD_S:
         return False
-    logger.info("%s is of another machine: waiting up to %.0f s for a sign of life", path, WATCH_S)
+    logger.warning("%s is of another machine: waiting up to %.0f s for a sign of life", path, WATCH_S)
     deadline = time.monotonic() + WATCH_S
     while time.monotonic() < deadline:
         time.sleep(min(1.0, WATCH_S / 10))

@@ -9,14 +9,17 @@ import time
 
 import pytest
 
-from siglip.errors import UserError
-from siglip.workdir import lock
-from siglip.workdir.lock import LOCK_FILE, hold
+from data_pipelines import lock
+from data_pipelines.curate.config import CurateConfig
+from data_pipelines.curate.engine import LocalEngine
+from data_pipelines.curate.run import curate
+from data_pipelines.errors import RunFailed
+from data_pipelines.lock import LOCK_FILE, hold
 
 FIX = "give another --workdir"
 HOLD = """
 import pathlib, sys, time
-from siglip.workdir.lock import hold
+from data_pipelines.lock import hold
 with hold(pathlib.Path(sys.argv[1]), fix="stop"):
     print("held", flush=True)
     time.sleep(600)
@@ -33,12 +36,30 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_a_held_folder_is_refused_by_its_holders_name_and_untouched(tmp_path, holder):
+def test_a_held_folder_is_refused_by_its_holders_name_and_untouched(tmp_path, holder, monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE_S", 0.3)
     before = {path: path.read_text() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match=rf"in use by process {holder.pid} on .* since 20.*give another --workdir"):
+    with pytest.raises(RunFailed, match=rf"in use by process {holder.pid} on .* since 20.*give another --workdir"):
         with hold(tmp_path, fix=FIX):
             pass
     assert {path: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_that_ends_a_little_later_is_waited_for(tmp_path, holder, monkeypatch):
+    """As one that a scheduler has stopped, and that still saves."""
+    monkeypatch.setattr(lock, "PATIENCE_S", 600.0)
+    threading.Timer(0.5, holder.kill).start()
+    with hold(tmp_path, fix=FIX):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+    assert holder.wait() < 0
+
+
+def test_a_curation_called_from_python_takes_the_lock_too(tmp_path, holder, monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE_S", 0.3)
+    (tmp_path / "a.tar").touch()
+    with LocalEngine(1) as engine, pytest.raises(RunFailed, match=f"in use by process {holder.pid} "):
+        curate(str(tmp_path / "a.tar"), tmp_path, config=CurateConfig(), engine=engine)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tar", LOCK_FILE}
 
 
 def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, holder, monkeypatch):
@@ -80,7 +101,7 @@ def test_another_machine_that_touches_its_lock_is_alive(tmp_path, monkeypatch, s
     thread = threading.Thread(target=touch)
     thread.start()
     try:
-        with pytest.raises(UserError, match="in use by process 7 on elsewhere since then"), hold(tmp_path, fix=FIX):
+        with pytest.raises(RunFailed, match="in use by process 7 on elsewhere since then"), hold(tmp_path, fix=FIX):
             pass
     finally:
         done.set()
