@@ -106,7 +106,9 @@ def test_a_linear_and_an_attentive_probe(embedder, train, test):
     # One value is not chosen; features of length one are another protocol.
     task = LinearProbe(test, train, c=(1.0,), feature="patch_mean", l2_normalise=True)
     assert metrics_of(task, embedder)["lp_acc1_patch_mean"] > 0.4
-    attentive = metrics_of(AttentiveProbe(test, train, heads=4, epochs=30, images_per_step=16, learning_rate=0.01), embedder)
+    attentive = metrics_of(
+        AttentiveProbe(test, train, heads=4, epochs=30, images_per_step=16, learning_rate=0.01), embedder
+    )
     assert set(attentive) == {"ap_acc1_tokens", "ap_mean_per_class_recall_tokens"} and attentive["ap_acc1_tokens"] > 0.4
 
 
