@@ -18,7 +18,7 @@ NUMERICS := $(addprefix tests/siglip/, models training/test_accumulation.py trai
 ISA ?= $(shell tr ' ' '\n' < /proc/cpuinfo 2> /dev/null \
     | awk '/^sse4_2$$/ {a = "SSE4_2"} /^avx2$$/ {b = "AVX2"} /^avx512f$$/ {c = "AVX512"} END {print a, b, c}')
 
-.PHONY: quickstart test isa isa-names slow interop interop5 aot newest lint clean
+.PHONY: quickstart test isa isa-names slow interop interop5 aot agreement newest lint clean
 
 # A .venv whose install was cut short is installed again: the stamp is written last.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
@@ -73,7 +73,11 @@ $(AOT)/.installed: $(VENV)/.installed
 	touch $@
 
 aot: $(AOT)/.installed
-	PYTHONPATH=$(AOT) $(BIN)/python -m pytest -rs tests/siglip/training/test_gpu_ahead_of_time.py
+	OPTIMIZED=1 PYTHONPATH=$(AOT) $(BIN)/python -m pytest -rs tests/siglip/training/test_gpu_ahead_of_time.py
+
+# Our metrics beside CLIP_benchmark's and scikit-learn's.
+agreement: $(VENV)/.interop
+	tests/clip_benchmark.sh $(BIN)/python
 
 # The fast tests on newer Pythons (`make newest NEWEST="python3.12 …"`), with nothing pinned.
 NEWEST ?= python3.12 python3.13

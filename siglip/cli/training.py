@@ -1,5 +1,6 @@
 """`siglip train`: recipe file and flags -> config, loader and evaluations -> the loop."""
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -15,12 +16,13 @@ from siglip.cli.data_sets import complete
 from siglip.cli.evaluation import first_values, make_embedder, settings_of
 from siglip.cli.frozen_images import make_prepare
 from siglip.errors import UserError
-from siglip.evaluation.suite import named_metrics, run_tasks
+from siglip.evaluation.suite import TimedTasks, named_metrics
 from siglip.models.two_tower import TextConfig
 from siglip.parallel import launch, sharding
 from siglip.training.config import TrainConfig, load_config_file, resolve
 from siglip.training.loop import Evaluate, train
 from siglip.training.step import TrainState
+from siglip.workdir.checksums import checksums
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +98,15 @@ def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer) -> Eva
     for task in tasks:
         task.check(first_values)
     mesh, settings = sharding.make_mesh(config.mesh), settings_of(config.eval)
+    tasks, kept, tower = TimedTasks(tasks, config.eval.max_s), {}, None
 
     def evaluate(params):
+        nonlocal tower
+        now = checksums(params["txt"])
+        if now != tower:  # a text tower that stands still embeds each text once in the whole run
+            kept.clear()
+        tower = now
         embedder = make_embedder(params, config.model, mesh=mesh, tokenizer=tokenizer, **settings)
-        return named_metrics(run_tasks(tasks, embedder))
+        return named_metrics(tasks.run(dataclasses.replace(embedder, text_embeddings=kept)))
 
     return evaluate

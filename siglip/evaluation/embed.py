@@ -28,6 +28,7 @@ from siglip.parallel.collectives import gather_records, gather_rows, own_rows
 logger = logging.getLogger(__name__)
 
 _COLLAPSED = 1e-3  # embeddings that all lie this close together: their scores differ by rounding
+_MAX_KEPT_TEXTS = 1 << 17
 _FEW = 8  # so many inputs may happen to be copies of one
 
 Params = Mapping[str, Any]
@@ -125,6 +126,8 @@ class Embedder:
             by reason.
         values_of: (fields of a pair, name of one) -> what that holds.
         temperature, bias: of the model's logits; None where it has none.
+        text_embeddings: what was computed, by its text: each text is embedded once, whatever the task. Embedders of one text
+            tower may share it.
     """
 
     embed: Callable[..., Float[Array, "b ..."]]
@@ -138,6 +141,7 @@ class Embedder:
     values_of: Callable[[Mapping[str, Any], str], list[Value]]
     temperature: float | None = None
     bias: float | None = None
+    text_embeddings: dict[str, Float[np.ndarray, " e"]] = dataclasses.field(default_factory=dict)
 
     def embed_images(
         self, images: UInt8[np.ndarray, "n h w 3"], *, feature: Feature = "embedding"
@@ -148,14 +152,22 @@ class Embedder:
 
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "m ..."]:
         """Embeddings of the texts, which are the same in every process; equal texts are embedded once."""
-        distinct = list(dict.fromkeys(texts))
+        known = {text: self.text_embeddings[text] for text in dict.fromkeys(texts) if text in self.text_embeddings}
+        distinct = [text for text in dict.fromkeys(texts) if text not in known]
+        if distinct:
+            found = dict(zip(distinct, self._embed_distinct(distinct), strict=True))
+            known |= found
+            if len(self.text_embeddings) + len(found) <= _MAX_KEPT_TEXTS:
+                self.text_embeddings.update(found)
+        return np.stack([known[text] for text in texts])
+
+    def _embed_distinct(self, distinct: Sequence[str]) -> Float[np.ndarray, "m e"]:
         share = -(-len(distinct) // jax.process_count())
         own = self.tokenize(distinct[jax.process_index() * share :][:share])
         z = embed_rows(self.embed, "text", _filled(own, share), mesh=self.mesh, rows_per_pass=self.rows)
         z = gather_rows(z[: len(own)])
         _warn_if_collapsed(z, "different texts", "text")
-        row_of = {text: row for row, text in enumerate(distinct)}
-        return z[[row_of[text] for text in texts]]
+        return z
 
     def embed_shards(
         self, data: str, fields: Sequence[str] = (), *, feature: Feature = "embedding", **more: Any

@@ -9,10 +9,15 @@ name into `Task`: `siglip eval --task`, the config and its flags, config.json an
 - `run(embedder)`: a list of `Result`; called by all processes, with the same result in all of them.
 """
 
+import collections
 import dataclasses
+import logging
+import time
 import typing
 from collections import Counter
 from collections.abc import Sequence
+
+import jax
 
 from siglip.errors import UserError
 from siglip.evaluation.attentive_probe import AttentiveProbe
@@ -28,6 +33,9 @@ from siglip.evaluation.segmentation import Segmentation
 from siglip.evaluation.selection import Selection
 from siglip.evaluation.verification import Verification
 from siglip.evaluation.zeroshot import ZeroShot
+from siglip.parallel.collectives import gather_records
+
+logger = logging.getLogger(__name__)
 
 Task = (
     Retrieval | ZeroShot | Knn | FewShot | LinearProbe | AttentiveProbe | Segmentation | Selection | Verification
@@ -57,6 +65,30 @@ def run_tasks(tasks: Sequence[Task], embedder: Embedder) -> list[Result]:
     return [result for task in tasks for result in task.run(embedder)]
 
 
+class TimedTasks:
+    """Evaluations of a training run within a time: those that are not begun in it come first the next time.
+
+    The first task always runs: that of `checkpoint.best_metric` belongs there.
+    """
+
+    def __init__(self, tasks: Sequence[Task], max_s: float) -> None:
+        self._first, self._others, self._max_s = tasks[:1], collections.deque(tasks[1:]), max_s
+
+    def run(self, embedder: Embedder) -> list[Result]:
+        """As `run_tasks`; process 0's clock counts for all. Raises UserError as the tasks' `run` do."""
+        start, results = time.monotonic(), run_tasks(self._first, embedder)
+        for turn in range(len(self._others)):
+            late = self._max_s > 0 and time.monotonic() - start >= self._max_s
+            if gather_records([late])[0]:
+                if jax.process_index() == 0:
+                    told = "eval.max_s=%g is used up: %d evaluations wait for the next time, first %s"
+                    logger.info(told, self._max_s, len(self._others) - turn, self._others[0].dataset)
+                break
+            results += run_tasks([self._others[0]], embedder)
+            self._others.rotate(-1)
+        return results
+
+
 def named_metrics(results: Sequence[Result]) -> dict[str, float]:
     """The metrics of all results under their names in metrics.jsonl."""
     return {
@@ -73,6 +105,8 @@ class EvalConfig:
     Attributes:
         tasks: what is evaluated; metrics are called eval/<task>/<name>/<metric>.
         every_steps: steps between evaluations; 0 evaluates at the end only.
+        max_s: seconds after which no further task is begun; those left out come first the next time. The first task always runs.
+            0: no limit.
         batch_size: images or texts per forward pass, over all devices and hosts.
         threads: threads per process that decode images; 0 takes one per core that the process may use.
         workers: processes per process that decode images; with 0, threads alone do it.
@@ -80,12 +114,13 @@ class EvalConfig:
 
     tasks: tuple[Task, ...] = ()
     every_steps: int = 0
+    max_s: float = 0.0
     batch_size: int = 256
     threads: int = 0
     workers: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("every_steps", 0), ("batch_size", 1), ("threads", 0), ("workers", 0)):
+        for name, least in (("every_steps", 0), ("max_s", 0), ("batch_size", 1), ("threads", 0), ("workers", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"eval.{name}={getattr(self, name)} must be at least {least}")
         check_names(self.tasks)

@@ -6,6 +6,7 @@ Every process calls the same methods in the same order. Process 0 writes; what o
 The trap: a method that gathers must be called by all processes or by none: never inside a branch that only one may take.
 """
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from siglip.training.divergence import LossMonitor
 from siglip.training.signals import Interrupted, WaitedTooLong
 from siglip.training.step import TrainState
 from siglip.workdir.checkpoint import Checkpointer
-from siglip.workdir.metrics import MetricsWriter, Progress, Throughput, has_evaluation
+from siglip.workdir.metrics import MetricsWriter, Progress, Throughput, has_evaluation, read_metrics
 
 # How long a process whose evaluation failed waits for the others: they may be in a collective that never ends.
 _AFTER_FAILURE_S = 10
@@ -72,6 +73,7 @@ class RunHooks:
         self._losses = LossMonitor(workdir, saved_step=checkpointer.latest_step)
         self._first_step = start_step + 1
         self._best = gather_records([checkpointer.best_value()])[0]
+        self._without_best = gather_records([self._evaluations_since_best() if first else 0])[0]
         peak = flops.peak_pairs_per_s(config.model, batch_size=config.batch_size, passes=passes)
         self.throughput = Throughput(config.batch_size, peak_pairs_per_s=peak)
 
@@ -94,8 +96,21 @@ class RunHooks:
         elif eval_due or save_due:
             self._losses.check()
         best = self._run_evaluation(step, state) if eval_due else None
-        if save_due or best is not None:
+        if save_due or best is not None or self.out_of_patience:
             self.save(step, state, best=best)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether `checkpoint.patience` evaluations in a row were no new best."""
+        return 0 < self._config.checkpoint.patience <= self._without_best
+
+    def _evaluations_since_best(self) -> int:
+        """As metrics.jsonl has it."""
+        name, since, best = self._config.checkpoint.best_metric, 0, -math.inf
+        for line in read_metrics(self._workdir):
+            if line.get(name) is not None:
+                since, best = (0, line[name]) if line[name] > best else (since + 1, best)
+        return since
 
     def run_missed_evaluation(self, step: int, state: TrainState) -> None:
         """Evaluates the restored state when that was due but the run was stopped before; it may be the best one so far."""
@@ -161,9 +176,12 @@ class RunHooks:
             warnings.warn(
                 f"checkpoint.best_metric={name!r} was not evaluated; there are {sorted(results)}", stacklevel=2
             )
-        if name not in results or not results[name] > self._best:
+        if name not in results:
             return None
-        self._best = results[name]
+        if not results[name] > self._best:
+            self._without_best += 1
+            return None
+        self._best, self._without_best = results[name], 0
         return self._best
 
     def _evaluate_everywhere(self, step: int, state: TrainState) -> dict[str, float]:

@@ -145,7 +145,8 @@ def _steps(
     if stop is not None:  # before a program is compiled for a step that nobody waits for
         hooks.save(start_step, state)
         raise Interrupted(stop, start_step, workdir)
-    for step in range(start_step + 1, config.total_steps + 1):
+    last = start_step if hooks.out_of_patience else config.total_steps
+    for step in range(start_step + 1, last + 1):
         try:
             with hooks.throughput.waiting_for_data(), signals.limited_wait():
                 batch = dict(next(batches))
@@ -167,6 +168,11 @@ def _steps(
         hooks.after_step(step, state, metrics, keys, stop=stop is not None)
         if stop is not None:
             raise Interrupted(stop, step, workdir)
+        if hooks.out_of_patience:
+            break
+    if hooks.out_of_patience:
+        told = "%s was not higher for %d evaluations: the run ends before its step %d; the best checkpoint is kept"
+        logger.info(told, config.checkpoint.best_metric, config.checkpoint.patience, config.total_steps)
     return state
 
 

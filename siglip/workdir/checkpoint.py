@@ -49,16 +49,20 @@ class CheckpointConfig:
         keep: how many of the newest stay.
         best_metric: name of an evaluation metric in metrics.jsonl, one for which higher is better; the checkpoint where it
             is highest stays too, and one is written whenever an evaluation sets a new best.
+        patience: evaluations in a row without a new best after which the run ends; 0: it goes on to its last step.
     """
 
     every_steps: int = 1000
     keep: int = 2
     best_metric: str | None = None
+    patience: int = 0
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"checkpoint.{name}={getattr(self, name)} must be at least 1")
+        if self.patience < 0 or (self.patience and self.best_metric is None):
+            raise UserError(f"checkpoint.patience={self.patience} must be at least 0, and needs checkpoint.best_metric")
         if self.best_metric is not None and self.best_metric.endswith("median_rank"):
             raise UserError(
                 f"checkpoint.best_metric={self.best_metric} is better when lower; name a recall or an accuracy"

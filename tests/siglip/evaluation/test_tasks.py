@@ -1,5 +1,6 @@
 """Every task from files to metrics, on generated shapes and a model with random parameters."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from siglip.evaluation.retrieval import Retrieval
 from siglip.evaluation.robustness import Robustness
 from siglip.evaluation.segmentation import Segmentation, confusion_of, segmentation_metrics
 from siglip.evaluation.selection import Selection
+from siglip.evaluation.suite import TimedTasks
 from siglip.evaluation.verification import Verification
 from siglip.evaluation.zeroshot import ZeroShot
 from siglip.formats import big_vision
@@ -184,6 +186,39 @@ def test_the_first_caption_alone(embedder, test):
     several = metrics_of(Retrieval(test), embedder)
     first = metrics_of(Retrieval(test, first_caption=True), embedder)
     assert set(several) == set(first)
+
+
+def test_a_text_is_embedded_once(src):
+    embedder = embedder_of(src, tokenizer=SPIECE, batch_size=16)
+    asked = []
+    counting = dataclasses.replace(embedder, tokenize=lambda texts: asked.extend(texts) or embedder.tokenize(texts))
+    first = counting.embed_texts(["a cat", "a dog", "a cat"])
+    again = counting.embed_texts(["a cow", "a dog"])
+    assert asked == ["a cat", "a dog", "a cow"]
+    np.testing.assert_array_equal(again[1], first[1])
+    np.testing.assert_allclose(
+        again, embedder_of(src, tokenizer=SPIECE, batch_size=16).embed_texts(["a cow", "a dog"]), atol=1e-6
+    )
+
+
+def test_evaluations_that_are_not_begun_in_time_come_first_the_next_time(embedder, monkeypatch):
+    clock, ran = [0.0], []
+
+    class Slow(Retrieval):
+        def run(self, embedder):
+            ran.append(self.dataset)
+            clock[0] += 1
+            return []
+
+    monkeypatch.setattr("siglip.evaluation.suite.time.monotonic", lambda: clock[0])
+    tasks = TimedTasks([Slow("x.tar", name=name) for name in "abcd"], max_s=2.0)
+    for expected in ("ab", "ac", "ad", "ab"):
+        ran.clear()
+        tasks.run(embedder)
+        assert "".join(ran) == expected
+    ran.clear()
+    TimedTasks([Slow("x.tar", name=name) for name in "abcd"], max_s=0.0).run(embedder)
+    assert "".join(ran) == "abcd"
 
 
 def one_line(args: list[str], capsys) -> str:

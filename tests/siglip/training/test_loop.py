@@ -332,6 +332,22 @@ def test_the_best_checkpoint_survives_a_preemption_at_its_evaluation(tmp_path):
     assert kept(tmp_path) == [4, 8]  # nor is 0.6, as a start after that one knows
 
 
+def test_a_run_that_no_longer_improves_ends_and_stays_ended(tmp_path, caplog):
+    caplog.set_level("INFO", logger="siglip")
+    config = best_config(tmp_path)
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, patience=2))
+    train_toy(config, TinyBatches(), evaluate=scored([0.5, 0.4, 0.5]))  # a fourth evaluation would have no score
+    assert kept(tmp_path) == [2, 6] and "was not higher for 2 evaluations" in caplog.text
+    batches = TinyBatches()
+    train_toy(config, batches, evaluate=scored([]))  # the same command again has nothing to do
+    assert kept(tmp_path) == [2, 6] and not batches.seen
+    more = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, patience=4))
+    train_toy(more, TinyBatches(), evaluate=scored([0.9]))
+    assert kept(tmp_path) == [8]
+    with pytest.raises(ValueError, match="patience=1 must be at least 0, and needs checkpoint.best_metric"):
+        CheckpointConfig(patience=1)
+
+
 def test_an_evaluation_made_up_for_that_is_not_the_best_marks_nothing(tmp_path):
     config = best_config(tmp_path)
     with pytest.raises(Interrupted, match="at step 4"):
