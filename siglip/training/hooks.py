@@ -24,7 +24,7 @@ from siglip.training.divergence import LossMonitor
 from siglip.training.signals import Interrupted, WaitedTooLong
 from siglip.training.step import TrainState
 from siglip.workdir.checkpoint import Checkpointer
-from siglip.workdir.metrics import MetricsWriter, Progress, Throughput, has_evaluation, read_metrics
+from siglip.workdir.metrics import PROFILE_FOLDER, MetricsWriter, Progress, Throughput, has_evaluation, read_metrics
 
 # How long a process whose evaluation failed waits for the others: they may be in a collective that never ends.
 _AFTER_FAILURE_S = 10
@@ -76,6 +76,7 @@ class RunHooks:
         self._without_best = gather_records([self._evaluations_since_best() if first else 0])[0]
         peak = flops.peak_pairs_per_s(config.model, batch_size=config.batch_size, passes=passes)
         self.throughput = Throughput(config.batch_size, peak_pairs_per_s=peak)
+        self._tracing = False
 
     def after_step(
         self, step: int, state: TrainState, metrics: Mapping[str, jax.Array], keys: list[str], *, stop: bool
@@ -89,6 +90,7 @@ class RunHooks:
             self.throughput.restart()  # it compiled
         else:
             self.throughput.step()
+        self._trace(step - self._first_step, metrics)
         eval_due = self._eval_due(step) and not stop
         save_due = last or stop or _due(step, config.checkpoint.every_steps)
         if last or stop or _due(step, config.log.every_steps):
@@ -111,6 +113,18 @@ class RunHooks:
             if line.get(name) is not None:
                 since, best = (0, line[name]) if line[name] > best else (since + 1, best)
         return since
+
+    def _trace(self, done: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Begins a trace after the second step of this start, when all is compiled, and ends it `log.profile_steps` later."""
+        steps = self._config.log.profile_steps
+        if not steps or jax.process_index() > 0 or done not in (1, 1 + steps):
+            return
+        jax.block_until_ready(metrics)
+        if done == 1:
+            jax.profiler.start_trace(self._workdir / PROFILE_FOLDER)
+        elif self._tracing:
+            jax.profiler.stop_trace()
+        self._tracing = done == 1
 
     def run_missed_evaluation(self, step: int, state: TrainState) -> None:
         """Evaluates the restored state when that was due but the run was stopped before; it may be the best one so far."""
@@ -136,6 +150,8 @@ class RunHooks:
                 self._checkpointer.close()
                 gather_records([])  # nobody leaves while another one still writes
         finally:
+            if self._tracing:  # the run ended before its last step to be traced
+                jax.profiler.stop_trace()
             self._progress.close()
             self._writer.close()
             self._batches.close()

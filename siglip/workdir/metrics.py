@@ -27,6 +27,7 @@ from siglip.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_id.txt"
+PROFILE_FOLDER = "profile"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +36,15 @@ class LogConfig:
 
     Attributes:
         every_steps: steps between lines of metrics.jsonl; the device is waited for only then.
+        profile_steps: steps that process 0 traces once they are compiled, into WORKDIR/profile, which XProf (TensorBoard) and
+            Perfetto open; 0 for none. Tracing slows them down.
         progress: the bar (on a terminal) or a plain line per log (elsewhere), on standard error.
         wandb: "disabled", "offline" (files under the workdir, to be synced by hand) or "online".
         wandb_project: project name there.
     """
 
     every_steps: int = 50
+    profile_steps: int = 0
     progress: bool = True
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "siglip"
@@ -48,6 +52,8 @@ class LogConfig:
     def __post_init__(self) -> None:
         if self.every_steps < 1:
             raise UserError(f"log.every_steps={self.every_steps} must be at least 1")
+        if self.profile_steps < 0:
+            raise UserError(f"log.profile_steps={self.profile_steps} must not be negative")
 
 
 class MetricsWriter:

@@ -1,6 +1,7 @@
 """The loop around a toy program: resuming bit for bit, signals, bad numbers, bad workdirs."""
 
 import dataclasses
+import gzip
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from siglip.training.config import EvalConfig
 from siglip.training.loop import Interrupted, NonFiniteLoss, train
 from siglip.training.optim import OptimConfig
 from siglip.workdir.checkpoint import CheckpointConfig, read_run_params
-from siglip.workdir.metrics import LogConfig, read_metrics
+from siglip.workdir.metrics import PROFILE_FOLDER, LogConfig, read_metrics
 from tests.siglip.tiny_run import StopsAt, TinyBatches, assert_bit_equal, tiny_config, toy_program, use_devices
 
 FSDP = MeshConfig(fsdp=4, fsdp_min_size_bytes=1024)
@@ -412,3 +413,17 @@ def test_a_run_is_made_longer_and_says_what_its_schedule_does(tmp_path, caplog):
     assert_bit_equal(state, whole)  # the toy has no schedule: with the moments, it is the same run
     with pytest.raises(UserError, match="belongs to another run: total_steps is 14 there and 8 here"):
         train_toy(short, TinyBatches())
+
+
+@pytest.mark.parametrize("total_steps", [8, 3], ids=["whole", "cut short"])
+def test_steps_are_traced_for_xprof_and_perfetto(tmp_path, total_steps):
+    """The third and fourth step of a start; a run that ends before still leaves a whole trace."""
+    log = LogConfig(every_steps=2, progress=False, profile_steps=2)
+    train_toy(tiny_config(tmp_path, log=log, total_steps=total_steps), TinyBatches())
+    (trace,) = tmp_path.glob(f"{PROFILE_FOLDER}/plugins/profile/*/*.trace.json.gz")
+    assert list(trace.parent.glob("*.xplane.pb"))
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    calls, end = 0, -1.0
+    for begin, duration in sorted((e["ts"], e["dur"]) for e in events if e.get("name") == "PjitFunction(step)"):
+        calls, end = calls + (begin > end), max(end, begin + duration)  # a call is an event within an event
+    assert calls == min(2, total_steps - 2)
