@@ -252,3 +252,21 @@ def test_hugging_faces_folders(tmp_path):
     assert len(open_source(with_split(str(tmp_path)))) == 2
     assert read(f"{tmp_path}#train") == [("train-00000-of-00001.parquet/0", True, {"label": 1, "caption": ["a", "b"]})]
     assert layouts.expand(f"{tmp_path}#train") == [str(tmp_path / "data" / "train-00000-of-00001.parquet")]
+
+
+def test_training_reads_folders_and_annotation_files(tmp_path):
+    from data_pipelines.loader import DataConfig, make_loader
+    from data_pipelines.order.mixture import SourceConfig
+    from tests.data_pipelines.shards import SPIECE
+
+    write_images(tmp_path / "pets", "dog/b.png", "cat/2.png")
+    write_images(tmp_path / "images", *[f"{n}.png" for n in range(5)])
+    images = [{"filename": f"{n}.png", "split": "train", "sentences": [{"raw": f"a {n}"}]} for n in range(5)]
+    (tmp_path / "dataset.json").write_text(json.dumps({"images": images}))
+    folder = SourceConfig(str(tmp_path / "pets"), captions=(("cls", 1.0),))
+    listed = SourceConfig(f"{tmp_path}/dataset.json#train", captions=(("txt", 1.0),))
+    config = DataConfig(sources=(folder, listed), tokenizer=SPIECE, threads=1)
+    loader = make_loader(config, batch_size=8, image_size=(8, 8), text_length=4, seed=0)
+    batch = next(loader)
+    loader.close()
+    assert batch["image"].shape == (8, 8, 8, 3) and {"dog/b.png", "cat/2.png"} < set(batch["key"]) and not loader.counts
