@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from siglip.array_types import Array, Float
 from siglip.models.attention import SAVED, AttentionFn, attention_fn, is_fused_forward
@@ -165,7 +164,7 @@ class Encoder(nn.Module):
             # The loop's carry has no sharding of its own: unless told, the compiler may split it some other way.
             x = x if layout is None else layout.batch(x)
             # Without a loop XLA for GPUs puts the batch innermost, and transposes around every product.
-            x = with_layout_constraint(x, Layout((0, 1, 2))) if on_gpu else x
+            x = layout.in_order(x) if on_gpu else x
             return block(x), None
 
         def block(name: str) -> Block:

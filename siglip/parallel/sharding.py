@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from siglip import trees
@@ -251,6 +252,17 @@ class ParamLayout:
     def batch(self, x: jax.Array) -> jax.Array:
         """`x` with its leading axis split over all devices, which the compiler must not trade for another split."""
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P_BATCH)) if self.mesh.size > 1 else x
+
+    def in_order(self, x: jax.Array) -> jax.Array:
+        """`x` [b, n, d] laid out in memory in that order, which the compiler must not trade for another."""
+
+        def pin(x: jax.Array) -> jax.Array:
+            return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+        if self.mesh.size == 1:
+            return pin(x)
+        # The partitioner does not know that this can be split, and would gather x for it.
+        return jax.shard_map(pin, mesh=self.mesh, in_specs=P_BATCH, out_specs=P_BATCH, check_vma=False)(x)
 
     def like_params(self, tree: Mapping[str, Any]) -> dict[str, Any]:
         """A param-shaped tree (gradients), sharded as the parameters are."""

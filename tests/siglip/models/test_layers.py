@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from siglip.models.attention import attention_fn
 from siglip.models.layers import Encoder
 from siglip.models.two_tower import ImageConfig, ModelConfig, make_model
 from siglip.models.variants import Variant
-from siglip.parallel.sharding import MeshConfig, ParamLayout, make_mesh
+from siglip.parallel.sharding import P_BATCH, MeshConfig, ParamLayout, make_mesh
+from siglip.planning import compile
 from siglip.trees import flatten
 from tests.siglip.rounding import towers_apart
 from tests.siglip.tiny import ODD_IMAGE, random_batch, random_params
@@ -95,3 +97,14 @@ def test_a_bfloat16_stream_has_the_parameters_and_outputs_of_the_float32_one():
     errors = [float(jnp.sqrt(jnp.mean((each - exact) ** 2))) for each in (products, stream)]
     roundings = 1 + 2 * CONFIG.image.spec.depth
     assert errors[0] < errors[1] < errors[0] + np.sqrt(roundings) * 2.0**-8
+
+
+def test_a_pinned_layout_moves_no_activation():
+    """The partitioner does not know the constraint: alone, it would gather the whole batch for it."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
+    layout, x = OnGpu(mesh), jax.ShapeDtypeStruct((4, 8, 16), jnp.float32, sharding=NamedSharding(mesh, P_BATCH))
+    module = Encoder(Variant(16, 1, 24, 2), False, None, "none", FLOAT32, FLOAT32, layout=layout)
+    params = jax.eval_shape(module.init, jax.random.key(0), x)
+    gradient = jax.jit(jax.grad(lambda params, x: module.apply(params, x).sum()))
+    stats = compile.read(gradient.lower(params, x).compile())
+    assert set(stats.collective_bytes) == {"all-reduce"}  # of the gradients
