@@ -202,7 +202,7 @@ def test_a_run_can_be_evaluated_exported_embedded_and_reported(trained, shard, t
     assert "other: scores, images found and mistakes are left out" in told and "gone.tar" in told
     page = (tmp_path / "both.html").read_text()
     assert "<td>seed</td><td>0</td><td>3</td>" in page and "toy-en · run" in page and "toy-en · other" in page
-    fails(["report"], capsys, "workdirs|WORKDIRS")
+    fails(["report"], capsys, "name the workdir of a run, or of several")
     fails(["report", str(trained), "--out", str(tmp_path / "no" / "x.html")], capsys, "does not exist; make it first")
 
 
