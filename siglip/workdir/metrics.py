@@ -36,8 +36,8 @@ class LogConfig:
 
     Attributes:
         every_steps: steps between lines of metrics.jsonl; the device is waited for only then.
-        profile_steps: steps that process 0 traces once they are compiled, into WORKDIR/profile, which XProf (TensorBoard) and Perfetto
-            open; 0 for none. Tracing slows them down.
+        profile_steps: steps that process 0 traces once they are compiled, into WORKDIR/profile, which XProf (TensorBoard) and
+            Perfetto open; 0 for none. Tracing slows them down.
         progress: the bar (on a terminal) or a plain line per log (elsewhere), on standard error.
         wandb: "disabled", "offline" (files under the workdir, to be synced by hand) or "online".
         wandb_project: project name there.
