@@ -23,7 +23,7 @@ from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.parallel.sharding import MeshConfig
 from siglip.planning.accelerators import parse_topology
 from siglip.planning.ahead_of_time import compile_step, with_plain_attention
-from siglip.planning.estimate import estimate, shapes_of
+from siglip.planning.estimate import Estimate, estimate, shapes_of
 from siglip.planning.search import search
 from siglip.training.config import TrainConfig, load_config_file
 from siglip.training.objective import LossConfig
@@ -85,16 +85,15 @@ def estimated_peak(case: str) -> int:
 
 
 def recipes() -> dict[str, TrainConfig]:
-    """Those whose model is written in the recipe, by name; the others take it from a run."""
-    configs = {path.stem: load_config_file(str(path)) for path in sorted((ROOT / "configs").glob("*.py"))}
-    return {name: config for name, config in configs.items() if isinstance(config.model, ModelConfig)}
+    """Those that name a topology in their header, by name; the others train on the shipped sample."""
+    paths = sorted((ROOT / "configs").glob("*.py"))
+    return {path.stem: load_config_file(str(path)) for path in paths if HEADER.search(path.read_text())}
 
 
-def header(config: TrainConfig, topology: str) -> str:
+def header(plan: Estimate) -> str:
     """The line of a recipe's docstring that says what it takes."""
-    plan = estimate(config, parse_topology(topology))
-    memory = plan.bytes_per_device
-    assert plan.fits, f"{config.workdir} does not fit on {topology}: {memory['total'] / 2**30:.2f} GiB"
+    memory, topology = plan.bytes_per_device, plan.topology.name
+    assert plan.fits, f"does not fit on {topology}: {memory['total'] / 2**30:.2f} GiB"
     return (
         f"Devices and time: {topology}, {memory['total'] / 2**30:.1f} of {memory['usable'] / 2**30:.1f} GiB, "
         f"{plan.run_s / 3600:,.1f} h, {plan.device_hours:,.0f} device hours (siglip plan, MFU {plan.mfu[1]:.0%})."
@@ -131,8 +130,8 @@ def write() -> None:
     SCALING.write_text(f"{before}{BEGIN}\n" + "\n".join([*lines, "", *compare()]) + f"\n{END}{after}")
     for name, config in recipes().items():
         path = ROOT / "configs" / f"{name}.py"
-        if match := HEADER.search(path.read_text()):
-            path.write_text(path.read_text().replace(match[0], header(config, match[1])))
+        match = HEADER.search(path.read_text())
+        path.write_text(path.read_text().replace(match[0], header(estimate(config, parse_topology(match[1])))))
 
 
 def compile_cases(start: str) -> None:

@@ -6,7 +6,7 @@ Expect with CLIP's loss on ImageNet zero-shot 2.5 % unfiltered, 3.8 % with the b
 score (Table 3); at this batch the sigmoid is the better loss in the SigLIP paper. Learning rate, decay and warm-up are
 DataComp's.
 
-PLAN h100:1
+Devices and time: h100:1, 39.3 of 72.8 GiB, 0.6 h, 1 device hours (siglip plan, MFU 35%).
 """
 
 from data_pipelines.loader import DataConfig
