@@ -14,7 +14,7 @@ from tests.siglip.planning.plans import make_config, tiny
 
 B16 = make_config("B/16", "B", batch_size=4096)
 SMALL = dataclasses.replace(tiny(B16), batch_size=64, mesh=MeshConfig(fsdp=2, fsdp_min_size_bytes=1024))
-pytestmark = [pytest.mark.interop, pytest.mark.unoptimized]
+pytestmark = [pytest.mark.interop]
 
 
 def test_what_a_refusal_says_is_read():
