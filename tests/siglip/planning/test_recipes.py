@@ -76,7 +76,7 @@ def test_small_recipes_take_two_steps_on_the_sample(name, tmp_path):
     sample, config = Path(data_pipelines.__file__).parent / "sample", RECIPES[name]
     source = SourceConfig(str(sample / "emoji-train-*.tar"), captions=(("captions.en", 1.0),))
     towers = (dataclasses.replace(tower, depth=2) for tower in (config.model.image, config.model.text))
-    dataclasses.replace(config.model, **dict(zip(("image", "text"), towers, strict=True)))
+    model = dataclasses.replace(config.model, **dict(zip(("image", "text"), towers, strict=True)))
     data = dataclasses.replace(config.data, sources=(source,), tokenizer=str(sample / "spiece.model"), workers=0)
     _prepare(
         dataclasses.replace(
