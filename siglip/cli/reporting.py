@@ -23,6 +23,7 @@ from siglip.cli.evaluation import embedder_of, format_table, settings_of
 from siglip.errors import BAD_PATH, UserError
 from siglip.evaluation.embed import Embedder
 from siglip.evaluation.findings import confusion, retrieval_findings
+from siglip.evaluation.labels import are_multi_label
 from siglip.evaluation.retrieval import Retrieval
 from siglip.evaluation.zeroshot import ZeroShot
 from siglip.training.config import EvalConfig
@@ -159,6 +160,8 @@ def _compute(workdir: Path, config: Mapping[str, Any], settings: EvalConfig) -> 
     for task in tasks:
         if isinstance(task, ZeroShot):
             images = embedder.embed_shards(task.data, (task.label,))
+            if are_multi_label(images.values[task.label]):
+                continue  # none of the classes is the one that another was mistaken for
             classes, weights, _ = task.class_weights(embedder)
             rows, labels = task.labels_of(images, classes)
             findings["zeroshot"][task.dataset] = confusion(images.zimg[rows], weights, labels, classes.names)
