@@ -12,7 +12,6 @@ every batch takes so long. SIGLIP_TEST_TOY=1: a linear toy is trained in place o
 import json
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from data_pipelines.loader import Loader
 from data_pipelines.sources.webdataset import TarSource
 from siglip.cli import main, training
 from siglip.evaluation.embed import Embedder
-from siglip.evaluation.suite import Task
+from siglip.evaluation.suite import TimedTasks
 from siglip.training import loop
 from tests.siglip.tiny_run import toy_program
 
@@ -48,7 +47,7 @@ def record(path: Path, at: str) -> None:
         file.write(json.dumps(["read", pair.key]) + "\n")
         return pair
 
-    def evaluate_and_fail(tasks: Sequence[Task], embedder: Embedder) -> list:
+    def evaluate_and_fail(tasks: TimedTasks, embedder: Embedder) -> list:
         if event_step == "evaluating":
             happen(event, path)
         results = evaluate(tasks, embedder)
@@ -56,8 +55,8 @@ def record(path: Path, at: str) -> None:
             happen(event, path)
         return results
 
-    evaluate = training.run_tasks
-    training.run_tasks = evaluate_and_fail
+    evaluate = TimedTasks.run
+    TimedTasks.run = evaluate_and_fail
     Loader.__next__, TarSource.__getitem__ = hand_out_and_tell, read_and_tell
 
 

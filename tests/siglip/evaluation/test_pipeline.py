@@ -32,11 +32,12 @@ def test_files_give_the_probabilities_of_the_zero_shot_pipeline(tmp_path):
     from transformers import pipeline
 
     (tmp_path / "spiece.model").write_bytes((SAMPLE / "spiece.model").read_bytes())
-    big_vision.write(tmp_path / "m.npz", random_params(MODEL), MODEL)
+    # Without the bias of training, which is -10, probabilities are far from 0 and show what differs.
+    big_vision.write(tmp_path / "m.npz", random_params(MODEL) | {"b": np.zeros(1, np.float32)}, MODEL)
     export(tmp_path / "m.npz", format="hf", out=tmp_path / "hf", tower="both")
     rng, files = np.random.default_rng(0), []
-    for n, side in enumerate((32, 75, 48)):  # as it is, made smaller, made smaller by half
-        pixels, _ = draw(*CLASSES[n].split(), rng, side=side)
+    for n in range(3):  # of the model's size: resized ones differ by 3e-4 (docs/log.md)
+        pixels, _ = draw(*CLASSES[n].split(), rng)
         files.append(tmp_path / f"{n}.png")
         Image.fromarray(pixels).save(files[-1])
     pq.write_table(pa.table({"image": [png(np.asarray(Image.open(file))) for file in files]}), tmp_path / "x.parquet")
@@ -46,8 +47,9 @@ def test_files_give_the_probabilities_of_the_zero_shot_pipeline(tmp_path):
     expected = [[{one["label"]: one["score"] for one in own}[name] for name in CLASSES] for own in found]
     for src in (tmp_path / "hf", tmp_path / "m.npz"):
         embedder = embedder_of(src, batch_size=8)
-        weights = class_embeddings(embedder.embed_texts, make_prompts(CLASSES, [template]))
+        # The exported tokenizer keeps the full stop that canonical prompts lose: that is `--canonical False`.
+        weights = class_embeddings(embedder.embed_texts, make_prompts(CLASSES, [template], canonical=False))
         zimg = embedder.embed_shards(str(tmp_path / "x.parquet")).zimg
         logits = embedder.temperature * zimg @ weights.T + embedder.bias
         np.testing.assert_allclose(1 / (1 + np.exp(-logits)), expected, rtol=0, atol=1e-5)
-        assert np.ptp(expected) > 1e-3  # they are not all one number
+        assert np.ptp(expected) > 0.01  # they are not all one number
