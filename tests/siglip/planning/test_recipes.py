@@ -16,6 +16,7 @@ from siglip.cli.training import _prepare
 from siglip.planning.accelerators import parse_topology
 from siglip.planning.estimate import Estimate, estimate
 from siglip.workdir.metrics import LogConfig, read_metrics
+from tests.siglip.tiny_run import use_devices
 
 RECIPES = plan_table.recipes()
 TEXTS = {name: (plan_table.ROOT / "configs" / f"{name}.py").read_text() for name in RECIPES}
@@ -71,23 +72,22 @@ def test_instant_memory_against_the_compiler(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["minimal", "datacomp_small"])
-def test_small_recipes_take_two_steps_on_the_sample(name, tmp_path):
-    """Two blocks of each tower: twelve compile for minutes."""
+def test_small_recipes_take_two_steps_on_the_sample(name, tmp_path, monkeypatch):
+    """Two blocks of each tower, on one device: twelve compile for minutes."""
+    use_devices(monkeypatch, 1)
     sample, config = Path(data_pipelines.__file__).parent / "sample", RECIPES[name]
     source = SourceConfig(str(sample / "emoji-train-*.tar"), captions=(("captions.en", 1.0),))
-    towers = (dataclasses.replace(tower, depth=2) for tower in (config.model.image, config.model.text))
-    model = dataclasses.replace(config.model, **dict(zip(("image", "text"), towers, strict=True)))
-    data = dataclasses.replace(config.data, sources=(source,), tokenizer=str(sample / "spiece.model"), workers=0)
-    _prepare(
-        dataclasses.replace(
-            config,
-            data=data,
-            batch_size=16,
-            total_steps=2,
-            workdir=str(tmp_path / "run"),
-            optim=dataclasses.replace(config.optim, warmup_steps=1),
-            log=LogConfig(every_steps=1, progress=False),
-            loss=dataclasses.replace(config.loss, micro_batch_size=config.loss.micro_batch_size and 8),
-        )  # fmt: skip
-    )()
+    image, text = (dataclasses.replace(tower, depth=2) for tower in (config.model.image, config.model.text))
+    smoke = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, sources=(source,), tokenizer=str(sample / "spiece.model"), workers=0),
+        model=dataclasses.replace(config.model, image=image, text=text),
+        batch_size=16,
+        total_steps=2,
+        workdir=str(tmp_path / "run"),
+        optim=dataclasses.replace(config.optim, warmup_steps=1),
+        log=LogConfig(every_steps=1, progress=False),
+        loss=dataclasses.replace(config.loss, micro_batch_size=config.loss.micro_batch_size and 8),
+    )
+    _prepare(smoke)()
     assert all(np.isfinite(line["train/loss"]) for line in read_metrics(tmp_path / "run"))
