@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from siglip.errors import UserError
 from siglip.evaluation.attentive_probe import AttentiveProbe
@@ -62,7 +64,9 @@ def check_names(tasks: Sequence[Task]) -> None:
 
 def run_tasks(tasks: Sequence[Task], embedder: Embedder) -> list[Result]:
     """Runs one task after the other; every process gets all results. Raises UserError as the tasks' `run` do."""
-    return [result for task in tasks for result in task.run(embedder)]
+    # In a training run a mesh is set: a program for one of its devices would be refused.
+    with jax.set_mesh(Mesh(np.empty((), object), ())):
+        return [result for task in tasks for result in task.run(embedder)]
 
 
 class TimedTasks:

@@ -162,7 +162,7 @@ def test_mistakes(folder, tmp_path, capsys):
             ([*base, "--host", "127.0.0.1", "--port", port], f"cannot serve on 127.0.0.1, port {port}"),
             ([*base, "--max-images", "0"], "max_images=0 must be at least 1"),
             ([*base, "--captions", "captoins"], "has a field 'captoins'"),
-            (["demo", src, "--data", str(tmp_path)], "has no image file"),
+            (["demo", src, "--data", str(tmp_path)], "holds neither images nor shards"),
         ):
             capsys.readouterr()
             assert run(args) == 2

@@ -195,6 +195,6 @@ def test_parts_of_something_else_are_not_taken(folder, expected, tmp_path, monke
         assert told in error and error.count("siglip: error: ") == 1 and "Traceback" not in error, error
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.txt").write_text("\n \n")
-    for name, told in (("empty", "has no image file"), ("blank.txt", "holds no text")):
+    for name, told in (("empty", "holds neither images nor shards"), ("blank.txt", "holds no text")):
         assert embed(folder, str(tmp_path / name), tmp_path / "z.npz") == 2
         assert told in capsys.readouterr().err
