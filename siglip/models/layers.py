@@ -198,7 +198,8 @@ def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     # The gather is a custom VJP around constraints, by whichever name jax has it at this point. A fused attention kernel is
     # one too: it runs again in the backward pass. jax's policies by `checkpoint_name` cannot say this: they keep the unnamed
     # value just before the name, which is the gathered one. A `jax.checkpoint` around the gather is overruled by this one.
-    return primitive.name != "sharding_constraint" and not primitive.name.startswith("custom_vjp_call")
+    # A reshape costs nothing, and a gathered kernel that is made flat by one would be kept.
+    return primitive.name not in ("sharding_constraint", "reshape") and not primitive.name.startswith("custom_vjp_call")
 
 
 def _keep(*names: str) -> Callable[..., bool]:
