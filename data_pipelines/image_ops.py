@@ -6,7 +6,8 @@ off by 0.08 of the [-1, 1] range.
 
 Pillow decodes, and judges every damaged file. Two optional libraries speed up its slow parts: simplejpeg (libjpeg-turbo)
 decodes flawless grey and colour JPEGs to the same pixels 1.5 times as fast; cykooz-resizer computes Pillow's filter with SIMD
-instructions, 5 times as fast, within 1/255 (2/255 at one value in millions); bicubic is Pillow's own.
+instructions, 5 times as fast, within 1/255 (2/255 at one value in millions), for training alone: what is evaluated or embedded
+is Pillow's to the last bit, and so is bicubic.
 
 The trap: Pillow clips 16-bit grey to white instead of scaling it, and allocates a whole image before it finds that the file
 is a bomb or cut. So only the header is trusted with sizes here, and any error of any codec is a `DecodeError`.
@@ -144,6 +145,7 @@ def resize(
     *,
     box: tuple[float, float, float, float] | None = None,
     resample: Resample = "bilinear",
+    exact: bool = True,
 ) -> np.ndarray:
     """Resizes an image, or a box of it, with antialias, to a fixed size whatever its aspect ratio. -> uint8 [h, w, 3]
 
@@ -152,11 +154,14 @@ def resize(
       size_px: (h, w) of the result.
       box: (left, top, right, bottom) in pixels of the image; outside the image it is white.
       resample: the filter.
+      exact: Pillow's pixels; without, 1/255 may be off, and it is several times as fast.
     """
     pixels, (h, w) = np.asarray(image), size_px
     if box is not None:
         pixels, box = _pad_to(pixels, box)
-    if cykooz_resizer is None or resample != "bilinear":  # its bicubic clips between its passes, in another order
+    if (
+        exact or cykooz_resizer is None or resample != "bilinear"
+    ):  # its bicubic clips between its passes, in another order
         return np.asarray(Image.fromarray(pixels).resize((w, h), PILLOW_FILTERS[resample], box=box))
     rgb, (height, width) = cykooz_resizer.PixelType.U8x3, pixels.shape[:2]
     resized = cykooz_resizer.ImageData(w, h, rgb)
@@ -166,7 +171,12 @@ def resize(
 
 
 def resize_and_crop(
-    image: np.ndarray, size_px: tuple[int, int], protocol: Protocol, *, resample: Resample = "bilinear"
+    image: np.ndarray,
+    size_px: tuple[int, int],
+    protocol: Protocol,
+    *,
+    resample: Resample = "bilinear",
+    exact: bool = True,
 ) -> np.ndarray:
     """An image as an evaluation's protocol prepares it. -> uint8 [h, w, 3]
 
@@ -174,9 +184,10 @@ def resize_and_crop(
       protocol: squash: resized whole, whatever its aspect ratio (CLIP_benchmark, Hugging Face). square875: resized to a square
         1 / 0.875 times as large, and its centre (big_vision). aspect75: its shorter side resized to 1 / 0.75 of the size, and
         its centre (big_vision, for ImageNet-A).
+      resample, exact: as for `resize`.
     """
     if protocol == "squash":
-        return resize(image, size_px, resample=resample)
+        return resize(image, size_px, resample=resample, exact=exact)
     (h, w), (height, width) = size_px, image.shape[:2]
     if protocol == "square875":
         large = int(h / 0.875), int(w / 0.875)
@@ -184,7 +195,7 @@ def resize_and_crop(
         scale = max(int(h / 0.75) / height, int(w / 0.75) / width)
         large = max(h, round(height * scale)), max(w, round(width * scale))
     top, left = (large[0] - h) // 2, (large[1] - w) // 2
-    return resize(image, large, resample=resample)[top : top + h, left : left + w]
+    return resize(image, large, resample=resample, exact=exact)[top : top + h, left : left + w]
 
 
 def _thread_resizer():

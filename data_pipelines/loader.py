@@ -344,7 +344,8 @@ def make_eval_batches(
     share = range(process_index, len(source), process_count)
     ranges = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
     kept = None if fields is None else frozenset(fields)
-    pixels, decoder = Pixels(tuple(image_size), resample=resample, protocol=protocol), ImageDecoder(max_image_pixels)
+    pixels = Pixels(tuple(image_size), resample=resample, protocol=protocol, exact=True)
+    decoder = ImageDecoder(max_image_pixels)
     masks = None if mask is None else Mask(tuple(image_size), mask)
     images = ImagesInOrder(source, ranges, batch_size, pixels, decoder, kept, corruption, masks)
     return EvalBatches(images, workers, threads)

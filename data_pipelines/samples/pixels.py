@@ -21,12 +21,14 @@ class Pixels:
       augment: None for none.
       resample: the filter of every resize.
       protocol: without augmentation, see `image_ops.resize_and_crop`.
+      exact: see `image_ops.resize`.
     """
 
     size_px: tuple[int, int]
     augment: AugmentConfig | None = None
     resample: image_ops.Resample = "bilinear"
     protocol: image_ops.Protocol = "squash"
+    exact: bool = False
     reads_pixels = True
 
     @cached_property
@@ -44,9 +46,9 @@ class Pixels:
     def make(self, pair: SamplePair, rng: Rng) -> dict[str, np.ndarray]:
         config = self.augment
         if config is None:
-            pixels = image_ops.resize_and_crop(pair.pixels, self.size_px, self.protocol, resample=self.resample)
-            return {"image": pixels}
+            options = {"resample": self.resample, "exact": self.exact}
+            return {"image": image_ops.resize_and_crop(pair.pixels, self.size_px, self.protocol, **options)}
         box = draw_box(config, pair.pixels.shape[1::-1], rng)
-        image = image_ops.resize(pair.pixels, self.size_px, box=box, resample=self.resample)
+        image = image_ops.resize(pair.pixels, self.size_px, box=box, resample=self.resample, exact=self.exact)
         gain, flip = draw_gain(config, rng), draw_flip(config, rng)
         return {"image": apply_flip(apply_gain(image, gain), flip)}
