@@ -136,7 +136,7 @@ def stages(shards: list[str], args) -> dict[str, float]:
         "decode (ours)": (lambda file: image_ops.decode_pixels(file, max_pixels=1 << 24), files),
         "decode (Pillow)": (pillow_decode, files),
         "decode (simplejpeg, new memory)": (simplejpeg.decode_jpeg, files),
-        "resize (ours)": (lambda array: image_ops.resize(array, size), pixels),
+        "resize (ours)": (lambda array: image_ops.resize(array, size, exact=False), pixels),
         "resize (Pillow)": (pillow_resize, pictures),
         "tokenize": (lambda pair: tokenizer.encode(pair.fields["txt"], TEXT_LENGTH), pairs),
         "batch": (batch, [None]),
