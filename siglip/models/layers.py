@@ -143,10 +143,10 @@ class Encoder(nn.Module):
 
     variant: Variant
     scan: bool
-    unroll: bool | None
     remat: Remat
     dtype: jnp.dtype
-    residual_dtype: jnp.dtype
+    residual_dtype: jnp.dtype = jnp.dtype("float32")
+    unroll: bool | None = None
     dropout: float = 0.0
     attention: AttentionFn = attention_fn
     layout: ParamLayout | None = None

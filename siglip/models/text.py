@@ -126,7 +126,7 @@ class TextTransformer(nn.Module):
         rate = config.dropout if train else 0.0
         x = dropout(x, rate)
         out = {}
-        blocks = (spec, config.scan, config.unroll, config.remat, dtype, jnp.dtype(config.residual_dtype))
+        blocks = (spec, config.scan, config.remat, dtype, jnp.dtype(config.residual_dtype), config.unroll)
         encoder = (*blocks, rate, self.attention, self.layout)
         x = out["encoded"] = Encoder(*encoder, config=config.block, name="Encoder_0")(x)
         match config.pool:

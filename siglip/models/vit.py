@@ -196,7 +196,7 @@ class ViT(nn.Module):
         if config.pool == "tok":
             cls = self.param("cls", nn.initializers.zeros, (1, 1, spec.width))
             x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, spec.width)), x], axis=1)
-        blocks = (spec, config.scan, config.unroll, config.remat, dtype, jnp.dtype(config.residual_dtype))
+        blocks = (spec, config.scan, config.remat, dtype, jnp.dtype(config.residual_dtype), config.unroll)
         encoder = (*blocks, rate, self.attention, self.layout, self.final_norm, config.block)
         x = out["encoded"] = Encoder(*encoder, name="Transformer")(x)
         if config.pool == "none":
