@@ -115,7 +115,7 @@ def _plugin_problem(error: Exception, is_gpu: bool) -> str:
     message = " ".join(str(error).split())
     if re.search(r"libtpu.*(lockfile|in use|already)|ABORTED", message):
         return "another process is using libtpu, which one at a time may; wait until it has ended and start again"
-    package = "jax-cuda12-plugin and jax-cuda12-pjrt" if is_gpu else "libtpu"
+    package = " ".join(f"jax-cuda13-{part}=={jax.__version__}" for part in ("plugin", "pjrt")) if is_gpu else "libtpu"
     return f"the compiler for it is not installed or does not load ({message[:200]}); python -m pip install {package}"
 
 
