@@ -23,6 +23,7 @@ import os
 import re
 import sys
 import time
+import typing
 from unittest import mock
 
 import sides
@@ -31,22 +32,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
+from siglip.models.layers import Remat
 from siglip.parallel import sharding
-from siglip.planning import compile, kernels
+from siglip.planning import ahead_of_time, compile, kernels
+from siglip.planning.accelerators import parse_topology
 from siglip.training import flops
 
-# XLA's description of the card (xla/backends/gpu/target_config/specs).
-H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448 threads_per_core_limit: 2048 core_count: 132
-  fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84942979072
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3" """
-COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 # Where jax asks a device and the library; no public name leads there.
 FUSED_ATTENTION = "jax._src.cudnn.fused_attention_stablehlo"
 ANSWERS = {"check_cudnn_version": 91002, "check_compute_capability": True, "is_cuda_compute_capability_equal": False}
@@ -55,7 +48,7 @@ ROW = "{:32}{:>7}{:>9}{:>9}{:>9}{:>7}"
 
 def compile_step(case, devices=1):
     """(compiled step, seconds) for `devices` H100s of one host."""
-    described = topologies.get_topology_desc("", "cuda", topology=f"1x1x{devices}", target_config=H100).devices
+    described = ahead_of_time.devices_of(parse_topology(f"h100:{devices}"))
     step, abstract_state, _, mesh = sides.make_step(case, devices=described)
     model, where = case.model, NamedSharding(mesh, sharding.P_BATCH)
     batch = {
@@ -66,7 +59,7 @@ def compile_step(case, devices=1):
     with jax.set_mesh(mesh), contextlib.ExitStack() as answers:
         for name, answer in ANSWERS.items():
             answers.enter_context(mock.patch(f"{FUSED_ATTENTION}.{name}", return_value=answer))
-        compiled = step.lower(abstract_state, batch).compile(compiler_options=COMPILER_OPTIONS)
+        compiled = step.lower(abstract_state, batch).compile(compiler_options=ahead_of_time.GPU_OPTIONS)
     return compiled, time.perf_counter() - start
 
 
@@ -109,7 +102,7 @@ def parse():
     parser.add_argument("--variant", default="B/16", help="image tower; the text tower is of the same size")
     parser.add_argument("--batch", type=int, default=512, help="pairs on each device")
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--remat", default="none")
+    parser.add_argument("--remat", choices=typing.get_args(Remat), default="none")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--residual-dtype", help="of the residual stream; default: the model's")
     parser.add_argument("--scan", action="store_true", help="one compiled block for all, with stacked parameters")

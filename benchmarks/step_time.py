@@ -35,8 +35,11 @@ import statistics
 import subprocess
 import sys
 import time
+import typing
 
 import sides
+
+from siglip.models.layers import Remat
 
 ROW = "{:40}{:>9}{:>9}{:>8}{:>8}{:>7}{:>10}{:>7}{:>7}{:>11}"
 SETTLE_STEPS, PAUSE_S = 3, 1.0
@@ -174,7 +177,7 @@ def parse():
     parser.add_argument("--batch-size", type=int, help="default: the recipe's, or 256")
     parser.add_argument("--fsdp", type=int, default=1)
     parser.add_argument("--loss", nargs="+", default=[None], help="auto all_gather ring softmax")
-    parser.add_argument("--remat", nargs="+", default=[None], help="none dots full")
+    parser.add_argument("--remat", nargs="+", choices=typing.get_args(Remat), default=[None])
     parser.add_argument("--attention", nargs="+", default=[None], help="auto xla cudnn splash")
     parser.add_argument("--micro-batch-size", nargs="+", type=int, default=[None])
     parser.add_argument("--open-clip", nargs="+", choices=list(OPEN_CLIP), default=[])

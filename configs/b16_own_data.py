@@ -1,7 +1,11 @@
 """B/16 at 224 px on your own 10 10^6 pairs, on one to eight GPUs.
 
     siglip train configs/b16_own_data.py --data.sources.0.shards 'mine/*.tar' --data.tokenizer mine.model
-    … --init.src siglip_b16_224.npz --optim.lr 1e-4         from a published model: the better start if its language is yours
+    … --init.src siglip_b16_224.npz --optim.lr 1e-4 --data.tokenizer c4_en_32k.model
+                                                            from a published model, with its own tokenizer: the better start
+                                                            if its language is yours
+    … --init.src siglip_b16_224.npz --init.only 'img/.*' t b
+                                                            its image tower, and a new text tower for a tokenizer of yours
     … --loss.micro-batch-size 512                           on one GPU: the same loss and gradients, 512 images at a time
 
 30 epochs at a batch of 4096, where the paper found the sigmoid loss ahead of the softmax (arXiv:2303.15343, Table 5). From

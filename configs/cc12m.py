@@ -8,6 +8,7 @@ No ImageNet number of a sigmoid run on CC12M was found to check against; DataCom
 Devices and time: h100:8, 30.1 of 72.8 GiB, 4.5 h, 36 device hours (siglip plan, MFU 35%).
 """
 
+from data_pipelines.augment import AugmentConfig
 from data_pipelines.loader import DataConfig
 from data_pipelines.order.mixture import SourceConfig
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
@@ -25,6 +26,7 @@ def get_config() -> TrainConfig:
             workers=32,
             threads=1,
             cache_bytes=0,
+            augment=AugmentConfig(scale=(0.9, 1.0), shift=0.05, flip=0.5),
         ),
         model=ModelConfig(
             image=ImageConfig("B/16", **towers),

@@ -1,7 +1,10 @@
 """So400m/14 from 224 to 384 px: 5 10^9 more pairs at a hundredth of the learning rate without weight decay.
 
     siglip train configs/paligemma_so400m14_384.py --data.sources.0.shards 'webli/*.tar' --data.tokenizer c4_en_32k.model
-    … --model.image.image-size 448 448 --batch-size 16384 --total-steps 3052      50 10^6 pairs at 448 px, then 896 896
+    … --init.src runs/paligemma_so400m14_384 --init.skip --model.image.image-size 448 448 --batch-size 16384
+      --total-steps 3052 --workdir runs/paligemma_so400m14_448                  50 10^6 pairs at 448 px, text positions kept
+    … --init.src runs/paligemma_so400m14_448 --init.skip --model.image.image-size 896 896 --batch-size 16384
+      --loss.micro-batch-size 4096 --total-steps 611 --optim.warmup-steps 60 --workdir runs/paligemma_so400m14_896
 
 Expect 83.2 % on ImageNet zero-shot, 70.2 / 52.0 % R@1 on COCO (arXiv:2303.15343, Table 3; that model has 64 tokens, so the
 text's positions start fresh). Image positions are resampled to 27 x 27 patches. PaliGemma (arXiv:2407.07726) went to 448 and

@@ -31,7 +31,7 @@ from data_pipelines.loader import Loader
 from siglip import trees
 from siglip.errors import RunFailed, UserError
 from siglip.evaluation.embed import embed_rows, embeddings, rows_per_process
-from siglip.models.two_tower import ModelConfig
+from siglip.models.two_tower import ImageConfig, ModelConfig
 from siglip.parallel import sharding
 from siglip.parallel.collectives import gather_records
 from siglip.training import optim
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 _TELL_EVERY_S = 10.0
 _SHARED_FILES_S = 10.0  # a network folder may be slow to show what another host wrote
 _ONLY_MEMORY_AND_SPEED = ("scan", "unroll", "remat", "attention", "dropout", "patch_dropout")
+# Settings that are younger than the first stores: at their defaults a tower has the fingerprint that it had without them.
+_YOUNGER = ("residual_dtype", "block")
 
 
 class StoppedComputing(Interrupted):
@@ -118,7 +120,9 @@ def fingerprint(image_params: Mapping[str, Any], model: ModelConfig) -> str:
     """Of an image tower as a function. Parameters stay on their devices, however they are laid out there."""
     sums = {path: np.asarray(leaf).tolist() for path, leaf in trees.flatten(_checksums(dict(image_params))).items()}
     fields = dataclasses.asdict(model.image) | dataclasses.asdict(model.image.spec) | {"patch_size": model.image.patch}
-    tower = {name: value for name, value in fields.items() if name not in (*_ONLY_MEMORY_AND_SPEED, "variant")}
+    as_before = [name for name in _YOUNGER if getattr(model.image, name) == getattr(ImageConfig(), name)]
+    left_out = (*_ONLY_MEMORY_AND_SPEED, *as_before, "variant")
+    tower = {name: value for name, value in fields.items() if name not in left_out}
     return hashlib.sha256(json.dumps([tower, sums], sort_keys=True).encode()).hexdigest()[:16]
 
 

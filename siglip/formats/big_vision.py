@@ -254,8 +254,10 @@ def _shapes_tell(shapes: Mapping[str, key_maps.Shape], config: ModelConfig) -> b
     inferred = infer_config(shapes)
 
     def key(c: ModelConfig) -> tuple:
-        image = (c.image.spec, c.image.patch, c.image.image_size, c.image.pixels, c.image.pool, c.image.posemb)
-        text = c.text and (c.text.spec, c.text.vocab_size, c.text.length, c.text.tokens, c.text.pool)
+        (i, t), text = (c.image, c.text), None
+        image = (i.spec, i.block, i.patch, i.image_size, i.pixels, i.pool, i.posemb)
+        if t is not None:
+            text = (t.spec, t.block, t.embed_bottleneck, t.vocab_size, t.length, t.tokens, t.pool)
         return image, text, c.out_dim
 
     return not inferred.problems and key(inferred.config) == key(config)

@@ -25,7 +25,8 @@ _UPRIGHT = (
 )
 _PIXELS = (
     "- transformers 5 takes torchvision's resize where that is installed; it rounds otherwise, up to 1/255 off (bicubic: 2/255). "
-    "What was verified here resizes by Pillow: `AutoImageProcessor.from_pretrained(DIR, use_fast=False)`"
+    "What was verified here resizes by Pillow: `AutoImageProcessor.from_pretrained(DIR, backend='pil')`, in transformers 4 "
+    "`use_fast=False`"
 )
 _TOKENIZER = (
     "- the tokenizer here gives the ids of training with `padding='max_length', truncation=True`; a `</s>` typed in a text is "
@@ -34,10 +35,12 @@ _TOKENIZER = (
 _NO_TOKENIZER = "- no tokenizer is here, because the source had none: use that of training"
 _EXAMPLE_IMAGES = """
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoImageProcessor, SiglipVisionModel
 
-processor = AutoImageProcessor.from_pretrained(".", use_fast=False)
+by_pillow = {"use_fast": False} if transformers.__version__.startswith("4.") else {"backend": "pil"}
+processor = AutoImageProcessor.from_pretrained(".", **by_pillow)
 model = SiglipVisionModel.from_pretrained(".")
 image = Image.new("RGB", (640, 480))
 with torch.no_grad():
@@ -54,10 +57,12 @@ print(classify(image, candidate_labels=["a red wall", "two cats"]))
 """
 _EXAMPLE_BOTH = """
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, SiglipModel
 
-processor = AutoImageProcessor.from_pretrained(".", use_fast=False)
+by_pillow = {"use_fast": False} if transformers.__version__.startswith("4.") else {"backend": "pil"}
+processor = AutoImageProcessor.from_pretrained(".", **by_pillow)
 tokenizer = AutoTokenizer.from_pretrained(".")
 model = SiglipModel.from_pretrained(".")
 image = Image.new("RGB", (640, 480), "red")

@@ -7,8 +7,8 @@ bad ones can be named at once.
 
 The trap: five things cannot be inferred from shapes. A text tower may pool "last", "first", "mean" or "max", an image tower
 "gap", "0" or not at all, a grid may be 2 x 8 as well as 4 x 4, fixed positions do not show the image size, and nothing shows how
-images and texts are prepared. We assume what published models do: a vocabulary of 256,000 pieces is Gemma's, which SigLIP 2 pads
-with 0. `big_vision.write` puts a config file beside an npz of another model.
+images and texts are prepared. We assume what published models do: ViT's blocks and no narrow token table; a vocabulary of 256,000
+pieces is Gemma's, which SigLIP 2 pads with 0. `big_vision.write` puts a config file beside an npz of another model.
 """
 
 import dataclasses

@@ -15,7 +15,6 @@ query (the MAP head) stay with "xla".
 """
 
 import functools
-import logging
 import re
 from collections.abc import Callable
 from typing import Any, Literal
@@ -29,8 +28,6 @@ from jax.sharding import Mesh
 from siglip.array_types import Array, Float
 from siglip.errors import UserError
 from siglip.parallel.sharding import P_BATCH
-
-logger = logging.getLogger(__name__)
 
 Attention = Literal["auto", "xla", "cudnn", "splash"]
 Kernel = Literal["xla", "cudnn", "splash"]
@@ -118,21 +115,18 @@ def choose_kernel(
 
     `where` names the setting in errors.
 
-    "auto" is cuDNN on NVIDIA when the sizes allow it, splash on TPU from SPLASH_MIN_TOKENS tokens on, and XLA otherwise. A GPU
-    that gets XLA's, which is slower by a third of the step, says why.
+    "auto" is cuDNN on NVIDIA when the sizes allow it, splash on TPU from SPLASH_MIN_TOKENS tokens on, and XLA otherwise.
 
     Raises:
         UserError: if `choice` names a kernel that cannot run there.
     """
     obstacles = {
-        "cudnn": _cudnn_obstacle(device, head_dim, dtype),
+        "cudnn": cudnn_obstacle(device, head_dim, dtype),
         "splash": None if device.platform == "tpu" else f"a TPU, not {device.platform}",
     }
     if choice == "auto":
         if obstacles["cudnn"] is None:
             return "cudnn"
-        if device.platform == "gpu":
-            logger.warning("%s='auto' takes 'xla', not flash attention, which needs %s", where, obstacles["cudnn"])
         return "splash" if obstacles["splash"] is None and tokens >= SPLASH_MIN_TOKENS else "xla"
     if choice == "xla":
         return "xla"
@@ -141,7 +135,8 @@ def choose_kernel(
     return choice
 
 
-def _cudnn_obstacle(device: Any, head_dim: int, dtype: str) -> str | None:
+def cudnn_obstacle(device: Any, head_dim: int, dtype: str) -> str | None:
+    """What cuDNN's attention lacks there, as the end of a sentence "… needs", or None."""
     # Devices that only describe a topology, for compiling ahead of time, do not always say; AMD's is not a number.
     capability = str(getattr(device, "compute_capability", "8.0"))
     if device.platform != "gpu" or not re.fullmatch(r"\d+(\.\d+)?", capability):

@@ -7,7 +7,7 @@
 - GELU's backward pass computes tanh again from `x`, which is kept anyway, in place of keeping the tanh as well. Both passes
   compute in float32.
 
-The trap: GELU is a custom VJP, so forward-mode derivatives (`jax.jvp`) of the towers do not exist.
+The trap: GELU and the sum with a bias are custom VJPs, so forward-mode derivatives (`jax.jvp`) of the towers do not exist.
 """
 
 import math

@@ -75,10 +75,12 @@ class PoolingAttention(nn.Module):
     def __call__(self, probe: Float[Array, "1 1 d"], x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
         (b, _, width), heads = x.shape, self.num_heads
         into = functools.partial(Dense, (width,), (heads, width // heads))
-        # The query and what it makes of the keys' kernel are one row each: exact, and cheap.
-        query = into(jnp.dtype("float32"), name="query")(probe).reshape(heads, -1) * (width // heads) ** -0.5
         key, value = into(self.dtype, name="key"), into(self.dtype, name="value")
-        x, probes = x.astype(self.dtype), jnp.einsum("dhk,hk->hd", key.kernel, query).astype(self.dtype)
+        # The query and what it makes of the keys' kernel are one row each: exact, and cheap.
+        with jax.default_matmul_precision("highest"):
+            query = into(jnp.dtype("float32"), name="query")(probe).reshape(heads, -1) * (width // heads) ** -0.5
+            probes = jnp.einsum("dhk,hk->hd", key.kernel, query)
+        x, probes = x.astype(self.dtype), probes.astype(self.dtype)
         logits = jnp.einsum("bnd,hd->bhn", x, probes, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
         pooled = jnp.einsum("bhn,bnd->bhd", weights, x)
@@ -138,7 +140,8 @@ class Encoder(nn.Module):
     `remat` recomputes activations in the backward pass: "full" keeps only each block's input, "dots" also the results of its
     matrix products and of the attention, "dots+gelu" also those of GELU (more memory, less recomputation), "none" everything.
     With a `layout` that shards the blocks' weights, each block gathers its own where it runs, and again in the backward pass,
-    whatever `remat` says: kept from the forward pass, they would be the whole model.
+    whatever `remat` says: kept from the forward pass, they would be the whole model. "none" then also runs sums with a
+    bias, GELU and a fused attention again: its policy cannot tell them from a gather.
     """
 
     variant: Variant
@@ -195,10 +198,11 @@ def _on_params(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    # The gather is a custom VJP around constraints, by whichever name jax has it at this point. A fused attention kernel is
-    # one too: it runs again in the backward pass. jax's policies by `checkpoint_name` cannot say this: they keep the unnamed
-    # value just before the name, which is the gathered one. A `jax.checkpoint` around the gather is overruled by this one.
-    # A reshape costs nothing, and a gathered kernel that is made flat by one would be kept.
+    # The gather is a custom VJP around constraints, by whichever name jax has it at this point. Sums with a bias, GELU and a
+    # fused attention kernel are custom VJPs, too, and a policy sees no more of them than that: they run again in the backward
+    # pass, from the products before them, which are kept. jax's policies by `checkpoint_name` cannot say this: they keep the
+    # unnamed value just before the name, which is the gathered one. A `jax.checkpoint` around the gather is overruled by this
+    # one. A reshape costs nothing, and a gathered kernel that is made flat by one would be kept.
     return primitive.name not in ("sharding_constraint", "reshape") and not primitive.name.startswith("custom_vjp_call")
 
 

@@ -15,6 +15,7 @@ from flax import linen as nn
 from siglip.array_types import Array, Float, Int
 from siglip.errors import UserError
 from siglip.models.attention import Attention, AttentionFn, attention_fn
+from siglip.models.dense import Dense
 from siglip.models.layers import Encoder, MAPHead, Remat, dropout
 from siglip.models.variants import BlockConfig, Variant, check_choices, check_rate, check_size, parse_variant, resolve
 from siglip.parallel.sharding import ParamLayout
@@ -121,7 +122,9 @@ class TextTransformer(nn.Module):
         table = "/".join((*rows.path, "embedding"))
         x = rows(text) if self.layout is None else self.layout.look_up(table, rows, text)
         if config.embed_bottleneck is not None:
-            x = nn.Dense(spec.width, use_bias=False, kernel_init=nn.initializers.lecun_normal(), name="embed_out")(x)
+            init = {"kernel_init": nn.initializers.lecun_normal(), "use_bias": False}
+            widened = Dense((narrow,), (spec.width,), dtype, **init, name="embed_out")(x)
+            x = widened.astype(jnp.float32)
         x = x + self.param("pos_embedding", normal, (1, config.length, spec.width))
         rate = config.dropout if train else 0.0
         x = dropout(x, rate)

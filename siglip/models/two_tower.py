@@ -8,6 +8,7 @@ temperature.
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +18,13 @@ from flax import linen as nn
 
 from siglip.array_types import Array, Float
 from siglip.errors import UserError
-from siglip.models.attention import AttentionFn, attention_fn, choose_kernel
+from siglip.models.attention import AttentionFn, Kernel, attention_fn, choose_kernel, cudnn_obstacle
 from siglip.models.text import TextConfig, TextTransformer
 from siglip.models.variants import check_size
 from siglip.models.vit import ImageConfig, ViT
 from siglip.parallel.sharding import ParamLayout
+
+logger = logging.getLogger(__name__)
 
 # The sub-trees of the parameters that are the model; a run may train others beside them (siglip.training.objective.Term).
 MODEL_PARTS = ("img", "txt", "t", "b")
@@ -126,21 +129,23 @@ def make_model(config: ModelConfig, *, layout: ParamLayout | None = None) -> Two
     """
     if layout is None:
         return TwoTower(config)
-    towers = [(config.image, config.image.train_tokens, "image")]
-    towers += [] if config.text is None else [(config.text, config.text.length, "text")]
-    kernels = [
-        choose_kernel(
-            tower.attention,
-            device=layout.mesh.devices.flat[0],
-            tokens=tokens,
-            head_dim=tower.spec.width // tower.spec.num_heads,
-            dtype=tower.dtype,
-            where=f"model.{name}.attention",
-        )
-        for tower, tokens, name in towers
-    ]
+    device, image, text = layout.mesh.devices.flat[0], config.image, config.text
+    kernels = [_training_kernel(image, image.train_tokens, "model.image.attention", device)]
+    kernels += [] if text is None else [_training_kernel(text, text.length, "model.text.attention", device)]
     functions = [functools.partial(attention_fn, kernel=kernel, mesh=layout.mesh) for kernel in kernels]
     return TwoTower(config, (functions[0], functions[-1]), layout)
+
+
+def _training_kernel(tower: ImageConfig | TextConfig, tokens: int, where: str, device: Any) -> Kernel:
+    """The choice for `device`; a GPU that gets XLA's attention, which is slower by a third of the step, says why."""
+    head_dim = tower.spec.width // tower.spec.num_heads
+    kernel = choose_kernel(
+        tower.attention, device=device, tokens=tokens, head_dim=head_dim, dtype=tower.dtype, where=where
+    )
+    if tower.attention == "auto" and kernel == "xla" and device.platform == "gpu":
+        needs = cudnn_obstacle(device, head_dim, tower.dtype)
+        logger.warning("%s='auto' takes 'xla', not flash attention, which needs %s", where, needs)
+    return kernel
 
 
 def init_params(config: ModelConfig, rng: Array) -> dict[str, Any]:

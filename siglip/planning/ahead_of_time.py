@@ -34,7 +34,7 @@ _GPU = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 8 }}
 device_description_str: "{name}" """
 # Triton's products are timed on a device, of which there is none; where a ptxas is installed it need not optimize.
-_GPU_OPTIONS = {
+GPU_OPTIONS = {
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_autotune_level": 0,
     "xla_gpu_disable_gpuasm_optimizations": True,
@@ -75,7 +75,7 @@ def compile_step(config: TrainConfig, topology: Topology) -> CompiledStep:
         try:
             # A program from the cache has no schedule to read.
             jax.config.update("jax_enable_compilation_cache", False)
-            options = _GPU_OPTIONS if is_gpu else {}
+            options = GPU_OPTIONS if is_gpu else {}
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if not str(error).startswith("RESOURCE_EXHAUSTED"):
@@ -115,7 +115,7 @@ def _plugin_problem(error: Exception, is_gpu: bool) -> str:
     message = " ".join(str(error).split())
     if re.search(r"libtpu.*(lockfile|in use|already)|ABORTED", message):
         return "another process is using libtpu, which one at a time may; wait until it has ended and start again"
-    package = "jax-cuda12-plugin and jax-cuda12-pjrt" if is_gpu else "libtpu"
+    package = " ".join(f"jax-cuda13-{part}=={jax.__version__}" for part in ("plugin", "pjrt")) if is_gpu else "libtpu"
     return f"the compiler for it is not installed or does not load ({message[:200]}); python -m pip install {package}"
 
 

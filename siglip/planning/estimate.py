@@ -36,9 +36,9 @@ from siglip.training.step import TrainState, lay_out_state, state_shapes
 REMATS = typing.get_args(Remat)
 # Model FLOPs utilization, (low, expected, high), by the image tower's width: docs/scaling.md says where it comes from.
 _NARROW, MFU, MFU_NARROW = 1024, (0.35, 0.45, 0.55), (0.25, 0.35, 0.45)
-# JPEGs of 640 x 480 px and 58 KB, decoded, resized and tokenized at 500 a second and core: docs/data.md.
 # What the loss takes where its tile and the travelling texts stay in the chip's own memory (docs/scaling.md), up to that size.
 _VMEM_BYTES, _LOSS_IN_VMEM_BYTES = {"v5e": 2**26, "v6e": 2**26}, 2**19
+# JPEGs of 640 x 480 px and 58 KB, decoded, resized and tokenized at 500 a second and core: docs/data.md.
 _PAIRS_PER_CORE_S, _JPEG_BYTES, _JPEG_PIXELS = 500, 58_000, 640 * 480
 
 
@@ -155,7 +155,7 @@ def estimate_laid_out(config: TrainConfig, topology: Topology, shapes: Shapes, s
     passes = flops.tower_passes(shapes.frozen, stored=stored)
     memory = _memory(config, topology, state, shapes.frozen, passes)
     per_pair = flops.train_flops_per_pair(config.model, batch_size=config.batch_size, passes=passes)
-    moved = _collectives(config, state, shapes.frozen, mesh.axis_sizes, topology)
+    moved = _collectives(config, state, shapes.frozen, passes, mesh.axis_sizes, topology)
     mfu = MFU if config.model.image.spec.width >= _NARROW else MFU_NARROW
     again, rate = _executed_flops(config, passes) / per_pair, topology.devices * topology.accelerator.peak_flops
     compute_s = [per_pair * config.batch_size * again / (rate * share) for share in mfu]
@@ -204,7 +204,7 @@ def _memory(
         "optimizer": _shard_bytes(state.opt_state) + _shard_bytes(state.ema),
         "gradients": _shard_bytes(trained),
         "activations": _activations(config, topology, passes),
-        "gathered": _gathered_bytes(config, state),
+        "gathered": _gathered_bytes(config, state, passes),
         "loss": _loss_bytes(config, topology),
         "batch": 2 * _batch_bytes(config) // topology.devices,
     }
@@ -237,7 +237,9 @@ def _activations(config: TrainConfig, topology: Topology, passes: flops.Passes) 
         low = 1 if tower.dtype == "bfloat16" else 2
         if times == 3:
             mlp, attended = kept.mlp[tower.remat] * spec.mlp_dim, kept.logits[tower.remat] * logits
-            total += pairs * tokens * spec.depth * (kept.width[tower.remat] * spec.width + low * (mlp + attended))
+            # The stream that was fitted is float32; its bfloat16 saves two bytes of every number that a block keeps of it.
+            width = kept.width[tower.remat] - (2 if tower.residual_dtype == "bfloat16" else 0)
+            total += pairs * tokens * spec.depth * (width * spec.width + low * (mlp + attended))
         if times:
             a, b, c = kept.working
             working = max(working, pairs * tokens * (a * spec.width + low * (b * spec.mlp_dim + c * logits)))
@@ -260,24 +262,27 @@ def _with_remat(config: TrainConfig, remat: str) -> TrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, image=image, text=text))
 
 
-def _moved_params(config: TrainConfig, state: TrainState) -> dict[str, tuple[Any, int]]:
-    """(leaf, bytes of a number on its way) of every parameter: kernels of blocks travel in the dtype of their products."""
+def _moved_params(config: TrainConfig, state: TrainState, passes: flops.Passes) -> dict[str, tuple[Any, int]]:
+    """(leaf, bytes of a number on its way) of every parameter: kernels of blocks travel in the dtype of their products.
+    Those of a tower that does not run stay where they are."""
     model = config.model
     low = [name for name, tower in (("img", model.image), ("txt", model.text)) if tower.dtype == "bfloat16"]
     kernel = re.compile(rf"({'|'.join(low)})/.*encoderblock.*kernel" if low else "(?!)")
-    return {path: (leaf, 2 if kernel.fullmatch(path) else 4) for path, leaf in trees.flatten(state.params).items()}
+    still = tuple(f"{name}/" for name, times in zip(("img", "txt"), passes, strict=True) if not times)
+    flat = trees.flatten(state.params)
+    return {path: (flat[path], 2 if kernel.fullmatch(path) else 4) for path in flat if not path.startswith(still)}
 
 
 def _is_sharded(leaf: Any) -> bool:
     return leaf.sharding.spec != sharding.P_REPLICATED
 
 
-def _gathered_bytes(config: TrainConfig, state: TrainState) -> int:
+def _gathered_bytes(config: TrainConfig, state: TrainState, passes: flops.Passes) -> int:
     """Weights of one block in use, of the next on their way, and a block's gradients before they are scattered; of what
     is outside blocks everything, and its gradients."""
     model, blocks, others = config.model, {"img": 0.0, "txt": 0.0}, 0
     depth = {"img": model.image.spec.depth, "txt": model.text.spec.depth}
-    for path, (leaf, size) in _moved_params(config, state).items():
+    for path, (leaf, size) in _moved_params(config, state, passes).items():
         if not _is_sharded(leaf) or re.fullmatch(sharding.EMBEDDING_TABLE, path):
             continue
         whole = math.prod(leaf.shape) * size
@@ -301,7 +306,7 @@ def _loss_bytes(config: TrainConfig, topology: Topology) -> int:
     if config.loss.kind == "softmax":
         return 3 * 4 * rows * config.batch_size + 2 * 4 * config.batch_size * width
     platform = _platform(topology)
-    ring = config.loss.impl == "ring" or (config.loss.impl == "auto" and platform == "tpu")
+    ring = config.loss.impl == "ring" or (config.loss.impl == "auto" and platform == "tpu" and topology.devices > 2)
     options = {"chunk_size": config.loss.chunk_size, "ring": ring}
     chunk, tile_rows = tile_shape(config.batch_size, topology.devices, platform, **options)
     columns = chunk if ring else chunk * topology.devices
@@ -314,17 +319,21 @@ def _collectives(
     config: TrainConfig,
     state: TrainState,
     frozen: Mapping[str, Any],
+    passes: flops.Passes,
     mesh: tuple[int, ...],
     topology: Topology,
 ) -> dict[str, float]:
     """Bytes by kind, of a step: weights gathered, gradients summed, the loss."""
     (data, fsdp), moved = mesh, collections.Counter()
     turns = _micro_batches(config)
-    gathers = 2 if turns == 1 else 3 * turns
+    # With micro-batches the forward pass runs twice. A tower that is frozen as a whole has no backward pass.
+    forward, backward = (1 if turns == 1 else 2 * turns), turns
+    only_forward = tuple(f"{name}/" for name, times in zip(("img", "txt"), passes, strict=True) if times == 1)
     is_frozen = trees.flatten(frozen)
-    for path, (leaf, size) in _moved_params(config, state).items():
+    for path, (leaf, size) in _moved_params(config, state, passes).items():
         whole = math.prod(leaf.shape) * size
         if _is_sharded(leaf):
+            gathers = forward if path.startswith(only_forward) else forward + backward
             table = re.fullmatch(sharding.EMBEDDING_TABLE, path)
             moved["all-gather"] += (
                 0 if table else whole * (gathers if "/encoderblock" in path else max(1, gathers // 2))

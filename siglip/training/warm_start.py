@@ -163,8 +163,14 @@ def read_initial(init: InitConfig, model: ModelConfig, *, tokenizer: bytes | Non
     taken, excluded = _select(init, found, shapes)
     _check_architecture(init, theirs, model, taken, excluded)
     _check_arrays(init, {path: found[path] for path in taken}, shapes)
-    if _EMBEDDING_TABLE in taken and tokenizer is not None and their_tokenizer is not None:
-        if their_tokenizer.read_bytes() != tokenizer:
+    if _EMBEDDING_TABLE in taken and tokenizer is not None:
+        if their_tokenizer is None:
+            logger.warning(
+                "init.src=%r does not say which tokenizer its token embeddings are of: with another than data.tokenizer they "
+                "are those of other pieces; a new text tower is --init.only 'img/.*' t b",
+                init.src,
+            )
+        elif their_tokenizer.read_bytes() != tokenizer:
             raise UserError(
                 f"the text tower of init.src={init.src!r} was trained with another tokenizer than data.tokenizer; "
                 f"use --data.tokenizer {their_tokenizer}, or a new text tower: --init.only 'img/.*'"

@@ -21,6 +21,7 @@ from siglip.cli import frozen_images, run
 from siglip.cli.frozen_images import StoppedComputing, check_frozen, fingerprint, make_prepare
 from siglip.formats import big_vision
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
+from siglip.models.variants import BlockConfig
 from siglip.parallel.sharding import MeshConfig, make_mesh, param_shardings
 from siglip.training.config import TrainConfig
 from siglip.training.objective import Term
@@ -28,7 +29,7 @@ from siglip.training.optim import OptimConfig
 from siglip.workdir.metrics import read_metrics
 from tests.siglip.jobs import LOSS_RTOL, Jobs, losses, params
 from tests.siglip.rounding import rounding, towers_apart
-from tests.siglip.tiny import random_params
+from tests.siglip.tiny import random_params, square_model
 from tests.siglip.tiny_run import use_devices
 
 SAMPLE = Path(__file__).parents[3] / "data_pipelines" / "sample"
@@ -198,7 +199,16 @@ def test_the_fingerprint_is_of_the_function_not_of_where_it_lies():
     others = [tower | {"embedding": tower["embedding"] | {"kernel": k}} for k in (one_bit, swapped, negative)]
     prints = [fingerprint(other, MODEL) for other in others]
     prints += [fingerprint(tower, model) for model in (image(image_size=(17, 17)), image(dtype="bfloat16"))]
-    assert len({found, *prints}) == 6
+    block = BlockConfig(parallel=True)  # it has fewer parameters, too, but is another function of the same ones
+    prints += [fingerprint(tower, model) for model in (image(residual_dtype="bfloat16"), image(block=block))]
+    assert len({found, *prints}) == 8
+
+
+def test_stores_of_before_a_setting_stay_valid():
+    """Fingerprints that were written before residual_dtype, block and unroll were there."""
+    for change, known in (({}, "c5dd4b629cea2336"), ({"dtype": "bfloat16", "pool": "gap"}, "f9468539e55ecdcb")):
+        model = square_model(image=change)
+        assert fingerprint(random_params(model)["img"], model) == known
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from siglip import cli
@@ -58,12 +59,15 @@ def test_bad_input_is_one_line(capfd):
 def test_a_missing_plugin_is_named(capfd):
     program = """
 import importlib.util, sys
-for name in ("jax_plugins", "jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu"):
+for name in ("jax_plugins", "jax_cuda13_plugin", "libtpu"):
     sys.modules[name] = None
 from siglip import cli
 sys.exit(cli.run(sys.argv[1:]))
 """
-    for topology, package in (("h100:8", "jax-cuda12-plugin"), ("v5e:2x2", "libtpu")):
+    for topology, package in (
+        ("h100:8", f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=="),
+        ("v5e:2x2", "libtpu"),
+    ):
         command = [sys.executable, "-c", program, "plan", QUICKSTART, "--topology", topology, "--compile"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2, done.stderr

@@ -15,10 +15,13 @@ from siglip.errors import UserError
 from siglip.formats import big_vision, key_maps
 from siglip.formats.big_vision import image_only
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, make_model, param_shapes
+from siglip.models.variants import BlockConfig
 from siglip.trees import flatten
 from tests.siglip import numpy_model
 from tests.siglip.rounding import towers_apart
 from tests.siglip.tiny import ODD_IMAGE, ODD_TEXT, random_inputs, random_params, square_model
+
+VIT_22B = BlockConfig(parallel=True, qk_norm=True, bias=False)
 
 
 def flat_params(config: ModelConfig) -> dict[str, np.ndarray]:
@@ -84,6 +87,10 @@ def test_one_tower_of_a_file(tmp_path):
         ({"image_size": (18, 24), "pool": "tok", "posemb": "sincos2d"}, {"pool": "mean"}),
         ({"image_size": (18, 24), "pool": "gap"}, None),
         ({"image_size": (18, 32), "pool": "none"}, None),
+        ({"image_size": (18, 24), "block": VIT_22B}, {}),
+        ({"image_size": (18, 24), "block": VIT_22B}, None),
+        ({"image_size": (18, 24), "pool": "map"}, {"block": VIT_22B}),
+        ({"image_size": (18, 24), "pool": "map"}, {"embed_bottleneck": 5}),
     ],
 )
 def test_what_shapes_do_not_tell_is_written_beside(tmp_path, image, text):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from siglip.models.attention import SPLASH_MIN_TOKENS, attention_fn, choose_kernel
-from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, make_model, param_shapes
+from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, _training_kernel, make_model, param_shapes
 from siglip.parallel.sharding import MeshConfig, ParamLayout, make_mesh, put_batch
 from siglip.trees import flatten
 from tests.siglip.rounding import likely_rounding, towers_apart
@@ -110,11 +110,14 @@ def test_auto_takes_what_the_device_and_the_sizes_allow(device, sizes, expected)
     assert choose_kernel("xla", device=device, **(SIZES | sizes)) == "xla"
 
 
-def test_a_gpu_without_flash_attention_says_why(caplog):
-    choose_kernel("auto", device=H100, where="model.image.attention", **SIZES)
-    choose_kernel("auto", device=CPU, **SIZES)
+def test_a_run_on_a_gpu_without_flash_attention_says_why(caplog):
+    def kernel(device, **fields):
+        return _training_kernel(ImageConfig("B/16", **fields), 196, "model.image.attention", device)
+
+    assert kernel(H100, dtype="bfloat16") == "cudnn" and kernel(CPU) == kernel(H100, attention="xla") == "xla"
+    assert choose_kernel("auto", device=H100, **(SIZES | {"dtype": "float32"})) == "xla"
     assert not caplog.records
-    choose_kernel("auto", device=H100, where="model.image.attention", **(SIZES | {"dtype": "float32"}))
+    assert kernel(H100) == "xla"
     needs = "not flash attention, which needs dtype 'bfloat16', not 'float32'"
     assert caplog.messages == [f"model.image.attention='auto' takes 'xla', {needs}"]
 

@@ -11,14 +11,14 @@ import pytest
 from jax.sharding import NamedSharding
 
 from siglip.models.attention import attention_fn
-from siglip.models.layers import Encoder
-from siglip.models.two_tower import ImageConfig, ModelConfig, make_model
+from siglip.models.layers import Encoder, PoolingAttention
+from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, make_model
 from siglip.models.variants import Variant
 from siglip.parallel.sharding import P_BATCH, MeshConfig, ParamLayout, make_mesh
 from siglip.planning import compile
 from siglip.trees import flatten
 from tests.siglip.rounding import towers_apart
-from tests.siglip.tiny import ODD_IMAGE, random_batch, random_params
+from tests.siglip.tiny import ODD_IMAGE, ODD_TEXT, random_batch, random_params
 
 CONFIG = ModelConfig(ImageConfig(**ODD_IMAGE, image_size=(12, 16), pool="gap", scan=True), text=None)
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
@@ -47,6 +47,30 @@ def assert_same(found, expected):
     for path, grad in expected.items():
         atol = towers_apart(CONFIG, np.append(grad, 1), passes=2)  # sums of terms of size 1
         np.testing.assert_allclose(found[path], grad, rtol=0, atol=atol, err_msg=path)
+
+
+def products(function, *args):
+    """The matrix products that `function` traces to."""
+    return [eqn for eqn in jax.make_jaxpr(function)(*args).jaxpr.eqns if eqn.primitive.name == "dot_general"]
+
+
+def test_what_the_probe_makes_of_the_keys_is_exact_in_bfloat16():
+    head, x = PoolingAttention(3, BFLOAT16), jnp.ones((2, 5, 36), BFLOAT16)
+    params = head.init(jax.random.key(0), jnp.ones((1, 1, 36)), x)
+    with jax.default_matmul_precision("bfloat16"):
+        found = products(head.apply, params, jnp.ones((1, 1, 36)), x)
+    exact = [eqn for eqn in found if eqn.invars[0].aval.dtype == FLOAT32]
+    assert len(exact) == 2 < len(found)
+    assert {eqn.params["precision"] for eqn in exact} == {(jax.lax.Precision.HIGHEST,) * 2}
+
+
+def test_a_narrow_table_is_widened_in_the_dtype_of_products():
+    text = TextConfig(**ODD_TEXT, embed_bottleneck=5, dtype="bfloat16", pool="mean")
+    config = ModelConfig(ImageConfig(**ODD_IMAGE), text, out_dim=(None, 36))
+    tower = lambda params, ids: make_model(config).apply({"params": params}, {"text": ids})[1]  # noqa: E731
+    found = products(tower, random_params(config), jnp.zeros((2, 7), jnp.int32))
+    (widening,) = [eqn for eqn in found if eqn.invars[1].aval.shape == (5, 27)]
+    assert widening.outvars[0].aval.dtype == BFLOAT16
 
 
 def test_an_unrolled_scan_is_the_same_function_without_a_loop():

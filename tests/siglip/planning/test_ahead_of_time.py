@@ -1,4 +1,4 @@
-"""The real step compiled for hardware that is not there. Needs libtpu, and jax's CUDA plugin (`make interop` has the former)."""
+"""The real step compiled for hardware that is not there. Needs libtpu, and jax's CUDA plugin (`make interop`, `make aot`)."""
 
 import dataclasses
 import subprocess
@@ -41,7 +41,7 @@ print("held", flush=True); input()
 
 
 def test_a_step_for_eight_gpus():
-    pytest.importorskip("jax_cuda12_plugin")
+    pytest.importorskip("jax_cuda13_plugin")
     check(SMALL, "h100:8")
     assert len(ahead_of_time.devices_of(parse_topology("b200:8x2"))) == 16
 

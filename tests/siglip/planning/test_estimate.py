@@ -101,6 +101,35 @@ def test_a_frozen_tower_costs_a_forward_pass_and_one_that_is_stored_nothing(b16)
     assert memories[2]["batch"] == 2 * 512 * 4 * (768 + 64)
 
 
+def test_what_a_tower_that_does_not_train_moves():
+    """Weights of the image tower are gathered in both passes, in the forward pass alone, not at all."""
+    sharded = MeshConfig(fsdp=8, fsdp_min_size_bytes=1024)
+    small, freeze = tiny(B16), dataclasses.replace(B16.optim, lr_mults=(("img/.*", 0.0),))
+    whole = dataclasses.replace(small, mesh=sharded, batch_size=64)
+    frozen = dataclasses.replace(whole, optim=freeze)
+    stored = dataclasses.replace(frozen, data=dataclasses.replace(B16.data, image_embeddings="embeddings"))
+    shapes, topology = shapes_of(frozen), parse_topology("h100:8")
+    plans = [estimate(config, topology, shapes) for config in (frozen, stored)]
+    plans.insert(0, estimate(whole, topology))
+    both, once, never = (plan.collective_bytes["all-gather"] for plan in plans)
+    kernels = (
+        2 * small.model.image.spec.depth * (4 * 64 * 64 + 2 * 64 * 128)
+    )  # bytes of the blocks' kernels in bfloat16
+    assert both - once == pytest.approx(kernels, rel=0.05)
+    assert once - never > kernels
+    gathered = [plan.bytes_per_device["gathered"] for plan in plans]
+    assert gathered[0] == gathered[1] > gathered[2]
+
+
+def test_a_bfloat16_stream_keeps_two_bytes_less_of_every_number(b16):
+    def activations(dtype):
+        image, text = (dataclasses.replace(t, residual_dtype=dtype) for t in (B16.model.image, B16.model.text))
+        config = dataclasses.replace(B16, model=dataclasses.replace(B16.model, image=image, text=text))
+        return estimate(config, parse_topology("h100:8"), b16).bytes_per_device["activations"]
+
+    assert activations("float32") - activations("bfloat16") == 512 * 12 * (196 + 64) * 768 * 2
+
+
 def test_the_loss_of_a_million_pairs_costs_a_mebibyte_and_little_time():
     config = make_config("So400m/14", "So400m", batch_size=2**20, fsdp=16, micro=2**16)
     topology = parse_topology("v5e:16x16")

@@ -309,6 +309,16 @@ def test_token_embeddings_of_another_tokenizer(trained):
     assert read_initial(InitConfig(str(trained)), MODEL, tokenizer=TOKENIZER)
 
 
+def test_token_embeddings_of_an_unknown_tokenizer_are_taken_with_a_warning(trained, tmp_path, caplog):
+    source = str(tmp_path / "m.npz")
+    big_vision.write(tmp_path / "m.npz", siglip.load(str(trained)).params, MODEL)
+    for only in ((".*",), ("img/.*", "t", "b")):
+        assert read_initial(InitConfig(source, only), MODEL, tokenizer=TOKENIZER)
+    assert read_initial(InitConfig(str(trained)), MODEL, tokenizer=TOKENIZER)
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert message.startswith(f"init.src={source!r} does not say which tokenizer its token embeddings are of")
+
+
 def open_config(src, model, workdir="new", *, tokenizer="unused.model"):
     config = tiny_config(workdir, init=InitConfig(str(src)), model=model)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
