@@ -120,9 +120,13 @@ class ZeroShot:
                 raise UserError(
                     f"images of {self.data} have several labels; subset and label_map are for one label each"
                 )
-            pairs = [f"image {key} of {self.data}" for key in images.keys]
-            positive = multi_hot(values, classes.numbers(), len(classes.names), pairs=pairs)
-            return {"mean_average_precision": mean_average_precision(images.zimg, weights, positive)}
+            rows = np.flatnonzero([len(own) > 0 for own in values])
+            if len(rows) < len(values) and jax.process_index() == 0:
+                told = "%d images of %s left out because they have no label %r"
+                logger.warning(told, len(values) - len(rows), self.data, self.label)
+            pairs = [f"image {images.keys[row]} of {self.data}" for row in rows]
+            positive = multi_hot([values[row] for row in rows], classes.numbers(), len(classes.names), pairs=pairs)
+            return {"mean_average_precision": mean_average_precision(images.zimg[rows], weights, positive)}
         rows, labels = self.labels_of(images, classes)
         if self.subset is not None:
             taken = read_subset(self.subset, classes.numbers(), len(classes.names))
