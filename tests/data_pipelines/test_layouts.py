@@ -252,6 +252,10 @@ def test_hugging_faces_folders(tmp_path):
     assert len(open_source(with_split(str(tmp_path)))) == 2
     assert read(f"{tmp_path}#train") == [("train-00000-of-00001.parquet/0", True, {"label": 1, "caption": ["a", "b"]})]
     assert layouts.expand(f"{tmp_path}#train") == [str(tmp_path / "data" / "train-00000-of-00001.parquet")]
+    shutil.copy(tmp_path / "data" / "train-00000-of-00001.parquet", tmp_path / "data" / "extra-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="holds the splits extra, test, train; name one"):
+        open_source(tmp_path)
+    assert len(open_source(with_split(str(tmp_path)))) == 2
 
 
 def test_training_reads_folders_and_annotation_files(tmp_path):
