@@ -108,8 +108,8 @@ def _open_files(
     texts = job.what == "texts"
     row_shape = _token_shape(config, texts=texts) if options.tokens else (config.embedding_dims[texts],)
     about = {
-        "model": model, "data": job.data, "what": job.what, "captions": options.captions, "tokens": options.tokens,
-        "dtype": dtype,
+        "model": model, "data": job.data, "what": job.what, "image_column": options.image_column,
+        "captions": options.captions, "tokens": options.tokens, "dtype": dtype,
     }  # fmt: skip
     sizes = {"rows": job.rows, "part_rows": _part_rows(row_shape, dtype, rows_per_pass=rows_per_pass)}
     make = functools.partial(PartFiles, Path(options.out), about=about, **sizes)

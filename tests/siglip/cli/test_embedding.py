@@ -175,11 +175,12 @@ def test_parts_of_something_else_are_not_taken(folder, expected, tmp_path, monke
     np.savez(tmp_path / ".z.npz.parts" / "part-00000.npz", key=["x"], embedding=np.zeros((1, 32)))
     assert embed(folder, "toy.tar", tmp_path / "z.npz") == 0
     np.testing.assert_allclose(np.load(tmp_path / "z.npz")["embedding"], expected["images"], atol=ATOL)
-    assert embed(folder, "toy.tar", tmp_path / "parts") == 0
+    assert embed(folder, "toy.parquet", tmp_path / "parts") == 0
     capsys.readouterr()
     for args, told in (
-        (("toy.parquet", "parts"), "holds embeddings of another model, other data or other settings; name a new one"),
-        (("toy.tar", "parts", "--tokens"), "other settings; name a new one"),
+        (("toy.tar", "parts"), "holds embeddings of another model, other data or other settings; name a new one"),
+        (("toy.parquet", "parts", "--tokens"), "other settings; name a new one"),
+        (("toy.parquet", "parts", "--image-column", "image"), "other settings; name a new one"),
         (("toy.tar", "."), "has other files; name a new one"),
         (("toy.tar", "z.csv"), "must end in .npz, .npy or .parquet, or be a folder"),
         (("toy.tar", "no/z.npz"), "of --out does not exist; make it first"),
