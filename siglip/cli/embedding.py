@@ -203,7 +203,8 @@ def _compute(job: _Job, files: PartFiles | None, dtype: str) -> Counter:
     for start, stop in missing:
         part, counts = job.embed(range(start, stop))
         broken, done = broken + counts, done + stop - start
-        bad = np.flatnonzero(~np.isfinite(part.z.astype(np.float32)).reshape(len(part.keys), -1).all(axis=1))
+        finite = np.isfinite(part.z.astype(np.float32)).all(axis=tuple(range(1, part.z.ndim)))
+        bad = np.flatnonzero(~finite)
         if bad.size:
             raise RunFailed(f"the model makes NaN of {part.keys[bad[0]]!r}; it has diverged, or its file is damaged")
         if files is None:

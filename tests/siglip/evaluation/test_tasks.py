@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ from siglip.evaluation.robustness import Robustness
 from siglip.evaluation.segmentation import Segmentation, confusion_of, segmentation_metrics
 from siglip.evaluation.selection import Selection
 from siglip.evaluation.suite import TimedTasks
+from siglip.evaluation.text_cache import caching
 from siglip.evaluation.verification import Verification
 from siglip.evaluation.zeroshot import ZeroShot
 from siglip.formats import big_vision
@@ -220,6 +222,20 @@ def test_a_text_is_embedded_once(src):
     np.testing.assert_allclose(
         again, embedder_of(src, tokenizer=SPIECE, batch_size=16).embed_texts(["a cow", "a dog"]), atol=1e-6
     )
+
+
+def test_no_texts_and_texts_that_are_not_kept(src, tmp_path, monkeypatch):
+    embedder = embedder_of(src, tokenizer=SPIECE, batch_size=16)
+    for own in (embedder, caching(embedder, tmp_path, "tower")):
+        assert own.embed_texts([]).shape == (0, 24)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("siglip.evaluation.embed._MAX_KEPT_BYTES", 3 * 24 * 4)
+    embedder.embed_texts(["a cat", "a dog"])
+    embedder.embed_texts(["a cow", "a hen"])
+    assert set(embedder.text_embeddings) == {"a cat", "a dog"}
+    tokens = lambda batch: jnp.zeros((len(batch["text"]), 8, 24))  # noqa: E731
+    dataclasses.replace(embedder, embed=tokens).embed_texts(["a cow"])
+    assert set(embedder.text_embeddings) == {"a cat", "a dog"}
 
 
 def test_evaluations_that_are_not_begun_in_time_come_first_the_next_time(embedder, monkeypatch):
