@@ -127,15 +127,22 @@ class ZeroShot:
             pairs = [f"image {images.keys[row]} of {self.data}" for row in rows]
             positive = multi_hot([values[row] for row in rows], classes.numbers(), len(classes.names), pairs=pairs)
             return {"mean_average_precision": mean_average_precision(images.zimg[rows], weights, positive)}
+        rows, labels, taken = self.taking_part(images, classes)
+        texts = [texts[number] for number in taken]
+        return classification(images.zimg[rows], weights[taken], labels, texts=texts)
+
+    def taking_part(
+        self, images: EmbeddedImages, classes: Classes
+    ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], list[int]]:
+        """(rows of the images of classes in `subset`, places of their classes among these, numbers of these classes)."""
         rows, labels = self.labels_of(images, classes)
-        if self.subset is not None:
-            taken = read_subset(self.subset, classes.numbers(), len(classes.names))
-            inside = np.isin(labels, taken)
-            if not inside.all() and jax.process_index() == 0:
-                logger.warning("%d images of %s are of classes outside %s", (~inside).sum(), self.data, self.subset)
-            rows, labels = rows[inside], np.searchsorted(taken, labels[inside])
-            weights, texts = weights[taken], [texts[number] for number in taken]
-        return classification(images.zimg[rows], weights, labels, texts=texts)
+        if self.subset is None:
+            return rows, labels, list(range(len(classes.names)))
+        taken = read_subset(self.subset, classes.numbers(), len(classes.names))
+        inside = np.isin(labels, taken)
+        if not inside.all() and jax.process_index() == 0:
+            logger.warning("%d images of %s are of classes outside %s", (~inside).sum(), self.data, self.subset)
+        return rows[inside], np.searchsorted(taken, labels[inside]), taken
 
     def labels_of(
         self, images: EmbeddedImages, classes: Classes

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from siglip.cli import run
+from siglip.cli import reporting, run
 from siglip.cli.evaluation import embedder_of, first_values
 from siglip.evaluation.attentive_probe import AttentiveProbe
 from siglip.evaluation.class_files import Classes
@@ -29,6 +29,7 @@ from siglip.evaluation.verification import Verification
 from siglip.evaluation.zeroshot import ZeroShot
 from siglip.formats import big_vision
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
+from siglip.training.config import EvalConfig
 from tests.siglip.jobs import SAMPLE
 from tests.siglip.shapes import CLASSES, write_shapes
 from tests.siglip.tiny import random_params
@@ -209,6 +210,17 @@ def test_the_first_caption_alone(embedder, test, tmp_path):
     two = Retrieval(str(tmp_path / "shapes.parquet"), ("both",))
     one = metrics_of(Retrieval(test), embedder)
     assert metrics_of(dataclasses.replace(two, first_caption=True), embedder) == one != metrics_of(two, embedder)
+
+
+def test_the_report_confuses_only_the_classes_of_a_subset(embedder, test, classes, tmp_path, monkeypatch):
+    subset = tmp_path / "subset.txt"
+    subset.write_text("red square\n2\n")
+    task = ZeroShot(test, classes, subset=str(subset))
+    monkeypatch.setattr(reporting, "embedder_of", lambda *args, **more: embedder)
+    findings = reporting._compute(tmp_path, {"batch_size": 16}, EvalConfig(tasks=(task,)))
+    found = findings["zeroshot"]["shapes"]
+    assert found["names"] == ["red square", CLASSES[2]] and found["images"] == np.sum(found["matrix"]) == TEST // 3
+    assert np.trace(found["matrix"]) / found["images"] == metrics_of(task, embedder)["acc1"]
 
 
 def test_a_text_is_embedded_once(src):
