@@ -192,6 +192,16 @@ def test_cocos_json(tmp_path):
     path.write_text(json.dumps({"images": images, "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}]}))
     with pytest.raises(ValueError, match="has no captions in its annotations"):
         open_source(path)
+    for change, told in (
+        ({"images": [{"file_name": "COCO_1.png", "id": [1]}]}, "has an image whose id is no number"),
+        ({"annotations": [{"image_id": {}, "caption": "a"}]}, "has a caption whose image_id is no number"),
+        ({"images": [{"filename": "COCO_1.png", "sentences": ["a"]}]}, "not one of Karpathy's"),
+        ({"images": [{"file_name": "COCO_1.png", "sentences": [{"raw": "a"}]}]}, "not one of Karpathy's"),
+        ({"images": [{"filename": "COCO_1.png", "filepath": 3, "sentences": []}]}, "not one of Karpathy's"),
+    ):
+        path.write_text(json.dumps({"images": images, "annotations": captions} | change))
+        with pytest.raises(ValueError, match=told):
+            open_source(path)
 
 
 @pytest.mark.parametrize(
