@@ -81,10 +81,11 @@ def _open(options: SuiteArgs) -> Suite:
 
 def _run(suite: Suite, options: SuiteArgs) -> tuple[dict[str, list[Record]], list[str]]:
     """The records of each entry that has some, and the names of those that failed."""
-    params, config, tokenizer = read_for_texts(options.src, options.tokenizer)
-    pieces = Path(tokenizer.path).read_bytes()
+    needed = any(entry.task.EMBEDS_TEXTS for entry in suite.entries)
+    params, config, tokenizer = read_for_texts(options.src, options.tokenizer, needed=needed)
+    pieces = b"" if tokenizer is None else Path(tokenizer.path).read_bytes()
     weights = digest([digest_params(params), repr(config), pieces])
-    text_tower = digest([digest_params(params["txt"]), repr(config.text), pieces])
+    text_tower = digest([digest_params(params.get("txt", {})), repr(config.text), pieces])
     mesh = sharding.make_mesh(sharding.MeshConfig())
     params = jax.device_put(params, NamedSharding(mesh, sharding.P_REPLICATED))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "siglip" / "texts"

@@ -61,6 +61,7 @@ class AttentiveProbe:
     task: Literal["attentive_probe"] = "attentive_probe"
 
     BENCHMARK_TASK: ClassVar[str] = "attentive_probe"
+    EMBEDS_TEXTS: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_name(self.name)

@@ -59,6 +59,7 @@ class Segmentation:
     task: Literal["segmentation"] = "segmentation"
 
     BENCHMARK_TASK: ClassVar[str] = "linear_segmentation"
+    EMBEDS_TEXTS: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_name(self.name)

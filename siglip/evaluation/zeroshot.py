@@ -60,6 +60,7 @@ class ZeroShot:
     task: Literal["zeroshot"] = "zeroshot"
 
     BENCHMARK_TASK: ClassVar[str] = "zeroshot_classification"
+    EMBEDS_TEXTS: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_name(self.name)

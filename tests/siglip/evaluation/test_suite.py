@@ -268,6 +268,7 @@ class Alignment:
     task: Literal["alignment"] = "alignment"
 
     BENCHMARK_TASK: ClassVar[str] = "alignment"
+    EMBEDS_TEXTS: ClassVar[bool] = True
 
     @property
     def dataset(self):

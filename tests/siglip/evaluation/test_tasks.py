@@ -139,6 +139,24 @@ def test_images_without_labels_are_left_out_of_a_mean_average_precision(embedder
     assert "1 images of x.tar left out because they have no label 'cls'" in caplog.text
 
 
+def test_a_probe_needs_neither_text_tower_nor_tokenizer(src, train, test, tmp_path, capsys):
+    params = random_params(MODEL)
+    image_only = dataclasses.replace(MODEL, text=None, out_dim=(24, None))
+    big_vision.write(tmp_path / "image.npz", {"img": params["img"]}, image_only)
+    tables = []
+    for model in (src, tmp_path / "image.npz"):
+        assert run(["eval", str(model), "--task", "knn", "--data", test, "--train", train, "--batch-size", "16"]) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]
+    entries = [{"task": "knn", "data": test, "train": train}]
+    (tmp_path / "suite.yaml").write_text(json.dumps({"entries": entries}))
+    flags = ["--suite", str(tmp_path / "suite.yaml"), "--out", str(tmp_path / "out"), "--batch-size", "16"]
+    assert run(["eval", str(tmp_path / "image.npz"), *flags]) == 0
+    (tmp_path / "suite.yaml").write_text(json.dumps({"entries": [*entries, {"task": "retrieval", "data": train}]}))
+    assert run(["eval", str(tmp_path / "image.npz"), *flags]) == 2
+    assert "the model has no text tower" in capsys.readouterr().err
+
+
 def test_intersection_over_union_by_hand():
     mask = np.array([[[0, 0], [1, 255]]], np.uint8)
     predicted = np.array([[[0, 1], [1, 1]]], np.uint8)
@@ -163,6 +181,9 @@ def test_corrupted_images_and_groups(embedder, test, classes):
     ] == 30
     found = metrics_of(Groups(test, "place", classes, min_images=5, left_out=("west",)), embedder)
     assert "n_west" not in found
+    diverged = dataclasses.replace(embedder, embed=lambda batch: jnp.full((16, 24), jnp.nan), text_embeddings={})
+    with pytest.raises(ValueError, match="some embeddings are not finite"):
+        Groups(test, "place", classes, min_images=5).run(diverged)
 
 
 def test_gaps_between_groups_by_hand():
@@ -191,7 +212,7 @@ def test_several_labels_are_ranked_and_subsets_and_maps_take_part(embedder, test
     assert "has no class for them" in caplog.text
 
 
-def test_captions_are_selected_and_pairs_verified(embedder, test):
+def test_captions_are_selected_and_pairs_verified(embedder, test, tmp_path):
     found = metrics_of(Selection(test), embedder)
     assert set(found) == {"text_acc", "tied_fraction"} and 0 < found["text_acc"] < 1
     pairs = metrics_of(Selection(test, captions=("txt",), instance="pair"), embedder)
@@ -200,7 +221,12 @@ def test_captions_are_selected_and_pairs_verified(embedder, test):
     found = metrics_of(Verification(test, priors=(0.5, 0.1), train_batch_size=256, negatives=3), embedder)
     assert 0 < found["roc_auc"] < 1 and found["average_precision@0.1"] < found["average_precision@0.5"]
     assert {"ece@0.1", "ece_shifted@0.1", "ece_shifted_se@0.5", "observed_over_expected@0.5"} <= set(found)
-    assert 0 < metrics_of(Verification(test, match="match"), embedder)["roc_auc"] < 1
+    found = metrics_of(Verification(test, match="match"), embedder)
+    assert 0 < found["roc_auc"] < 1
+    table = pq.read_table(test)
+    texts = table["match"].cast(pa.string())  # as CSV files have them
+    pq.write_table(table.set_column(table.column_names.index("match"), "match", texts), tmp_path / "shapes.parquet")
+    assert metrics_of(Verification(str(tmp_path / "shapes.parquet"), match="match"), embedder) == found
 
 
 def test_the_first_caption_alone(embedder, test, tmp_path):
