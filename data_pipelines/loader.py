@@ -332,7 +332,7 @@ def make_eval_batches(
       mask: field of a segmentation mask; batches then hold "mask", uint8 [b, h, w], too.
 
     Raises:
-      UserError: batch_size is below 1.
+      UserError: batch_size is below 1, or there is a mask and images are not resized whole.
     """
     from data_pipelines.samples.in_order import EvalBatches, ImagesInOrder
     from data_pipelines.samples.masks import Mask
@@ -341,13 +341,14 @@ def make_eval_batches(
 
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
+    if mask is not None and protocol != "squash":
+        raise UserError(f"masks are resized whole, but pixels={protocol} cuts images; use pixels=squash")
     share = range(process_index, len(source), process_count)
     ranges = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
     kept = None if fields is None else frozenset(fields)
     pixels = Pixels(tuple(image_size), resample=resample, protocol=protocol, exact=True)
-    decoder = ImageDecoder(max_image_pixels)
     masks = None if mask is None else Mask(tuple(image_size), mask)
-    images = ImagesInOrder(source, ranges, batch_size, pixels, decoder, kept, corruption, masks)
+    images = ImagesInOrder(source, ranges, batch_size, pixels, ImageDecoder(max_image_pixels), kept, corruption, masks)
     return EvalBatches(images, workers, threads)
 
 

@@ -141,6 +141,8 @@ def _json_rows(path: str, split: str) -> Iterator[dict[str, Any]]:
     captions: dict[Any, list[str]] = {}
     for annotation in annotations if isinstance(annotations, list) else ():
         if isinstance(annotation, dict) and isinstance(annotation.get("caption"), str):
+            if isinstance(annotation.get("image_id"), list | dict):
+                raise UserError(f"{path!r} has a caption whose image_id is no number: {str(annotation)[:80]}")
             captions.setdefault(annotation.get("image_id"), []).append(" ".join(annotation["caption"].split()))
     if isinstance(annotations, list) and not captions:
         raise UserError(f"{path!r} has no captions in its annotations; take COCO's captions_*.json")
@@ -159,13 +161,19 @@ def _json_row(path: str, image: Mapping[str, Any], captions: Mapping[Any, list[s
         key: value for key, value in image.items() if key not in IMAGE_COLUMNS and key not in ("sentences", "sentids")
     }
     if isinstance(image.get("sentences"), list):  # Karpathy's
-        folder, rest["txt"] = (
-            image.get("filepath", ""),
-            [" ".join(str(own["raw"]).split()) for own in image["sentences"]],
-        )
-        name = os.path.join(folder, image["filename"])
+        try:
+            rest["txt"] = [" ".join(str(own["raw"]).split()) for own in image["sentences"]]
+            name = os.path.join(image.get("filepath", ""), image["filename"])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{path!r} has an image that is not one of Karpathy's, with sentences and a filename ({error!r}): "
+                f"{str(image)[:80]}"
+            ) from None
     elif captions:
-        rest = {"txt": captions.get(image.get("id"), []), "cocoid": image.get("id")}
+        number = image.get("id")
+        if isinstance(number, list | dict):
+            raise UserError(f"{path!r} has an image whose id is no number: {str(image)[:80]}")
+        rest = {"txt": captions.get(number, []), "cocoid": number}
     return {"image": name} | rest
 
 

@@ -108,7 +108,7 @@ def _by_split(paths: list[str]) -> dict[str, list[str]]:
     for path in sorted(paths):
         matched = _PARQUET_SPLIT.fullmatch(os.path.basename(path))
         found.setdefault(matched[1] if matched else "", []).append(path)
-    return found if set(found) <= set(SPLITS) else {"": sorted(paths)}
+    return found if not found or set(found) & set(SPLITS) else {"": sorted(paths)}
 
 
 def _image_splits(folder: str, entries: list[str]) -> dict[str, list[str]]:

@@ -35,6 +35,7 @@ class DemoArgs:
     Attributes:
         src: a run's workdir, a checkpoint inside it, a big_vision .npz, or a Hugging Face folder.
         data: shards, as for training, or a folder of image files.
+        image_column: the column that holds the image; without one it is found.
         captions: the field that is shown below an image ("txt", "captions.de"); found if not given.
         max_images: so many, the first ones, are embedded when the demo starts.
         trained_batch_size: pairs in a training batch of the model; of a run it is known, else 32768, as of published models.
@@ -46,6 +47,7 @@ class DemoArgs:
 
     src: tyro.conf.Positional[str]
     data: str
+    image_column: str | None = None
     captions: str | None = None
     max_images: int = 20_000
     trained_batch_size: int | None = None
@@ -88,12 +90,10 @@ def make_index(options: DemoArgs) -> Any:
     mesh = sharding.make_mesh(sharding.MeshConfig())
     replicated = jax.device_put(params, NamedSharding(mesh, sharding.P_REPLICATED))
     embedder = make_embedder(replicated, config, mesh=mesh, tokenizer=None, batch_size=options.batch_size)
-    source = open_source(options.data)
-    field = options.captions or _caption_field(source)
-    source, fields = (
-        open_source(options.data, fields=[field.partition(".")[0]] if field else []),
-        [field] if field else [],
-    )
+    column = options.image_column
+    field = options.captions or _caption_field(open_source(options.data, image=column))
+    fields = [field] if field else []
+    source = open_source(options.data, image=column, fields=[own.partition(".")[0] for own in fields])
     count = min(len(source), options.max_images)
     if count < len(source):
         logger.info("the first %d of %d images are searched; --max-images takes more", count, len(source))

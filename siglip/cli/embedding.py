@@ -108,8 +108,8 @@ def _open_files(
     texts = job.what == "texts"
     row_shape = _token_shape(config, texts=texts) if options.tokens else (config.embedding_dims[texts],)
     about = {
-        "model": model, "data": job.data, "what": job.what, "captions": options.captions, "tokens": options.tokens,
-        "dtype": dtype,
+        "model": model, "data": job.data, "what": job.what, "image_column": options.image_column,
+        "captions": options.captions, "tokens": options.tokens, "dtype": dtype,
     }  # fmt: skip
     sizes = {"rows": job.rows, "part_rows": _part_rows(row_shape, dtype, rows_per_pass=rows_per_pass)}
     make = functools.partial(PartFiles, Path(options.out), about=about, **sizes)
@@ -203,7 +203,8 @@ def _compute(job: _Job, files: PartFiles | None, dtype: str) -> Counter:
     for start, stop in missing:
         part, counts = job.embed(range(start, stop))
         broken, done = broken + counts, done + stop - start
-        bad = np.flatnonzero(~np.isfinite(part.z.astype(np.float32)).reshape(len(part.keys), -1).all(axis=1))
+        finite = np.isfinite(part.z.astype(np.float32)).all(axis=tuple(range(1, part.z.ndim)))
+        bad = np.flatnonzero(~finite)
         if bad.size:
             raise RunFailed(f"the model makes NaN of {part.keys[bad[0]]!r}; it has diverged, or its file is damaged")
         if files is None:

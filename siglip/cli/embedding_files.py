@@ -66,10 +66,9 @@ class PartFiles:
         about, found = json.loads(json.dumps({**about, "rows": rows})), self._read_about()
         self.part_rows = found.pop("part_rows", part_rows) if found else part_rows
         if found != about:
-            if found and self._keeps_parts:
-                raise UserError(
-                    f"the folder {out} holds embeddings of another model, other data or other settings; name a new one"
-                )
+            if self._keeps_parts and out.is_dir() and any(out.iterdir()):
+                what = "embeddings of another model, other data or other settings" if found else f"a damaged {_ABOUT}"
+                raise UserError(f"the folder {out} holds {what}; name a new one")
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             self.part_rows = part_rows

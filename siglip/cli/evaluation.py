@@ -135,12 +135,18 @@ def embedder_of(src: str | Path, *, tokenizer: str | None = None, with_texts: bo
 
 
 def read_for_texts(
-    src: str | Path, tokenizer: str | None
-) -> tuple[dict[str, Any], ModelConfig, SentencePieceTokenizer]:
-    """Both towers of a model on no device yet, and its tokenizer, or the one named. Raises as `embedder_of`."""
+    src: str | Path, tokenizer: str | None, *, needed: bool = True
+) -> tuple[dict[str, Any], ModelConfig, SentencePieceTokenizer | None]:
+    """Both towers of a model on no device yet, and its tokenizer, or the one named. Raises as `embedder_of`.
+
+    Args:
+        needed: whether a model without a text tower or a tokenizer is refused; else the tokenizer is None then.
+    """
     params, config, own_tokenizer = read_model(src)
     path = tokenizer or own_tokenizer
     _check_pools(config)
+    if not needed and (config.text is None or path is None):
+        return params, config, None
     if config.text is None:
         raise UserError("the model has no text tower, so it cannot be evaluated zero-shot; export it with --tower both")
     if path is None:
@@ -231,7 +237,8 @@ def eval_command(args: list[str]) -> None:
         if options.out is not None:
             check_folder_of(Path(options.out))
         settings = settings_of(options) | {"pixels": options.pixels, "image_column": options.image_column}
-        embedder = embedder_of(options.src, tokenizer=options.tokenizer, **settings)
+        texts = classes[name].EMBEDS_TEXTS
+        embedder = embedder_of(options.src, tokenizer=options.tokenizer, with_texts=texts, **settings)
         task = complete(options.task, image_column=options.image_column)
         task.check(functools.partial(first_values, image_column=options.image_column))
         results = run_tasks([task], embedder)

@@ -17,10 +17,11 @@ import tyro
 from data_pipelines.loader import make_eval_batches
 from data_pipelines.sources.opening import open_source
 from siglip.atomic import write_atomically
+from siglip.cli import BAD_INPUT
 from siglip.cli.arguments import parse
 from siglip.cli.data_sets import complete
 from siglip.cli.evaluation import embedder_of, format_table, settings_of
-from siglip.errors import BAD_PATH, UserError
+from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder
 from siglip.evaluation.findings import confusion, retrieval_findings
 from siglip.evaluation.labels import are_multi_label
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 FINDINGS_FILE = "findings.json"
 SHOWN_PX = 72
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _read_run(workdir: Path, name: str) -> Run:
     settings = build_dataclass(EvalConfig, config["eval"], where=f"{workdir / CONFIG_FILE}: eval")
     findings, notes = _findings(workdir, config, settings) if settings.tasks else ({}, [])
     if findings.get("retrieval"):
-        findings["recall"] = _recall(final_results(lines).get("retrieval", {}), findings["retrieval"]["counts"])
+        findings["recall"] = _recall(final_results(lines).get("retrieval", {}), findings["retrieval"])
     sources = config.get("data", {}).get("sources", [])
     manifests = [source["manifest"] for source in sources if isinstance(source, Mapping) and source.get("manifest")]
     funnels = {manifest: found for manifest in manifests if (found := _read_funnel(Path(manifest)))}
@@ -115,13 +116,13 @@ def _read_funnel(manifest: Path) -> dict[str, Any] | None:
         return None
 
 
-def _recall(results: Mapping[str, Mapping[str, float]], counts: Mapping[str, Mapping[str, int]]) -> list[list[Any]]:
-    """[language, t2i R@10, its standard error] of each language, the best first but English before all."""
+def _recall(results: Mapping[str, Mapping[str, float]], found: Mapping[str, Any]) -> list[list[Any]]:
+    """[language, t2i R@10, its standard error] of each language of one set, the best first but English before all."""
     rows = []
-    for dataset, metrics in results.items():
-        language, value = dataset.rpartition("-")[2], metrics.get("image_retrieval_recall@10")
-        if language in counts and value is not None:
-            rows.append([language, value, float(np.sqrt(value * (1 - value) / counts[language]["texts"]))])
+    for language, sizes in found["counts"].items():
+        value = results.get(f"{found['dataset']}-{language}", {}).get("image_retrieval_recall@10")
+        if value is not None:
+            rows.append([language, value, float(np.sqrt(value * (1 - value) / sizes["texts"]))])
     return sorted(rows, key=lambda row: (row[0] != "en", -row[1]))
 
 
@@ -141,7 +142,7 @@ def _findings(workdir: Path, config: Mapping[str, Any], settings: EvalConfig) ->
         return {}, ["no checkpoint: scores, images found and mistakes are left out"]
     try:
         findings = _compute(workdir, config, settings)
-    except (UserError, *BAD_PATH, OSError) as error:
+    except (*BAD_INPUT, OSError) as error:
         return {}, [
             f"scores, images found and mistakes are left out, since the evaluation cannot be repeated here: {error}"
         ]
@@ -163,8 +164,9 @@ def _compute(workdir: Path, config: Mapping[str, Any], settings: EvalConfig) -> 
             if are_multi_label(images.values[task.label]):
                 continue  # none of the classes is the one that another was mistaken for
             classes, weights, _ = task.class_weights(embedder)
-            rows, labels = task.labels_of(images, classes)
-            findings["zeroshot"][task.dataset] = confusion(images.zimg[rows], weights, labels, classes.names)
+            rows, labels, taken = task.taking_part(images, classes)
+            names = [classes.names[number] for number in taken]
+            findings["zeroshot"][task.dataset] = confusion(images.zimg[rows], weights[taken], labels, names)
     return findings
 
 
@@ -180,13 +182,15 @@ def _of_retrieval(task: Retrieval, embedder: Embedder, *, batch_size: int) -> di
     found = retrieval_findings(images.zimg, captions, ztxt, **scale)
     shown = {row for query in found["found"] for row in (query["right"], *query["top"])}
     shown |= {one[which] for one in found["mistakes"] for which in ("right", "wrong")}
-    return {"retrieval": found, "thumbs": _thumbs(task.data, sorted(shown), images.index)}
+    return {"retrieval": found | {"dataset": task.dataset}, "thumbs": _thumbs(task.data, sorted(shown), images.index)}
 
 
 def _thumbs(data: str, rows: Sequence[int], index: Sequence[int]) -> dict[str, str]:
     """Only what is shown is decoded again."""
+    if not rows:
+        return {}
     source = open_source(data, fields=())
     some = [source[index[row]] for row in rows]
-    batches = make_eval_batches(some, batch_size=max(1, len(some)), image_size=(SHOWN_PX, SHOWN_PX))
+    batches = make_eval_batches(some, batch_size=len(some), image_size=(SHOWN_PX, SHOWN_PX))
     images = next(iter(batches))["image"]
     return {str(row): plots.png(image) for row, image in zip(rows, images, strict=True)}

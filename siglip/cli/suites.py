@@ -27,6 +27,7 @@ from siglip.evaluation.suite import run_tasks
 from siglip.evaluation.suite_file import Entry, Suite, metric_of, read_suite
 from siglip.evaluation.text_cache import caching, digest, digest_params
 from siglip.parallel import launch, sharding
+from siglip.parallel.collectives import gather_records
 from siglip.trees import did_you_mean
 from siglip.workdir.metrics import format_value
 
@@ -80,15 +81,18 @@ def _open(options: SuiteArgs) -> Suite:
 
 def _run(suite: Suite, options: SuiteArgs) -> tuple[dict[str, list[Record]], list[str]]:
     """The records of each entry that has some, and the names of those that failed."""
-    params, config, tokenizer = read_for_texts(options.src, options.tokenizer)
-    pieces = Path(tokenizer.path).read_bytes()
+    needed = any(entry.task.EMBEDS_TEXTS for entry in suite.entries)
+    params, config, tokenizer = read_for_texts(options.src, options.tokenizer, needed=needed)
+    pieces = b"" if tokenizer is None else Path(tokenizer.path).read_bytes()
     weights = digest([digest_params(params), repr(config), pieces])
-    text_tower = digest([digest_params(params["txt"]), repr(config.text), pieces])
+    text_tower = digest([digest_params(params.get("txt", {})), repr(config.text), pieces])
     mesh = sharding.make_mesh(sharding.MeshConfig())
     params = jax.device_put(params, NamedSharding(mesh, sharding.P_REPLICATED))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "siglip" / "texts"
     results, failures, prepared = {}, [], []
-    done = _read_done(Path(options.out), weights)
+    # All go by what process 0 reads: others may not see its folder, or see a file later.
+    own = _read_done(Path(options.out), weights) if jax.process_index() == 0 else None
+    done = gather_records([own])[0]
     for entry in suite.entries:  # what is wrong with files is told before the first image is embedded
         name = entry.task.dataset
         if name in done and done[name][0]["suite"]["settings"] == _plain(entry.settings):
@@ -155,7 +159,7 @@ def _read_done(out: Path, weights: str) -> dict[str, list[Record]]:
             about = record["suite"]
             if about["weights"] == weights and isinstance(record["metrics"], dict):
                 found.setdefault(about["entry"], {})[about["number"]] = record
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     whole = {name: [own[n] for n in sorted(own)] for name, own in found.items()}
     return {name: own for name, own in whole.items() if len(own) == own[0]["suite"]["results"]}
@@ -185,7 +189,8 @@ def format_results(suite: Suite, results: Mapping[str, Sequence[Record]], model:
         known = [value for _, value in mains if value is not None]
         theirs = sum(known) / len(known) if len(known) == len(mains) else None
         values = [value for value, _ in mains if value is not None]
-        rows.append(("mean", f"of {len(values)} of {len(suite.entries)} sets", sum(values) / len(values), theirs))
+        mean = sum(values) / len(values) if values else None
+        rows.append(("mean", f"of {len(values)} of {len(suite.entries)} sets", mean, theirs))
     lines = _align(rows, model)
     return "\n".join(lines + ([f"published: {model}, {suite.sources[model]}"] if model else []))
 

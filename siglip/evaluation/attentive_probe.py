@@ -6,6 +6,7 @@ One learned query, keys and values without bias, channels standardised as by a B
 """
 
 import dataclasses
+import functools
 from typing import ClassVar, Literal
 
 import jax
@@ -28,6 +29,7 @@ from siglip.evaluation.labels import check_labels, keep_labelled
 from siglip.evaluation.metrics import accuracies
 from siglip.evaluation.results import Result, check_name, dataset_name
 from siglip.parallel.collectives import gather_records, gather_rows
+from siglip.parallel.launch import in_all_or_none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,7 @@ class AttentiveProbe:
     task: Literal["attentive_probe"] = "attentive_probe"
 
     BENCHMARK_TASK: ClassVar[str] = "attentive_probe"
+    EMBEDS_TEXTS: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -112,7 +115,8 @@ class AttentiveProbe:
         """(tokens, labels) of this process's images that have a label."""
         values = [own[0] for own in found.values]
         rows = np.arange(len(values))
-        kept = keep_labelled(rows, found.keys, values, data=data, label=self.label, names=names)
+        keep = functools.partial(keep_labelled, data=data, label=self.label, names=names)
+        kept = in_all_or_none(lambda: keep(rows, found.keys, values), bad_input=(UserError,))
         tokens = found.arrays["tokens"]
         tokens = tokens if len(kept.features) == len(tokens) else tokens[kept.features]
         return tokens, kept.labels.astype(np.int32)

@@ -28,7 +28,7 @@ from siglip.parallel.collectives import gather_records, gather_rows, own_rows
 logger = logging.getLogger(__name__)
 
 _COLLAPSED = 1e-3  # embeddings that all lie this close together: their scores differ by rounding
-_MAX_KEPT_TEXTS = 1 << 17
+_MAX_KEPT_BYTES = 1 << 28
 _FEW = 8  # so many inputs may happen to be copies of one
 
 Params = Mapping[str, Any]
@@ -151,17 +151,20 @@ class Embedder:
         return embed_rows(embed, "image", images, mesh=self.mesh, rows_per_pass=self.rows)
 
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "m ..."]:
-        """Embeddings of the texts, which are the same in every process; equal texts are embedded once."""
+        """Embeddings of the texts, which are the same in every process; equal texts are embedded once. No texts: [0, e]."""
+        if not texts:  # what a row is only the model tells
+            return self._embed_distinct([""])[:0]
         known = {text: self.text_embeddings[text] for text in dict.fromkeys(texts) if text in self.text_embeddings}
         distinct = [text for text in dict.fromkeys(texts) if text not in known]
         if distinct:
-            found = dict(zip(distinct, self._embed_distinct(distinct), strict=True))
+            z = self._embed_distinct(distinct)
+            found = dict(zip(distinct, z, strict=True))
             known |= found
-            if len(self.text_embeddings) + len(found) <= _MAX_KEPT_TEXTS:
+            if z.ndim == 2 and (len(self.text_embeddings) + len(z)) * z[0].nbytes <= _MAX_KEPT_BYTES:
                 self.text_embeddings.update(found)
         return np.stack([known[text] for text in texts])
 
-    def _embed_distinct(self, distinct: Sequence[str]) -> Float[np.ndarray, "m e"]:
+    def _embed_distinct(self, distinct: Sequence[str]) -> Float[np.ndarray, "m ..."]:
         share = -(-len(distinct) // jax.process_count())
         own = self.tokenize(distinct[jax.process_index() * share :][:share])
         z = embed_rows(self.embed, "text", _filled(own, share), mesh=self.mesh, rows_per_pass=self.rows)

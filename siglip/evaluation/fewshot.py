@@ -49,6 +49,7 @@ class FewShot:
     task: Literal["fewshot"] = "fewshot"
 
     BENCHMARK_TASK: ClassVar[str] = "fewshot"
+    EMBEDS_TEXTS: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_name(self.name)

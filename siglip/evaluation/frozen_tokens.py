@@ -110,10 +110,12 @@ def train_head(
     """AdamW with a linear warm-up over a tenth of the steps and a cosine to zero; batches run through orders drawn from the seed.
 
     Args:
+        params: "mean" and "std", where it holds them, are constants: they come back as they are.
         loss: (params, batch, random key) -> mean over the batch; a batch holds rows of `arrays`.
     """
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, steps // 10), max(2, steps))
-    optimizer = optax.adamw(schedule, weight_decay=weight_decay)
+    decayed = {name: name not in ("mean", "std") for name in params}
+    optimizer = optax.adamw(schedule, weight_decay=weight_decay, mask=decayed)
 
     @jax.jit
     def update(params, state, batch, key):

@@ -51,6 +51,7 @@ class Groups:
     task: Literal["groups"] = "groups"
 
     BENCHMARK_TASK: ClassVar[str] = "zeroshot_groups"
+    EMBEDS_TEXTS: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -86,6 +87,8 @@ class Groups:
         known = np.asarray([group not in ("", *self.left_out) for group in groups], bool)
         if not known.any():
             raise UserError(f"no image of {self.data} has both a label and a group {self.group!r}")
+        if not (np.isfinite(images.zimg).all() and np.isfinite(weights).all()):
+            raise UserError("some embeddings are not finite; the model has diverged or its file is damaged")
         predicted = np.argmax(images.zimg[rows[known]] @ weights.T, axis=1)
         named = [group for group, there in zip(groups, known, strict=True) if there]
         found = group_gaps(predicted, labels[known], named, min_images=self.min_images)

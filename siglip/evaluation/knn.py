@@ -47,6 +47,7 @@ class Knn:
     task: Literal["knn"] = "knn"
 
     BENCHMARK_TASK: ClassVar[str] = "knn"
+    EMBEDS_TEXTS: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_name(self.name)

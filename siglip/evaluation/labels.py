@@ -80,19 +80,23 @@ def multi_hot(
     """Which classes each image shows: of a zero or a one for each class, or of a list of their names or numbers.
 
     Args:
+        values: of each image; none where it has no label.
         pairs: what to call each image in a message.
 
     Raises:
         UserError: a label is not a class.
     """
     positive = np.zeros((len(values), classes), bool)
-    as_vectors = all(len(own) == classes and set(own) <= {0, 1} for own in values)
+    as_vectors = all(len(own) == classes and set(own) <= {0, 1} for own in values if own)
     for row, own in enumerate(values):
-        if as_vectors:
+        if as_vectors and own:
             positive[row] = np.asarray(own) == 1
             continue
         for label in own:
-            number = index.get(label) if isinstance(label, str) and not label.isdecimal() else int(label)
+            if isinstance(label, str) and not label.isdecimal():
+                number = index.get(label)
+            else:  # of a number column with gaps, 3.0 is a number and nan none
+                number = None if isinstance(label, float) and not label.is_integer() else int(label)
             if number is None or not 0 <= number < classes:
                 names = ", ".join(sorted(index, key=index.__getitem__)[:_SHOWN_NAMES])
                 names += ", …" if len(index) > _SHOWN_NAMES else ""

@@ -62,6 +62,7 @@ class LinearProbe:
     task: Literal["linear_probe"] = "linear_probe"
 
     BENCHMARK_TASK: ClassVar[str] = "linear_probe"
+    EMBEDS_TEXTS: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_name(self.name)

@@ -47,6 +47,7 @@ class Retrieval:
     task: Literal["retrieval"] = "retrieval"
 
     BENCHMARK_TASK: ClassVar[str] = "zeroshot_retrieval"
+    EMBEDS_TEXTS: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_name(self.name)

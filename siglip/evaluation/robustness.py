@@ -55,6 +55,7 @@ class Robustness:
     task: Literal["robustness"] = "robustness"
 
     BENCHMARK_TASK: ClassVar[str] = "robustness"
+    EMBEDS_TEXTS: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_name(self.name)

@@ -22,6 +22,7 @@ from siglip.evaluation.embed import Embedder, FirstValues
 from siglip.evaluation.frozen_tokens import apply_head, channel_statistics, read_tokens, standardised, train_head
 from siglip.evaluation.results import Result, check_name, dataset_name
 from siglip.parallel.collectives import gather_records, gather_rows
+from siglip.parallel.launch import in_all_or_none
 
 _MAX_CLASSES = 255
 
@@ -59,6 +60,7 @@ class Segmentation:
     task: Literal["segmentation"] = "segmentation"
 
     BENCHMARK_TASK: ClassVar[str] = "linear_segmentation"
+    EMBEDS_TEXTS: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -104,10 +106,15 @@ class Segmentation:
         )  # fmt: skip
         test = read_tokens(embedder, self.data, mask=self.mask)
         head = functools.partial(pixel_logits, grid=grid, size=size)
-        confusion = np.zeros((classes, classes), np.int64)
         predict = lambda params, x: jnp.argmax(head(params, x), axis=-1).astype(jnp.uint8)  # noqa: E731
-        for rows, predicted in apply_head(predict, params, test.arrays["tokens"]):
-            confusion += confusion_of(predicted, test.arrays["mask"][rows], classes=classes, ignore=self.ignore)
+
+        def count() -> np.ndarray:
+            confusion = np.zeros((classes, classes), np.int64)
+            for rows, predicted in apply_head(predict, params, test.arrays["tokens"]):
+                confusion += confusion_of(predicted, test.arrays["mask"][rows], classes=classes, ignore=self.ignore)
+            return confusion
+
+        confusion = in_all_or_none(count, bad_input=(UserError,))
         # Counts above 2^24 would not survive float32, nor those above 2^31 int32: two halves go to the others.
         halves = np.stack([confusion >> 24, confusion & (2**24 - 1)]).astype(np.int32)
         high, low = gather_rows(halves[None]).astype(np.int64).sum(axis=0)

@@ -46,6 +46,7 @@ class Selection:
     task: Literal["selection"] = "selection"
 
     BENCHMARK_TASK: ClassVar[str] = "image_caption_selection"
+    EMBEDS_TEXTS: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_name(self.name)

@@ -5,6 +5,7 @@ name into `Task`: `siglip eval --task`, the config and its flags, config.json an
 
 - `data`: shards; `name` of their data set, or None; `dataset`: that name, or one taken from the shards;
 - `task`: its kind, a Literal of one value, by which config.json tells the classes apart; `BENCHMARK_TASK`, CLIP_benchmark's;
+- `EMBEDS_TEXTS`: whether the model must have a text tower and a tokenizer;
 - `check(first_values)`: finds what is wrong with the files before a model is run;
 - `run(embedder)`: a list of `Result`; called by all processes, with the same result in all of them.
 """

@@ -95,6 +95,11 @@ def read_suite(path: Path, *, root: str | None = None) -> Suite:
             f"{path} has no field {unknown[0]!r}{did_you_mean(str(unknown[0]), known)}; it has {', '.join(known)}"
         )
     defaults, sources = (_mapping(tree.get(key) or {}, f"{path}: {key}") for key in ("defaults", "sources"))
+    settings = set().union(*map(_settings_of, task_classes().values()))
+    if unknown := [key for key in defaults if key not in settings]:
+        raise UserError(
+            f"{path}: defaults: no task has a field {unknown[0]!r}{did_you_mean(str(unknown[0]), settings)}"
+        )
     folder = Path(root) if root is not None else path.parent / str(tree.get("root", "."))
     entries = [
         _entry(
@@ -114,6 +119,10 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
+def _settings_of(task: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(task)} | {"pixels", "image_column", *_OWN}
+
+
 def _entry(
     own: dict[str, Any], defaults: Mapping[str, Any], roots: tuple[Path, Path], sources: Mapping, where: str
 ) -> Entry:
@@ -121,10 +130,8 @@ def _entry(
     if kind not in classes:
         raise UserError(f"{where}.task={kind!r} must be one of {', '.join(classes)}{did_you_mean(str(kind), classes)}")
     cls = classes[kind]
-    names = {field.name for field in dataclasses.fields(cls)} | {"pixels", "image_column", *_OWN}
-    merged = {
-        key: value for key, value in defaults.items() if key in names
-    } | own  # defaults may be those of another task
+    names = _settings_of(cls)
+    merged = {key: value for key, value in defaults.items() if key in names} | own  # some may be those of another task
     settings = {key: value for key, value in merged.items() if key not in _OWN}
     fields = {
         key: _resolve(key, value, roots) for key, value in settings.items() if key not in ("pixels", "image_column")

@@ -38,6 +38,8 @@ class CachingEmbedder(Embedder):
 
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "m e"]:
         """As `Embedder.embed_texts`; read from disk where all processes find it there."""
+        if not texts:
+            return super().embed_texts(texts)
         distinct = list(dict.fromkeys(texts))
         path = self.folder / f"{digest([self.text_tower, *distinct])}.npy"
         z = _read(path, len(distinct))

@@ -48,6 +48,7 @@ class Verification:
     task: Literal["verification"] = "verification"
 
     BENCHMARK_TASK: ClassVar[str] = "pair_verification"
+    EMBEDS_TEXTS: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -111,12 +112,14 @@ class Verification:
 
     def _matches(self, images: EmbeddedImages) -> Bool[np.ndarray, " n"]:
         matches = [(own or [None])[0] for own in images.values[self.match]]
-        wrong = next((row for row, value in enumerate(matches) if value not in (0, 1)), None)
+        # Of a CSV file all is text, and of a column with gaps a number may be nan.
+        known = {0: False, 1: True, "0": False, "1": True}
+        wrong = next((row for row, value in enumerate(matches) if value not in known), None)
         if wrong is not None:
             raise UserError(
                 f"image {images.keys[wrong]} of {self.data} has {self.match}={matches[wrong]!r}; it must be 0 or 1"
             )
-        return np.asarray(matches, bool)
+        return np.asarray([known[value] for value in matches], bool)
 
 
 def draw_pairs(

@@ -60,6 +60,7 @@ class ZeroShot:
     task: Literal["zeroshot"] = "zeroshot"
 
     BENCHMARK_TASK: ClassVar[str] = "zeroshot_classification"
+    EMBEDS_TEXTS: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -120,18 +121,29 @@ class ZeroShot:
                 raise UserError(
                     f"images of {self.data} have several labels; subset and label_map are for one label each"
                 )
-            pairs = [f"image {key} of {self.data}" for key in images.keys]
-            positive = multi_hot(values, classes.numbers(), len(classes.names), pairs=pairs)
-            return {"mean_average_precision": mean_average_precision(images.zimg, weights, positive)}
+            rows = np.flatnonzero([len(own) > 0 for own in values])
+            if len(rows) < len(values) and jax.process_index() == 0:
+                told = "%d images of %s left out because they have no label %r"
+                logger.warning(told, len(values) - len(rows), self.data, self.label)
+            pairs = [f"image {images.keys[row]} of {self.data}" for row in rows]
+            positive = multi_hot([values[row] for row in rows], classes.numbers(), len(classes.names), pairs=pairs)
+            return {"mean_average_precision": mean_average_precision(images.zimg[rows], weights, positive)}
+        rows, labels, taken = self.taking_part(images, classes)
+        texts = [texts[number] for number in taken]
+        return classification(images.zimg[rows], weights[taken], labels, texts=texts)
+
+    def taking_part(
+        self, images: EmbeddedImages, classes: Classes
+    ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], list[int]]:
+        """(rows of the images of classes in `subset`, places of their classes among these, numbers of these classes)."""
         rows, labels = self.labels_of(images, classes)
-        if self.subset is not None:
-            taken = read_subset(self.subset, classes.numbers(), len(classes.names))
-            inside = np.isin(labels, taken)
-            if not inside.all() and jax.process_index() == 0:
-                logger.warning("%d images of %s are of classes outside %s", (~inside).sum(), self.data, self.subset)
-            rows, labels = rows[inside], np.searchsorted(taken, labels[inside])
-            weights, texts = weights[taken], [texts[number] for number in taken]
-        return classification(images.zimg[rows], weights, labels, texts=texts)
+        if self.subset is None:
+            return rows, labels, list(range(len(classes.names)))
+        taken = read_subset(self.subset, classes.numbers(), len(classes.names))
+        inside = np.isin(labels, taken)
+        if not inside.all() and jax.process_index() == 0:
+            logger.warning("%d images of %s are of classes outside %s", (~inside).sum(), self.data, self.subset)
+        return rows[inside], np.searchsorted(taken, labels[inside]), taken
 
     def labels_of(
         self, images: EmbeddedImages, classes: Classes

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from siglip.errors import BAD_PATH, RunFailed
+from siglip.errors import BAD_PATH, RunFailed, UserError
 from siglip.parallel.collectives import gather_records
 from siglip.parallel.launch import in_all_or_none, wait_for_all
 from siglip.training import flops
@@ -73,7 +73,11 @@ class RunHooks:
         self._losses = LossMonitor(workdir, saved_step=checkpointer.latest_step)
         self._first_step = start_step + 1
         self._best = gather_records([checkpointer.best_value()])[0]
-        self._without_best = gather_records([self._evaluations_since_best() if first else 0])[0]
+        since = in_all_or_none(
+            lambda: self._evaluations_since_best() if first and config.checkpoint.patience else 0,
+            bad_input=(UserError, *BAD_PATH),
+        )
+        self._without_best = gather_records([since])[0]
         peak = flops.peak_pairs_per_s(config.model, batch_size=config.batch_size, passes=passes)
         self.throughput = Throughput(config.batch_size, peak_pairs_per_s=peak)
         self._tracing = False
@@ -107,11 +111,12 @@ class RunHooks:
         return 0 < self._config.checkpoint.patience <= self._without_best
 
     def _evaluations_since_best(self) -> int:
-        """As metrics.jsonl has it."""
+        """As metrics.jsonl has it, where None stands for a value that is not finite."""
         name, since, best = self._config.checkpoint.best_metric, 0, -math.inf
         for line in read_metrics(self._workdir):
-            if line.get(name) is not None:
-                since, best = (0, line[name]) if line[name] > best else (since + 1, best)
+            if name in line:
+                value = -math.inf if line[name] is None else line[name]
+                since, best = (0, value) if value > best else (since + 1, best)
         return since
 
     def _trace(self, done: int, metrics: Mapping[str, jax.Array]) -> None:

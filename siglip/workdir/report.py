@@ -154,23 +154,28 @@ def _results(runs: Sequence[Run], baselines: Mapping[str, Mapping[str, float]]) 
     for task in dict.fromkeys(task for results in every for task in results):
         datasets = dict.fromkeys(name for results in every for name in results.get(task, {}))
         columns = list(dict.fromkeys(m for results in every for row in results.get(task, {}).values() for m in row))
-        rows, sizes = [], {}
+        rows, sizes, measured = [], {}, {}
         for n, dataset in enumerate(datasets):
             for run, results in zip(runs, every, strict=True):
                 if dataset in results.get(task, {}):
                     name = dataset if len(runs) == 1 else f"{dataset} · {run.name}"
-                    sizes = sizes or _sizes(run, dataset, task)
-                    rows.append(
-                        _row(name, results[task][dataset], columns, "first" * (n == 0), _sizes(run, dataset, task))
-                    )
-        chance = {c: value for c in columns if (value := _chance(c, sizes)) is not None}
+                    own, metrics = _sizes(run, dataset, task), results[task][dataset]
+                    sizes[dataset] = sizes.get(dataset) or own
+                    measured.setdefault(dataset, set()).update(metrics)
+                    rows.append(_row(name, metrics, columns, "first" * (n == 0), own))
+        chance = {}
+        for c in columns:  # one row for all data sets: only what is the same for all of them
+            single = (dataset for dataset in datasets if c in measured[dataset] and not dataset.endswith("-mean"))
+            values = {_chance(c, sizes[dataset]) for dataset in single}
+            if len(values) == 1 and None not in values:
+                chance[c] = values.pop()
         if chance:
             rows.append(_row("chance", chance, columns, "baseline", {}))
         rows += [_row(name, row, columns, "baseline", {}) for name, row in baselines.items() if set(columns) & {*row}]
         head = "".join(f"<th>{html.escape(short_name(c))}</th>" for c in columns)
         told = (
             " ± 1 standard error, of queries drawn at random; training again with another seed adds to it."
-            if sizes
+            if any(sizes.values())
             else ""
         )
         parts.append(
@@ -182,11 +187,14 @@ def _results(runs: Sequence[Run], baselines: Mapping[str, Mapping[str, float]]) 
 
 def _sizes(run: Run, dataset: str, task: str) -> Mapping[str, int]:
     """Numbers of queries and candidates where they are known: {"images", "described", "texts"} or {"images", "classes"}."""
-    counts = run.findings.get("retrieval", {}).get("counts", {}) if task == "retrieval" else {}
-    language = dataset.rpartition("-")[2]
     if task == "zeroshot":
         return run.findings.get("zeroshot", {}).get(dataset, {})
-    return counts.get(language) or (next(iter(counts.values())) if len(counts) == 1 else {})
+    found = run.findings.get("retrieval") if task == "retrieval" else None
+    if not found:
+        return {}
+    counts = found["counts"]
+    named = {f"{found['dataset']}-{language}": own for language, own in counts.items()}
+    return named.get(dataset) or (next(iter(counts.values())) if [dataset] == [found["dataset"]] * len(counts) else {})
 
 
 def _queries(metric: str, sizes: Mapping[str, int]) -> int:

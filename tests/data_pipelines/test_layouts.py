@@ -192,6 +192,16 @@ def test_cocos_json(tmp_path):
     path.write_text(json.dumps({"images": images, "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}]}))
     with pytest.raises(ValueError, match="has no captions in its annotations"):
         open_source(path)
+    for change, told in (
+        ({"images": [{"file_name": "COCO_1.png", "id": [1]}]}, "has an image whose id is no number"),
+        ({"annotations": [{"image_id": {}, "caption": "a"}]}, "has a caption whose image_id is no number"),
+        ({"images": [{"filename": "COCO_1.png", "sentences": ["a"]}]}, "not one of Karpathy's"),
+        ({"images": [{"file_name": "COCO_1.png", "sentences": [{"raw": "a"}]}]}, "not one of Karpathy's"),
+        ({"images": [{"filename": "COCO_1.png", "filepath": 3, "sentences": []}]}, "not one of Karpathy's"),
+    ):
+        path.write_text(json.dumps({"images": images, "annotations": captions} | change))
+        with pytest.raises(ValueError, match=told):
+            open_source(path)
 
 
 @pytest.mark.parametrize(
@@ -252,6 +262,10 @@ def test_hugging_faces_folders(tmp_path):
     assert len(open_source(with_split(str(tmp_path)))) == 2
     assert read(f"{tmp_path}#train") == [("train-00000-of-00001.parquet/0", True, {"label": 1, "caption": ["a", "b"]})]
     assert layouts.expand(f"{tmp_path}#train") == [str(tmp_path / "data" / "train-00000-of-00001.parquet")]
+    shutil.copy(tmp_path / "data" / "train-00000-of-00001.parquet", tmp_path / "data" / "extra-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="holds the splits extra, test, train; name one"):
+        open_source(tmp_path)
+    assert len(open_source(with_split(str(tmp_path)))) == 2
 
 
 def test_training_reads_folders_and_annotation_files(tmp_path):

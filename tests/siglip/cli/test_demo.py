@@ -17,6 +17,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
 from PIL import Image
@@ -151,6 +153,16 @@ def test_the_page_in_a_browser(address, tmp_path, query, expected):
     for text in expected:
         assert text in done.stdout, done.stdout[-3000:]
     assert 'class="error"' not in done.stdout and done.stdout.count("/image/") >= IMAGES - 1
+
+
+def test_images_of_the_column_that_is_named(folder, tmp_path):
+    pairs = list(TarSource(SAMPLE / "emoji-heldout-00000.tar"))[:3]
+    images = [pair.image for pair in pairs]
+    pq.write_table(pa.table({"image": images[:2], "photo": images[1:]}), tmp_path / "two.parquet")
+    settings = {"src": str(folder / "m.npz"), "data": str(tmp_path / "two.parquet"), "batch_size": 8}
+    found = make_index(DemoArgs(**settings))
+    other = make_index(DemoArgs(**settings, image_column="photo"))
+    assert [index.read(0) for index in (found, other)] == images[:2]
 
 
 def test_mistakes(folder, tmp_path, capsys):

@@ -169,17 +169,41 @@ def test_a_run_that_was_killed_goes_on(folder, expected, tmp_path, monkeypatch, 
     np.testing.assert_allclose(z, expected["images"], atol=ATOL)
 
 
+def test_captions_that_a_part_has_none_of(folder, tmp_path):
+    table = pq.read_table(folder / "toy.parquet")
+    captions = [None if 8 <= row < 16 else text for row, text in enumerate(table["txt"].to_pylist())]
+    sparse = table.set_column(table.column_names.index("txt"), "txt", pa.array(captions, pa.string()))
+    pq.write_table(sparse, tmp_path / "sparse.parquet")
+    for out, flags in (("z.npz", ()), ("z.parquet", ()), ("t.npz", ("--tokens",))):
+        assert embed(folder, str(tmp_path / "sparse.parquet"), tmp_path / out, "--captions", "txt", *flags) == 0
+    found, tokens = np.load(tmp_path / "z.npz"), np.load(tmp_path / "t.npz")
+    assert found["text"].tolist() == [text for text in captions if text is not None]
+    assert found["embedding"].shape == (12, 32) and tokens["embedding"].shape == (12, 8, 32)
+    assert pq.read_table(tmp_path / "z.parquet")["text"].to_pylist() == found["text"].tolist()
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"model": "x"}', "[1]"])
+def test_a_folder_with_another_about_is_not_deleted(folder, tmp_path, capsys, content):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "_about.json").write_text(content)
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert embed(folder, "toy.tar", tmp_path / "mine") == 2
+    assert "holds a damaged _about.json; name a new one" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
 def test_parts_of_something_else_are_not_taken(folder, expected, tmp_path, monkeypatch, capsys):
     (tmp_path / ".z.npz.parts").mkdir()
     (tmp_path / ".z.npz.parts" / "_about.json").write_text(json.dumps({"model": "another", "part_rows": 8}))
     np.savez(tmp_path / ".z.npz.parts" / "part-00000.npz", key=["x"], embedding=np.zeros((1, 32)))
     assert embed(folder, "toy.tar", tmp_path / "z.npz") == 0
     np.testing.assert_allclose(np.load(tmp_path / "z.npz")["embedding"], expected["images"], atol=ATOL)
-    assert embed(folder, "toy.tar", tmp_path / "parts") == 0
+    assert embed(folder, "toy.parquet", tmp_path / "parts") == 0
     capsys.readouterr()
     for args, told in (
-        (("toy.parquet", "parts"), "holds embeddings of another model, other data or other settings; name a new one"),
-        (("toy.tar", "parts", "--tokens"), "other settings; name a new one"),
+        (("toy.tar", "parts"), "holds embeddings of another model, other data or other settings; name a new one"),
+        (("toy.parquet", "parts", "--tokens"), "other settings; name a new one"),
+        (("toy.parquet", "parts", "--image-column", "image"), "other settings; name a new one"),
         (("toy.tar", "."), "has other files; name a new one"),
         (("toy.tar", "z.csv"), "must end in .npz, .npy or .parquet, or be a folder"),
         (("toy.tar", "no/z.npz"), "of --out does not exist; make it first"),

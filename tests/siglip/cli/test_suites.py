@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from siglip.cli import run
+from siglip.cli import run, suites
 from siglip.evaluation import text_cache
 from siglip.evaluation.embed import Embedder
 from siglip.evaluation.suite_file import metric_of, read_suite
@@ -102,6 +102,11 @@ def test_a_suite_resumes_by_model_and_settings(src, root, tmp_path, capsys, monk
         patch.setattr(Embedder, "embed_shards", None)
         assert evaluate(src, suite, root, out, "--published", "b16") == 0
     assert capsys.readouterr().out == first and {path: path.read_bytes() for path in out.glob("*.json")} == files
+    with monkeypatch.context() as patch:  # of several processes all go by what the first finds done
+        patch.setattr(suites, "gather_records", lambda records: [{}])
+        patch.setattr(Embedder, "embed_shards", None)
+        assert evaluate(src, suite, root, out) == 1
+    capsys.readouterr()
     (out / "xm-de.json").unlink()  # an entry of which a part is missing is run again; its texts are on disk
     with monkeypatch.context() as patch:
         patch.setattr(Embedder, "embed_texts", None)
@@ -165,11 +170,19 @@ def test_a_bug_keeps_its_traceback_and_the_others_go_on(src, root, tmp_path, cap
         ({"entries": ["a"]}, "entries.0='a' is not a mapping"),
         ({"entries": [{"data": "a", "metrics": "acc1"}]}, "metrics='acc1' is not a list"),
         ({"defaults": ["a"]}, "defaults=.* is not a mapping"),
+        ({"defaults": {"pixel": "squash"}}, "defaults: no task has a field 'pixel'; did you mean 'pixels'"),
     ],
 )
 def test_mistakes_in_a_suite(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         read_suite(Path(write_suite(tmp_path, **changes)))
+
+
+def test_the_mean_of_a_metric_that_nobody_has(tmp_path):
+    suite = read_suite(Path(write_suite(tmp_path, entries=[{"name": "pets", "data": "a", "metrics": ["acc9"]}])))
+    record = {"dataset": "pets", "language": "", "metrics": {"acc1": 0.5}}
+    lines = suites.format_results(suite, {"pets": [record]}, None).splitlines()
+    assert lines[-1].split() == ["mean", "of", "0", "of", "1", "sets", "-"]
 
 
 def test_mistakes_in_the_flags_of_a_suite(src, tmp_path, capsys):

@@ -1,11 +1,13 @@
 """Metrics and probes against their definitions, written out in float64."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siglip.evaluation.fewshot import draw_shots, ridge_classes
+from siglip.evaluation.frozen_tokens import standardised, train_head
 from siglip.evaluation.knn import knn_classes
 from siglip.evaluation.labels import multi_hot, read_label_map, read_subset
 from siglip.evaluation.linear_probe import fit_logistic
@@ -217,6 +219,22 @@ def test_labels_as_zeros_and_ones_and_as_lists():
         multi_hot([["cat", "dog"], ["dgo"]], index, 3, pairs=["image a", "image b"])
     with pytest.raises(ValueError, match="the label '3', which is neither a number below 3"):
         multi_hot([[0, 3]], index, 3, pairs=["x"])
+    for number in (float("nan"), 0.5):
+        with pytest.raises(ValueError, match=f"image a has the label '{number}', which is neither a number"):
+            multi_hot([[0.0, number]], index, 3, pairs=["image a"])
+    assert multi_hot([[1, 0, 1], []], index, 3, pairs="ab").tolist() == [expected[0], expected[2]]
+
+
+def test_a_head_leaves_the_statistics_of_its_input_as_they_are():
+    tokens = np.random.default_rng(0).normal(size=(8, 2, 3)).astype(np.float16)
+    first = {"kernel": np.ones(3, np.float32), "mean": np.full(3, 0.3, np.float32), "std": np.full(3, 0.7, np.float32)}
+    trained = train_head(
+        first, lambda params, batch, key: jnp.mean((standardised(params, batch["tokens"]) @ params["kernel"]) ** 2),
+        {"tokens": tokens}, steps=3, batch_size=8, learning_rate=0.1, weight_decay=0.5, seed=0, mesh=MESH,
+    )  # fmt: skip
+    assert np.all(trained["kernel"] < first["kernel"])
+    np.testing.assert_array_equal(trained["mean"], first["mean"])
+    np.testing.assert_array_equal(trained["std"], first["std"])
 
 
 def test_subsets_and_maps_of_classes(tmp_path):

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipelines import errors as data_errors
 from data_pipelines import workers
 from data_pipelines.image_ops import decode_image, resize
 from data_pipelines.sources.webdataset import TarSource
@@ -267,6 +268,7 @@ class Alignment:
     task: Literal["alignment"] = "alignment"
 
     BENCHMARK_TASK: ClassVar[str] = "alignment"
+    EMBEDS_TEXTS: ClassVar[bool] = True
 
     @property
     def dataset(self):
@@ -434,6 +436,21 @@ def test_the_report_decodes_only_what_it_shows(src, monkeypatch):
     wanted = resize(decode_image(pair.image, max_pixels=1 << 20), (72, 72))
     assert thumbs["0"] == plots.png(wanted) and queries[0]["text"] == pair.fields["captions"]["en"]
     json.dumps(findings)
+    assert found["dataset"] == task.dataset and reporting._thumbs(task.data, [], []) == {}
+    results = {
+        f"{name}-{n}": {"image_retrieval_recall@10": 0.5} for name in (task.dataset, "other") for n in ("en", "de")
+    }
+    assert reporting._recall(results, found) == [[n, 0.5, pytest.approx(0.5 / 312**0.5)] for n in ("en", "de")]
+
+
+def test_a_report_without_the_data_says_so(tmp_path, monkeypatch):
+    def compute(*args):
+        raise data_errors.UserError("no shard at x.tar")
+
+    monkeypatch.setattr(reporting, "_compute", compute)
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    findings, (note,) = reporting._findings(tmp_path, {"eval": {"tasks": []}}, EvalConfig())
+    assert findings == {} and note.endswith("the evaluation cannot be repeated here: no shard at x.tar")
 
 
 @pytest.mark.slow

@@ -4,13 +4,17 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from siglip.cli import run
+from siglip.cli import reporting, run
 from siglip.cli.evaluation import embedder_of, first_values
 from siglip.evaluation.attentive_probe import AttentiveProbe
-from siglip.evaluation.embed import Embedder
+from siglip.evaluation.class_files import Classes
+from siglip.evaluation.embed import EmbeddedImages, Embedder
 from siglip.evaluation.fewshot import FewShot
 from siglip.evaluation.groups import Groups, group_gaps
 from siglip.evaluation.knn import Knn
@@ -20,10 +24,12 @@ from siglip.evaluation.robustness import Robustness
 from siglip.evaluation.segmentation import Segmentation, confusion_of, segmentation_metrics
 from siglip.evaluation.selection import Selection
 from siglip.evaluation.suite import TimedTasks
+from siglip.evaluation.text_cache import caching
 from siglip.evaluation.verification import Verification
 from siglip.evaluation.zeroshot import ZeroShot
 from siglip.formats import big_vision
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
+from siglip.training.config import EvalConfig
 from tests.siglip.jobs import SAMPLE
 from tests.siglip.shapes import CLASSES, write_shapes
 from tests.siglip.tiny import random_params
@@ -118,6 +124,39 @@ def test_pixels_of_coloured_shapes_are_told_apart(embedder, train, test):
     assert found["mean_iou_tokens"] > 0.35 and found["pixel_acc_tokens"] > 0.8
 
 
+def test_masks_go_with_images_that_are_resized_whole(src, train, test):
+    cropping = embedder_of(src, tokenizer=SPIECE, batch_size=16, pixels="aspect75")
+    with pytest.raises(ValueError, match="masks are resized whole, but pixels=aspect75 cuts images; use pixels=squash"):
+        Segmentation(test, train).run(cropping)
+
+
+def test_images_without_labels_are_left_out_of_a_mean_average_precision(embedder, caplog):
+    z = np.eye(3, dtype=np.float32)
+    task, classes = ZeroShot("x.tar"), Classes(["a", "b", "c"])
+    labelled = EmbeddedImages(z[:2], [0, 1], ["0", "1"], {"cls": [[1, 0, 1], [0, 1, 0]]})
+    gaps = EmbeddedImages(z, [0, 1, 2], ["0", "1", "2"], {"cls": [[1, 0, 1], [0, 1, 0], []]})
+    assert task.score(gaps, classes, z, "abc") == task.score(labelled, classes, z, "abc")
+    assert "1 images of x.tar left out because they have no label 'cls'" in caplog.text
+
+
+def test_a_probe_needs_neither_text_tower_nor_tokenizer(src, train, test, tmp_path, capsys):
+    params = random_params(MODEL)
+    image_only = dataclasses.replace(MODEL, text=None, out_dim=(24, None))
+    big_vision.write(tmp_path / "image.npz", {"img": params["img"]}, image_only)
+    tables = []
+    for model in (src, tmp_path / "image.npz"):
+        assert run(["eval", str(model), "--task", "knn", "--data", test, "--train", train, "--batch-size", "16"]) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]
+    entries = [{"task": "knn", "data": test, "train": train}]
+    (tmp_path / "suite.yaml").write_text(json.dumps({"entries": entries}))
+    flags = ["--suite", str(tmp_path / "suite.yaml"), "--out", str(tmp_path / "out"), "--batch-size", "16"]
+    assert run(["eval", str(tmp_path / "image.npz"), *flags]) == 0
+    (tmp_path / "suite.yaml").write_text(json.dumps({"entries": [*entries, {"task": "retrieval", "data": train}]}))
+    assert run(["eval", str(tmp_path / "image.npz"), *flags]) == 2
+    assert "the model has no text tower" in capsys.readouterr().err
+
+
 def test_intersection_over_union_by_hand():
     mask = np.array([[[0, 0], [1, 255]]], np.uint8)
     predicted = np.array([[[0, 1], [1, 1]]], np.uint8)
@@ -142,6 +181,9 @@ def test_corrupted_images_and_groups(embedder, test, classes):
     ] == 30
     found = metrics_of(Groups(test, "place", classes, min_images=5, left_out=("west",)), embedder)
     assert "n_west" not in found
+    diverged = dataclasses.replace(embedder, embed=lambda batch: jnp.full((16, 24), jnp.nan), text_embeddings={})
+    with pytest.raises(ValueError, match="some embeddings are not finite"):
+        Groups(test, "place", classes, min_images=5).run(diverged)
 
 
 def test_gaps_between_groups_by_hand():
@@ -170,7 +212,7 @@ def test_several_labels_are_ranked_and_subsets_and_maps_take_part(embedder, test
     assert "has no class for them" in caplog.text
 
 
-def test_captions_are_selected_and_pairs_verified(embedder, test):
+def test_captions_are_selected_and_pairs_verified(embedder, test, tmp_path):
     found = metrics_of(Selection(test), embedder)
     assert set(found) == {"text_acc", "tied_fraction"} and 0 < found["text_acc"] < 1
     pairs = metrics_of(Selection(test, captions=("txt",), instance="pair"), embedder)
@@ -179,13 +221,32 @@ def test_captions_are_selected_and_pairs_verified(embedder, test):
     found = metrics_of(Verification(test, priors=(0.5, 0.1), train_batch_size=256, negatives=3), embedder)
     assert 0 < found["roc_auc"] < 1 and found["average_precision@0.1"] < found["average_precision@0.5"]
     assert {"ece@0.1", "ece_shifted@0.1", "ece_shifted_se@0.5", "observed_over_expected@0.5"} <= set(found)
-    assert 0 < metrics_of(Verification(test, match="match"), embedder)["roc_auc"] < 1
+    found = metrics_of(Verification(test, match="match"), embedder)
+    assert 0 < found["roc_auc"] < 1
+    table = pq.read_table(test)
+    texts = table["match"].cast(pa.string())  # as CSV files have them
+    pq.write_table(table.set_column(table.column_names.index("match"), "match", texts), tmp_path / "shapes.parquet")
+    assert metrics_of(Verification(str(tmp_path / "shapes.parquet"), match="match"), embedder) == found
 
 
-def test_the_first_caption_alone(embedder, test):
-    several = metrics_of(Retrieval(test), embedder)
-    first = metrics_of(Retrieval(test, first_caption=True), embedder)
-    assert set(several) == set(first)
+def test_the_first_caption_alone(embedder, test, tmp_path):
+    table = pq.read_table(test)
+    both = [list(own) for own in zip(table["txt"].to_pylist(), table["negative"].to_pylist(), strict=True)]
+    pq.write_table(table.append_column("both", pa.array(both)), tmp_path / "shapes.parquet")
+    two = Retrieval(str(tmp_path / "shapes.parquet"), ("both",))
+    one = metrics_of(Retrieval(test), embedder)
+    assert metrics_of(dataclasses.replace(two, first_caption=True), embedder) == one != metrics_of(two, embedder)
+
+
+def test_the_report_confuses_only_the_classes_of_a_subset(embedder, test, classes, tmp_path, monkeypatch):
+    subset = tmp_path / "subset.txt"
+    subset.write_text("red square\n2\n")
+    task = ZeroShot(test, classes, subset=str(subset))
+    monkeypatch.setattr(reporting, "embedder_of", lambda *args, **more: embedder)
+    findings = reporting._compute(tmp_path, {"batch_size": 16}, EvalConfig(tasks=(task,)))
+    found = findings["zeroshot"]["shapes"]
+    assert found["names"] == ["red square", CLASSES[2]] and found["images"] == np.sum(found["matrix"]) == TEST // 3
+    assert np.trace(found["matrix"]) / found["images"] == metrics_of(task, embedder)["acc1"]
 
 
 def test_a_text_is_embedded_once(src):
@@ -199,6 +260,20 @@ def test_a_text_is_embedded_once(src):
     np.testing.assert_allclose(
         again, embedder_of(src, tokenizer=SPIECE, batch_size=16).embed_texts(["a cow", "a dog"]), atol=1e-6
     )
+
+
+def test_no_texts_and_texts_that_are_not_kept(src, tmp_path, monkeypatch):
+    embedder = embedder_of(src, tokenizer=SPIECE, batch_size=16)
+    for own in (embedder, caching(embedder, tmp_path, "tower")):
+        assert own.embed_texts([]).shape == (0, 24)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("siglip.evaluation.embed._MAX_KEPT_BYTES", 3 * 24 * 4)
+    embedder.embed_texts(["a cat", "a dog"])
+    embedder.embed_texts(["a cow", "a hen"])
+    assert set(embedder.text_embeddings) == {"a cat", "a dog"}
+    tokens = lambda batch: jnp.zeros((len(batch["text"]), 8, 24))  # noqa: E731
+    dataclasses.replace(embedder, embed=tokens).embed_texts(["a cow"])
+    assert set(embedder.text_embeddings) == {"a cat", "a dog"}
 
 
 def test_evaluations_that_are_not_begun_in_time_come_first_the_next_time(embedder, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import math
 import os
 import re
 import signal
@@ -337,7 +338,7 @@ def test_a_run_that_no_longer_improves_ends_and_stays_ended(tmp_path, caplog):
     caplog.set_level("INFO", logger="siglip")
     config = best_config(tmp_path)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, patience=2))
-    train_toy(config, TinyBatches(), evaluate=scored([0.5, 0.4, 0.5]))  # a fourth evaluation would have no score
+    train_toy(config, TinyBatches(), evaluate=scored([0.5, math.nan, 0.5]))  # a fourth evaluation would have no score
     assert kept(tmp_path) == [2, 6] and "was not higher for 2 evaluations" in caplog.text
     batches = TinyBatches()
     train_toy(config, batches, evaluate=scored([]))  # the same command again has nothing to do

@@ -100,6 +100,21 @@ def test_numbers_have_their_chance_and_standard_error_and_english_is_first(tmp_p
         assert raw not in page
 
 
+def test_sizes_of_one_data_set_are_not_those_of_another(tmp_path):
+    sizes = {"images": 50, "described": 50, "texts": 100}
+    found = {
+        "retrieval": {"counts": {"en": sizes}, **SCORES},
+        "zeroshot": {"a": {"images": 25, "classes": 4, "worst": []}},
+    }
+    lines = [
+        {"step": 2, **{f"eval/retrieval/{name}/image_retrieval_recall@10": 0.36 for name in ("toy", "other-en")}},
+        {"step": 2, "eval/zeroshot/a/acc1": 0.5, "eval/zeroshot/b/acc1": 0.5},
+    ]
+    page = write_report(tmp_path / "r.html", [Run("run", lines, {}, found)]).read_text()
+    assert page.count("0.360 <small>± 0.048</small>") == 1 == page.count("0.500 <small>± 0.100</small>")
+    assert "<td>other-en</td><td>0.360</td>" in page and "<td>chance</td>" not in page
+
+
 def test_chance_of_several_right_ones_equals_drawing_at_random():
     sizes, rng = {"images": 10, "described": 10, "texts": 30}, np.random.default_rng(0)
     drawn = np.array([rng.permutation(30)[:5].min() < 3 for _ in range(20_000)])
@@ -110,7 +125,7 @@ def test_chance_of_several_right_ones_equals_drawing_at_random():
 
 
 SCORES = {
-    "language": "en", "histogram": {"edges": [-2.0, -1.0, 0.0], "positives": [0, 5], "negatives": [9, 1]},
+    "dataset": "toy", "language": "en", "histogram": {"edges": [-2.0, -1.0, 0.0], "positives": [0, 5], "negatives": [9, 1]},
     "reliability": {"bins": [[0.01, 0.0, 50], [0.2, 0.25, 20]], "error": 0.02, "prior": 0.02},
     "similarity": {"texts": ["a", "b"], "logits": [[0.0, -1.0], [-2.0, 0.5]]}, "found": [], "mistakes": [],
 }  # fmt: skip
