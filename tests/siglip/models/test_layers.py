@@ -93,7 +93,7 @@ def test_on_a_gpu_a_scan_is_unrolled_and_its_layout_pinned(unroll, turns_of_the_
 @pytest.mark.parametrize("remat, runs", [("none", 2), ("dots+gelu", 2), ("dots", 2), ("full", 3)])
 def test_remat_by_name_keeps_what_flash_attention_gives_its_backward_pass(remat, runs):
     attention = functools.partial(attention_fn, kernel="splash", interpret=True)
-    module = Encoder(Variant(16, 1, 24, 2), False, None, remat, BFLOAT16, FLOAT32, attention=attention)
+    module = Encoder(Variant(16, 1, 24, 2), False, remat, BFLOAT16, FLOAT32, attention=attention)
     x = jnp.zeros((1, 8, 16))
     params = jax.eval_shape(module.init, jax.random.key(0), x)
     program = str(jax.make_jaxpr(jax.grad(lambda params: module.apply(params, x).sum()))(params))
@@ -127,7 +127,7 @@ def test_a_pinned_layout_moves_no_activation():
     """The partitioner does not know the constraint: alone, it would gather the whole batch for it."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:2])
     layout, x = OnGpu(mesh), jax.ShapeDtypeStruct((4, 8, 16), jnp.float32, sharding=NamedSharding(mesh, P_BATCH))
-    module = Encoder(Variant(16, 1, 24, 2), False, None, "none", FLOAT32, FLOAT32, layout=layout)
+    module = Encoder(Variant(16, 1, 24, 2), False, "none", FLOAT32, FLOAT32, layout=layout)
     params = jax.eval_shape(module.init, jax.random.key(0), x)
     gradient = jax.jit(jax.grad(lambda params, x: module.apply(params, x).sum()))
     stats = compile.read(gradient.lower(params, x).compile())
