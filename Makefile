@@ -13,7 +13,8 @@ JOBS ?= $(shell expr `getconf _NPROCESSORS_ONLN` + 1)
 PARALLEL ?= -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 10
 # What compares numbers that floating point rounds: with XLA's optimizations. All else compiles faster without (tests/conftest.py).
 NUMERICS := $(addprefix tests/siglip/, models training/test_accumulation.py training/test_optim.py parallel/test_sharding.py \
-    test_losses.py formats/test_big_vision.py evaluation)
+    test_losses.py formats/test_big_vision.py \
+    evaluation/test_metrics.py evaluation/test_evaluators.py)
 # The instruction sets of this processor that XLA knows by name; none where there is no /proc/cpuinfo.
 ISA ?= $(shell tr ' ' '\n' < /proc/cpuinfo 2> /dev/null \
     | awk '/^sse4_2$$/ {a = "SSE4_2"} /^avx2$$/ {b = "AVX2"} /^avx512f$$/ {c = "AVX512"} END {print a, b, c}')
