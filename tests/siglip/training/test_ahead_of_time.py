@@ -21,7 +21,7 @@ pytest.importorskip("libtpu")
 pytestmark = pytest.mark.interop
 
 WIDTH = 768
-HBM_GB = 5.08  # a layer of So400m, forward and backward, one chip
+HBM_GB = 5.33  # a layer of So400m, forward and backward, one chip; 5.08 before GELU and biases had backward passes of their own
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,8 @@ def test_a_layer_of_so400m_moves_no_more_bytes_than_it_did():
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), param_shapes(config))
     rows = NamedSharding(mesh, sharding.P_BATCH)
     images = jax.ShapeDtypeStruct((64 * mesh.size, 224, 224, 3), jnp.uint8, sharding=rows)
-    with jax.set_mesh(mesh):
+    # Tests compute exactly on CPUs; of bfloat16 operands the TPU's attention kernel refuses to.
+    with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
         grad = jax.grad(lambda params, image: jnp.sum(model.apply({"params": params}, {"image": image}, train=True)[0]))
         found = kernels.read_kernels(jax.jit(grad).lower(params, images).compile().as_text())
     moved = sum(k.runs * k.bytes for k in found if k.is_in_a_block)
