@@ -57,7 +57,8 @@ isa-names:
 	@echo $(ISA)
 
 slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow -rs $(PARALLEL)
+	OPTIMIZED=1 $(BIN)/python -m pytest -m slow -rs $(PARALLEL) $(NUMERICS)
+	$(BIN)/python -m pytest -m slow -rs $(PARALLEL) $(addprefix --ignore=,$(NUMERICS))
 
 # What needs torch and transformers, exports read back by their users; and libtpu, programs compiled for a pod.
 interop: $(VENV)/.interop
