@@ -66,7 +66,7 @@ interop: $(VENV)/.interop
 
 # The same exports in transformers 5, beside the version 4 of .venv.
 interop5: $(VENV)/.interop
-	tests/transformers5.sh $(BIN)/python $(PARALLEL)
+	OPTIMIZED=1 tests/transformers5.sh $(BIN)/python $(PARALLEL)
 
 # The training step compiled for an H100: jax's CUDA plugin without CUDA, in a folder of its own (the extra `aot` in setup.cfg).
 AOT := build/aot
