@@ -134,7 +134,7 @@ def train_head(
         while len(order) < rows:
             order = np.concatenate([order, rng.permutation(count)])
         chosen, order = np.sort(order[:rows]), order[rows:]
-        batch = sharding.put_batch({name: np.asarray(array[chosen]) for name, array in arrays.items()}, mesh)
+        batch = sharding.put_batch({name: _widened(array[chosen]) for name, array in arrays.items()}, mesh)
         params, state = update(params, state, batch, jax.random.fold_in(key, step))
     return jax.tree.map(np.asarray, params)
 
@@ -145,9 +145,14 @@ def apply_head(
     """Yields (rows, `head(params, tokens of the rows)`) of this process's images; one shape is compiled."""
     compiled = jax.jit(head)
     for start in range(0, len(tokens), _BLOCK):
-        block = np.asarray(tokens[start : start + _BLOCK])
+        block = _widened(tokens[start : start + _BLOCK])
         padded = np.pad(block, [(0, _BLOCK - len(block)), (0, 0), (0, 0)])
         yield slice(start, start + len(block)), np.asarray(compiled(params, padded))[: len(block)]
+
+
+def _widened(rows: np.ndarray) -> np.ndarray:
+    """What is kept in float16 as float32: not every processor that XLA compiles for has the conversion."""
+    return np.asarray(rows, np.float32 if rows.dtype == np.float16 else rows.dtype)
 
 
 def standardised(params: Params, tokens: Array) -> Float[Array, "b n d"]:
