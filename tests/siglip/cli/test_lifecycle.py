@@ -14,7 +14,7 @@ from siglip.workdir.checkpoint import whole_steps
 from tests.siglip.cli.test_commands import fails, shard  # noqa: F401
 from tests.siglip.jobs import STEPS, Jobs
 
-GONE_S = 120  # data hang for ever: any bound shows that they are left; ten seconds are promised, but other tests run beside this one
+GONE_S = 120  # data hang for ever: any bound shows it; ten seconds are promised, but other tests run beside these
 
 
 @pytest.fixture(scope="module")
