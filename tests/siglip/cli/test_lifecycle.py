@@ -14,7 +14,7 @@ from siglip.workdir.checkpoint import whole_steps
 from tests.siglip.cli.test_commands import fails, shard  # noqa: F401
 from tests.siglip.jobs import STEPS, Jobs
 
-GONE_S = 120  # data hang for ever: any bound shows it; ten seconds are promised, but other tests run beside these
+GONE_S = 40  # ten are promised on a machine that is not overloaded; other tests run beside these
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_a_signal_while_data_hang_saves_what_was_trained(jobs, signum):
     job.wait_until_held(0)
     began = time.monotonic()
     job.processes[0].send_signal(signum)
-    (line,) = job.ends_with(128 + signum, within_s=180)
+    (line,) = job.ends_with(128 + signum, within_s=60)
     assert f"stopped by {signal.Signals(signum).name} at step 6, which is saved" in line
     assert whole_steps(job.workdir)[-1] == 6 and time.monotonic() - began < GONE_S
 
@@ -88,7 +88,7 @@ def test_a_signal_while_workers_are_stopped_leaves_no_process(jobs):
         os.kill(pid, signal.SIGSTOP)
     began = time.monotonic()
     job.processes[0].send_signal(signal.SIGTERM)
-    (line,) = job.ends_with(128 + signal.SIGTERM, within_s=180)
+    (line,) = job.ends_with(128 + signal.SIGTERM, within_s=60)
     assert "which is saved" in line and all_gone(pids) and time.monotonic() - began < GONE_S
     assert whole_steps(job.workdir)
 
