@@ -13,6 +13,7 @@ _SMOOTHED_OVER = 0.05  # share of the points
 
 
 def data_url(content: bytes, kind: str) -> str:
+    """An image file of a kind ("png", "svg+xml") as a URL that needs no network."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -76,6 +77,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], title: str, note
 
 
 def logit_histogram(edges: Sequence[float], positives: Sequence[int], negatives: Sequence[int]) -> str:
+    """Shares of matching and of other pairs by logit; n counts of each lie between n + 1 edges."""
     figure, axes = _axes()
     centres, width = (np.asarray(edges[1:]) + edges[:-1]) / 2, edges[1] - edges[0]
     for counts, color, name in ((negatives, _COLORS[-1], "other pairs"), (positives, _COLORS[2], "matching pairs")):
@@ -121,6 +123,7 @@ def bars(rows: Sequence[tuple[str, float, float | None]], title: str, *, chance:
 
 
 def matrix(values: Sequence[Sequence[float]], title: str, note: str, *, labels: Sequence[str] = ()) -> str:
+    """Values [rows, columns] as colours, with their scale."""
     figure, axes = _axes(4.6, 4.2)
     axes.grid(visible=False)
     shown = axes.imshow(np.asarray(values, float), cmap="viridis", aspect="auto")
