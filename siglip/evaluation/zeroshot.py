@@ -77,7 +77,7 @@ class ZeroShot:
             FileNotFoundError, UserError: for what would fail later.
         """
         classes = read_classes(self.classes)
-        make_prompts(classes.names, read_templates(self.templates))
+        self._name_equal_classes(classes.names)
         if self.subset is not None:
             read_subset(self.subset, classes.numbers(), len(classes.names))
         labels = first_values(self.data, (self.label,))[self.label]
@@ -99,6 +99,16 @@ class ZeroShot:
         classes, weights, texts = self.class_weights(embedder)
         images = embedder.embed_shards(self.data, (self.label,))
         return [Result(self, self.dataset, "", self.score(images, classes, weights, texts))]
+
+    def _name_equal_classes(self, names: Sequence[str]) -> None:
+        """Says which classes no text encoder can tell apart, and what that costs."""
+        canonical, first = self.canonical is not False, {}
+        prompts = make_prompts(names, read_templates(self.templates), canonical=canonical)
+        pairs = [(first.setdefault(tuple(own), number), number) for number, own in enumerate(prompts)]
+        later = [(early, late) for early, late in pairs if early != late]
+        if later and jax.process_index() == 0:
+            told = "%d of %d classes have the prompts of an earlier one, such as %r (classes %d and %d): their images count as wrong"
+            logger.warning(told, len(later), len(names), names[later[0][1]], *later[0])
 
     def class_weights(self, embedder: Embedder) -> tuple[Classes, Float[np.ndarray, "k e"], list[tuple[str, ...]]]:
         """The classes, their vectors, and the prompts of each."""

@@ -174,7 +174,8 @@ def _results(runs: Sequence[Run], baselines: Mapping[str, Mapping[str, float]]) 
         rows += [_row(name, row, columns, "baseline", {}) for name, row in baselines.items() if set(columns) & {*row}]
         head = "".join(f"<th>{html.escape(short_name(c))}</th>" for c in columns)
         told = (
-            " ± 1 standard error, of queries drawn at random; training again with another seed adds to it."
+            " ± 1 standard error, of queries drawn at random (for a mean over languages, at most); training again with another "
+            "seed adds to it."
             if any(sizes.values())
             else ""
         )
@@ -194,6 +195,8 @@ def _sizes(run: Run, dataset: str, task: str) -> Mapping[str, int]:
         return {}
     counts = found["counts"]
     named = {f"{found['dataset']}-{language}": own for language, own in counts.items()}
+    # A mean over languages is of the same images: its error is at most that of one language with its value (Jensen).
+    named[f"{found['dataset']}-mean"] = min(counts.values(), key=lambda own: own["described"])
     return named.get(dataset) or (next(iter(counts.values())) if [dataset] == [found["dataset"]] * len(counts) else {})
 
 

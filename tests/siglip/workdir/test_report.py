@@ -115,6 +115,14 @@ def test_sizes_of_one_data_set_are_not_those_of_another(tmp_path):
     assert "<td>other-en</td><td>0.360</td>" in page and "<td>chance</td>" not in page
 
 
+def test_a_mean_over_languages_has_the_error_of_one_of_them_at_most(tmp_path):
+    sizes = {"images": 50, "described": 50, "texts": 100}
+    found = {"retrieval": {"counts": {"en": sizes, "de": sizes}, **SCORES}}
+    lines = [{"step": 2, "eval/retrieval/toy-mean/text_retrieval_recall@1": 0.36}]
+    page = write_report(tmp_path / "r.html", [Run("run", lines, {}, found)]).read_text()
+    assert "0.360 <small>± 0.068</small>" in page  # sqrt(.36 * .64 / 50)
+
+
 def test_chance_of_several_right_ones_equals_drawing_at_random():
     sizes, rng = {"images": 10, "described": 10, "texts": 30}, np.random.default_rng(0)
     drawn = np.array([rng.permutation(30)[:5].min() < 3 for _ in range(20_000)])
