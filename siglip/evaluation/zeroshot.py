@@ -107,7 +107,7 @@ class ZeroShot:
         pairs = [(first.setdefault(tuple(own), number), number) for number, own in enumerate(prompts)]
         later = [(early, late) for early, late in pairs if early != late]
         if later and jax.process_index() == 0:
-            told = "%d of %d classes have the prompts of an earlier one, such as %r (classes %d and %d): their images count as wrong"
+            told = "%d of %d classes have the prompts of an earlier one, such as %r (no. %d and %d): their images count as wrong"
             logger.warning(told, len(later), len(names), names[later[0][1]], *later[0])
 
     def class_weights(self, embedder: Embedder) -> tuple[Classes, Float[np.ndarray, "k e"], list[tuple[str, ...]]]:

@@ -38,7 +38,7 @@ from siglip.parallel import sharding
 from siglip.training.config import EvalConfig, from_json, to_json
 from siglip.trees import build_dataclass
 from siglip.workdir import plots
-from tests.siglip.jobs import ROOT, SAMPLE, free_port
+from tests.siglip.jobs import ROOT, SAMPLE
 from tests.siglip.tiny import random_params
 from tests.siglip.tiny_run import tiny_config
 
@@ -451,31 +451,3 @@ def test_a_report_without_the_data_says_so(tmp_path, monkeypatch):
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     findings, (note,) = reporting._findings(tmp_path, {"eval": {"tasks": []}}, EvalConfig())
     assert findings == {} and note.endswith("the evaluation cannot be repeated here: no shard at x.tar")
-
-
-@pytest.mark.slow
-def test_two_processes_find_what_one_finds(src, table, tmp_path):
-    def start(count: int, devices: int, out: Path, command: list[str]) -> None:
-        port, processes = free_port(), []
-        for index in range(count):
-            who = ["--distributed.coordinator", f"localhost:{port}", "--distributed.processes", str(count)]
-            who = [*who, "--distributed.process-id", str(index)] if count > 1 else []
-            env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
-            line = [sys.executable, "-m", "siglip.cli", *command, "--out", str(out), "--batch-size", "4", *who]
-            processes.append(subprocess.Popen(line, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
-        for process in processes:
-            error = process.communicate(timeout=240)[1]
-            assert process.returncode == 0, error
-
-    commands = {
-        "eval.json": ["eval", str(src), "--task", "retrieval", "--data", str(table), "--tokenizer", SPIECE],
-        "z.npz": ["embed", str(src), "--data", str(table)],
-    }
-    for name, command in commands.items():
-        start(1, 1, tmp_path / f"one-{name}", command)
-        start(2, 2, tmp_path / f"two-{name}", command)
-    one, two = (json.loads((tmp_path / f"{n}-eval.json").read_text()) for n in ("one", "two"))
-    assert one == two
-    one, two = (np.load(tmp_path / f"{n}-z.npz") for n in ("one", "two"))
-    assert one["key"].tolist() == two["key"].tolist() and len(one["key"]) == PAIRS
-    np.testing.assert_allclose(one["embedding"], two["embedding"], atol=1e-6)

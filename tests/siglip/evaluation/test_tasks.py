@@ -142,7 +142,7 @@ def test_images_without_labels_are_left_out_of_a_mean_average_precision(embedder
 def test_classes_of_equal_prompts_are_named(caplog):
     task = ZeroShot("x.tar", json.dumps(["missile", "crane", "Missile", "crane!"]), json.dumps(["a {}"]))
     task.check(lambda data, fields: {"cls": [1]})
-    told = "2 of 4 classes have the prompts of an earlier one, such as 'Missile' (classes 0 and 2): their images count as wrong"
+    told = "2 of 4 classes have the prompts of an earlier one, such as 'Missile' (no. 0 and 2): their images count as wrong"
     assert told in caplog.text
     caplog.clear()
     dataclasses.replace(task, canonical=False).check(lambda data, fields: {"cls": [1]})
