@@ -31,7 +31,7 @@ $(VENV)/.interop: $(VENV)/.installed
 	$(PIP) install -c constraints.txt -e '.[test,interop]'
 	touch $@
 
-# Train, evaluate on pictures of things never seen, export the encoder, print one table.
+# Train, evaluate on images of things never seen, export the encoder, print one table.
 quickstart: $(VENV)/.installed
 	$(BIN)/siglip train configs/quickstart.py --workdir $(RUN) $(if $(STEPS),--total-steps $(STEPS) --optim.warmup-steps 1)
 	$(BIN)/python benchmarks/ridge_floor.py --train '$(SAMPLE)/emoji-train-*.tar' \

@@ -7,7 +7,8 @@ from pathlib import Path
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
-os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")  # a shape that fits by chance is a mistake that nothing else shows
+# A shape that fits by chance is a mistake that nothing else shows.
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 # Many tests, workers of pytest-xdist and processes that tests start compile the same, and so does the next run: the second one
 # finds it done. XLA's flags are part of a program's key.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))

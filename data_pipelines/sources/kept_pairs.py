@@ -8,8 +8,8 @@ That is 1/8 + 8/4096 bytes a row, 0.127: 10^7 rows are 1.3 MB, 10^9 rows 127 MB 
 row numbers would be 8 bytes a row. The manifest is read once, some rows at a time, and forgotten.
 
 The trap: a manifest names rows of shards. Of a shard that was written again, these are other pairs, and in another set the
-names and the keys are the same (00000.tar, 000000000). The counts of all shards are compared, of some shards where pictures
-lie, and of a few rows what the pictures are; a difference stops.
+names and the keys are the same (00000.tar, 000000000). The counts of all shards are compared, of some shards where images
+lie, and of a few rows what the images are; a difference stops.
 """
 
 import bisect
@@ -78,7 +78,7 @@ class KeptPairs:
             place = (told.get("image_offset"), told.get("image_bytes"))
             image = self.source.member_extents(row).get("image")
             if image is not None and None not in place and image != place:
-                raise _other_shards(manifest, shard, f"picture {told['key']!r} in another place")
+                raise _other_shards(manifest, shard, f"image {told['key']!r} in another place")
             if number % stride:
                 continue
             try:
@@ -88,7 +88,7 @@ class KeptPairs:
             if pair.key != told["key"]:
                 raise _other_shards(manifest, shard, f"{told['key']!r} in place of {pair.key!r}")
             if told.get("sha256") and told["sha256"] != hashlib.sha256(pair.image or b"").hexdigest():
-                raise _other_shards(manifest, shard, f"another picture {told['key']!r}")
+                raise _other_shards(manifest, shard, f"another image {told['key']!r}")
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -6,7 +6,7 @@ Timeouts, dropped connections, short bodies, 408, 425, 429 and 5xx are tried aga
 What fails for good is one line: which bytes of which URL, what failed, how often.
 
 HTTP is spoken here, over fsspec's session, because `fsspec` reads a body to its end before it looks at the
-status: a server that ignores the Range header would send the whole shard for every picture.
+status: a server that ignores the Range header would send the whole shard for every image.
 
 fsspec is imported with the first URL: local files are read on machines that have none of this.
 

@@ -142,4 +142,4 @@ def attentive_logits(params, tokens: Float[Array, "b n d"], *, heads: int) -> Fl
     )
     weights = jax.nn.softmax(jnp.einsum("hd,bnhd->bnh", query, keys) * query.shape[-1] ** -0.5, axis=1)
     pooled = jnp.einsum("bnh,bnhd->bhd", weights, values).reshape(len(x), -1)
-    return pooled @ params["kernel"] + params["bias"]
+    return pooled @ params["kernel"] + params["bias"][None]

@@ -157,4 +157,5 @@ def _widened(rows: np.ndarray) -> np.ndarray:
 
 def standardised(params: Params, tokens: Array) -> Float[Array, "b n d"]:
     """float32, by the "mean" and the "std" that `params` hold; no gradient goes to them."""
-    return (tokens.astype(jnp.float32) - jax.lax.stop_gradient(params["mean"])) / jax.lax.stop_gradient(params["std"])
+    mean, std = (jax.lax.stop_gradient(params[name])[None, None] for name in ("mean", "std"))
+    return (tokens.astype(jnp.float32) - mean) / std

@@ -113,7 +113,7 @@ def _nearest(
     labels: Int[Array, " c"],
 ) -> tuple[Float[Array, "r k"], Int[Array, "r k"]]:
     """The k largest cosines so far, and their labels; a label of -1 is no training image."""
-    cosines = jnp.where(labels >= 0, jnp.matmul(block, tile.T, precision=jax.lax.Precision.HIGHEST), -jnp.inf)
+    cosines = jnp.where(labels[None] >= 0, jnp.matmul(block, tile.T, precision=jax.lax.Precision.HIGHEST), -jnp.inf)
     cosines = jnp.concatenate([best[0], cosines], axis=1)
     labels = jnp.concatenate([best[1], jnp.broadcast_to(labels, (len(block), len(labels)))], axis=1)
     nearest, places = jax.lax.top_k(cosines, best[0].shape[1])

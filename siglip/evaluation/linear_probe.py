@@ -172,7 +172,7 @@ def _minimise(params, batch, decay, *, max_iterations: int):
     optimizer = optax.lbfgs(memory_size=10)
 
     def loss(params: tuple[Float[Array, "d k"], Float[Array, " k"]]) -> Float[Array, ""]:
-        logits = batch["x"] @ params[0] + params[1]
+        logits = batch["x"] @ params[0] + params[1][None]
         each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
         return batch["weight"] @ each + decay / 2 * jnp.sum(params[0] ** 2)
 

@@ -215,8 +215,8 @@ def _count_block(
     def tile(of_rows, columns_and_side):
         columns, column_side = columns_and_side
         scores = jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST)
-        there = (row_side.place >= 0)[:, None] & (column_side.place >= 0)
-        scores = jnp.where(there & (row_side.id[:, None] != column_side.id), scores, -jnp.inf)
+        there = (row_side.place >= 0)[:, None] & (column_side.place >= 0)[None]
+        scores = jnp.where(there & (row_side.id[:, None] != column_side.id[None]), scores, -jnp.inf)
         of_rows += _wins_and_ties(scores, row_side, column_side, axis=1)
         return of_rows, _wins_and_ties(scores, column_side, row_side, axis=0)
 

@@ -148,7 +148,7 @@ def pixel_logits(
     if key is not None and dropout:
         kept = jax.random.bernoulli(key, 1 - dropout, (len(x), 1, x.shape[-1]))
         x = jnp.where(kept, x / (1 - dropout), 0)
-    logits = (x @ params["kernel"] + params["bias"]).reshape(len(x), *grid, -1)
+    logits = (x @ params["kernel"] + params["bias"][None, None]).reshape(len(x), *grid, -1)
     return jax.image.resize(logits, (len(x), *size, logits.shape[-1]), "bilinear")
 
 

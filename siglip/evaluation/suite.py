@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from siglip.errors import UserError
+from siglip.evaluation.association import Association
 from siglip.evaluation.attentive_probe import AttentiveProbe
 from siglip.evaluation.embed import Embedder
 from siglip.evaluation.fewshot import FewShot
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 Task = (
     Retrieval | ZeroShot | Knn | FewShot | LinearProbe | AttentiveProbe | Segmentation | Selection | Verification
-    | Robustness | Groups
+    | Robustness | Groups | Association
 )  # fmt: skip
 
 

@@ -3,13 +3,15 @@
     y = x @ kernel + bias;   gelu(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))      (GELU, arXiv:1606.08415)
 
 - A bias is added to a flat axis: it is then part of the matrix product on a GPU, where a bias of [heads, depth] would be
-  written out for every token first. Its gradient is a sum over all tokens, taken in float32 whatever the dtype.
+  written out for every token first. Its gradient is a sum over all tokens, taken in float32 whatever the dtype. On a TPU the
+  heads stay an axis: of a flat product the compiler copies query, key and value into their layout.
 - GELU's backward pass computes tanh again from `x`, which is kept anyway, in place of keeping the tanh as well. Both passes
   compute in float32.
 
 The trap: GELU and the sum with a bias are custom VJPs, so forward-mode derivatives (`jax.jvp`) of the towers do not exist.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -26,7 +28,7 @@ class Dense(nn.Module):
     """`x @ kernel + bias` in `dtype`, over the last axis of x.
 
     The parameters have the shapes `inputs` + `features` and `features`, as `nn.DenseGeneral`'s do, and are drawn like those;
-    what is multiplied is flat.
+    what is multiplied is flat, unless `keep_axes`.
     """
 
     inputs: tuple[int, ...]
@@ -35,6 +37,7 @@ class Dense(nn.Module):
     kernel_init: Callable[..., Array] = nn.initializers.xavier_uniform()
     bias_init: Callable[..., Array] = nn.initializers.zeros
     use_bias: bool = True
+    keep_axes: bool = False
 
     def setup(self) -> None:
         flat = math.prod(self.inputs), math.prod(self.features)
@@ -43,27 +46,32 @@ class Dense(nn.Module):
         self.bias = self.param("bias", self.bias_init, self.features) if self.use_bias else None
 
     def __call__(self, x: Float[Array, "*rows i"]) -> Float[Array, "*rows o"]:
-        kernel = self.kernel.reshape(math.prod(self.inputs), -1).astype(self.dtype)
-        y = x.astype(self.dtype) @ kernel
-        return y if self.bias is None else _add_bias(y, self.bias.reshape(-1))
+        inputs, features = self.inputs, self.features
+        if not self.keep_axes:
+            inputs, features = (math.prod(inputs),), (math.prod(features),)
+        x, kernel = x.reshape(*x.shape[:-1], *inputs), self.kernel.reshape(*inputs, *features)
+        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), len(inputs))
+        y = y if self.bias is None else _add_bias(y, self.bias.reshape(features), len(features))
+        return y.reshape(*y.shape[: -len(features)], -1)
 
 
-@jax.custom_vjp
-def _add_bias(y: Float[Array, "*rows o"], bias: Float[Array, " o"]) -> Float[Array, "*rows o"]:
-    return y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _add_bias(y: Float[Array, "*rows_o"], bias: Float[Array, "*o"], axes: int) -> Float[Array, "*rows_o"]:
+    """To the last `axes` axes."""
+    return y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - axes))
 
 
-def _add_bias_fwd(y: Array, bias: Array) -> tuple[Array, None]:
-    return _add_bias(y, bias), None
+def _add_bias_fwd(y: Array, bias: Array, axes: int) -> tuple[Array, None]:
+    return _add_bias(y, bias, axes), None
 
 
-def _add_bias_bwd(_: None, grad: Array) -> tuple[Array, Array]:
+def _add_bias_bwd(axes: int, _: None, grad: Array) -> tuple[Array, Array]:
     widen = lambda x: x.astype(jnp.float32)  # noqa: E731
     if grad.dtype == jnp.bfloat16:
         grad32 = jax.lax.platform_dependent(grad, cuda=_widen_bits, default=widen)
     else:
         grad32 = widen(grad)
-    return grad, grad32.sum(range(grad.ndim - 1))
+    return grad, grad32.sum(range(grad.ndim - axes))
 
 
 def _widen_bits(x: Array) -> Array:

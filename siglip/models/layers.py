@@ -42,14 +42,16 @@ class MultiHeadAttention(nn.Module):
     dtype: jnp.dtype
     attention: AttentionFn = attention_fn
     config: BlockConfig = BlockConfig()
+    keep_axes: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         (b, n, width), heads = x.shape, self.num_heads
+        axes = {"keep_axes": self.keep_axes}
 
         def project(name: str) -> Array:
             bias = {"use_bias": self.config.bias}
-            y = Dense((width,), (heads, width // heads), self.dtype, **bias, name=name)(x)
+            y = Dense((width,), (heads, width // heads), self.dtype, **bias, **axes, name=name)(x)
             return checkpoint_name(y, _PRODUCT).reshape(b, n, heads, -1)
 
         def normalise(name: str, x: Array) -> Array:
@@ -57,7 +59,7 @@ class MultiHeadAttention(nn.Module):
 
         query, key = normalise("query_ln", project("query")), normalise("key_ln", project("key"))
         y = self.attention(query, key, project("value"))
-        y = Dense((heads, width // heads), (width,), self.dtype, name="out")(y.reshape(b, n, width))
+        y = Dense((heads, width // heads), (width,), self.dtype, **axes, name="out")(y.reshape(b, n, width))
         return checkpoint_name(y, _PRODUCT)
 
 
@@ -113,12 +115,13 @@ class Block(nn.Module):
     dropout: float = 0.0
     attention: AttentionFn = attention_fn
     config: BlockConfig = BlockConfig()
+    keep_axes: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         heads, config, name = self.variant.num_heads, self.config, "MultiHeadDotProductAttention_0"
         normal = _layer_norm("LayerNorm_0", config)(x).astype(self.dtype)
-        y = MultiHeadAttention(heads, self.dtype, self.attention, config, name=name)(normal)
+        y = MultiHeadAttention(heads, self.dtype, self.attention, config, self.keep_axes, name=name)(normal)
         x = x + dropout(y.astype(x.dtype), self.dropout)
         y = normal if config.parallel else _layer_norm("LayerNorm_1", config)(x).astype(self.dtype)
         y = MlpBlock(self.variant.mlp_dim, self.dtype, name="MlpBlock_0")(y)
@@ -175,7 +178,8 @@ class Encoder(nn.Module):
             if sharded:
                 gather = functools.partial(layout.gather_block, prefix=f"{path}/{name}/", dtype=self.dtype)
                 make = nn.map_variables(Block, "params", trans_in_fn=_on_params(gather))
-            return make(self.variant, self.dtype, self.dropout, self.attention, self.config, name=name)
+            options = {"keep_axes": layout is not None and layout.platform == "tpu"}  # see dense.py
+            return make(self.variant, self.dtype, self.dropout, self.attention, self.config, **options, name=name)
 
         if self.remat != "none" or sharded:
             # Inside a loop nothing can undo the recomputation.

@@ -161,7 +161,7 @@ def test_other_pictures_under_the_same_names_and_keys(tmp_path):
     with LocalEngine(1) as engine:
         curate(str(tmp_path / "ours" / "00000.tar"), made_of, config=CurateConfig(min_side_px=0), engine=engine)
     assert len(KeptPairs(TarSource(tmp_path / "ours" / "00000.tar"), made_of / "manifest.parquet")) == 5
-    for name, told in (("theirs", "another picture '000000000'"), ("longer", "picture '000000000' in another place")):
+    for name, told in (("theirs", "another image '000000000'"), ("longer", "image '000000000' in another place")):
         with pytest.raises(UserError, match=told):
             KeptPairs(TarSource(tmp_path / name / "00000.tar"), made_of / "manifest.parquet")
 

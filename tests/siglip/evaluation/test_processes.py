@@ -32,6 +32,7 @@ ENTRIES = [
     {"name": "fewshot", "task": "fewshot", "train": "train.parquet", "shots": [1, 5], "seeds": [0]},
     {"name": "linear", "task": "linear_probe", "train": "train.parquet", "c": [1.0]},
     {"name": "selection", "task": "selection"},
+    {"name": "association", "task": "association", "instances": "instances.jsonl"},
     {"name": "verification", "task": "verification", "negatives": 3},
     {
         "name": "robustness", "task": "robustness", "classes": "classes.txt", "corruptions": ["pixelate"],
@@ -56,6 +57,8 @@ def folder(tmp_path_factory) -> Path:
     write_shapes(folder / "train.parquet", count=48, seed=0)
     write_shapes(folder / "shapes.parquet", count=PAIRS, seed=1)
     (folder / "classes.txt").write_text("\n".join(CLASSES))
+    instance = {"cue": "disc", "candidates": [f"1-{n}" for n in range(5)], "associations": ["1-1", "1-3"]}
+    (folder / "instances.jsonl").write_text(json.dumps(instance))
     suite = {"defaults": {"data": "shapes.parquet"}, "entries": ENTRIES + TRAINED_IN_STEPS}
     (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
     return folder

@@ -1,5 +1,6 @@
 """Every task from files to metrics, on generated shapes and a model with random parameters."""
 
+import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 
 from siglip.cli import reporting, run
 from siglip.cli.evaluation import embedder_of, first_values
+from siglip.errors import UserError
+from siglip.evaluation.association import Association, association
 from siglip.evaluation.attentive_probe import AttentiveProbe
 from siglip.evaluation.class_files import Classes
 from siglip.evaluation.embed import EmbeddedImages, Embedder
@@ -237,6 +240,50 @@ def test_captions_are_selected_and_pairs_verified(embedder, test, tmp_path):
     texts = table["match"].cast(pa.string())  # as CSV files have them
     pq.write_table(table.set_column(table.column_names.index("match"), "match", texts), tmp_path / "shapes.parquet")
     assert metrics_of(Verification(str(tmp_path / "shapes.parquet"), match="match"), embedder) == found
+
+
+def test_images_that_go_with_a_cue(embedder, test, tmp_path, caplog):
+    rows = [
+        {"cue": "orange disc", "candidates": [f"1-{n}" for n in range(5)], "associations": ["1-1", "1-3"]},
+        {"cue": "red_thing", "candidates": [f"1-{n}" for n in range(5, 15)], "associations": ["1-6"]},
+        {"cue": "away", "candidates": ["1-0", "gone"], "associations": ["gone"]},
+    ]
+    (tmp_path / "i.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with (tmp_path / "i.csv").open("w") as file:  # as the published table has its lists
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({name: repr(value) if name != "cue" else value for name, value in row.items()} for row in rows)
+    found = metrics_of(Association(test, str(tmp_path / "i.jsonl")), embedder)
+    assert metrics_of(Association(test, str(tmp_path / "i.csv")), embedder) == found
+    assert "1 of 3 instances of" in caplog.text
+    images = dict(zip((own := embedder.embed_shards(test)).keys, own.zimg, strict=True))
+    ztxt = embedder.embed_texts(["an orange disc", "a red thing"])
+    jaccard = []
+    for row, z in zip(rows, ztxt, strict=False):
+        best = sorted(row["candidates"], key=lambda name: -images[name] @ z)[: len(row["associations"])]
+        right = set(row["associations"])
+        jaccard.append(len(right & {*best}) / len(right | {*best}))
+    assert found["jaccard_5-6"] == jaccard[0] and found["jaccard_10-12"] == jaccard[1]
+    assert found["jaccard"] == np.mean(jaccard)
+
+
+@pytest.mark.parametrize(
+    "file, told",
+    [
+        ("cue,candidates,associations\na,\"['x']\",\"['y']\"\n", "row 1 of .* must have a text `cue` and two lists"),
+        ("cue,candidates,associations\n", "holds no instances"),
+        ("cue,candidates,associations\na,[[[,[\n", "row 1 of"),
+    ],
+)
+def test_instances_that_are_none(tmp_path, file, told):
+    (tmp_path / "i.csv").write_text(file)
+    with pytest.raises(UserError, match=told):
+        Association("x", str(tmp_path / "i.csv")).check(lambda data, fields: {})
+    with pytest.raises(UserError, match="are not finite"):
+        association([np.array([1.0, np.nan])], [np.array([True, False])])
+    # Collapsed: the first of equal scores are chosen, and it is said.
+    found = association([np.ones(5)], [np.array([False, True, False, True, False])])
+    assert found == {"jaccard": pytest.approx(1 / 3), "tied_fraction": 1.0, "jaccard_5-6": pytest.approx(1 / 3)}
 
 
 def test_the_first_caption_alone(embedder, test, tmp_path):

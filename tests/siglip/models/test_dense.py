@@ -49,10 +49,11 @@ def test_gelu_keeps_its_input_alone_for_the_backward_pass():
     assert kept == [x.shape]
 
 
+@pytest.mark.parametrize("keep_axes", [False, True])
 @pytest.mark.parametrize("inputs, features", [((24,), (3, 5)), ((4, 6), (24,)), ((24,), (7,))])
-def test_parameters_and_products_are_those_of_flax(inputs, features):
+def test_parameters_and_products_are_those_of_flax(inputs, features, keep_axes):
     x = jax.random.normal(jax.random.key(1), (2, 9, 24))
-    ours = Dense(inputs, features, jnp.dtype("float32"), bias_init=nn.initializers.normal(1.0))
+    ours = Dense(inputs, features, jnp.dtype("float32"), bias_init=nn.initializers.normal(1.0), keep_axes=keep_axes)
     theirs = nn.DenseGeneral(
         features,
         axis=tuple(range(-len(inputs), 0)),

@@ -1,0 +1,169 @@
+"""Which images go with a cue, WinoGAViL (arXiv:2207.12576): the k nearest to "A {cue}" or "An {cue}".
+
+    jaccard = |chosen and right| / |chosen or right|,  k = number of right ones
+
+as DataComp scores it, whose number is `jaccard_10-12`: over the instances of 10 to 12 candidates.
+"""
+
+import ast
+import csv
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from siglip.array_types import Bool, Float
+from siglip.errors import UserError
+from siglip.evaluation.class_files import canonicalize
+from siglip.evaluation.embed import Embedder, FirstValues
+from siglip.evaluation.results import Result, check_name, dataset_name
+
+logger = logging.getLogger(__name__)
+
+_GROUPS = ((5, 6), (10, 12))
+
+
+class Instance(NamedTuple):
+    """A cue, the names of the images to choose from, and those of the right ones."""
+
+    cue: str
+    candidates: list[str]
+    associations: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Association:
+    """Which images people associate with a cue, among a few: Jaccard index
+
+    Attributes:
+        data: the images, as for training; an image's name is its key, of a file its name without folder and ending.
+        instances: CSV with a header, JSON list or JSON Lines with `cue`, `candidates` and `associations`, two lists of names.
+        canonical: whether prompts lose punctuation, underscores and capitals; None does what the model's own pipeline does.
+        name: name of the data set in the result; without one it is taken from the names of the shards.
+        task: the kind of evaluation.
+    """
+
+    data: str
+    instances: str
+    canonical: bool | None = None
+    name: str | None = None
+    task: Literal["association"] = "association"
+
+    BENCHMARK_TASK: ClassVar[str] = "image_association"
+    EMBEDS_TEXTS: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set in the result."""
+        return dataset_name(self.name, self.data)
+
+    def check(self, first_values: FirstValues) -> None:
+        """Raises FileNotFoundError or UserError for what would fail later."""
+        read_instances(self.instances)
+        first_values(self.data, ())
+
+    def run(self, embedder: Embedder) -> list[Result]:
+        """One result. Raises UserError: no instance has all its images, or nothing can be decoded."""
+        instances, images = read_instances(self.instances), embedder.embed_shards(self.data, ())
+        row_of = {Path(key).stem: row for row, key in enumerate(images.keys)}
+        row_of |= {key: row for row, key in enumerate(images.keys)}
+        whole = [own for own in instances if all(name in row_of for name in own.candidates)]
+        if not whole:
+            missing = next(name for own in instances for name in own.candidates if name not in row_of)
+            raise UserError(
+                f"no instance of {self.instances} has all its images in {self.data}, such as {missing!r}; their names must be "
+                f"keys, such as {images.keys[0]!r}"
+            )
+        if len(whole) < len(instances) and jax.process_index() == 0:
+            told = "%d of %d instances of %s left out because an image is missing"
+            logger.warning(told, len(instances) - len(whole), len(instances), self.instances)
+        canonical = embedder.canonical_prompts if self.canonical is None else self.canonical
+        prompts = [prompt(own.cue) for own in whole]
+        ztxt = embedder.embed_texts([canonicalize(text) if canonical else text for text in prompts])
+        scores = [
+            images.zimg[[row_of[name] for name in own.candidates]] @ z for own, z in zip(whole, ztxt, strict=True)
+        ]
+        right = [np.isin(own.candidates, own.associations) for own in whole]
+        return [Result(self, self.dataset, "", association(scores, right))]
+
+
+def prompt(cue: str) -> str:
+    """The cue with its article."""
+    return f"{'An' if cue[0].lower() in 'aeiou' else 'A'} {cue}"
+
+
+def association(scores: Sequence[Float[np.ndarray, " _"]], right: Sequence[Bool[np.ndarray, " _"]]) -> dict[str, float]:
+    """{"jaccard", "jaccard_5-6", "jaccard_10-12", "tied_fraction"}, the groups where they have instances.
+
+    Args:
+        scores: of each instance's candidates; of equal scores the first is chosen. right: which of them are.
+
+    Raises:
+        UserError: a score is not finite.
+    """
+    if not all(np.isfinite(own).all() for own in scores):
+        raise UserError("some embeddings are not finite; the model has diverged or its file is damaged")
+    found, tied = [], []
+    for own, expected in zip(scores, right, strict=True):
+        order, count = np.argsort(-own, kind="stable"), int(expected.sum())
+        hits = int(expected[order[:count]].sum())
+        found.append(hits / (2 * count - hits))
+        tied.append(count < len(own) and own[order[count - 1]] == own[order[count]])
+    sizes = np.asarray([len(own) for own in scores])
+    metrics = {"jaccard": float(np.mean(found)), "tied_fraction": float(np.mean(tied))}
+    for low, high in _GROUPS:
+        inside = (low <= sizes) & (sizes <= high)
+        if inside.any():
+            metrics[f"jaccard_{low}-{high}"] = float(np.mean(np.asarray(found)[inside]))
+    return metrics
+
+
+def read_instances(path: str) -> list[Instance]:
+    """The instances of a file.
+
+    Raises:
+        FileNotFoundError, UserError: there is no file, or a row lacks something.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if Path(path).suffix.lower() == ".csv":
+            rows = list(csv.DictReader(text.splitlines()))
+        elif text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise UserError(f"{path} is neither CSV nor JSON in UTF-8 ({error})") from None
+    instances = [_instance(path, number, row) for number, row in enumerate(rows, 1)]
+    if not instances:
+        raise UserError(f"{path} holds no instances")
+    return instances
+
+
+def _instance(path: str, number: int, row: Any) -> Instance:
+    row = row if isinstance(row, dict) else {}
+    cue, lists = row.get("cue"), [_names(row.get(name)) for name in ("candidates", "associations")]
+    if not isinstance(cue, str) or not cue or not all(lists) or not set(lists[1]) <= set(lists[0]):
+        raise UserError(
+            f"row {number} of {path} must have a text `cue` and two lists of names, `candidates` and, "
+            "those of them that are right, `associations`"
+        )
+    return Instance(cue, *lists)
+
+
+def _names(value: Any) -> list[str]:
+    """A list of texts; in CSV it is written as in JSON or Python. Empty if it is none."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return []
+    return value if isinstance(value, list) and all(isinstance(name, str) for name in value) else []
