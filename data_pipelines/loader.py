@@ -107,6 +107,7 @@ class Loader:
         self.sources = batches.reader.sources
         self._position = batches.reader.start
         self.counts = collections.Counter()
+        self._told_of_lines = False
 
     def __iter__(self) -> Iterator[dict]:
         return self
@@ -118,6 +119,15 @@ class Loader:
         batch = next(self._iterator)
         self._position += 1
         self.counts.update(batch.pop("replaced"))
+        if (
+            (lines := batch.pop("several_lines"))
+            and not self._told_of_lines
+            and self._batches.reader.process_index == 0
+        ):
+            self._told_of_lines, told = True, f"{lines} captions of a batch of {len(batch['key'])} have several lines"
+            warnings.warn(
+                f"{told}, used as one; if each line is a caption, name the field 'txt.*', not 'txt'", stacklevel=2
+            )
         return batch
 
     def _iterate(self, batches: workers.Batches):
@@ -202,12 +212,8 @@ class Loader:
         self._position = state["position"]
         self.counts = collections.Counter(state["counts"])
         was, ours = state["mixture"], tuple(source.weight for source in self._config.sources)
-        mixture = dataclasses.replace(
-            self._batches.reader.mixture,
-            weights=tuple(was["weights"]),
-            since=was["since"],
-            counts=tuple(was["counts"]),
-        )
+        saved = {"weights": tuple(was["weights"]), "since": was["since"], "counts": tuple(was["counts"])}
+        mixture = dataclasses.replace(self._batches.reader.mixture, **saved)
         if mixture.weights != ours:
             position = self._position * self._batches.reader.batch_pairs
             mixture = mixture.reweighted(ours, position=position)

@@ -47,7 +47,8 @@ _LOOKED_AT_PAIRS = 100
 class TrainBatches:
     """The local batches of one process, as `workers.iterate` wants them.
 
-    A batch has the arrays of all fields, key: list[str] of its rows, and replaced: {reason: substitutes}.
+    A batch has the arrays of all fields, key: list[str] of its rows, replaced: {reason: substitutes}, and several_lines: how
+    many captions have line breaks.
 
     Attributes:
       reader: which pairs.
@@ -81,26 +82,28 @@ class TrainBatches:
 
     def fill(
         self, places: Sequence[Place], arrays: dict[str, np.ndarray]
-    ) -> tuple[list[int], list[str], dict[str, int]]:
-        """Writes some rows. -> (rows, keys, substitutes by reason)"""
-        keys, replaced = [], collections.Counter()
+    ) -> tuple[list[int], list[str], dict[str, int], int]:
+        """Writes some rows. -> (rows, keys, substitutes by reason, captions with line breaks)"""
+        keys, replaced, several = [], collections.Counter(), 0
         for place in places:
             values, key, reason = self.sample(place, self.fields)
+            several += values.pop("several_lines", False)
             for name, value in values.items():
                 arrays[name][place.row] = value
             keys.append(key)
             if reason:
                 replaced[reason] += 1
-        return [place.row for place in places], keys, dict(replaced)
+        return [place.row for place in places], keys, dict(replaced), several
 
     def finish(self, batch: int, arrays: dict[str, np.ndarray], notes: list) -> dict:
         del batch
         keys, replaced = [""] * self.rows, collections.Counter()
-        for rows, chunk_keys, chunk_replaced in notes:
+        for rows, chunk_keys, chunk_replaced, _ in notes:
             replaced.update(chunk_replaced)
             for row, key in zip(rows, chunk_keys, strict=True):
                 keys[row] = key
-        return arrays | {"key": keys, "replaced": dict(replaced)}
+        several = sum(note[-1] for note in notes)
+        return arrays | {"key": keys, "replaced": dict(replaced), "several_lines": several}
 
     def sample(self, place: Place, fields: Sequence[Field]) -> tuple[dict[str, Any], str, str | None]:
         """The arrays and the key of the sample at a place, and why it is a substitute (None: it is not)."""

@@ -13,7 +13,7 @@ from data_pipelines.tokenizers import SentencePieceTokenizer
 
 @dataclass(frozen=True)
 class Tokens:
-    """text: int32 [l]. captions: one spec per source."""
+    """text: int32 [l]; several_lines, which is counted: the caption has line breaks. captions: one spec per source."""
 
     tokenizer: SentencePieceTokenizer
     length: int
@@ -24,10 +24,10 @@ class Tokens:
     def arrays(self) -> dict:
         return {"text": ((self.length,), np.int32)}
 
-    def make(self, pair: SamplePair, rng: Rng) -> dict[str, np.ndarray]:
+    def make(self, pair: SamplePair, rng: Rng) -> dict[str, np.ndarray | bool]:
         """Raises BrokenPair: "missing_text" and "empty_text", or what kept the texts from being read."""
         try:
             caption = text_ops.draw_caption(pair.fields, self.captions[pair.source], rng)
         except text_ops.CaptionError as error:
             raise BrokenPair(pair.problems[0] if pair.problems else error.reason) from error
-        return {"text": self.tokenizer.encode(caption, self.length)}
+        return {"text": self.tokenizer.encode(caption, self.length), "several_lines": "\n" in caption}

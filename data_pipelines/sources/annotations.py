@@ -11,7 +11,6 @@ Each is read into rows, one per image in the order of the file: the image's path
 list `txt`, or `captions` by language; the class is `cls`.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 from data_pipelines.errors import UserError
 from data_pipelines.sources import files
+from data_pipelines.sources.columns import load_json
 
 IMAGE_COLUMNS = ("image", "file_name", "filename", "filepath", "image_path", "path", "file", "img")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".avif")
@@ -73,9 +73,13 @@ def _walk_classes(folder: str) -> Annotations:
     found.sort(key=lambda path: path.split(os.sep))
     if not found:
         raise UserError(f"folder {folder!r} holds no images ({', '.join(IMAGE_SUFFIXES)}); name its shards")
-    classes = sorted({path.split(os.sep)[0] for path in found if os.sep in path})
+    classes = sorted({files.printable(path.split(os.sep)[0]) for path in found if os.sep in path})
     classes.sort(key=int if all(name.isdecimal() for name in classes) else str)
-    rows = [{"image": path} | ({"cls": path.split(os.sep)[0]} if os.sep in path else {}) for path in found]
+    rows = []
+    for path in found:
+        key = files.printable(path)
+        row = {"image": path} | ({"cls": key.split(os.sep)[0]} if os.sep in path else {})
+        rows.append(row if key == path else row | {"key": key})
     return Annotations(rows, "", classes or None)
 
 
@@ -99,9 +103,9 @@ def is_image_name(name: str) -> bool:
 
 def _read_crossmodal(folder: str) -> Annotations:
     rows, path = [], os.path.join(folder, CROSSMODAL)
-    for number, line in enumerate(files.read_whole(path).decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(files.read_whole(path).decode("utf-8", "replace").encode().splitlines(), 1):
         try:
-            entry = json.loads(line) if line.strip() else None
+            entry = load_json(line)[0] if line.strip() else None
             if entry is not None:
                 captions = {
                     key: own["caption"] for key, own in entry.items() if isinstance(own, dict) and "caption" in own
@@ -193,7 +197,7 @@ def _split_of(image: Mapping[str, Any]) -> str:
 
 def _read_json(path: str) -> Any:
     try:
-        return json.loads(files.read_whole(path))
+        return load_json(files.read_whole(path))[0]
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path!r} is not JSON ({' '.join(str(error).split())}); copy it again") from error
 

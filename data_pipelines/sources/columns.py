@@ -41,17 +41,23 @@ def parse_object(text: bytes) -> tuple[dict[str, Any], list[str]]:
     if len(text) > _MAX_JSON_BYTES:
         return {}, ["invalid_json"]
     try:
-        parsed = json.loads(text)
+        parsed, repaired = load_json(text)
     except (ValueError, RecursionError):  # RecursionError: nested a thousand deep
         return {}, ["invalid_json"]
     brackets = text.count(b"[") + text.count(b"{")
     if not isinstance(parsed, dict) or (brackets > _MAX_DEPTH and _is_deep(parsed)):
         return {}, ["invalid_json"]
+    return parsed, ["control_chars"] if repaired else []
+
+
+def load_json(text: bytes) -> tuple[Any, bool]:
+    """What a JSON text holds without halves of surrogate pairs, and whether it had any. Raises ValueError, RecursionError."""
+    parsed = json.loads(text)
     # What a surrogate may come from: an escape, its own bytes, or UTF-16. Few objects have one of these.
     if b"\\ud" in text or b"\\uD" in text or b"\xed" in text or b"\0" in text:
         repaired = _without_surrogates(parsed)
-        return repaired, [] if repaired == parsed else ["control_chars"]
-    return parsed, []
+        return repaired, repaired != parsed
+    return parsed, False
 
 
 def _is_deep(value: Any) -> bool:

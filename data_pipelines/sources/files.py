@@ -47,7 +47,7 @@ def expand_shards(shards: str | os.PathLike | Sequence[str | os.PathLike]) -> li
 
     Raises:
       FileNotFoundError: a pattern names no file.
-      UserError: there is no pattern, or a URL cannot be opened.
+      UserError: there is no pattern, a name is not UTF-8, or a URL cannot be opened.
       OSError: a server does not answer.
     """
     patterns = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
@@ -57,7 +57,17 @@ def expand_shards(shards: str | os.PathLike | Sequence[str | os.PathLike]) -> li
     for several in map(os.fspath, patterns):
         for pattern in [several] if several.startswith(_IN_ARCHIVE) else _SEVERAL.split(several):
             paths += _expand(os.path.expanduser(pattern.removeprefix("file://")))
+    for path in paths:
+        if printable(path) != path:
+            raise UserError(
+                f"the name of shard '{printable(path)}' is not UTF-8, as manifests and reports are; rename it"
+            )
     return list(dict.fromkeys(paths))
+
+
+def printable(name: str) -> str:
+    """The name of a file with escapes in place of bytes that are not UTF-8, which Linux allows and no text file can hold."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _expand(pattern: str) -> list[str]:

@@ -25,7 +25,7 @@ from pyarrow import types
 
 from data_pipelines.errors import UserError
 from data_pipelines.records import Pair, ShardLost
-from data_pipelines.sources import files, index_file
+from data_pipelines.sources import files, index_file, parquet_headers
 from data_pipelines.sources.arrow_values import row_values
 from data_pipelines.sources.blocks import Block, BlockCache, pieces
 from data_pipelines.sources.index_file import Contents
@@ -39,6 +39,8 @@ _OPEN_FOOTERS = 64
 _PLANNED_GROUPS = 1024
 _JOIN_GAP_BYTES = 1 << 20
 _FOOTER_GUESS_BYTES, _MAX_FOOTER_BYTES = 1 << 16, 1 << 30
+# What a row group may take in memory: encoded images do not shrink in Parquet, texts to a fifth or so.
+_MAX_EXPANSION, _SPARE_BYTES = 8, 1 << 29
 
 
 class ParquetSource(ColumnSource):
@@ -56,10 +58,10 @@ class ParquetSource(ColumnSource):
         """The index of a shard. Raises UserError: it is cut, not a Parquet file, or has no rows."""
         read = functools.partial(files.Reader([shard], [stat.size]).read, 0)
         try:
-            metadata = pq.read_metadata(_footer_file(read, stat.size))
-            schema = metadata.schema.to_arrow_schema()
-            columns, identity = schema.names, _identity(metadata, stat.size)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            end = _file_end(read, stat.size)
+            metadata = pq.read_metadata(_at_end(end, stat.size))
+            schema, columns = metadata.schema.to_arrow_schema(), _read_columns(end, metadata, stat.size)
+        except (pa.ArrowException, OSError, UnicodeDecodeError, parquet_headers.Damaged) as error:
             if isinstance(error, OSError) and not isinstance(error, pa.ArrowException) and files.is_remote(shard):
                 raise
             detail = " ".join(str(error).split())
@@ -69,8 +71,11 @@ class ParquetSource(ColumnSource):
         counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         groups = np.zeros(len(counts), [("first", "<i8")])
         groups["first"][1:] = np.cumsum(counts)[:-1]
-        notes = {"columns": columns, "image": _image_column(schema)}
-        return Contents(sum(counts), {"groups": groups}, notes, index_file.digest(stat, groups, identity))
+        chunks = np.array([column[1:] for column in columns], parquet_headers.CHUNK)
+        notes = {"columns": schema.names, "image": _image_column(schema)}
+        identity = repr([((start, end), path, nbytes) for path, start, end, nbytes in columns]).encode()
+        tables = {"groups": groups, "chunks": chunks}
+        return Contents(sum(counts), tables, notes, index_file.digest(stat, groups, identity))
 
     def __init__(
         self,
@@ -127,7 +132,7 @@ class ParquetSource(ColumnSource):
 
     def _plan_group(self, shard: int, group: int) -> dict:
         """A row group as arguments of `BlockCache.get`."""
-        nbytes = sum(chunk.total_uncompressed_size for chunk in self._chunks(shard, group))
+        nbytes = int(self._chunks(shard, group)[1]["uncompressed_bytes"].sum())
         fetch = functools.partial(self._read_group, shard, group)
         return {"key": (shard, group), "fetch": fetch, "nbytes": nbytes}
 
@@ -143,24 +148,25 @@ class ParquetSource(ColumnSource):
         return Pair(name, image, fields, problems)
 
     def _read_footer(self, shard: int) -> pq.FileMetaData:
-        read = functools.partial(self._files.read, shard)
+        read, size = functools.partial(self._files.read, shard), self._indexes[shard].header.shard_bytes
         try:
-            return pq.read_metadata(_footer_file(read, self._indexes[shard].header.shard_bytes))
+            return pq.read_metadata(_at_end(_file_end(read, size), size))
         except pa.ArrowException as error:
             raise ShardLost(f"shard {self.paths[shard]!r} was replaced while it was in use; start again") from error
 
     def _read_group(self, shard: int, group: int) -> pa.Table:
         """Reads the needed columns of a row group; columns that lie close together take one read."""
-        size, spans = self._indexes[shard].header.shard_bytes, [_span(chunk) for chunk in self._chunks(shard, group)]
-        places = np.array([(start, end - start) for start, end in spans], np.int64).reshape(-1, 2)
+        size, (numbers, chunks) = self._indexes[shard].header.shard_bytes, self._chunks(shard, group)
+        places = np.stack([chunks["start"], chunks["end"] - chunks["start"]], 1)
         joined = pieces(places, gap_bytes=_JOIN_GAP_BYTES, limit_bytes=size).tolist()
         source = _Blocks([(start, self._files.read(shard, start, end - start)) for start, end in joined], size)
+        metadata, about = self._footer(shard), f"row group {group} of shard {self.paths[shard]!r}"
+        repeated = _check_expansion(source, chunks, [metadata.schema.column(number) for number in numbers], about)
         try:
-            file = pq.ParquetFile(pa.PythonFile(source, "r"), metadata=self._footer(shard))
+            file = pq.ParquetFile(pa.PythonFile(source, "r"), metadata=metadata, read_dictionary=repeated)
             return file.read_row_group(group, columns=self._names(shard), use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            detail = " ".join(str(error).split())
-            raise OSError(f"row group {group} of shard {self.paths[shard]!r} is damaged: {detail}") from error
+            raise OSError(f"{about} is damaged: {' '.join(str(error).split())}") from error
 
     def _names(self, shard: int) -> list[str]:
         """The needed columns."""
@@ -169,12 +175,12 @@ class ParquetSource(ColumnSource):
             name for name in columns if self._fields is None or name in always or name.partition(".")[0] in self._fields
         ]
 
-    def _chunks(self, shard: int, group: int) -> list:
-        """What the footer says about the needed columns of a row group."""
-        names, described = self._names(shard), self._footer(shard).row_group(group)
-        chunks = [described.column(number) for number in range(described.num_columns)]
-        inside = tuple(f"{name}." for name in names)  # the name of a column may have dots itself
-        return [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(inside)]
+    def _chunks(self, shard: int, group: int) -> tuple[list[int], np.ndarray]:
+        """The needed leaf columns by number, and where a row group has them: `parquet_headers.CHUNK` [needed]."""
+        schema = self._footer(shard).schema
+        inside = tuple(f"{name}." for name in self._names(shard))  # the name of a column may have dots itself
+        numbers = [n for n in range(len(schema)) if f"{schema.column(n).path}.".startswith(inside)]
+        return numbers, self._tables(shard)["chunks"].reshape(-1, len(schema))[group, numbers]
 
 
 class _GroupCache:
@@ -239,15 +245,35 @@ class _Blocks(io.RawIOBase):
     seekable = readable
 
 
-def _identity(metadata, size: int) -> bytes:
-    """The position and size of every column of every group, which identify a file. Raises ArrowInvalid: one lies outside."""
-    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
-    spans = [_span(column) for column in columns]
-    if any(not 0 <= start <= end <= size for start, end in spans):
-        raise pa.ArrowInvalid("a column lies outside of the file")
-    about = [(column.path_in_schema, column.total_uncompressed_size) for column in columns]
-    return repr([(span, *more) for span, more in zip(spans, about, strict=True)]).encode()
+def _read_columns(end: bytes, metadata: pq.FileMetaData, size: int) -> list[parquet_headers.Column]:
+    """The columns of all row groups. end: of the file, the footer in it. Raises Damaged."""
+    groups = parquet_headers.read_columns(end[-8 - int.from_bytes(end[-8:-4], "little") : -8], size)
+    if [len(group) for group in groups] != [metadata.num_columns] * metadata.num_row_groups:
+        raise parquet_headers.Damaged("a row group lacks columns")
+    return [column for group in groups for column in group]
+
+
+def _check_expansion(source: _Blocks, chunks: np.ndarray, columns: list[pq.ColumnSchema], about: str) -> list[str]:
+    """Those of the columns that fit into memory only as dictionaries. Raises OSError: the row group does not fit at all."""
+    disk_bytes = int((chunks["end"] - chunks["start"]).sum())
+    limit_bytes = _MAX_EXPANSION * disk_bytes + _SPARE_BYTES
+    expansions = []
+    for start, end, _ in chunks.tolist():
+        source.seek(start)
+        expansions.append(parquet_headers.expansion(source.read(end - start)))
+    pairs = list(zip(columns, expansions, strict=True))
+    nbytes, repeated = sum(took.nbytes + took.values * max(0, column.length) for column, took in pairs), []
+    if nbytes > limit_bytes:
+        raise OSError(
+            f"{about} takes {disk_bytes} bytes on disk and {nbytes} in memory, more than {_MAX_EXPANSION} times as many "
+            f"and {_SPARE_BYTES >> 20} MiB; write smaller row groups"
+        )
+    for column, took in pairs:
+        if column.physical_type == "BYTE_ARRAY" and nbytes + took.repeated_bytes > limit_bytes:
+            repeated.append(column.path)
+        else:
+            nbytes += took.repeated_bytes
+    return repeated
 
 
 def _image_column(schema: pa.Schema) -> str | None:
@@ -269,18 +295,14 @@ def _image_column(schema: pa.Schema) -> str | None:
     return None
 
 
-def _footer_file(read, size: int) -> _Blocks:
-    """The end of a file as a file-like object, in one read or two. read(offset, size) -> bytes"""
+def _file_end(read, size: int) -> bytes:
+    """The end of a file with all of its footer, in one read or two. read(offset, size) -> bytes"""
     end = read(max(0, size - _FOOTER_GUESS_BYTES), min(size, _FOOTER_GUESS_BYTES))
     needed = int.from_bytes(end[-8:-4], "little") + 8
     if len(end) < needed <= min(size, _MAX_FOOTER_BYTES) and end[-4:] == b"PAR1":
         end = read(size - needed, needed)
+    return end
+
+
+def _at_end(end: bytes, size: int) -> pa.PythonFile:
     return pa.PythonFile(_Blocks([(size - len(end), end)], size), "r")
-
-
-def _span(chunk) -> tuple[int, int]:
-    """The byte range of a column chunk: (start, end)."""
-    start = chunk.data_page_offset
-    if chunk.dictionary_page_offset is not None:
-        start = min(start, chunk.dictionary_page_offset)
-    return start, start + chunk.total_compressed_size

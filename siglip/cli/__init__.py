@@ -64,6 +64,9 @@ def run(args: list[str]) -> int:
         return 0
     _prepare_environment()
     try:
+        for arg in args:
+            if (shown := arg.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")) != arg:
+                raise UserError(f"'{shown}' is not UTF-8, as the files that name it are; rename it")
         _dispatch(args[0], [expand_home(arg) for arg in args[1:]])
     except (Exception, KeyboardInterrupt) as error:
         code, line = describe(error)

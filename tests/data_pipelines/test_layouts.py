@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipelines.errors import UserError
 from data_pipelines.sources import layouts
 from data_pipelines.sources.layouts import with_split
 from data_pipelines.sources.opening import open_source
@@ -284,3 +285,30 @@ def test_training_reads_folders_and_annotation_files(tmp_path):
     batch = next(loader)
     loader.close()
     assert batch["image"].shape == (8, 8, 8, 3) and {"dog/b.png", "cat/2.png"} < set(batch["key"]) and not loader.counts
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """Linux allows any bytes. Images under such names are read, with an escape in the key; shards are refused in one line."""
+    bad, image = os.fsdecode(b"b\xff"), encode(np.zeros((4, 4, 3), np.uint8))
+    for folder in ("a", bad):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        (tmp_path / "images" / folder / f"{bad}.png").write_bytes(image)
+    source = open_source(tmp_path / "images")
+    assert [(pair.key, pair.image, dict(pair.fields)) for pair in source] == [
+        (r"a/b\xff.png", image, {"cls": "a"}),
+        (r"b\xff/b\xff.png", image, {"cls": r"b\xff"}),
+    ]
+    assert source.notes(0)["classes"] == ["a", r"b\xff"]
+    write_tar(tmp_path / f"{bad}.tar", [("1.png", image), ("1.txt", b"a")])
+    with pytest.raises(UserError, match=r"the name of shard '.*b\\xff.tar' is not UTF-8.* rename it"):
+        open_source(f"{tmp_path}/*.tar")
+
+
+def test_halves_of_surrogate_pairs_in_annotations_are_left_out(tmp_path):
+    images = [{"file_name": "a.png", "id": 1}]
+    (tmp_path / "a.json").write_text(
+        json.dumps({"images": images, "annotations": [{"image_id": 1, "caption": "cut \ud83d"}]})
+    )
+    (tmp_path / "a.png").write_bytes(encode(np.zeros((4, 4, 3), np.uint8)))
+    (pair,) = open_source(tmp_path / "a.json")
+    assert pair.fields["txt"] == ["cut"]

@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -321,3 +322,31 @@ def test_a_source_names_its_image_column(tmp_path):
     with pytest.raises(ValueError, match="no column with images"):
         open_config(SourceConfig(str(tmp_path / "a.parquet")))
     assert open_config(SourceConfig(str(tmp_path / "a.parquet"), image="second"))[0].image == b"2"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_texts_of_several_lines_are_told_once(tmp_path, workers):
+    """As CLIP_benchmark writes several captions. Under `txt` they are one; `txt.*` draws a line, of which nothing is told."""
+    image = encode(np.zeros((8, 8, 3), np.uint8))
+    members = [
+        (f"{n}.{kind}", data) for n in range(8) for kind, data in (("png", image), ("txt", b"red\nblue" * (n % 2)))
+    ]
+    members = [(name, data or b"red") for name, data in members]
+    shard = str(write_tar(tmp_path / "a.tar", members))
+    with pytest.warns(UserWarning, match=r"4 captions of a batch of 8 have several lines.* 'txt\.\*'") as told:
+        both, _ = take(config_of(shard, workers=workers), 3)
+    assert sum("several lines" in str(warning.message) for warning in told) == 1 and set(both[0]) == {
+        "image",
+        "text",
+        "key",
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*several lines")
+        take(config_of(shard, workers=workers), 1, process_index=1, process_count=2)  # the first process has told it
+        drawn, _ = take(DataConfig((SourceConfig(shard, captions=(("txt.*", 1.0),)),), SPIECE, workers=workers), 4)
+    tokenizer = SentencePieceTokenizer(SPIECE)
+    lines = {tuple(tokenizer.encode(line, 8)) for line in ("red", "blue")}
+    assert {tuple(text) for batch in drawn for text in batch["text"]} == lines
+    assert {tuple(text) for batch in both for text in batch["text"]} == {
+        tuple(tokenizer.encode(text, 8)) for text in ("red", "red\nblue")
+    }

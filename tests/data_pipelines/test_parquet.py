@@ -4,6 +4,9 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
+import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 
 from data_pipelines.errors import UserError
 from data_pipelines.records import ShardLost
-from data_pipelines.sources import files, parquet, remote
+from data_pipelines.sources import files, parquet, parquet_headers, remote
 from data_pipelines.sources.opening import open_source
 from data_pipelines.sources.parquet import ParquetSource
 from tests.data_pipelines.http_server import serving
@@ -195,7 +198,7 @@ def test_a_damaged_group_is_unreadable_and_the_others_are_not(tmp_path):
     path = write(tmp_path / "a.parquet", rows(30), compression="none", write_page_checksum=True)
     source = open_source(path)
     data = bytearray(path.read_bytes())
-    start, end = parquet._span(pq.read_metadata(path).row_group(1).column(0))
+    start, end, _ = source._tables(0)["chunks"].reshape(3, -1)[1, 0].tolist()
     data[start:end] = bytes(end - start)
     modified_ns = path.stat().st_mtime_ns
     with path.open("r+b") as file:
@@ -232,3 +235,70 @@ def test_a_damaged_footer_is_told_at_opening(tmp_path):
         for index in range(len(source)):
             with contextlib.suppress(OSError):
                 str(source[index].key).encode()
+
+
+def test_no_damage_of_a_footer_ends_the_process(tmp_path):
+    """Where definition levels and the histogram of them differ in length, pyarrow calls `abort` when asked for a column."""
+    path = write(tmp_path / "a.parquet", pa.table({"jpg": [b"i", b"j"], "txt": ["a", "b"]}))
+    data = path.read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    for place in range(footer, footer + 60):
+        damaged = bytearray(data)
+        damaged[place] ^= 16
+        (tmp_path / f"{place}.parquet").write_bytes(damaged)
+    script = """
+        import sys
+        from data_pipelines.sources.opening import open_source
+        for path in sys.argv[1:]:
+            try:
+                open_source(path)[0]
+            except (ValueError, OSError) as error:
+                assert "\\n" not in str(error), error
+    """
+    paths = [str(path) for path in sorted(tmp_path.glob("*.parquet"))]
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(script), *paths], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_headers_say_what_pyarrow_says(tmp_path):
+    options = {"data_page_size": 512, "use_dictionary": ["caption"], "row_group_size": 7, "write_statistics": False}
+    for version in ("1.0", "2.0"):
+        path = write(tmp_path / "a.parquet", rows(30), data_page_version=version, compression="zstd", **options)
+        data, metadata = path.read_bytes(), pq.read_metadata(path)
+        found = parquet._read_columns(data, metadata, len(data))
+        theirs = [metadata.row_group(group).column(n) for group in range(5) for n in range(metadata.num_columns)]
+        assert [column.path for column in found] == [column.path_in_schema for column in theirs]
+        for ours, column in zip(found, theirs, strict=True):
+            assert ours.start == (column.dictionary_page_offset or column.data_page_offset)
+            assert ours.end - ours.start == column.total_compressed_size
+            took = parquet_headers.expansion(data[ours.start : ours.end])
+            assert took.values == column.num_values
+            # Theirs counts the headers of pages too, at most 100 bytes each without statistics.
+            pages = took.nbytes - 16 * took.values
+            assert 0 < pages <= column.total_uncompressed_size <= pages + 100 * (took.values + 1)
+            assert bool(took.repeated_bytes) == (column.path_in_schema == "caption")
+
+
+@pytest.mark.parametrize("cut", range(0, 400, 7))
+def test_headers_that_are_cut_are_damaged(tmp_path, cut):
+    data = write(tmp_path / "a.parquet", rows(3)).read_bytes()
+    footer = data[len(data) - 8 - int.from_bytes(data[-8:-4], "little") : -8]
+    with pytest.raises(parquet_headers.Damaged):
+        parquet_headers.read_columns(footer[:cut], len(data))
+    deep = bytes([0x1C]) * 100_000  # structs in structs
+    with pytest.raises(parquet_headers.Damaged, match="nested too deep"):
+        parquet_headers.read_columns(deep, len(data))
+
+
+def test_a_group_of_repeated_images_takes_little_memory(tmp_path, monkeypatch):
+    """One image a thousand times is stored once, and so it is kept; values that are not in a dictionary are refused."""
+    monkeypatch.setattr(parquet, "_SPARE_BYTES", 1 << 20)
+    values = [{"image": {"bytes": b"i" * 50_000, "path": None}, "txt": ["t" * 9000] * 2} for _ in range(300)]
+    path = write(tmp_path / "a.parquet", values, row_group_size=300, compression="zstd")
+    source = open_source(path)
+    assert source[7].image == b"i" * 50_000 and source[299].fields["txt"] == ["t" * 9000] * 2
+    (table,) = (kept.result() for kept in source._groups._tables.values())
+    assert table.nbytes < 1 << 20 < 300 * 50_000
+    path = write(tmp_path / "b.parquet", values, row_group_size=300, compression="zstd", use_dictionary=False)
+    with pytest.raises(OSError, match=r"row group 0 of shard .*b.parquet' takes \d+ bytes on disk and \d+ in memory"):
+        open_source(path)[0]

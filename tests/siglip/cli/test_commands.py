@@ -95,6 +95,12 @@ def test_the_column_of_the_images_can_be_named(trained, shard, tmp_path, capsys)
     assert np.load(tmp_path / "z.npz")["embedding"].shape == (len(files), 32)
 
 
+@pytest.mark.parametrize("args", [["data", "stats"], ["embed", "m.npz", "--data", "a.tar", "--out"], ["report"]])
+def test_names_that_are_not_utf8_are_refused(tmp_path, capsys, args):
+    fails([*args, str(tmp_path / os.fsdecode(b"a\xff"))], capsys, r"/a\\xff' is not UTF-8.* rename it")
+    assert not list(tmp_path.iterdir())
+
+
 def test_home_is_expanded_in_the_flags_of_any_program(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     args = parse(ExportArgs, ["~/run", "--format", "hf", "--out=~/out"], prog="examples")
