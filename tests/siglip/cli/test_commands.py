@@ -301,18 +301,8 @@ def test_a_workdir_of_another_config_and_one_that_is_a_file(trained, recipe, cap
 def test_an_evaluation_is_added_by_a_flag_and_the_last_one_is_printed(trained, recipe, shard, capsys, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     args = ["train", str(recipe), "--total-steps", "6", "--optim.warmup-steps", "1"]
-    assert (
-        run(
-            [
-                *args,
-                "--eval.add",
-                f"retrieval --data '{shard}' --captions captions.fr --name french",
-                "--batch-size",
-                "8",
-            ]
-        )
-        == 0
-    )
+    added = f"retrieval --data '{shard}' --captions captions.fr --name french"
+    assert run([*args, "--eval.add", added]) == 0
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     told = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
     names = ["retrieval/toy-en", "retrieval/toy-de", "retrieval/toy-mean", "retrieval/french"]
