@@ -33,7 +33,7 @@ from jax.typing import ArrayLike
 from siglip import trees
 from siglip.array_types import Array, Float, Int
 from siglip.errors import UserError
-from siglip.formats import key_maps
+from siglip.formats import big_vision, key_maps
 from siglip.inputs import Images, check_images, check_tokens, to_pixels, tokenizer_of
 from siglip.model_source import read_model
 from siglip.models.attention import Attention, AttentionFn, attention_fn, choose_kernel
@@ -69,8 +69,8 @@ class Encoder:
                 trained.
 
         Raises:
-            UserError: an array has another size or integer pixels, an entry of a list is not an image, or the tower has no
-                pooling.
+            UserError: an array has another size, integer pixels, or, unless it lies on a device, pixels outside [-1, 1]; an entry
+                of a list is not an image; or the tower has no pooling.
         """
         self._check_pooling()
         return _apply(self.config, "zimg", self.params, {"image": self.pixels(images)})
@@ -251,8 +251,8 @@ class ImageEncoder:
             and may also be gradients, shardings or shapes.
         config: the tower, at the resolution it was loaded for; `depth` counts the blocks up to the layer that is read.
         head_dim: width of the linear head behind the pooling, or None.
-        layer: -1 after the last LayerNorm, -2 … the output of an earlier block.
-        frozen: whether gradients stop here: none reaches the parameters or the images.
+        layer: -1 where the source ends, which is after its last LayerNorm, -2 … the output of an earlier block.
+        frozen: whether gradients stop here: those of the parameters and the images are zero.
     """
 
     params: Any
@@ -286,9 +286,9 @@ class ImageEncoder:
         """float32 [b, h, w, 3] in [-1, 1] -> float32 [b, n, d].
 
         Raises:
-            UserError: the images have another size, or integer pixels.
+            UserError: the images have another size, integer pixels, or, unless they lie on a device, pixels outside [-1, 1].
         """
-        return self._forward(images)[1]
+        return self._forward(check_images(images, self.config))[1]
 
     def pooled(self, images: ArrayLike) -> Float[Array, "b e"]:
         """float32 [b, h, w, 3] in [-1, 1] -> float32 [b, e], one vector per image, not normalised; divided by its norm it is
@@ -302,18 +302,32 @@ class ImageEncoder:
                 f"this encoder (pool={self.config.pool!r}, layer={self.layer}) has no pooled output; use tokens, or load a "
                 "tower with a pooling head at layer=-1"
             )
-        return self._forward(images)[0]
+        return self._forward(check_images(images, self.config))[0]
 
     def unfrozen(self) -> "ImageEncoder":
         """The same encoder, through which gradients flow."""
         return dataclasses.replace(self, frozen=False)
 
+    def save(self, out: str | Path) -> None:
+        """Writes the tower as it is now into FILE.npz, under the published names: a SRC again, whichever layer it ends at.
+
+        `load_encoder(out)` then gives the same tokens; what was cut off is not in it, so layer -1 is where it ends.
+
+        Raises:
+            UserError: `out` is not FILE.npz in a folder that exists, or the leaves are not the tower's arrays. Nothing is written
+                then, and a file that was there stays.
+        """
+        out = Path(out).expanduser()
+        if out.suffix != ".npz" or not out.parent.is_dir():
+            raise UserError(f"{str(out)!r}: name a FILE.npz in a folder that exists")
+        big_vision.write(out, {"img": self.params}, ModelConfig(self.config, None, (self.head_dim, None)))
+
     @jax.jit
-    def _forward(self, images: ArrayLike) -> tuple[Array | None, Array]:
-        images, params = check_images(images, self.config), self.params
+    def _forward(self, images: Float[Array, "b h w 3"]) -> tuple[Array | None, Array]:
+        params = self.params
         if self.frozen:
             images, params = jax.lax.stop_gradient((images, params))
-        tower = ViT(self.config, self.head_dim, _attention_of(self.config), final_norm=self.layer == -1)
+        tower = ViT(self.config, self.head_dim, _attention_of(self.config))
         pooled, out = tower.apply({"params": params}, images)
         return pooled, out["encoded"]
 
@@ -336,7 +350,7 @@ def load_encoder(
         image_size: pixels, one number or (height, width); learned positions are resampled to its grid.
         patch_size: pixels, likewise; the patch kernel is resampled (FlexiViT, arXiv:2212.08013).
         layer: -1 reads after the last LayerNorm, -2 what the second-last block returns, and so on down to -depth.
-        frozen: whether gradients stop.
+        frozen: whether gradients stop: those of the parameters and the images are zero then.
         dtype: of the matrix products; parameters, LayerNorms and the tokens stay float32.
         remat: what the backward pass of an unfrozen encoder computes again to save memory: "full" keeps each block's input alone,
             "dots" the results of its matrix products and its attention as well, "dots+gelu" also those of GELU.
@@ -364,7 +378,8 @@ def load_encoder(
     if layer != -1:
         params, head_dim = _cut(params, depth + layer + 1), None
         # The class token is part of the sequence: a tower that has one keeps it.
-        image = dataclasses.replace(image, depth=depth + layer + 1, pool="tok" if image.pool == "tok" else "none")
+        pool = "tok" if image.pool == "tok" else "none"
+        image = dataclasses.replace(image, depth=depth + layer + 1, pool=pool, final_norm=False)
     return ImageEncoder(jax.device_put(params), image, head_dim, layer, frozen)
 
 

@@ -13,6 +13,7 @@ from siglip.errors import UserError
 from siglip.models.two_tower import ImageConfig, TextConfig
 from siglip.models.vit import normalize_pixels
 
+_MAX_PIXEL = 1 + 1e-3  # what 255 may become in half precision
 Images = Any  # float32 [b, h, w, 3], or a list of Pillow's images and uint8 [h, w, 3]
 
 
@@ -47,7 +48,7 @@ def _is_raw_image(image: Any) -> bool:
 
 
 def check_images(images: ArrayLike, config: ImageConfig) -> Float[Array, "b h w 3"]:
-    """Raises UserError for images of another size or with integer pixels."""
+    """Raises UserError for images of another size, with integer pixels or, unless they lie on a device, outside [-1, 1]."""
     height, width = config.image_size
     if not jnp.issubdtype(jnp.result_type(images), jnp.floating):
         raise UserError(
@@ -58,6 +59,14 @@ def check_images(images: ArrayLike, config: ImageConfig) -> Float[Array, "b h w 
             f"images have shape {jnp.shape(images)} but the model takes [b, {height}, {width}, 3]; "
             f"resize them, or load the model with image_size=(h, w)"
         )
+    # Looking at pixels that are already on a device would wait for it.
+    if not isinstance(images, jax.Array) and np.size(images):
+        low, high = np.min(images), np.max(images)
+        if not (low >= -_MAX_PIXEL and high <= _MAX_PIXEL):
+            raise UserError(
+                f"pixels lie in [{low:.4g}, {high:.4g}]; pass float32 in [-1, 1]: x / 127.5 - 1 for 8-bit pixels, no other mean "
+                "and deviation, clipped where a filter overshoots; or a list of images"
+            )
     return jnp.asarray(images, jnp.float32)
 
 

@@ -21,8 +21,6 @@ from examples.captioner.decoder import DecoderConfig
 from examples.captioner.model import Captioner
 from siglip.atomic import new_folder
 from siglip.encoder import load_encoder
-from siglip.formats import big_vision
-from siglip.models.two_tower import ModelConfig
 from siglip.trees import flatten, unflatten
 
 ENCODER, _DECODER, _CONFIG = "encoder.npz", "decoder.safetensors", "captioner.json"
@@ -35,14 +33,12 @@ def save_captioner(folder: Path, captioner: Captioner, *, prompt: str, metrics: 
         FileExistsError: the folder exists.
     """
     captioner = jax.device_get(captioner)
-    encoder = captioner.encoder
     with new_folder(folder) as partial:
-        config = ModelConfig(encoder.config, text=None, out_dim=(encoder.head_dim, None))
-        big_vision.write(partial / ENCODER, {"img": encoder.params}, config)
+        captioner.encoder.save(partial / ENCODER)
         learned = flatten({"connector": captioner.connector, "decoder": captioner.decoder})
         save_file({path: np.ascontiguousarray(leaf) for path, leaf in learned.items()}, partial / _DECODER)
         about = {"decoder": dataclasses.asdict(captioner.config), "prompt": prompt, "metrics": metrics}
-        about["image_size"] = encoder.spec.image_size
+        about["image_size"] = captioner.encoder.spec.image_size
         (partial / _CONFIG).write_text(json.dumps(about, indent=1) + "\n")
 
 

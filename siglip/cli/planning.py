@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
-from siglip.cli.arguments import parse
+from siglip.cli.training import parse_run
 from siglip.errors import UserError
 from siglip.planning import ahead_of_time, estimate
 from siglip.planning.accelerators import Topology, parse_topology
 from siglip.planning.search import Candidate, search
-from siglip.training.config import TrainConfig, load_config_file, resolve
+from siglip.training.config import TrainConfig, resolve
 
 USAGE = """usage: siglip plan CONFIG --topology T [--compile] [--search] [--json] [any flag of siglip train]
 
@@ -40,7 +40,7 @@ def plan_command(args: list[str]) -> None:
     switches = {name: name in args for name in _SWITCHES}
     name, flags = _take_topology([arg for arg in args[1:] if arg not in _SWITCHES])
     topology = parse_topology(name)
-    config = resolve(parse(TrainConfig, flags, prog=f"siglip plan {args[0]}", default=load_config_file(args[0])))
+    config = resolve(parse_run([args[0], *flags], prog="siglip plan"))
     shapes = estimate.shapes_of(config)
     candidates = None
     if switches["--search"]:

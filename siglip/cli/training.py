@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,24 +14,28 @@ from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.cli import BAD_INPUT, describe
 from siglip.cli.arguments import parse
 from siglip.cli.data_sets import complete
-from siglip.cli.evaluation import first_values, make_embedder, settings_of
+from siglip.cli.evaluation import first_values, format_table, make_embedder, settings_of
 from siglip.cli.frozen_images import make_prepare
 from siglip.errors import UserError
-from siglip.evaluation.suite import TimedTasks, named_metrics
+from siglip.evaluation.results import Result
+from siglip.evaluation.suite import Task, TimedTasks, named_metrics, task_classes
 from siglip.models.two_tower import TextConfig
 from siglip.parallel import launch, sharding
 from siglip.training.config import TrainConfig, load_config_file, resolve
 from siglip.training.loop import Evaluate, train
 from siglip.training.step import TrainState
+from siglip.trees import did_you_mean
 from siglip.workdir.checksums import checksums
 
 logger = logging.getLogger(__name__)
+_ADD = "--eval.add"
 
 USAGE = """usage: siglip train CONFIG [flags]
 
 CONFIG is a Python file with `def get_config() -> TrainConfig`, such as configs/quickstart.py.
 `siglip train CONFIG --help` lists every field of that config as a flag.
 `--init.src SRC` starts from a trained model: a run, a checkpoint in it, FILE.npz, or a Hugging Face folder.
+`--eval.add 'TASK --data DATA …'` adds an evaluation, with the flags of `siglip eval --task TASK`; it may be given several times.
 The same command in the same workdir goes on where it stopped. On several hosts, start it on each (launch/)."""
 
 
@@ -39,18 +44,53 @@ def train_command(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
         return
-    config = parse(TrainConfig, args[1:], prog=f"siglip train {args[0]}", default=load_config_file(args[0]))
+    config = parse_run(args, prog="siglip train")
     with launch.joined(config.distributed, describe=describe, asks_for_signals=True):
         # What only one process finds bad, such as a missing file, must end all of them.
         start_training = launch.in_all_or_none(functools.partial(_prepare, config), bad_input=BAD_INPUT)
         start_training()
 
 
-def _prepare(config: TrainConfig) -> Callable[[], TrainState]:
+def parse_run(args: list[str], *, prog: str) -> TrainConfig:
+    """The recipe args[0], changed as the flags after it say.
+
+    Raises:
+        FileNotFoundError, UserError: there is no such recipe, or a flag is wrong.
+    """
+    config, rest, added = load_config_file(args[0]), [], []
+    for place, arg in enumerate(args[1:], 1):
+        flag, equals, value = arg.partition("=")
+        if flag == _ADD:
+            added.append(_parse_task(value if equals else "".join(args[place + 1 : place + 2])))
+        elif args[place - 1] != _ADD:
+            rest.append(arg)
+    evals = dataclasses.replace(config.eval, tasks=(*config.eval.tasks, *added))
+    return parse(
+        TrainConfig,
+        rest,
+        prog=f"{prog} {args[0]}",
+        default=dataclasses.replace(config, eval=evals) if added else config,
+    )
+
+
+def _parse_task(text: str) -> Task:
+    """ "retrieval --data DATA --captions txt" as `siglip eval --task retrieval` takes it."""
+    try:
+        name, *flags = shlex.split(text) or [""]
+    except ValueError as error:  # an open quote
+        raise UserError(f"{_ADD} {text!r}: {error}") from None
+    classes = task_classes()
+    if name not in classes:
+        hint = did_you_mean(name, classes) or f"; there are {', '.join(classes)}"
+        raise UserError(f"{_ADD} {text!r}: begin with the name of a task{hint}")
+    return parse(classes[name], flags, prog=f"{_ADD} {name}")
+
+
+def _prepare(config: TrainConfig) -> Callable[[], None]:
     """Opens everything that training reads; returns the function that trains."""
     config = resolve(config)
     image, text = config.model.image, config.model.text
-    tokenizer = load_tokenizer(config.data.tokenizer, text)
+    tokenizer = load_tokenizer(config.data.tokenizer, text, may_be_smaller=config.init.src is not None)
     sharding.check_batch_size(config.batch_size, sharding.make_mesh(config.mesh))
     loader = make_loader(
         config.data,
@@ -63,20 +103,32 @@ def _prepare(config: TrainConfig) -> Callable[[], TrainState]:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return functools.partial(
+    results: list[Result] = []
+    start = functools.partial(
         train,
         config,
         loader,
         prepare=make_prepare(config, loader) if config.data.image_embeddings else None,
-        evaluate=make_evaluate(config, tokenizer) if config.eval.tasks else None,
+        evaluate=make_evaluate(config, tokenizer, results) if config.eval.tasks else None,
         tokenizer=Path(config.data.tokenizer).read_bytes(),
     )
+    return functools.partial(_train_and_tell, start, results)
 
 
-def load_tokenizer(path: str, text: TextConfig) -> SentencePieceTokenizer:
-    """Raises UserError when its ids do not fit the text tower."""
+def _train_and_tell(start: Callable[[], TrainState], results: list[Result]) -> None:
+    start()
+    if results and jax.process_index() == 0:
+        print(format_table({f"{one.task.task}/{one.dataset}": one.metrics for one in results}))
+
+
+def load_tokenizer(path: str, text: TextConfig, *, may_be_smaller: bool) -> SentencePieceTokenizer:
+    """Raises UserError when its ids do not fit the text tower.
+
+    Args:
+        may_be_smaller: than the vocabulary, as of published models whose table of embeddings is padded.
+    """
     tokenizer, vocab_size = SentencePieceTokenizer(path, **vars(text.tokens)), text.vocab_size
-    if tokenizer.vocab_size > vocab_size:
+    if tokenizer.vocab_size > vocab_size or (tokenizer.vocab_size < vocab_size and not may_be_smaller):
         raise UserError(
             f"tokenizer {path} has {tokenizer.vocab_size} pieces, but model.text.vocab_size={vocab_size}; "
             f"use --model.text.vocab-size {tokenizer.vocab_size} or another tokenizer"
@@ -89,8 +141,8 @@ def load_tokenizer(path: str, text: TextConfig) -> SentencePieceTokenizer:
     return tokenizer
 
 
-def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer) -> Evaluate:
-    """All of the config's evaluation tasks as one function of the parameters.
+def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer, results: list[Result]) -> Evaluate:
+    """All of the config's evaluation tasks as one function of the parameters; `results` then holds what it last found.
 
     Their files are opened now: a missing one must not wait for the end of training to be found.
     """
@@ -107,6 +159,7 @@ def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer) -> Eva
             kept.clear()
         tower = now
         embedder = make_embedder(params, config.model, mesh=mesh, tokenizer=tokenizer, **settings)
-        return named_metrics(tasks.run(dataclasses.replace(embedder, text_embeddings=kept)))
+        results[:] = tasks.run(dataclasses.replace(embedder, text_embeddings=kept))
+        return named_metrics(results)
 
     return evaluate

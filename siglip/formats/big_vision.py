@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from siglip.atomic import write_atomically
+from siglip.atomic import new_file, write_atomically
 from siglip.errors import UserError
 from siglip.formats import key_maps, old_names, pali_gemma
 from siglip.formats.containers import LazyArray, open_npz, write_npz
@@ -103,25 +103,15 @@ def write(path: Path, params: Mapping[str, Any], config: ModelConfig, *, layout:
     flat = key_maps.unstack_blocks({key: np.asarray(leaf, np.float32) for key, leaf in flatten(params).items()})
     shapes = key_maps.flat_shapes(flat)
     arrays = {key: LazyArray(array.shape, functools.partial(np.asarray, array)) for key, array in flat.items()}
-    _check_whole(arrays, config, path)
+    key_maps.check_arrays(arrays, key_maps.unstack_shapes(expected_shapes(config)), source=f"the tree for {path}")
     if layout == "scan":
         arrays = key_maps.stack_blocks(arrays, stack=_lazily_stacked)
-    # First the config file: without it, or beside another model's, the npz would be read as what it is not.
-    sidecar(path).unlink(missing_ok=True)
-    if not _shapes_tell(shapes, config):
-        write_atomically(sidecar(path), json.dumps({"model": dataclasses.asdict(config)}, indent=1) + "\n")
-    write_npz(path, {f"params/{key}": array for key, array in arrays.items()})
-
-
-def _check_whole(arrays: Mapping[str, LazyArray], config: ModelConfig, path: Path) -> None:
-    """Raises UserError if these are not the arrays of the whole model, in the loop layout: no reader would take the file."""
-    norm = "img/Transformer/encoder_norm/scale"
-    if norm not in arrays:
-        raise UserError(
-            f"{path} is not written: the image tower lacks {norm}, as one that was loaded with an earlier layer does; "
-            f"write the tower of layer=-1, and cut it when it is read: load_encoder({path.name!r}, layer=-2)"
-        )
-    key_maps.check_arrays(arrays, key_maps.unstack_shapes(expected_shapes(config)), source=f"the tree for {path}")
+    with new_file(path) as whole:
+        write_npz(whole, {f"params/{key}": array for key, array in arrays.items()})
+        # The config file is there first: without it, or beside another model's, the npz would be read as what it is not.
+        sidecar(path).unlink(missing_ok=True)
+        if not _shapes_tell(shapes, config):
+            write_atomically(sidecar(path), json.dumps({"model": dataclasses.asdict(config)}, indent=1) + "\n")
 
 
 def image_only(config: ModelConfig) -> ModelConfig:
@@ -255,7 +245,7 @@ def _shapes_tell(shapes: Mapping[str, key_maps.Shape], config: ModelConfig) -> b
 
     def key(c: ModelConfig) -> tuple:
         (i, t), text = (c.image, c.text), None
-        image = (i.spec, i.block, i.patch, i.image_size, i.pixels, i.pool, i.posemb)
+        image = (i.spec, i.block, i.patch, i.image_size, i.pixels, i.pool, i.posemb, i.final_norm)
         if t is not None:
             text = (t.spec, t.block, t.embed_bottleneck, t.vocab_size, t.length, t.tokens, t.pool)
         return image, text, c.out_dim

@@ -144,6 +144,10 @@ def check_expressible(config: ModelConfig) -> None:
         raise UserError(f"Hugging Face's SigLIP has no linear image head (out_dim[0]={config.out_dim[0]}); {instead}")
     if image.pool not in ("map", "none"):
         raise UserError(f"Hugging Face's SigLIP pools images with 'map' or not at all, not {image.pool!r}; {instead}")
+    if not image.final_norm:
+        raise UserError(
+            f"Hugging Face's SigLIP ends in a LayerNorm, which a tower that was cut at an earlier layer lacks; {instead}"
+        )
     if image.image_size[0] != image.image_size[1] or image.patch[0] != image.patch[1]:
         raise UserError(
             f"Hugging Face's SigLIP takes square images and patches, not {image.image_size} px in patches of "

@@ -56,6 +56,7 @@ class PixelConfig:
 class ImageConfig:
     """The image tower. `width`, `depth`, `mlp_dim`, `num_heads` and `patch_size` override what `variant` says.
 
+    Without `final_norm` the tower ends at its last block, as one that was cut at an earlier layer does.
     `image_size` and `patch_size` are (height, width) in pixels. `scan`, `unroll`, `remat`, `dtype`, `residual_dtype` and
     `attention` change memory and speed, not the function: see layers.Encoder, and attention.choose_kernel for the kernel that
     training takes.
@@ -71,6 +72,7 @@ class ImageConfig:
     pixels: PixelConfig = PixelConfig()
     pool: Literal["map", "gap", "0", "tok", "none"] = "map"
     posemb: Literal["learn", "sincos2d"] = "learn"
+    final_norm: bool = True
     scan: bool = False
     unroll: bool | None = None
     remat: Remat = "none"
@@ -161,14 +163,13 @@ class ViT(nn.Module):
     Returns the embedding before normalisation (None for pool "none") and everything worth looking at on the way:
     "stem" [b, gh, gw, d] (unless patches are dropped), "with_posemb" [b, n, d], "encoded" (the tokens after the final
     LayerNorm, [b, n, d], with the class token first when pool is "tok"), and unless pool is "none" "head_input" [b, d]
-    and "pre_logits" [b, d]. Without `final_norm` "encoded" is what the last block returns.
+    and "pre_logits" [b, d]. Without `config.final_norm` "encoded" is what the last block returns.
     """
 
     config: ImageConfig
     out_dim: int | None
     attention: AttentionFn = attention_fn
     layout: ParamLayout | None = None
-    final_norm: bool = True
 
     @nn.compact
     def __call__(
@@ -197,7 +198,7 @@ class ViT(nn.Module):
             cls = self.param("cls", nn.initializers.zeros, (1, 1, spec.width))
             x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, spec.width)), x], axis=1)
         blocks = (spec, config.scan, config.remat, dtype, jnp.dtype(config.residual_dtype), config.unroll)
-        encoder = (*blocks, rate, self.attention, self.layout, self.final_norm, config.block)
+        encoder = (*blocks, rate, self.attention, self.layout, config.final_norm, config.block)
         x = out["encoded"] = Encoder(*encoder, name="Transformer")(x)
         if config.pool == "none":
             return None, out

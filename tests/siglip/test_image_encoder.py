@@ -14,7 +14,9 @@ import siglip
 from siglip import encoder as encoder_module
 from siglip import trees
 from siglip.encoder import EncoderSpec, ImageEncoder, load_encoder
-from siglip.formats import big_vision, containers, key_maps
+from siglip.errors import UserError
+from siglip.formats import big_vision, containers, hugging_face, key_maps
+from siglip.models.two_tower import ModelConfig
 from siglip.parallel import sharding
 from tests.siglip import numpy_model
 from tests.siglip.rounding import towers_apart
@@ -124,6 +126,60 @@ def test_gradients_stop_until_it_is_unfrozen(source):
     stepped = optax.apply_updates(encoder.unfrozen(), updates)
     assert isinstance(stepped, ImageEncoder) and not stepped.frozen
     assert np.any(stepped.tokens(images) != encoder.tokens(images))
+
+
+@pytest.mark.parametrize(("layer", "scan"), [(-1, False), (-1, True), (-2, False), (-2, True)])
+def test_an_encoder_that_was_trained_is_saved_and_read_again(source, tmp_path, layer, scan):
+    encoder = load_encoder(source, layer=layer, scan=scan).unfrozen()
+    encoder = jax.tree.map(lambda leaf: leaf * 1.25, encoder)
+    images, _ = random_inputs(square_model())
+    encoder.save(tmp_path / "tuned.npz")
+    again = load_encoder(tmp_path / "tuned.npz", scan=scan)
+    np.testing.assert_array_equal(again.tokens(images), encoder.tokens(images))
+    assert again.spec == encoder.spec and again.layer == -1
+    if layer == -1:
+        np.testing.assert_array_equal(again.pooled(images), encoder.pooled(images))
+    else:  # what is cut once more is the block before
+        before, expected = load_encoder(tmp_path / "tuned.npz", layer=-2), load_encoder(source, layer=-3)
+        expected = jax.tree.map(lambda leaf: leaf * 1.25, expected)
+        np.testing.assert_array_equal(before.tokens(images), expected.tokens(images))
+    tokens = siglip.load(tmp_path / "tuned.npz").image_tokens(images)
+    np.testing.assert_allclose(tokens, encoder.tokens(images), rtol=0, atol=towers_apart(square_model(), tokens))
+
+
+def test_nothing_is_left_of_an_encoder_that_cannot_be_saved(source, tmp_path):
+    encoder = load_encoder(source, layer=-2)
+    (tmp_path / "out").mkdir()
+    for out in ("out", "out/tower.pt", "absent/tower.npz"):
+        with pytest.raises(UserError, match="name a FILE.npz in a folder that exists"):
+            encoder.save(tmp_path / out)
+    gradients_of_a_part = dataclasses.replace(encoder, params={"embedding": encoder.params["embedding"]})
+    with pytest.raises(UserError, match="lacks .*img/Transformer/encoderblock_0"):
+        gradients_of_a_part.save(tmp_path / "out" / "tower.npz")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_tower_that_was_cut_is_no_hugging_face_model(source):
+    config = ModelConfig(load_encoder(source, layer=-2).config, None, (None, None))
+    with pytest.raises(UserError, match="ends in a LayerNorm.*--format bigvision"):
+        hugging_face.check_expressible(config)
+
+
+def test_pixels_outside_their_range_are_refused(source):
+    encoder, model = load_encoder(source), siglip.load(source)
+    images, _ = random_inputs(square_model())
+    mean, deviation = np.float32([0.48, 0.46, 0.41]), np.float32([0.27, 0.26, 0.28])
+    wrong = {
+        "8 bits": (images + 1) * 127.5,
+        "another mean and deviation": ((images + 1) / 2 - mean) / deviation,
+        "not a number": np.where(images == images.max(), np.nan, images),
+    }
+    for name, pixels in wrong.items():
+        for call in (encoder.tokens, encoder.pooled, model.embed_images, model.image_tokens):
+            with pytest.raises(UserError, match=r"pixels lie in \[.*\]; pass float32 in \[-1, 1\]"):
+                call(pixels)
+                pytest.fail(name)
+    encoder.tokens(np.float16(images))
 
 
 def test_one_program_for_every_encoder_of_a_shape(source, tmp_path):

@@ -279,6 +279,10 @@ def test_mistakes_in_data_and_model(recipe, capsys, tmp_path):
     fails([*train, *typo], capsys, "has a field 'captoins'.* did you mean 'captions'")
     fails([*train, "--data.tokenizer", str(recipe)], capsys, "SentencePiece")
     fails([*train, "--model.text.vocab-size", "100"], capsys, "4000 pieces", r"--model\.text\.vocab-size 4000")
+    fails([*train, "--model.text.vocab-size", "5000"], capsys, "4000 pieces", r"--model\.text\.vocab-size 4000")
+    fails([*train, "--eval.add", "retreival --data x"], capsys, "did you mean 'retrieval'")
+    fails([*train, "--eval.add=zeroshot"], capsys, "--data")
+    fails([*train, "--eval.add", "knn 'a"], capsys, "No closing quotation")
     fails([*train, "--batch-size", "12"], capsys, "batch_size=12 does not divide over 8 devices; use 8 or 16")
     fails([*train, "--mesh.fsdp", "3"], capsys, "does not cover 8 devices")
     text = recipe.read_text()
@@ -298,6 +302,18 @@ def test_a_workdir_of_another_config_and_one_that_is_a_file(trained, recipe, cap
     assert (trained / "config.json").read_bytes() == before
     (tmp_path / "file").write_text("")
     fails(["train", str(recipe), "--workdir", str(tmp_path / "file")], capsys, "file")
+
+
+def test_an_evaluation_is_added_by_a_flag_and_the_last_one_is_printed(trained, recipe, shard, capsys, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    args = ["train", str(recipe), "--total-steps", "6", "--optim.warmup-steps", "1"]
+    added = f"retrieval --data '{shard}' --captions captions.fr --name french"
+    assert run([*args, "--eval.add", added]) == 0
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    told = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
+    names = ["retrieval/toy-en", "retrieval/toy-de", "retrieval/toy-mean", "retrieval/french"]
+    assert list(told) == names
+    assert f"{last['eval/retrieval/french/text_retrieval_recall@1']:.3f}" in told["retrieval/french"]
 
 
 def test_a_checkpoint_of_another_model(trained, recipe, capsys, tmp_path):

@@ -1,6 +1,8 @@
 """The npz reader and writer: every way in which such files are kept, and every way in which they are broken."""
 
 import dataclasses
+import errno
+import os
 import subprocess
 import sys
 import time
@@ -10,10 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from siglip.encoder import load_encoder
 from siglip.errors import UserError
 from siglip.formats import big_vision, key_maps
-from siglip.formats.big_vision import image_only
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, make_model, param_shapes
 from siglip.models.variants import BlockConfig
 from siglip.trees import flatten
@@ -195,14 +195,18 @@ def test_a_tree_of_another_model_is_refused_and_leaves_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tower_that_was_cut_is_refused_because_no_reader_would_take_it(tmp_path):
-    config = image_only(square_model())
-    big_vision.write(tmp_path / "m.npz", random_params(config), config)
-    cut = load_encoder(tmp_path / "m.npz", layer=-2)
-    cut_config = ModelConfig(cut.config, text=None, out_dim=(cut.head_dim, None))
-    with pytest.raises(UserError, match=r"cut.npz is not written: .*encoder_norm.*load_encoder\('cut.npz', layer=-2\)"):
-        big_vision.write(tmp_path / "cut.npz", {"img": cut.params}, cut_config)
-    assert [path.name for path in tmp_path.iterdir()] == ["m.npz"]
+def test_a_file_that_cannot_be_written_leaves_the_old_one_with_its_config_file(tmp_path, monkeypatch):
+    odd, square = square_model(image={"image_size": (16, 24)}), square_model()
+    big_vision.write(tmp_path / "m.npz", random_params(odd), odd)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np.lib.format, "write_array", full)
+    with pytest.raises(OSError, match="No space left"):
+        big_vision.write(tmp_path / "m.npz", random_params(square), square)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.config.json", "m.npz"]
+    assert big_vision.read(tmp_path / "m.npz")[1].image.image_size == (16, 24)
 
 
 def test_the_config_file_of_another_model_does_not_stay_beside_a_new_one(tmp_path):
