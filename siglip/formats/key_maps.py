@@ -239,9 +239,10 @@ def entry(path: str, rules: Rules, prefixes: Mapping[str, str]) -> Entry:
     raise AssertionError(f"no key for {path}: the writer should have refused this model")
 
 
-def hugging_face_entry(path: str) -> Entry:
-    """`entry` in a Hugging Face state dict."""
-    return entry(path, HUGGING_FACE, {"img": "vision_model.", "txt": "text_model."})
+def hugging_face_entry(path: str, *, naflex: bool = False) -> Entry:
+    """`entry` in a Hugging Face state dict. naflex: the patch embedding of model_type "siglip2" is a matrix."""
+    found = entry(path, HUGGING_FACE, {"img": "vision_model.", "txt": "text_model."})
+    return found._replace(kind="heads_out") if naflex and found.kind == "conv" else found
 
 
 def from_torch(state: Mapping[str, LazyArray], entry: Entry, shape: Shape) -> np.ndarray:
