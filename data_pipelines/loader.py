@@ -368,7 +368,9 @@ def make_eval_batches(
     ranges = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
     kept = None if fields is None else frozenset(fields)
     if patches is not None and (corruption is not None or mask is not None or protocol != "squash"):
-        raise UserError("corruptions, masks and pixels=square875 or aspect75 need images of one size; this model is NaFlex")
+        raise UserError(
+            "corruptions, masks and pixels=square875 or aspect75 need images of one size; this model is NaFlex"
+        )
     pixels = patches or Pixels(tuple(image_size), resample=resample, protocol=protocol, exact=True)
     masks = None if mask is None else Mask(tuple(image_size), mask)
     images = ImagesInOrder(source, ranges, batch_size, pixels, ImageDecoder(max_image_pixels), kept, corruption, masks)

@@ -1,4 +1,4 @@
-"""What users have, images and strings, as the towers take it: pixels at the model's size, or patches, and token ids of its length."""
+"""What users have, images and strings, as the towers take it: pixels or patches of the model's size, and token ids of its length."""
 
 import dataclasses
 import math
@@ -20,12 +20,14 @@ from siglip.models.vit import cut_patches, normalize_pixels
 Images = Any  # float32 [b, h, w, 3], a list of Pillow's images and uint8 [h, w, 3], or Patches
 
 
-def to_batch(images: Images, config: ImageConfig, *, max_patches: int | None = None) -> dict[str, Array]:
-    """What the image tower reads of a batch, float32 in [-1, 1]: {"image"}, or {"patches", "grid"} for a NaFlex tower.
+def to_pixels(
+    images: Images, config: ImageConfig, *, max_patches: int | None = None
+) -> Float[Array, "b h w 3"] | Patches:
+    """What the image tower reads, float32 in [-1, 1]: images at its size, or `Patches` for a NaFlex tower.
 
     Args:
-        images: an array as `check_images` or `_array_to_patches` takes it, `Patches` as they are, or a list of Pillow's images and
-            uint8 [h, w, 3]. Those of a list are shown as a browser shows them and resized as the data pipeline does it.
+        images: an array as `check_images` or `_array_to_patches` takes it, `Patches`, or a list of Pillow's images and uint8
+            [h, w, 3]. Those of a list are shown as a browser shows them and resized as the data pipeline does it.
         max_patches: of an image, for a NaFlex tower; None for the model's own number.
 
     Raises:
@@ -33,41 +35,37 @@ def to_batch(images: Images, config: ImageConfig, *, max_patches: int | None = N
     """
     if hasattr(images, "convert"):  # Pillow's, which is not imported for arrays
         raise UserError("images is one image, not a list of images: pass [image]")
+    in_list = isinstance(images, list | tuple) and not isinstance(images, Patches)
     if config.naflex is None:
         if max_patches is not None:
-            raise UserError(f"max_patches={max_patches}: this tower takes images of {config.image_size} px; it is not NaFlex")
-        return {"image": to_pixels(images, config)}
+            raise UserError(
+                f"max_patches={max_patches}: this tower takes images of {config.image_size} px; it is not NaFlex"
+            )
+        return _resized(images, config) if in_list else check_images(images, config)
     length = config.naflex.check_length(config.naflex.patches if max_patches is None else max_patches)
-    if isinstance(images, Patches):
-        return check_patches(images, config)._asdict()
-    if not isinstance(images, list | tuple):
-        return _array_to_patches(images, config, length)._asdict()
-    from data_pipelines import image_ops, patch_ops  # they import Pillow
+    if in_list:
+        return _cut(images, config, length)
+    return check_patches(images, config) if isinstance(images, Patches) else _array_to_patches(images, config, length)
+
+
+def _resized(images: Sequence[Any], config: ImageConfig) -> Float[Array, "b h w 3"]:
+    from data_pipelines import image_ops  # it imports Pillow
+
+    resized = [image_ops.resize(one, config.image_size, resample=config.pixels.resample) for one in _shown(images)]
+    return normalize_pixels(np.stack(resized))
+
+
+def _cut(images: Sequence[Any], config: ImageConfig, length: int) -> Patches:
+    from data_pipelines import image_ops, patch_ops
 
     made = []
     for one in _shown(images):
-        if 0 in one.shape[:2]:
-            raise UserError(f"an image of {one.shape[0]} x {one.shape[1]} px has no pixel for a patch")
         down, across = patch_ops.fit_grid(one.shape[:2], config.patch, length)
         size_px = down * config.patch[0], across * config.patch[1]
         resized = image_ops.resize(one, size_px, resample=config.pixels.resample)
         made.append(patch_ops.cut_patches(resized, config.patch, length))
     patches, grids = map(np.stack, zip(*made, strict=True))
-    return {"patches": normalize_pixels(patches), "grid": jnp.asarray(grids)}
-
-
-def to_pixels(images: Images, config: ImageConfig) -> Float[Array, "b h w 3"]:
-    """`to_batch` of a tower for images of one size.
-
-    Raises:
-        UserError: as `check_images`, or an entry of a list is not an image.
-    """
-    if not isinstance(images, list | tuple):
-        return check_images(images, config)
-    from data_pipelines import image_ops  # it imports Pillow
-
-    resized = [image_ops.resize(one, config.image_size, resample=config.pixels.resample) for one in _shown(images)]
-    return normalize_pixels(np.stack(resized))
+    return Patches(normalize_pixels(patches), jnp.asarray(grids))
 
 
 def _shown(images: Sequence[Any]) -> Iterator[np.ndarray]:
@@ -76,7 +74,7 @@ def _shown(images: Sequence[Any]) -> Iterator[np.ndarray]:
     if bad is not None:
         raise UserError(
             f"an entry of the list of images is {bad}; pass Pillow images, as PIL.Image.open(path) gives them, or uint8 "
-            "arrays [h, w, 3]; float pixels in [-1, 1] go in one array [b, h, w, 3]"
+            "arrays [h, w, 3] with pixels; float ones in [-1, 1] go in one array [b, h, w, 3]"
         )
     from data_pipelines import image_ops  # it imports Pillow
 
@@ -85,7 +83,7 @@ def _shown(images: Sequence[Any]) -> Iterator[np.ndarray]:
 
 def _is_raw_image(image: Any) -> bool:
     shape, dtype = getattr(image, "shape", ()), getattr(image, "dtype", None)
-    return hasattr(image, "convert") or (dtype == np.uint8 and len(shape) == 3 and shape[2] == 3)
+    return hasattr(image, "convert") or (dtype == np.uint8 and len(shape) == 3 and shape[2] == 3 and 0 not in shape)
 
 
 def check_images(images: ArrayLike, config: ImageConfig) -> Float[Array, "b h w 3"]:
@@ -104,17 +102,21 @@ def check_images(images: ArrayLike, config: ImageConfig) -> Float[Array, "b h w 
 
 
 def check_patches(images: Patches, config: ImageConfig) -> Patches:
-    """Raises UserError for patches of another size, integer pixels, a length that the tower does not take, or a grid that exceeds it."""
+    """Raises UserError for patches of another size or with integer pixels, and for a length or a grid that the tower cannot take."""
     p, shape = math.prod(config.patch) * 3, jnp.shape(images.patches)
     if not jnp.issubdtype(jnp.result_type(images.patches), jnp.floating):
-        raise UserError(f"patches are {jnp.result_type(images.patches)}; pass float32 in [-1, 1], for 8-bit pixels x / 127.5 - 1")
+        raise UserError(
+            f"patches are {jnp.result_type(images.patches)}; pass float32 in [-1, 1], for 8-bit pixels x / 127.5 - 1"
+        )
     if len(shape) != 3 or shape[2] != p or jnp.shape(images.grid) != (shape[0], 2):
         raise UserError(
             f"patches have shape {shape} and grid {jnp.shape(images.grid)}, but the model takes [b, n, {p}] and [b, 2]"
         )
     config.naflex.check_length(shape[1], "patches")
     if not isinstance(images.grid, jax.Array):  # looking at what is on a device would wait for it
-        bad = next((tuple(grid) for grid in np.asarray(images.grid) if not 1 <= grid.min() <= grid.prod() <= shape[1]), None)
+        bad = next(
+            (tuple(grid) for grid in np.asarray(images.grid) if not 1 <= grid.min() <= grid.prod() <= shape[1]), None
+        )
         if bad is not None:
             raise UserError(f"grid {bad} (down, across) does not fit {shape[1]} patches, or has none")
     return Patches(jnp.asarray(images.patches, jnp.float32), jnp.asarray(images.grid, jnp.int32))
@@ -123,7 +125,13 @@ def check_patches(images: Patches, config: ImageConfig) -> Patches:
 def _array_to_patches(images: ArrayLike, config: ImageConfig, length: int) -> Patches:
     """float32 [b, h, w, 3] in [-1, 1] of whole patches. Raises UserError for sides that hold no whole patches, or too many."""
     (ph, pw), shape = config.patch, jnp.shape(images)
-    if len(shape) != 4 or shape[3] != 3 or shape[1] % ph or shape[2] % pw or not 1 <= (n := shape[1] * shape[2] // (ph * pw)) <= length:
+    if (
+        len(shape) != 4
+        or shape[3] != 3
+        or shape[1] % ph
+        or shape[2] % pw
+        or not 1 <= (n := shape[1] * shape[2] // (ph * pw)) <= length
+    ):
         raise UserError(
             f"images have shape {shape}; a NaFlex model takes a list of images of any size, or [b, h, w, 3] with sides of whole "
             f"patches of {config.patch} px, at most max_patches={length} of them"

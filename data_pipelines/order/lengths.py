@@ -21,7 +21,8 @@ class LengthConfig:
     Attributes:
       patches: the most patches of an image, one number per step.
       weights: how often each comes, relative to the others; () for equally often.
-      start: the fraction of the run from which on images keep their aspect ratio. Before, all are resized to model.image.image_size.
+      start: the fraction of the run from which on images keep their aspect ratio; before, all have the size
+        model.image.image_size.
     """
 
     patches: tuple[int, ...] = (128, 256, 576, 784, 1024)

@@ -31,8 +31,9 @@ class RowNote(NamedTuple):
 class ImagesInOrder:
     """Batches of the pairs in `ranges`, one batch each, as `workers.iterate` wants them: {"image": uint8 [n, h, w, 3], "notes"}.
 
-    With `Patches` they hold "patches" and "grid" in place of "image". Rows whose image is broken are zeros. fields: which texts are carried along; None for all. corruption: name and severity of
-    what is done to every image. mask: with it, batches hold "mask" too.
+    With `Patches` they hold "patches" and "grid" in place of "image". Rows whose image is broken are zeros. fields: which texts
+    are carried along; None for all. corruption: name and severity of what is done to every image. mask: with it, batches hold
+    "mask" too.
     """
 
     source: Source

@@ -15,7 +15,8 @@ import numpy as np
 from siglip.array_types import Array
 from siglip.encoder import Encoder
 from siglip.formats.export_format import ExportMismatch, Inputs, Outputs
-from siglip.models.two_tower import ModelConfig, make_model
+from siglip.models.naflex import Patches
+from siglip.models.two_tower import ModelConfig, batch_of, make_model
 
 TOLERANCE = 1e-5
 _EXACT = ("pixels", "tokens")
@@ -45,9 +46,9 @@ def model_outputs(model: Encoder, inputs: Inputs) -> Outputs:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(config: ModelConfig, params: Any, images: Array, tokens: Array | None) -> tuple[Any, Any, Array]:
+def _forward(config: ModelConfig, params: Any, images: Array | Patches, tokens: Array | None) -> tuple[Any, Any, Array]:
     # One program for all outputs: compiling takes far longer than running.
-    batch = {"image": images} | ({} if tokens is None else {"text": tokens})
+    batch = batch_of(images) | ({} if tokens is None else {"text": tokens})
     zimg, ztxt, out = make_model(config).apply({"params": params}, batch)
     return zimg, ztxt, out["img/encoded"]
 

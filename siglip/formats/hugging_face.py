@@ -39,7 +39,11 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _VISION_TYPE = "siglip_vision_model"
 _TEXT_TYPE = "siglip_text_model"
-_NAFLEX = {"siglip": "siglip2", "siglip_vision_model": "siglip2_vision_model", "siglip_text_model": "siglip2_text_model"}
+_NAFLEX = {
+    "siglip": "siglip2",
+    "siglip_vision_model": "siglip2_vision_model",
+    "siglip_text_model": "siglip2_text_model",
+}
 _NAFLEX_TYPES = ("siglip2", "siglip2_vision_model")
 _SIZES = {
     "hidden_size": "width", "intermediate_size": "mlp_dim", "num_hidden_layers": "depth", "num_attention_heads": "num_heads",
@@ -231,7 +235,9 @@ def model_config(tree: Mapping[str, Any], *, source: str) -> ModelConfig:
         naflex = "num_patches" in vision
         size = math.isqrt(vision["num_patches"]) * vision["patch_size"] if naflex else vision["image_size"]
         if naflex and (size // vision["patch_size"]) ** 2 != vision["num_patches"]:
-            raise UserError(f"num_patches={vision['num_patches']} is not a square, so it is no grid of learned positions")
+            raise UserError(
+                f"num_patches={vision['num_patches']} is not a square, so it is no grid of learned positions"
+            )
         image = ImageConfig(
             **_spec(vision).fields(patch=vision["patch_size"]),
             image_size=(size, size),

@@ -119,6 +119,11 @@ def images_of(batch: Mapping[str, Array]) -> Array | Patches | None:
     return Patches(batch["patches"], batch["grid"]) if "patches" in batch else batch.get("image")
 
 
+def batch_of(images: Array | Patches) -> dict[str, Array]:
+    """A batch of what the image tower reads."""
+    return images._asdict() if isinstance(images, Patches) else {"image": images}
+
+
 def blank_images(config: ImageConfig, rows: int, *, patches: int | None = None) -> dict[str, np.ndarray]:
     """A batch of zeros as the image tower takes it from the data side, uint8; `patches` of each where it is NaFlex."""
     if config.naflex is None:

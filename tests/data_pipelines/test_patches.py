@@ -102,7 +102,6 @@ def test_transformers_makes_the_same_patches():
         assert theirs["pixel_attention_mask"][0].sum() == ours["grid"].prod()
 
 
-
 PATCHES = Patches((8, 8), 16, augment=SAMPLE_CONFIG.augment, square_px=(16, 16))
 SCHEDULE = LengthConfig((4, 9, 16), (1.0, 2.0, 1.0), start=0.25)
 
@@ -165,7 +164,10 @@ def test_processes_threads_and_resume_change_nothing():
     more.close()
     parts = [naflex(6, process_index=index, process_count=2)[0] for index in range(2)]
     for step, whole in enumerate(reference):
-        rows = {key: (p.tobytes(), tuple(g)) for key, p, g in zip(*(whole[n] for n in ("key", "patches", "grid")), strict=True)}
+        rows = {
+            key: (p.tobytes(), tuple(g))
+            for key, p, g in zip(*(whole[n] for n in ("key", "patches", "grid")), strict=True)
+        }
         for part in parts:
             for key, p, g in zip(*(part[step][n] for n in ("key", "patches", "grid")), strict=True):
                 assert rows[key] == (p.tobytes(), tuple(g))
@@ -224,4 +226,6 @@ def test_settings_that_need_images_of_one_size(change, words):
     with pytest.raises(UserError, match=words):
         make_loader(replace(SAMPLE_CONFIG, **change), **SHAPES, patches=PATCHES)
     with pytest.raises(UserError, match="this model is NaFlex"):
-        make_eval_batches(TarSource(SAMPLE_TRAIN), batch_size=4, image_size=(8, 8), patches=PATCHES, protocol="square875")
+        make_eval_batches(
+            TarSource(SAMPLE_TRAIN), batch_size=4, image_size=(8, 8), patches=PATCHES, protocol="square875"
+        )

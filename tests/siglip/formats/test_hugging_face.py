@@ -288,9 +288,17 @@ def test_a_naflex_model_there_and_back(tmp_path, text):
     "file, changes, words",
     [
         ("config.json", {"num_patches": 10}, "num_patches=10 is not a square"),
-        ("config.json", {"num_patches": 16}, r"has vision_model.embeddings.position_embedding.weight of shape \(9, 36\)"),
+        (
+            "config.json",
+            {"num_patches": 16},
+            r"has vision_model.embeddings.position_embedding.weight of shape \(9, 36\)",
+        ),
         ("config.json", {"num_patches": None, "image_size": 48}, "mixes images of one size and NaFlex"),
-        ("config.json", {"model_type": "siglip_vision_model", "num_patches": None, "image_size": 48}, r"shape \(36, 768\)"),
+        (
+            "config.json",
+            {"model_type": "siglip_vision_model", "num_patches": None, "image_size": 48},
+            r"shape \(36, 768\)",
+        ),
         ("preprocessor_config.json", {"image_processor_type": "SiglipImageProcessor"}, "type='SiglipImageProcessor'"),
         ("preprocessor_config.json", {"max_num_patches": 0}, "max_num_patches=0 is not a positive number"),
         ("preprocessor_config.json", {"patch_size": 14}, "patch_size=14, but config.json has patch_size=16"),

@@ -12,7 +12,15 @@ from siglip.formats.key_maps import unstack_blocks
 from siglip.models.attention import attention_fn
 from siglip.models.naflex import NaflexConfig, Patches, resize_positions
 from siglip.models.resample import _between_edges
-from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, TwoTower, blank_images, init_params, make_model
+from siglip.models.two_tower import (
+    ImageConfig,
+    ModelConfig,
+    TextConfig,
+    TwoTower,
+    blank_images,
+    init_params,
+    make_model,
+)
 from siglip.models.vit import ViT, cut_patches
 from siglip.parallel.sharding import put_batch
 from siglip.trees import flatten
@@ -101,7 +109,9 @@ def test_every_image_is_what_it_is_alone_in_float64(pool, scan):
             np.testing.assert_allclose(zimg[i], expected[0], rtol=0, atol=towers_apart(config, expected))
 
 
-@pytest.mark.parametrize("fields", [{"scan": True, "remat": "full"}, {"pool": "gap", "remat": "dots"}], ids=["scan", "loop"])
+@pytest.mark.parametrize(
+    "fields", [{"scan": True, "remat": "full"}, {"pool": "gap", "remat": "dots"}], ids=["scan", "loop"]
+)
 def test_gradients_are_the_sum_of_those_of_each_image_alone(fields):
     config = naflex_model(**fields)
     params, images = on_device(random_params(config)), draw_images()
