@@ -6,8 +6,8 @@
 
     logits = exp(t) * zimg @ ztxt.T + b;   probability of a match = sigmoid(logits)      (SigLIP, arXiv:2303.15343)
 
-An `ImageEncoder` is a pytree whose leaves are its parameters, so it goes through jit, grad, device_put and optax as it is:
-hand it to a jitted step as an argument, lay its leaves out with `siglip.parallel.sharding.param_shardings`, and unfreeze it with
+An `ImageEncoder` is a pytree whose leaves are its parameters, so it goes through jit, grad, device_put and optax as it is: hand
+it to a jitted step as an argument, lay its leaves out with `siglip.parallel.sharding.param_shardings`, and unfreeze it with
 `encoder.unfrozen()`. PaLI-3 (arXiv:2310.09199) and PaliGemma (arXiv:2407.07726) read the tokens after the last LayerNorm and
 before pooling: layer -1. Layers -2, -3, … are what earlier blocks return, without a LayerNorm, as LLaVA reads them
 (`hidden_states[-2]` in transformers).
@@ -67,11 +67,11 @@ class Encoder:
 
         Args:
             images: those of a list are Pillow's, or uint8 [h, w, 3] in RGB, of any size; they are resized as the model was
-                trained. A NaFlex model also takes `siglip.models.naflex.Patches`.
+                trained. A NaFlex model takes `Patches` too.
             max_patches: of an image of a list, for a NaFlex model; None for its own number.
 
         Raises:
-            UserError: images that the tower does not take, such as integer pixels in an array, or it has no pooling.
+            UserError: images that the tower does not take, or it has no pooling.
         """
         self._check_pooling()
         return _apply(self.config, "zimg", self.params, batch_of(self.pixels(images, max_patches=max_patches)))
@@ -146,8 +146,7 @@ class Encoder:
         return tokenizer_of(self.tokenizer, self.config.text)
 
     def logits(self, zimg: ArrayLike, ztxt: ArrayLike) -> Float[Array, "b k"]:
-        """[b, e], [k, e] -> exp(t) * zimg @ ztxt.T + b, [b, k]; the sigmoid of it is the probability that the pair
-        belongs together.
+        """[b, e], [k, e] -> exp(t) * zimg @ ztxt.T + b, [b, k]; its sigmoid is the probability that the pair belongs together.
 
         Raises:
             UserError: there is no text tower, and so no temperature and no bias.

@@ -1,4 +1,4 @@
-"""What users have, images and strings, as the towers take it: pixels or patches of the model's size, and token ids of its length."""
+"""What users have, images and strings, as the towers take it: pixels or patches of the model, and token ids of its length."""
 
 import dataclasses
 import math
@@ -102,7 +102,7 @@ def check_images(images: ArrayLike, config: ImageConfig) -> Float[Array, "b h w 
 
 
 def check_patches(images: Patches, config: ImageConfig) -> Patches:
-    """Raises UserError for patches of another size or with integer pixels, and for a length or a grid that the tower cannot take."""
+    """Raises UserError for patches of another size or with integer pixels, and for a length or a grid that do not fit."""
     p, shape = math.prod(config.patch) * 3, jnp.shape(images.patches)
     if not jnp.issubdtype(jnp.result_type(images.patches), jnp.floating):
         raise UserError(
@@ -125,13 +125,8 @@ def check_patches(images: Patches, config: ImageConfig) -> Patches:
 def _array_to_patches(images: ArrayLike, config: ImageConfig, length: int) -> Patches:
     """float32 [b, h, w, 3] in [-1, 1] of whole patches. Raises UserError for sides that hold no whole patches, or too many."""
     (ph, pw), shape = config.patch, jnp.shape(images)
-    if (
-        len(shape) != 4
-        or shape[3] != 3
-        or shape[1] % ph
-        or shape[2] % pw
-        or not 1 <= (n := shape[1] * shape[2] // (ph * pw)) <= length
-    ):
+    whole = len(shape) == 4 and shape[3] == 3 and shape[1] % ph == shape[2] % pw == 0
+    if not whole or not 1 <= shape[1] * shape[2] // (ph * pw) <= length:
         raise UserError(
             f"images have shape {shape}; a NaFlex model takes a list of images of any size, or [b, h, w, 3] with sides of whole "
             f"patches of {config.patch} px, at most max_patches={length} of them"

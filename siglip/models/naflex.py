@@ -1,4 +1,4 @@
-"""NaFlex: images of any aspect ratio and length in one batch (SigLIP 2, arXiv:2502.14786, section 2.4.2; NaViT, arXiv:2307.06304).
+"""NaFlex: images of any aspect ratio and length in one batch (SigLIP 2, arXiv:2502.14786; after NaViT, arXiv:2307.06304).
 
 An image is a grid of at most n patches, row by row, padded at the end. The tower has the parameters of the fixed one; its learned
 positions are resized to each image's grid (g_y, g_x), bilinear with antialias:

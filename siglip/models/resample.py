@@ -27,8 +27,8 @@ def resample(
 ) -> tuple[dict[str, Any], ModelConfig]:
     """The same model for images of another (height, width) and patches of another (height, width), in pixels.
 
-    None keeps the model's own. Learned positions change with the grid, the patch kernel with the patch. A NaFlex model becomes one
-    for images of `image_size` alone, with the positions that it gives to such images; another patch size leaves it NaFlex.
+    None keeps the model's own. Learned positions change with the grid, the patch kernel with the patch. A NaFlex model becomes
+    one for images of `image_size` alone, with the positions that it gives to such images; another patch size leaves it NaFlex.
 
     Raises:
         UserError: the image is smaller than one patch.
@@ -63,7 +63,7 @@ def resample_positions(
 ) -> Float[np.ndarray, "1 m d"]:
     """Learned positions for another grid; `between` gives the weights along an axis.
 
-    Between corners differs visibly from an image resize, which aligns the edges of pixels and not the centres of the outermost ones.
+    Between corners differs visibly from an image resize, which aligns the edges of pixels and not the outermost centres.
     """
     assert positions.shape[1] == grid[0] * grid[1], (positions.shape, grid)
     down, across = (between(old, new) for old, new in zip(grid, new_grid, strict=True))

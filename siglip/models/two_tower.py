@@ -76,9 +76,10 @@ class ModelConfig:
 class TwoTower(nn.Module):
     """`apply({"params": params}, batch)` -> (zimg, ztxt, out): a tower runs where the batch holds what it reads.
 
-    A batch has any of "image" [b, h, w, 3] (uint8 as decoded, or float32 in [-1, 1]) or, for a NaFlex tower, "patches"
-    [b, n, p] and "grid" [b, 2] (`naflex.Patches`); "text" (int32 ids [b, l]); and "zimg" (float32 [b, e], stored normalised
-    embeddings, which are handed through instead of running the image tower). With `train=True` the configs' dropout rates apply, and `apply` needs `rngs={"dropout": key}` if any is above 0.
+    A batch has any of "image" [b, h, w, 3] (uint8 as decoded, or float32 in [-1, 1]) or, for a NaFlex tower, "patches" [b, n, p]
+    and "grid" [b, 2] (`naflex.Patches`); "text" (int32 ids [b, l]); and "zimg" (float32 [b, e], stored normalised embeddings,
+    which are handed through instead of running the image tower). With `train=True` the configs' dropout rates apply, and `apply`
+    needs `rngs={"dropout": key}` if any is above 0.
 
     zimg and ztxt are float32 and L2-normalised, or None. `out` holds what each tower returns under "img/…" and "txt/…",
     the norms before dividing ("img/norm", "txt/norm", [b, 1]), "temperature" = exp(t) and the bias "b" ([1] each).

@@ -59,9 +59,9 @@ class ImageConfig:
     """The image tower. `width`, `depth`, `mlp_dim`, `num_heads` and `patch_size` override what `variant` says.
 
     `image_size` and `patch_size` are (height, width) in pixels. With `naflex` images keep their aspect ratio and come as
-    `naflex.Patches`; `image_size` is then the image whose grid the learned positions have, 16 x 16 patches in SigLIP 2. `scan`, `unroll`, `remat`, `dtype`, `residual_dtype` and
-    `attention` change memory and speed, not the function: see layers.Encoder, and attention.choose_kernel for the kernel that
-    training takes.
+    `naflex.Patches`; `image_size` is then the image whose grid the learned positions have, 16 x 16 patches in SigLIP 2. `scan`,
+    `unroll`, `remat`, `dtype`, `residual_dtype` and `attention` change memory and speed, not the function: see layers.Encoder,
+    and attention.choose_kernel for the kernel that training takes.
     """
 
     variant: str = "B/16"

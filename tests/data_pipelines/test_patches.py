@@ -110,8 +110,8 @@ def lengths(config=SCHEDULE, *, total_steps=8, seed=0):
     return Lengths.of(config, total_steps=total_steps, seed=seed)
 
 
-def naflex(count, *, config=SAMPLE_CONFIG, patches=replace(PATCHES, lengths=lengths()), **changes):
-    return take(config, count, patches=patches, **changes)
+def naflex(count, *, config=SAMPLE_CONFIG, **changes):
+    return take(config, count, patches=replace(PATCHES, lengths=lengths()), **changes)
 
 
 def same(ours, theirs):

@@ -1,4 +1,4 @@
-"""NaFlex towers: each image of a padded batch against itself alone, in float64 and through the fixed tower; and the resize of positions."""
+"""NaFlex towers: each image of a padded batch against itself alone, in float64, and against the tower for images of one size."""
 
 import dataclasses
 import functools
