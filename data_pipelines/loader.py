@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -262,15 +261,15 @@ def make_loader(
     from data_pipelines.samples.batches import TrainBatches
     from data_pipelines.samples.noisy_batches import NoisyBatches
     from data_pipelines.samples.pairs import ImageCache, ImageDecoder
+    from data_pipelines.samples.patches import check_settings
     from data_pipelines.samples.pixels import Pixels
-    from data_pipelines.samples.reading import Reader
+    from data_pipelines.samples.reading import Reader, make_block_caches
 
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"batch_size={batch_size} does not divide over {process_count} processes")
     if text_length < 1:
         raise UserError(f"text_length={text_length} must be at least 1")
-    if patches is not None:
-        _check_patches(config)
+    check_settings(config, patches)
     if fields is None:
         fields = default_fields(
             config, image_size=image_size, text_length=text_length, tokens=tokens, resample=resample, patches=patches
@@ -278,7 +277,13 @@ def make_loader(
     sources = tuple(map(_open, config.sources))
     weights = tuple(source.weight for source in config.sources)
     mixture = Mixture(tuple(map(len, sources)), weights, seed, config.shuffle_blocks)
-    caches = _block_caches(config, sources, readers=process_count * max(1, config.workers))
+    caches = make_block_caches(
+        sources,
+        [(source.shards, source.weight) for source in config.sources],
+        config.shuffle_blocks,
+        block_bytes=config.block_bytes,
+        readers=process_count * max(1, config.workers),
+    )
     reader = Reader(sources, mixture, batch_size, process_index, process_count, position, caches)
     pixels = next((field for field in fields if isinstance(field, Pixels)), None)
     min_size_px = pixels.min_decoded_px if config.jpeg_scaling and pixels else None
@@ -307,15 +312,6 @@ def default_fields(
     captions = tuple(source.captions for source in config.sources)
     tokenizer = SentencePieceTokenizer(config.tokenizer, **(tokens or {}))
     return Tokens(tokenizer, text_length, captions), patches or Pixels(tuple(image_size), config.augment, resample)
-
-
-def _check_patches(config: DataConfig) -> None:
-    """Raises UserError for settings that images of any size do not have."""
-    noisy = config.noise is not None and config.noise.image > 0
-    wrong = {"jpeg_scaling": config.jpeg_scaling, "noise.image": noisy, "image_embeddings": config.image_embeddings}
-    for name, value in wrong.items():
-        if value:
-            raise UserError(f"data.{name} needs images of one size; leave it out, or train without model.image.naflex")
 
 
 def make_eval_batches(
@@ -388,27 +384,6 @@ def _open(config: SourceConfig) -> Source:
     from data_pipelines.sources.kept_pairs import KeptPairs
 
     return KeptPairs(source, config.manifest)
-
-
-def _block_caches(config: DataConfig, sources: tuple[Source, ...], *, readers: int) -> tuple:
-    """One for each source, by its weight; () without blocks. readers: processes that share a stretch."""
-    from data_pipelines.sources.blocks import BlockCache
-
-    blocks, total = config.shuffle_blocks, sum(source.weight for source in config.sources)
-    if blocks is None:
-        return ()
-    limits = [int(config.block_bytes * source.weight / total) for source in config.sources]
-    for source, limit, named in zip(sources, limits, config.sources, strict=True):
-        stretch = min(blocks.block_pairs * blocks.open_blocks, len(source))
-        needed = int(stretch * source.pair_bytes) // readers
-        if source.is_remote and needed > limit:
-            warnings.warn(
-                f"{stretch} pairs of {named.shards!r} are mixed at a time, about {needed} bytes in each process, and its share "
-                f"of data.block_bytes={config.block_bytes} is {limit}: of what exceeds it each pair is a request of its own; "
-                f"raise data.block_bytes or lower data.shuffle_blocks.open_blocks={blocks.open_blocks}",
-                stacklevel=3,
-            )
-    return tuple(map(BlockCache, limits))
 
 
 def _describe(source: Source) -> str:

@@ -4,12 +4,14 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from data_pipelines import image_ops
 from data_pipelines.augment import AugmentConfig
 from data_pipelines.counter_rng import Rng
+from data_pipelines.errors import UserError
 from data_pipelines.order.lengths import Lengths
 from data_pipelines.patch_ops import cut_patches, fit_grid
 from data_pipelines.samples.pairs import SamplePair
@@ -74,3 +76,18 @@ class Patches:
         image = draw_image(pair.pixels, self.augment, size_of, rng, resample=self.resample, exact=self.exact)
         patches, grid = cut_patches(image, self.patch_px, self.length)
         return {"patches": patches, "grid": grid}
+
+
+def check_settings(config: Any, patches: Patches | None) -> None:
+    """Raises UserError for settings of a `loader.DataConfig` that do not go with `patches`."""
+    if patches is None:
+        if config.lengths is not None:
+            raise UserError(
+                "data.lengths is of NaFlex models, which model.image is not; set model.image.naflex, or leave it out"
+            )
+        return
+    noisy = config.noise is not None and config.noise.image > 0
+    wrong = {"jpeg_scaling": config.jpeg_scaling, "noise.image": noisy, "image_embeddings": config.image_embeddings}
+    for name, value in wrong.items():
+        if value:
+            raise UserError(f"data.{name} needs images of one size; leave it out, or train without model.image.naflex")
