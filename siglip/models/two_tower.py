@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 # The sub-trees of the parameters that are the model; a run may train others beside them (siglip.training.objective.Term).
 MODEL_PARTS = ("img", "txt", "t", "b")
 
+# What the image tower reads of a batch: pixels of images of one size, or `Patches`.
+IMAGE_ARRAYS = ("image", *Patches._fields)
+
 _NORM_EPS = 1e-8
 
 
@@ -118,6 +121,11 @@ class TwoTower(nn.Module):
 def images_of(batch: Mapping[str, Array]) -> Array | Patches | None:
     """What the image tower reads of a batch, or None."""
     return Patches(batch["patches"], batch["grid"]) if "patches" in batch else batch.get("image")
+
+
+def image_arrays(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the image tower reads of a batch, as the data side gives it: {"image"}, or {"patches", "grid"}."""
+    return {name: batch[name] for name in IMAGE_ARRAYS if name in batch}
 
 
 def batch_of(images: Array | Patches) -> dict[str, Array]:
