@@ -69,6 +69,11 @@ class Patches(NamedTuple):
         """Patches of each image, at least one: a row of zeros, which fills up a batch, is an image of one patch."""
         return jnp.maximum(self.grid, 1).prod(axis=1).astype(jnp.int32)
 
+    def without_padding(self) -> "Patches":
+        """The same with zeros after each image's last patch: what two batches may be compared by."""
+        mask = np.arange(self.patches.shape[1]) < np.asarray(self.lengths)[:, None]
+        return Patches(np.where(mask[..., None], np.asarray(self.patches), 0), np.asarray(self.grid))
+
 
 def mask_of(lengths: Int[Array, " b"], n: int) -> Bool[Array, "b n"]:
     """True at the first `lengths` of n positions."""
