@@ -136,17 +136,8 @@ def _architecture(config: ModelConfig) -> str:
 
 
 def _contract(config: ModelConfig) -> list[str]:
-    image, text, (height, width), (down, across) = config.image, config.text, config.image.image_size, config.image.grid
-    lines = (
-        [_naflex_contract(image)]
-        if image.naflex
-        else [
-            f"- images: upright RGB, transparent parts over white, resized to {height} x {width} px ({image.pixels.resample} with "
-            f"antialias, as Pillow does; the aspect ratio is not kept), then {_pixel_range(image.pixels)}",
-            f"- they become {down * across} tokens ({down} x {across}, row by row) of width {image.spec.width}"
-            + (", with a class token before them" if image.pool == "tok" else ""),
-        ]
-    )
+    image, text = config.image, config.text
+    lines = [_naflex_contract(image)] if image.naflex else _images_contract(image)
     if text:
         lines.append(
             f"- texts: {_LOWER[text.tokens.lower]}, SentencePiece, cut to {text.length - text.tokens.end} pieces, then "
@@ -156,6 +147,16 @@ def _contract(config: ModelConfig) -> list[str]:
             + ", pads are attended to, there is no mask"
         )
     return lines
+
+
+def _images_contract(image: ImageConfig) -> list[str]:
+    (height, width), (down, across) = image.image_size, image.grid
+    return [
+        f"- images: upright RGB, transparent parts over white, resized to {height} x {width} px ({image.pixels.resample} with "
+        f"antialias, as Pillow does; the aspect ratio is not kept), then {_pixel_range(image.pixels)}",
+        f"- they become {down * across} tokens ({down} x {across}, row by row) of width {image.spec.width}"
+        + (", with a class token before them" if image.pool == "tok" else ""),
+    ]
 
 
 def _naflex_contract(image: ImageConfig) -> str:

@@ -41,7 +41,7 @@ def random_inputs(config: ModelConfig) -> Inputs:
 
 
 def _some_grids(n: int) -> list[tuple[int, int]]:
-    """Square, flat, wide, tall, small, a single patch; no column of several patches, for which torch resizes positions wrongly."""
+    """Square, flat, wide, tall, small, one patch; no column of several patches, for which torch resizes positions wrongly."""
     side = math.isqrt(n)
     return [
         (side, side),
