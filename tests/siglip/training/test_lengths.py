@@ -112,7 +112,7 @@ def test_a_run_with_images_of_one_size_is_continued_as_naflex(tmp_path):
     from siglip.training.warm_start import InitConfig, read_initial
     from siglip.trees import flatten
 
-    config = tiny_config(tmp_path / "fixed", total_steps=1)
+    config = tiny_config(tmp_path / "fixed", total_steps=2)
     params = jax.device_get(train(config, TinyBatches()).params)
     image = dataclasses.replace(MODEL.image, image_size=(36, 36), patch_size=(12, 12), naflex=NaflexConfig(9, 16))
     model = dataclasses.replace(MODEL, image=image)
