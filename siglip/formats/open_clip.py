@@ -8,8 +8,8 @@ Names of tensors: key_maps.OPEN_CLIP. What shows in the tensors (other norms, he
 (masks, pooling, epsilons) is read from the config, and is an error where the towers here compute something else.
 
 The trap: published SigLIP was trained with the tanh approximation of GELU, but timm and open_clip compute the exact one for most
-of their SigLIP names (1e-3 apart). Here it is always the approximation, as in training. And timm resizes a NaFlex tower's positions
-bicubic unless told otherwise; here it is bilinear, as in training.
+of their SigLIP names (1e-3 apart). Here it is always the approximation, as in training. And timm resizes the positions of a
+NaFlex tower bicubic unless told otherwise; here it is bilinear, as in training.
 """
 
 import dataclasses
@@ -191,7 +191,7 @@ def _check_arguments(args: Mapping[str, Any], followed: set[str], path: Path) ->
 def _fields(
     size: str, args: Mapping[str, Any], path: Path, *, gap: bool, patch: int
 ) -> tuple[dict[str, Any], tuple[int, int]]:
-    """Sizes, patch and pooling of an image tower of a size of timm, as arguments of ImageConfig; and the patch's (height, width)."""
+    """Sizes, patch and pooling of an image tower of a size of timm, as arguments of ImageConfig; and its patch in pixels."""
     variant, ratio = _SIZES[size]
     base = VARIANTS[variant]
     pool, act = args.get("global_pool", "avg" if gap else "map"), args.get("act_layer", "gelu")

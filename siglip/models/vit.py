@@ -260,7 +260,8 @@ def _check_input(image: Array | Patches, config: ImageConfig) -> None:
         if not isinstance(image, Patches) or image.patches.ndim != 3 or image.patches.shape[2] != p:
             got = "x".join(map(str, (image.patches if isinstance(image, Patches) else image).shape))
             raise ValueError(f"this tower takes patches bxnx{p} with the grid of each image, not {got} alone")
-        config.naflex.check_length(image.patches.shape[1], "patches")
+        if isinstance(n := image.patches.shape[1], int):  # an exported program is for any number
+            config.naflex.check_length(n, "patches")
     elif isinstance(image, Patches):
         raise ValueError("this tower takes images of one size, not patches; set model.image.naflex for those")
     elif image.ndim != 4 or image.shape[1:] != (*config.image_size, 3):
