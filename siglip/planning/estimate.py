@@ -30,7 +30,7 @@ from siglip.parallel import sharding
 from siglip.planning.accelerators import Topology
 from siglip.training import flops, optim
 from siglip.training.config import TrainConfig
-from siglip.training.lengths import length_shares
+from siglip.training.lengths import length_shares, micro_batch_size
 from siglip.training.objective import all_param_shapes
 from siglip.training.step import TrainState, lay_out_state, state_shapes
 
@@ -219,8 +219,10 @@ def _shard_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _micro_batches(config: TrainConfig) -> int:
-    return config.batch_size // (config.loss.micro_batch_size or config.batch_size)
+def _micro_batches(config: TrainConfig, devices: int) -> int:
+    """Of the longest step."""
+    longest = max(length_shares(config), default=0)
+    return config.batch_size // (micro_batch_size(config, longest, devices=devices) or config.batch_size)
 
 
 def _towers(config: TrainConfig, passes: flops.Passes) -> list[tuple[ImageConfig | TextConfig, int, int]]:
@@ -232,7 +234,7 @@ def _towers(config: TrainConfig, passes: flops.Passes) -> list[tuple[ImageConfig
 
 def _activations(config: TrainConfig, topology: Topology, passes: flops.Passes) -> int:
     kept = _KEPT[_platform(topology)]
-    pairs = config.batch_size // _micro_batches(config) / topology.devices
+    pairs = config.batch_size // _micro_batches(config, topology.devices) / topology.devices
     total, working = 0.0, 0.0
     for tower, tokens, times in _towers(config, passes):
         spec = tower.spec
@@ -329,7 +331,7 @@ def _collectives(
 ) -> dict[str, float]:
     """Bytes by kind, of a step: weights gathered, gradients summed, the loss."""
     (data, fsdp), moved = mesh, collections.Counter()
-    turns = _micro_batches(config)
+    turns = _micro_batches(config, topology.devices)
     # With micro-batches the forward pass runs twice. A tower that is frozen as a whole has no backward pass.
     forward, backward = (1 if turns == 1 else 2 * turns), turns
     only_forward = tuple(f"{name}/" for name, times in zip(("img", "txt"), passes, strict=True) if times == 1)
@@ -363,7 +365,7 @@ def _seconds(moved: Mapping[str, float], devices: int, topology: Topology) -> fl
 
 def _executed_flops(config: TrainConfig, passes: flops.Passes) -> float:
     """FLOPs that run for a pair: `remat` repeats the forward pass of a tower that trains, micro-batches that of both."""
-    again = 1 if _micro_batches(config) > 1 else 0
+    again = 1 if _micro_batches(config, 1) > 1 else 0
     runs = [
         times and times + again + (times == 3 and tower.remat == "full") for tower, _, times in _towers(config, passes)
     ]

@@ -47,12 +47,12 @@ def length_shares(config: TrainConfig) -> dict[int, float]:
     return shares
 
 
-def micro_batch_size(config: TrainConfig, patches: int | None, mesh: Mesh) -> int | None:
+def micro_batch_size(config: TrainConfig, patches: int, *, devices: int) -> int | None:
     """Pairs that pass through the towers at a time in a step of such a length: those that memory allows at the tower's own."""
     size, batch, naflex = config.loss.micro_batch_size, config.batch_size, config.model.image.naflex
-    if size is None or naflex is None or patches is None or patches <= naflex.patches:
+    if size is None or naflex is None or patches <= naflex.patches:
         return size
-    fitting = [n for n in range(mesh.size, batch + 1, mesh.size) if batch % n == 0]
+    fitting = [n for n in range(devices, batch + 1, devices) if batch % n == 0]
     return max((n for n in fitting if n * patches <= size * naflex.patches), default=fitting[0])
 
 

@@ -209,7 +209,7 @@ def make_program(config: TrainConfig, devices: Sequence[jax.Device] | None = Non
         ema=config.optim.ema,
         seed=config.seed,
     )
-    sizes = {patches: micro_batch_size(config, patches, mesh) for patches in length_shares(config)}
+    sizes = {patches: micro_batch_size(config, patches, devices=mesh.size) for patches in length_shares(config)}
     if sizes:
         step = StepOfLength({patches: make_step(micro_batch_size=size) for patches, size in sizes.items()})
     else:

@@ -68,9 +68,8 @@ def test_a_run_compiles_every_length_first_and_resumes_bit_for_bit(tmp_path, cap
 
 def test_longer_steps_take_smaller_micro_batches_and_give_the_same(tmp_path):
     config = naflex_config(tmp_path, loss=LossConfig(micro_batch_size=16))
-    mesh = make_mesh(config.mesh)
-    assert [micro_batch_size(config, n, mesh) for n in (1, 4, 9)] == [16, 16, 4]
-    assert micro_batch_size(naflex_config(tmp_path), 9, mesh) is None
+    assert [micro_batch_size(config, n, devices=2) for n in (1, 4, 9)] == [16, 16, 4]
+    assert micro_batch_size(naflex_config(tmp_path), 9, devices=2) is None
     state = train(config, PatchBatches())
     whole = train(naflex_config(tmp_path / "whole"), PatchBatches())
     for found, expected in zip(jax.tree.leaves(state.params), jax.tree.leaves(whole.params), strict=True):
