@@ -152,9 +152,7 @@ class Encoder:
             UserError: there is no text tower, and so no temperature and no bias.
         """
         if self.config.text is None:
-            raise UserError(
-                "this model has only the image tower, no temperature and bias; load a source with both towers"
-            )
+            raise UserError("this model has only the image tower, so it has no logits; load a source with both towers")
         return _logits(jnp.asarray(zimg), jnp.asarray(ztxt), self.params["t"], self.params["b"])
 
     def probabilities(self, images: Images, texts: ArrayLike | Sequence[str]) -> Float[Array, "images texts"]:

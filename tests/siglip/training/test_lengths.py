@@ -9,7 +9,9 @@ import pytest
 
 from data_pipelines.order.lengths import LengthConfig, Lengths
 from siglip.errors import UserError
+from siglip.formats import big_vision
 from siglip.models.naflex import NaflexConfig
+from siglip.models.resample import resample
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.parallel.sharding import make_mesh
 from siglip.training.flops import train_flops_per_pair
@@ -17,6 +19,9 @@ from siglip.training.lengths import batch_shapes, length_shares, micro_batch_siz
 from siglip.training.loop import make_program, train
 from siglip.training.objective import LossConfig
 from siglip.training.signals import Interrupted
+from siglip.training.warm_start import InitConfig, read_initial
+from siglip.trees import flatten
+from tests.siglip.tiny import random_params
 from tests.siglip.tiny_run import MODEL, StopsAt, TinyBatches, assert_bit_equal, tiny_config, use_devices
 
 NAFLEX = dataclasses.replace(MODEL, image=dataclasses.replace(MODEL.image, naflex=NaflexConfig(4, 9)))
@@ -107,15 +112,11 @@ def test_flops_are_those_of_the_lengths():
 
 def test_a_run_with_images_of_one_size_is_continued_as_naflex(tmp_path):
     """Its positions are resampled to the new table, its patches to the new size; everything else is taken as it is."""
-    from siglip.models.resample import resample
-    from siglip.training.warm_start import InitConfig, read_initial
-    from siglip.trees import flatten
-
-    config = tiny_config(tmp_path / "fixed", total_steps=2)
-    params = jax.device_get(train(config, TinyBatches()).params)
+    params = random_params(MODEL)
+    big_vision.write(tmp_path / "fixed.npz", params, MODEL)
     image = dataclasses.replace(MODEL.image, image_size=(36, 36), patch_size=(12, 12), naflex=NaflexConfig(9, 16))
     model = dataclasses.replace(MODEL, image=image)
-    found = read_initial(InitConfig(str(tmp_path / "fixed")), model)
+    found = read_initial(InitConfig(str(tmp_path / "fixed.npz")), model)
     expected = flatten(resample(params, MODEL, image_size=(36, 36), patch_size=(12, 12))[0])
     assert found["img/pos_embedding"].shape == (1, 9, 32) and found["img/embedding/kernel"].shape == (12, 12, 3, 32)
     for path, array in expected.items():
