@@ -23,6 +23,7 @@ from data_pipelines import workers
 from data_pipelines.augment import AugmentConfig
 from data_pipelines.errors import UserError
 from data_pipelines.image_embeddings import ImageEmbeddings
+from data_pipelines.order.lengths import LengthConfig
 from data_pipelines.order.mixture import Mixture, SourceConfig
 from data_pipelines.order.permutation import BlockShuffle
 from data_pipelines.records import Source
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # they import Pillow and SentencePiece
     from data_pipelines.samples.batches import TrainBatches
     from data_pipelines.samples.in_order import EvalBatches
     from data_pipelines.samples.pairs import Field
+    from data_pipelines.samples.patches import Patches
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class DataConfig:
       block_bytes: memory for what was read of blocks, encoded, in the main process or in each worker. It should hold what a
         process reads of two stretches of `shuffle_blocks`: this one and, ahead of need, the next.
       noise: corrupts pairs on purpose, for studies of robustness; None for none.
+      lengths: of a NaFlex model's images, step by step; None for model.image.naflex.patches in every step.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -73,6 +76,7 @@ class DataConfig:
     shuffle_blocks: BlockShuffle | None = None
     block_bytes: int = 1 << 29
     noise: NoiseConfig | None = None
+    lengths: LengthConfig | None = None
 
     def __post_init__(self):
         if not self.sources:
@@ -91,7 +95,8 @@ class Loader:
     """An endless iterator of local batches; make one with `make_loader`.
 
     A batch is a dict: image uint8 [bl, h, w, 3], text int32 [bl, l], key list[str] of length bl; after
-    `use_image_embeddings`, zimg float32 [bl, e] takes the place of image.
+    `use_image_embeddings`, zimg float32 [bl, e] takes the place of image. With `Patches` patches uint8 [bl, n, p] and grid
+    int32 [bl, 2] do, n that of the step.
 
     Attributes:
       sources: what the pairs come from, in the order of the config.
@@ -236,6 +241,7 @@ def make_loader(
     seed: int,
     tokens: Mapping[str, Any] | None = None,
     resample: "Resample" = "bilinear",
+    patches: "Patches | None" = None,
     process_index: int = 0,
     process_count: int = 1,
     position: int = 0,
@@ -251,6 +257,7 @@ def make_loader(
       seed: of the order and of every random choice.
       tokens: the settings of `SentencePieceTokenizer`.
       resample: the filter that resizes images.
+      patches: images as patches of their aspect ratio, in place of `image_size` and `resample`.
       process_index, process_count: which slice of each batch.
       position: batches to skip.
       fields: what becomes of each pair; None for `default_fields`.
@@ -261,21 +268,29 @@ def make_loader(
     from data_pipelines.samples.batches import TrainBatches
     from data_pipelines.samples.noisy_batches import NoisyBatches
     from data_pipelines.samples.pairs import ImageCache, ImageDecoder
+    from data_pipelines.samples.patches import check_settings
     from data_pipelines.samples.pixels import Pixels
-    from data_pipelines.samples.reading import Reader
+    from data_pipelines.samples.reading import Reader, make_block_caches
 
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"batch_size={batch_size} does not divide over {process_count} processes")
     if text_length < 1:
         raise UserError(f"text_length={text_length} must be at least 1")
+    check_settings(config, patches)
     if fields is None:
         fields = default_fields(
-            config, image_size=image_size, text_length=text_length, tokens=tokens, resample=resample
+            config, image_size=image_size, text_length=text_length, tokens=tokens, resample=resample, patches=patches
         )
     sources = tuple(map(_open, config.sources))
     weights = tuple(source.weight for source in config.sources)
     mixture = Mixture(tuple(map(len, sources)), weights, seed, config.shuffle_blocks)
-    caches = _block_caches(config, sources, readers=process_count * max(1, config.workers))
+    caches = make_block_caches(
+        sources,
+        [(source.shards, source.weight) for source in config.sources],
+        config.shuffle_blocks,
+        block_bytes=config.block_bytes,
+        readers=process_count * max(1, config.workers),
+    )
     reader = Reader(sources, mixture, batch_size, process_index, process_count, position, caches)
     pixels = next((field for field in fields if isinstance(field, Pixels)), None)
     min_size_px = pixels.min_decoded_px if config.jpeg_scaling and pixels else None
@@ -294,6 +309,7 @@ def default_fields(
     text_length: int,
     tokens: Mapping[str, Any] | None = None,
     resample: "Resample" = "bilinear",
+    patches: "Patches | None" = None,
 ) -> "tuple[Field, ...]":
     """What becomes of a pair: its image and one of its captions. They draw in this order, see samples/pairs.py."""
     from data_pipelines.samples.pixels import Pixels
@@ -302,7 +318,7 @@ def default_fields(
 
     captions = tuple(source.captions for source in config.sources)
     tokenizer = SentencePieceTokenizer(config.tokenizer, **(tokens or {}))
-    return Tokens(tokenizer, text_length, captions), Pixels(tuple(image_size), config.augment, resample)
+    return Tokens(tokenizer, text_length, captions), patches or Pixels(tuple(image_size), config.augment, resample)
 
 
 def make_eval_batches(
@@ -312,6 +328,7 @@ def make_eval_batches(
     image_size: tuple[int, int],
     resample: "Resample" = "bilinear",
     protocol: "Protocol" = "squash",
+    patches: "Patches | None" = None,
     max_image_pixels: int = 1 << 26,
     process_index: int = 0,
     process_count: int = 1,
@@ -329,6 +346,7 @@ def make_eval_batches(
       image_size: (h, w) in pixels.
       resample: the filter that resizes images.
       protocol: squash, square875 or aspect75: see `image_ops.resize_and_crop`.
+      patches: images as patches of their aspect ratio, in place of these three.
       max_image_pixels: larger images are left out.
       process_index, process_count: of several processes each gets every `process_count`-th pair, from `process_index` on.
       workers: processes that decode; 0 decodes in threads of this one.
@@ -352,7 +370,11 @@ def make_eval_batches(
     share = range(process_index, len(source), process_count)
     ranges = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
     kept = None if fields is None else frozenset(fields)
-    pixels = Pixels(tuple(image_size), resample=resample, protocol=protocol, exact=True)
+    if patches is not None and (corruption is not None or mask is not None or protocol != "squash"):
+        raise UserError(
+            "corruptions, masks and pixels=square875 or aspect75 need images of one size; this model is NaFlex"
+        )
+    pixels = patches or Pixels(tuple(image_size), resample=resample, protocol=protocol, exact=True)
     masks = None if mask is None else Mask(tuple(image_size), mask)
     images = ImagesInOrder(source, ranges, batch_size, pixels, ImageDecoder(max_image_pixels), kept, corruption, masks)
     return EvalBatches(images, workers, threads)
@@ -369,27 +391,6 @@ def _open(config: SourceConfig) -> Source:
     from data_pipelines.sources.kept_pairs import KeptPairs
 
     return KeptPairs(source, config.manifest)
-
-
-def _block_caches(config: DataConfig, sources: tuple[Source, ...], *, readers: int) -> tuple:
-    """One for each source, by its weight; () without blocks. readers: processes that share a stretch."""
-    from data_pipelines.sources.blocks import BlockCache
-
-    blocks, total = config.shuffle_blocks, sum(source.weight for source in config.sources)
-    if blocks is None:
-        return ()
-    limits = [int(config.block_bytes * source.weight / total) for source in config.sources]
-    for source, limit, named in zip(sources, limits, config.sources, strict=True):
-        stretch = min(blocks.block_pairs * blocks.open_blocks, len(source))
-        needed = int(stretch * source.pair_bytes) // readers
-        if source.is_remote and needed > limit:
-            warnings.warn(
-                f"{stretch} pairs of {named.shards!r} are mixed at a time, about {needed} bytes in each process, and its share "
-                f"of data.block_bytes={config.block_bytes} is {limit}: of what exceeds it each pair is a request of its own; "
-                f"raise data.block_bytes or lower data.shuffle_blocks.open_blocks={blocks.open_blocks}",
-                stacklevel=3,
-            )
-    return tuple(map(BlockCache, limits))
 
 
 def _describe(source: Source) -> str:

@@ -6,17 +6,16 @@
 
     logits = exp(t) * zimg @ ztxt.T + b;   probability of a match = sigmoid(logits)      (SigLIP, arXiv:2303.15343)
 
-An `ImageEncoder` is a pytree whose leaves are its parameters, so it goes through jit, grad, device_put and optax as it is:
-hand it to a jitted step as an argument, lay its leaves out with `siglip.parallel.sharding.param_shardings`, and unfreeze it with
+An `ImageEncoder` is a pytree whose leaves are its parameters, so it goes through jit, grad, device_put and optax as it is: hand
+it to a jitted step as an argument, lay its leaves out with `siglip.parallel.sharding.param_shardings`, and unfreeze it with
 `encoder.unfrozen()`. PaLI-3 (arXiv:2310.09199) and PaliGemma (arXiv:2407.07726) read the tokens after the last LayerNorm and
 before pooling: layer -1. Layers -2, -3, … are what earlier blocks return, without a LayerNorm, as LLaVA reads them
 (`hidden_states[-2]` in transformers).
 
 The traps: an array of images is float32 in [-1, 1], resized by the filter in `config.image.pixels` (lists of images are resized
-here), and token ids are made as
-`config.text.tokens` says, exactly `config.text.length` of them. A model that gets something else says nothing; its embeddings are
-only worse. And an encoder that is closed over instead of passed in becomes a constant of the compiled program: neither its
-sharding nor its gradient is then what you asked for.
+here), and token ids are made as `config.text.tokens` says, exactly `config.text.length` of them. A model that gets something
+else says nothing; its embeddings are only worse. And an encoder that is closed over instead of passed in becomes a constant of
+the compiled program: neither its sharding nor its gradient is then what you asked for.
 """
 
 import dataclasses
@@ -34,14 +33,16 @@ from siglip import trees
 from siglip.array_types import Array, Float, Int
 from siglip.errors import UserError
 from siglip.formats import big_vision, key_maps
-from siglip.inputs import Images, check_images, check_tokens, to_pixels, tokenizer_of
+from siglip.inputs import Images, check_images, check_patches, check_tokens, to_pixels, tokenizer_of
 from siglip.model_source import read_model
 from siglip.models.attention import Attention, AttentionFn, attention_fn, choose_kernel
 from siglip.models.layers import Remat
-from siglip.models.two_tower import ImageConfig, ModelConfig, make_model
+from siglip.models.naflex import Patches
+from siglip.models.two_tower import ImageConfig, ModelConfig, batch_of, make_model
 from siglip.models.vit import ViT, pool_each
 
 PIXEL_RANGE = (-1.0, 1.0)
+Tokens = Any  # [b, n, d]; of a NaFlex model with a mask, bool [b, n]
 
 
 class Encoder:
@@ -61,53 +62,55 @@ class Encoder:
     def __repr__(self) -> str:
         return f"Encoder({_describe(self.config)})"
 
-    def embed_images(self, images: Images) -> Float[Array, "b e"]:
+    def embed_images(self, images: Images, *, max_patches: int | None = None) -> Float[Array, "b e"]:
         """float32 [b, h, w, 3] in [-1, 1], or a list of images -> float32 [b, e], L2-normalised.
 
         Args:
             images: those of a list are Pillow's, or uint8 [h, w, 3] in RGB, of any size; they are resized as the model was
-                trained.
+                trained. A NaFlex model takes `Patches` too.
+            max_patches: of an image of a list, for a NaFlex model; None for its own number.
 
         Raises:
-            UserError: an array has another size, integer pixels, or, unless it lies on a device, pixels outside [-1, 1]; an entry
-                of a list is not an image; or the tower has no pooling.
+            UserError: images that the tower does not take, pixels outside [-1, 1] unless they lie on a device, an entry of a list
+                that is not an image; or the tower has no pooling.
         """
         self._check_pooling()
-        return _apply(self.config, "zimg", self.params, {"image": self.pixels(images)})
+        return _apply(self.config, "zimg", self.params, batch_of(self.pixels(images, max_patches=max_patches)))
 
-    def image_tokens(self, images: Images) -> Float[Array, "b n d"]:
+    def image_tokens(self, images: Images, *, max_patches: int | None = None) -> Tokens:
         """Images as for `embed_images` -> float32 [b, n, d], after the final LayerNorm and before pooling.
 
-        That is what a vision-language model consumes. Patches come row by row; with pool "tok" the class token is
-        first.
+        That is what a vision-language model consumes. Patches come row by row; with pool "tok" the class token is first. A
+        NaFlex model gives (tokens, mask): bool [b, n], False where a token is padding and means nothing.
 
         Raises:
             UserError: as `embed_images`, but no pooling is needed.
         """
-        return _apply(self.config, "image_tokens", self.params, {"image": self.pixels(images)})
+        return _apply(self.config, "image_tokens", self.params, batch_of(self.pixels(images, max_patches=max_patches)))
 
-    def embed_patches(self, images: Images) -> Float[Array, "b n e"]:
+    def embed_patches(self, images: Images, *, max_patches: int | None = None) -> Tokens:
         """Images as for `embed_images` -> float32 [b, n, e], L2-normalised: each patch as if it were all that is pooled.
 
-        A patch times a text's embedding says where in an image the text is (MaskCLIP, arXiv:2112.01071).
+        A patch times a text's embedding says where in an image the text is (MaskCLIP, arXiv:2112.01071). A NaFlex model gives
+        (embeddings, mask), as for `image_tokens`.
 
         Raises:
             UserError: as `embed_images`.
         """
         self._check_pooling()
-        return _patches(self.config, self.params, self.pixels(images))
+        return _patches(self.config, self.params, self.pixels(images, max_patches=max_patches))
 
     def _check_pooling(self) -> None:
         if self.config.image.pool == "none":
             raise UserError("this image tower has no pooling, so an image has no embedding; use image_tokens")
 
-    def pixels(self, images: Images) -> Float[Array, "b h w 3"]:
-        """Images as for `embed_images` -> float32 [b, h, w, 3] in [-1, 1], at the model's size.
+    def pixels(self, images: Images, *, max_patches: int | None = None) -> Float[Array, "b h w 3"] | Patches:
+        """Images as for `embed_images` -> float32 [b, h, w, 3] in [-1, 1], at the model's size; `Patches` for a NaFlex model.
 
         Raises:
             UserError: as `embed_images`, but no pooling is needed.
         """
-        return to_pixels(images, self.config.image)
+        return to_pixels(images, self.config.image, max_patches=max_patches)
 
     def embed_texts(self, texts: ArrayLike | Sequence[str]) -> Float[Array, "b e"]:
         """A list of strings, or int32 [b, l] token ids -> float32 [b, e], L2-normalised.
@@ -144,16 +147,13 @@ class Encoder:
         return tokenizer_of(self.tokenizer, self.config.text)
 
     def logits(self, zimg: ArrayLike, ztxt: ArrayLike) -> Float[Array, "b k"]:
-        """[b, e], [k, e] -> exp(t) * zimg @ ztxt.T + b, [b, k]; the sigmoid of it is the probability that the pair
-        belongs together.
+        """[b, e], [k, e] -> exp(t) * zimg @ ztxt.T + b, [b, k]; its sigmoid is the probability that the pair belongs together.
 
         Raises:
             UserError: there is no text tower, and so no temperature and no bias.
         """
         if self.config.text is None:
-            raise UserError(
-                "this model has only the image tower, no temperature and bias; load a source with both towers"
-            )
+            raise UserError("this model has only the image tower, so it has no logits; load a source with both towers")
         return _logits(jnp.asarray(zimg), jnp.asarray(ztxt), self.params["t"], self.params["b"])
 
     def probabilities(self, images: Images, texts: ArrayLike | Sequence[str]) -> Float[Array, "images texts"]:
@@ -169,21 +169,27 @@ class Encoder:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(config: ModelConfig, wanted: str, params: Any, batch: dict[str, Array]) -> Array:
+def _apply(config: ModelConfig, wanted: str, params: Any, batch: dict[str, Array]) -> Tokens:
     zimg, ztxt, out = make_model(config).apply({"params": params}, batch)
-    return {"zimg": zimg, "ztxt": ztxt, "image_tokens": out.get("img/encoded")}[wanted]
+    tokens = out.get("img/encoded")
+    tokens = (tokens, out["img/mask"]) if "img/mask" in out else tokens
+    return {"zimg": zimg, "ztxt": ztxt, "image_tokens": tokens}[wanted]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _patches(config: ModelConfig, params: Any, images: Array) -> Array:
-    tokens = _apply(config, "image_tokens", params, {"image": images})
+def _patches(config: ModelConfig, params: Any, images: Array | Patches) -> Tokens:
+    tokens = _apply(config, "image_tokens", params, batch_of(images))
+    tokens, mask = tokens if isinstance(tokens, tuple) else (tokens, None)
     z = pool_each(config.image, config.out_dim[0], params["img"], tokens)
-    return z / (jnp.linalg.norm(z, axis=-1, keepdims=True) + 1e-8)
+    z = z / (jnp.linalg.norm(z, axis=-1, keepdims=True) + 1e-8)
+    return z if mask is None else (z, mask[:, tokens.shape[1] - z.shape[1] :])
 
 
 def _describe(config: ModelConfig) -> str:
     image = config.image
     text = "" if config.text is None else f", texts of {config.text.length} tokens"
+    if image.naflex is not None:
+        return f"{image.variant}, images of any size in up to {image.naflex.patches} patches of {image.patch}{text}"
     return f"{image.variant}, {image.image_size[0]} x {image.image_size[1]} px in patches of {image.patch}{text}"
 
 
@@ -219,7 +225,8 @@ class EncoderSpec:
     """What an encoder takes and gives.
 
     Attributes:
-        tokens: n, tokens per image: down * across, and a class token before them where the tower has one.
+        tokens: n, tokens per image: down * across, and a class token before them where the tower has one. Of a NaFlex tower, as
+            many as its longest images have where nothing else is said; `grid` and `image_size` are then those of its positions.
         width: d of the tokens.
         grid: patches (down, across), row by row.
         image_size: (height, width) in pixels.
@@ -272,7 +279,7 @@ class ImageEncoder:
         config, class_token = self.config, self.config.pool == "tok"
         pooled = None if config.pool == "none" or self.layer != -1 else self.head_dim or config.spec.width
         return EncoderSpec(
-            tokens=config.grid[0] * config.grid[1] + class_token,
+            tokens=(config.naflex.patches if config.naflex else config.grid[0] * config.grid[1]) + class_token,
             width=config.spec.width,
             grid=config.grid,
             image_size=config.image_size,
@@ -282,15 +289,16 @@ class ImageEncoder:
             class_token=class_token,
         )
 
-    def tokens(self, images: ArrayLike) -> Float[Array, "b n d"]:
-        """float32 [b, h, w, 3] in [-1, 1] -> float32 [b, n, d].
+    def tokens(self, images: ArrayLike | Patches) -> Tokens:
+        """float32 [b, h, w, 3] in [-1, 1] -> float32 [b, n, d]. A NaFlex tower takes `Patches` and gives (tokens, mask).
 
         Raises:
             UserError: the images have another size, integer pixels, or, unless they lie on a device, pixels outside [-1, 1].
         """
-        return self._forward(check_images(images, self.config))[1]
+        out = self._forward(self._checked(images))[1]
+        return (out["encoded"], out["mask"]) if "mask" in out else out["encoded"]
 
-    def pooled(self, images: ArrayLike) -> Float[Array, "b e"]:
+    def pooled(self, images: ArrayLike | Patches) -> Float[Array, "b e"]:
         """float32 [b, h, w, 3] in [-1, 1] -> float32 [b, e], one vector per image, not normalised; divided by its norm it is
         the embedding that texts are compared with.
 
@@ -302,7 +310,7 @@ class ImageEncoder:
                 f"this encoder (pool={self.config.pool!r}, layer={self.layer}) has no pooled output; use tokens, or load a "
                 "tower with a pooling head at layer=-1"
             )
-        return self._forward(check_images(images, self.config))[0]
+        return self._forward(self._checked(images))[0]
 
     def unfrozen(self) -> "ImageEncoder":
         """The same encoder, through which gradients flow."""
@@ -322,14 +330,17 @@ class ImageEncoder:
             raise UserError(f"{str(out)!r}: name a FILE.npz in a folder that exists")
         big_vision.write(out, {"img": self.params}, ModelConfig(self.config, None, (self.head_dim, None)))
 
+    def _checked(self, images: ArrayLike | Patches) -> Array | Patches:
+        return (check_images if self.config.naflex is None else check_patches)(images, self.config)
+
     @jax.jit
-    def _forward(self, images: Float[Array, "b h w 3"]) -> tuple[Array | None, Array]:
+    def _forward(self, images: Array | Patches) -> tuple[Array | None, dict[str, Array]]:
         params = self.params
         if self.frozen:
             images, params = jax.lax.stop_gradient((images, params))
         tower = ViT(self.config, self.head_dim, _attention_of(self.config))
         pooled, out = tower.apply({"params": params}, images)
-        return pooled, out["encoded"]
+        return pooled, {name: out[name] for name in ("encoded", "mask") if name in out}
 
 
 def load_encoder(

@@ -1,5 +1,8 @@
-"""What users have, images and strings, as the towers take it: pixels at the model's size and token ids of its length."""
+"""What users have, images and strings, as the towers take it: pixels or patches of the model, and token ids of its length."""
 
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,41 +13,78 @@ from jax.typing import ArrayLike
 
 from siglip.array_types import Array, Float
 from siglip.errors import UserError
+from siglip.models.naflex import Patches
 from siglip.models.two_tower import ImageConfig, TextConfig
-from siglip.models.vit import normalize_pixels
+from siglip.models.vit import cut_patches, normalize_pixels
 
 _MAX_PIXEL = 1 + 1e-3  # what 255 may become in half precision
-Images = Any  # float32 [b, h, w, 3], or a list of Pillow's images and uint8 [h, w, 3]
+Images = Any  # float32 [b, h, w, 3], a list of Pillow's images and uint8 [h, w, 3], or Patches
 
 
-def to_pixels(images: Images, config: ImageConfig) -> Float[Array, "b h w 3"]:
-    """An array as `check_images` takes it, or a list of Pillow's images and uint8 [h, w, 3] -> float32 in [-1, 1].
+def to_pixels(
+    images: Images, config: ImageConfig, *, max_patches: int | None = None
+) -> Float[Array, "b h w 3"] | Patches:
+    """What the image tower reads, float32 in [-1, 1]: images at its size, or `Patches` for a NaFlex tower.
 
-    Those of a list are shown as a browser shows them and resized as the data pipeline does it.
+    Args:
+        images: an array as `check_images` or `_array_to_patches` takes it, `Patches`, or a list of Pillow's images and uint8
+            [h, w, 3]. Those of a list are shown as a browser shows them and resized as the data pipeline does it.
+        max_patches: of an image, for a NaFlex tower; None for the model's own number.
 
     Raises:
-        UserError: as `check_images`, or an entry of a list is not an image.
+        UserError: as those, or an entry of a list is not an image, or the tower takes no such length.
     """
     if hasattr(images, "convert"):  # Pillow's, which is not imported for arrays
         raise UserError("images is one image, not a list of images: pass [image]")
-    if not isinstance(images, list | tuple):
-        return check_images(images, config)
+    in_list = isinstance(images, list | tuple) and not isinstance(images, Patches)
+    if config.naflex is None:
+        if max_patches is not None:
+            raise UserError(
+                f"max_patches={max_patches}: this tower takes images of {config.image_size} px; it is not NaFlex"
+            )
+        return _resized(images, config) if in_list else check_images(images, config)
+    length = config.naflex.check_length(config.naflex.patches if max_patches is None else max_patches)
+    if in_list:
+        return _cut(images, config, length)
+    return check_patches(images, config) if isinstance(images, Patches) else _array_to_patches(images, config, length)
+
+
+def _resized(images: Sequence[Any], config: ImageConfig) -> Float[Array, "b h w 3"]:
+    from data_pipelines import image_ops  # it imports Pillow
+
+    resized = [image_ops.resize(one, config.image_size, resample=config.pixels.resample) for one in _shown(images)]
+    return normalize_pixels(np.stack(resized))
+
+
+def _cut(images: Sequence[Any], config: ImageConfig, length: int) -> Patches:
+    from data_pipelines import image_ops, patch_ops
+
+    made = []
+    for one in _shown(images):
+        down, across = patch_ops.fit_grid(one.shape[:2], config.patch, length)
+        size_px = down * config.patch[0], across * config.patch[1]
+        resized = image_ops.resize(one, size_px, resample=config.pixels.resample)
+        made.append(patch_ops.cut_patches(resized, config.patch, length))
+    patches, grids = map(np.stack, zip(*made, strict=True))
+    return Patches(normalize_pixels(patches), jnp.asarray(grids))
+
+
+def _shown(images: Sequence[Any]) -> Iterator[np.ndarray]:
+    """uint8 [h, w, 3] of each image of a list. Raises UserError if one of them is not an image."""
     bad = next((type(one).__name__ for one in images if not _is_raw_image(one)), None if images else "absent")
     if bad is not None:
         raise UserError(
             f"an entry of the list of images is {bad}; pass Pillow images, as PIL.Image.open(path) gives them, or uint8 "
-            "arrays [h, w, 3]; float pixels in [-1, 1] go in one array [b, h, w, 3]"
+            "arrays [h, w, 3] with pixels; float ones in [-1, 1] go in one array [b, h, w, 3]"
         )
     from data_pipelines import image_ops  # it imports Pillow
 
-    shown = (image_ops.as_shown(one) if hasattr(one, "convert") else np.asarray(one) for one in images)
-    resized = [image_ops.resize(one, config.image_size, resample=config.pixels.resample) for one in shown]
-    return normalize_pixels(np.stack(resized))
+    return (np.asarray(image_ops.as_shown(one) if hasattr(one, "convert") else one) for one in images)
 
 
 def _is_raw_image(image: Any) -> bool:
     shape, dtype = getattr(image, "shape", ()), getattr(image, "dtype", None)
-    return hasattr(image, "convert") or (dtype == np.uint8 and len(shape) == 3 and shape[2] == 3)
+    return hasattr(image, "convert") or (dtype == np.uint8 and len(shape) == 3 and shape[2] == 3 and 0 not in shape)
 
 
 def check_images(images: ArrayLike, config: ImageConfig) -> Float[Array, "b h w 3"]:
@@ -68,6 +108,41 @@ def check_images(images: ArrayLike, config: ImageConfig) -> Float[Array, "b h w 
                 "and deviation, clipped where a filter overshoots; or a list of images"
             )
     return jnp.asarray(images, jnp.float32)
+
+
+def check_patches(images: Patches, config: ImageConfig) -> Patches:
+    """Raises UserError for patches of another size or with integer pixels, and for a length or a grid that do not fit."""
+    p, shape = math.prod(config.patch) * 3, jnp.shape(images.patches)
+    if not jnp.issubdtype(jnp.result_type(images.patches), jnp.floating):
+        raise UserError(
+            f"patches are {jnp.result_type(images.patches)}; pass float32 in [-1, 1], for 8-bit pixels x / 127.5 - 1"
+        )
+    if len(shape) != 3 or shape[2] != p or jnp.shape(images.grid) != (shape[0], 2):
+        raise UserError(
+            f"patches have shape {shape} and grid {jnp.shape(images.grid)}, but the model takes [b, n, {p}] and [b, 2]"
+        )
+    config.naflex.check_length(shape[1], "patches")
+    if not isinstance(images.grid, jax.Array):  # looking at what is on a device would wait for it
+        bad = next(
+            (tuple(grid) for grid in np.asarray(images.grid) if not 1 <= grid.min() <= grid.prod() <= shape[1]), None
+        )
+        if bad is not None:
+            raise UserError(f"grid {bad} (down, across) does not fit {shape[1]} patches, or has none")
+    return Patches(jnp.asarray(images.patches, jnp.float32), jnp.asarray(images.grid, jnp.int32))
+
+
+def _array_to_patches(images: ArrayLike, config: ImageConfig, length: int) -> Patches:
+    """float32 [b, h, w, 3] in [-1, 1] of whole patches. Raises UserError for sides that hold no whole patches, or too many."""
+    (ph, pw), shape = config.patch, jnp.shape(images)
+    whole = len(shape) == 4 and shape[3] == 3 and shape[1] % ph == shape[2] % pw == 0
+    if not whole or not 1 <= shape[1] * shape[2] // (ph * pw) <= length:
+        raise UserError(
+            f"images have shape {shape}; a NaFlex model takes a list of images of any size, or [b, h, w, 3] with sides of whole "
+            f"patches of {config.patch} px, at most max_patches={length} of them"
+        )
+    same_size = dataclasses.replace(config, naflex=None, image_size=shape[1:3])
+    patches = cut_patches(check_images(images, same_size), config.patch)
+    return Patches(patches, jnp.full((shape[0], 2), jnp.array([shape[1] // ph, shape[2] // pw]), jnp.int32))
 
 
 def check_tokens(tokens: ArrayLike, config: TextConfig) -> None:

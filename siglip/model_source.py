@@ -75,7 +75,8 @@ def read_config(src: str | Path, image_size: tuple[int, int] | None = None) -> t
     source = _locate(src)
     config = source.read_config(image_size)
     if image_size is not None:
-        config = dataclasses.replace(config, image=dataclasses.replace(config.image, image_size=image_size))
+        image = dataclasses.replace(config.image, image_size=image_size, naflex=None)
+        config = dataclasses.replace(config, image=image)
     return config, source.tokenizer()
 
 

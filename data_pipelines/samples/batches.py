@@ -34,6 +34,7 @@ from data_pipelines.samples.pairs import (
     read_pair,
     to_sample_pair,
 )
+from data_pipelines.samples.patches import Patches
 from data_pipelines.samples.reading import Place, Reader
 from data_pipelines.samples.tokens import Tokens
 
@@ -86,17 +87,20 @@ class TrainBatches:
         """Writes some rows. -> (rows, keys, substitutes by reason, captions with line breaks)"""
         keys, replaced, several = [], collections.Counter(), 0
         for place in places:
-            values, key, reason = self.sample(place, self.fields)
+            fields = self._fields_at(place.position // self.reader.batch_pairs)
+            values, key, reason = self.sample(place, fields)
             several += values.pop("several_lines", False)
             for name, value in values.items():
-                arrays[name][place.row] = value
+                arrays[name][(place.row, *map(slice, np.shape(value)))] = value
             keys.append(key)
             if reason:
                 replaced[reason] += 1
         return [place.row for place in places], keys, dict(replaced), several
 
     def finish(self, batch: int, arrays: dict[str, np.ndarray], notes: list) -> dict:
-        del batch
+        fields = self._fields_at(self.reader.start + batch)
+        for name, (shape, _) in itertools.chain.from_iterable(field.arrays.items() for field in fields):
+            arrays[name] = arrays[name][(slice(None), *map(slice, shape))]
         keys, replaced = [""] * self.rows, collections.Counter()
         for rows, chunk_keys, chunk_replaced, _ in notes:
             replaced.update(chunk_replaced)
@@ -104,6 +108,10 @@ class TrainBatches:
                 keys[row] = key
         several = sum(note[-1] for note in notes)
         return arrays | {"key": keys, "replaced": dict(replaced), "several_lines": several}
+
+    def _fields_at(self, step: int) -> tuple[Field, ...]:
+        """The fields of a step: the length of `Patches` is one of many."""
+        return tuple(field.at(step) if isinstance(field, Patches) else field for field in self.fields)
 
     def sample(self, place: Place, fields: Sequence[Field]) -> tuple[dict[str, Any], str, str | None]:
         """The arrays and the key of the sample at a place, and why it is a substitute (None: it is not)."""
@@ -126,7 +134,7 @@ class TrainBatches:
         read = self.reader.read(place)
         decoder = self.decoder if any(field.reads_pixels for field in fields) else None
         pair = to_sample_pair(read, place.source, place.record, decoder)
-        if fields is self.fields:  # With fewer fields it may lack its image.
+        if len(fields) == len(self.fields):  # With fewer fields it may lack its image.
             self.cache.add(pair, file_bytes=len(read.image or b""))
         return pair
 

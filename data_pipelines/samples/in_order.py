@@ -13,6 +13,7 @@ from data_pipelines.corruptions import Corruption, corrupt
 from data_pipelines.records import Source
 from data_pipelines.samples.masks import Mask
 from data_pipelines.samples.pairs import BrokenPair, ImageDecoder, read_pair, to_sample_pair
+from data_pipelines.samples.patches import Patches
 from data_pipelines.samples.pixels import Pixels
 
 
@@ -30,14 +31,15 @@ class RowNote(NamedTuple):
 class ImagesInOrder:
     """Batches of the pairs in `ranges`, one batch each, as `workers.iterate` wants them: {"image": uint8 [n, h, w, 3], "notes"}.
 
-    Rows whose image is broken are zeros. fields: which texts are carried along; None for all. corruption: name and severity of
-    what is done to every image. mask: with it, batches hold "mask" too.
+    With `Patches` they hold "patches" and "grid" in place of "image". Rows whose image is broken are zeros. fields: which texts
+    are carried along; None for all. corruption: name and severity of what is done to every image. mask: with it, batches hold
+    "mask" too.
     """
 
     source: Source
     ranges: Sequence[range]
     rows: int
-    pixels: Pixels
+    pixels: Pixels | Patches
     decoder: ImageDecoder
     fields: frozenset[str] | None = None
     corruption: tuple[Corruption, int] | None = None

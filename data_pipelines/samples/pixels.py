@@ -1,6 +1,7 @@
 """The image of a sample, resized to the model's size: cropped, coloured and mirrored at random for training."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,11 +45,31 @@ class Pixels:
         return math.ceil(self.size_px[0] / smallest), math.ceil(self.size_px[1] / smallest)
 
     def make(self, pair: SamplePair, rng: Rng) -> dict[str, np.ndarray]:
-        config = self.augment
-        if config is None:
-            options = {"resample": self.resample, "exact": self.exact}
+        options = {"resample": self.resample, "exact": self.exact}
+        if self.augment is None:
             return {"image": image_ops.resize_and_crop(pair.pixels, self.size_px, self.protocol, **options)}
-        box = draw_box(config, pair.pixels.shape[1::-1], rng)
-        image = image_ops.resize(pair.pixels, self.size_px, box=box, resample=self.resample, exact=self.exact)
-        gain, flip = draw_gain(config, rng), draw_flip(config, rng)
-        return {"image": apply_flip(apply_gain(image, gain), flip)}
+        return {"image": draw_image(pair.pixels, self.augment, lambda _: self.size_px, rng, **options)}
+
+
+def draw_image(
+    pixels: np.ndarray,
+    config: AugmentConfig | None,
+    size_of: Callable[[tuple[float, float]], tuple[int, int]],
+    rng: Rng,
+    *,
+    resample: image_ops.Resample,
+    exact: bool,
+) -> np.ndarray:
+    """An image, or a random cut-out of it, resized, and then coloured and mirrored at random. -> uint8 [h, w, 3]
+
+    Args:
+      config: None for the whole image as it is.
+      size_of: (h, w) of what is cut out -> (h, w) of the result.
+    """
+    options = {"resample": resample, "exact": exact}
+    if config is None:
+        return image_ops.resize(pixels, size_of(pixels.shape[:2]), **options)
+    box = left, top, right, bottom = draw_box(config, pixels.shape[1::-1], rng)
+    image = image_ops.resize(pixels, size_of((bottom - top, right - left)), box=box, **options)
+    gain, flip = draw_gain(config, rng), draw_flip(config, rng)
+    return apply_flip(apply_gain(image, gain), flip)

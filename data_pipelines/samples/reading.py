@@ -9,6 +9,7 @@ Whatever the number of processes, workers and threads, batch k is of the same pa
 import contextlib
 import dataclasses
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipelines.order.mixture import Mixture
+from data_pipelines.order.permutation import BlockShuffle
 from data_pipelines.records import Pair, Source
 from data_pipelines.samples.pairs import read_pair
 from data_pipelines.sources.blocks import Block, BlockCache
@@ -126,3 +128,33 @@ class Reader:
             places.append(Place(row, int(own[row]), found.source, found.record, made[bounds]))
             counts.append(found.count)
         return places, counts
+
+
+def make_block_caches(
+    sources: Sequence[Source],
+    named: Sequence[tuple[str, float]],
+    blocks: BlockShuffle | None,
+    *,
+    block_bytes: int,
+    readers: int,
+) -> tuple[BlockCache, ...]:
+    """One for each source, by its weight; () without blocks.
+
+    Args:
+      named: the shards and the weight of each source; readers: processes that share a stretch.
+    """
+    total = sum(weight for _, weight in named)
+    if blocks is None:
+        return ()
+    limits = [int(block_bytes * weight / total) for _, weight in named]
+    for source, limit, (shards, _) in zip(sources, limits, named, strict=True):
+        stretch = min(blocks.block_pairs * blocks.open_blocks, len(source))
+        needed = int(stretch * source.pair_bytes) // readers
+        if source.is_remote and needed > limit:
+            warnings.warn(
+                f"{stretch} pairs of {shards!r} are mixed at a time, about {needed} bytes in each process, and its share "
+                f"of data.block_bytes={block_bytes} is {limit}: of what exceeds it each pair is a request of its own; "
+                f"raise data.block_bytes or lower data.shuffle_blocks.open_blocks={blocks.open_blocks}",
+                stacklevel=3,
+            )
+    return tuple(map(BlockCache, limits))

@@ -172,7 +172,12 @@ class ModelScorer:
 
         self._made_from = (src, tokenizer, batch_size)
         embedder = embedder_of(src, tokenizer=tokenizer, batch_size=batch_size)
-        self.embed_images, self.embed_texts = embedder.embed_images, embedder.embed_texts
+        if embedder.max_patches is not None:
+            raise UserError(
+                f"{src} is a NaFlex model, and scores compare images of one size; name an export of it with --image-size"
+            )
+        self.embed_images = lambda images: embedder.embed_images({"image": images})
+        self.embed_texts = embedder.embed_texts
         self.image_size, self.resample = embedder.image_size, embedder.resample
         # What the probe, which is not resized, cannot tell. Nothing for "bilinear", as in older manifests.
         resized = b"" if self.resample == "bilinear" else self.resample.encode()

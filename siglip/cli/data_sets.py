@@ -43,9 +43,13 @@ def complete(task: TaskT, *, image_column: str | None = None) -> TaskT:
     return dataclasses.replace(task, **changes)
 
 
-def protocol(task: object, *, pixels: str, image_size: tuple[int, int], resample: str, canonical: bool) -> str:
-    """What a number depends on beside model and data, in one line. canonical: what the model's own pipeline does."""
-    parts, names = [f"pixels {pixels}, {image_size[0]} x {image_size[1]}, {resample}"], _names(task)
+def protocol(task: object, *, pixels: str, size: str, resample: str, canonical: bool) -> str:
+    """What a number depends on beside model and data, in one line.
+
+    Args:
+        size: of the images, in words. canonical: what the model's own pipeline does.
+    """
+    parts, names = [f"pixels {pixels}, {size}, {resample}"], _names(task)
     if "classes" in names:
         templates = read_templates(task.templates)
         count = f"{len(templates)} templates" if isinstance(templates, list) else "prompts for each class"

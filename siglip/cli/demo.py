@@ -41,6 +41,7 @@ class DemoArgs:
         trained_batch_size: pairs in a training batch of the model; of a run it is known, else 32768, as of published models.
         tokenizer: SentencePiece model, when SRC does not bring one.
         batch_size: images per forward pass.
+        max_patches: of an image, for a NaFlex model; without one the model's own number.
         host: address to serve on; "0.0.0.0" lets other machines in.
         port: 0 takes a free one.
     """
@@ -53,6 +54,7 @@ class DemoArgs:
     trained_batch_size: int | None = None
     tokenizer: str | None = None
     batch_size: int = 256
+    max_patches: int | None = None
     host: str = "localhost"
     port: int = 8000
 
@@ -89,7 +91,8 @@ def make_index(options: DemoArgs) -> Any:
         raise UserError(f"{options.src} has no {lacks}, so nothing can be searched by text")
     mesh = sharding.make_mesh(sharding.MeshConfig())
     replicated = jax.device_put(params, NamedSharding(mesh, sharding.P_REPLICATED))
-    embedder = make_embedder(replicated, config, mesh=mesh, tokenizer=None, batch_size=options.batch_size)
+    sizes = {"batch_size": options.batch_size, "max_patches": options.max_patches}
+    embedder = make_embedder(replicated, config, mesh=mesh, tokenizer=None, **sizes)
     column = options.image_column
     field = options.captions or _caption_field(open_source(options.data, image=column))
     fields = [field] if field else []
@@ -103,7 +106,8 @@ def make_index(options: DemoArgs) -> Any:
     captions = [str(own[0]) if own else "" for own in found.values[field]] if field else [""] * len(found.keys)
     batch = options.trained_batch_size or _trained_batch_size(options.src)
     model = Encoder(params, config, tokenizer=Path(tokenizer))
-    return DemoIndex(model, lambda row: source[found.index[row]].image, found.zimg, found.keys, captions, batch)
+    read = lambda row: source[found.index[row]].image  # noqa: E731
+    return DemoIndex(model, read, found.zimg, found.keys, captions, batch, options.max_patches)
 
 
 def _caption_field(source: Source) -> str | None:

@@ -18,6 +18,7 @@ from data_pipelines.image_ops import decode_image
 from siglip.encoder import Encoder
 from siglip.errors import UserError
 from siglip.losses import prior_shift
+from siglip.models.naflex import Patches
 
 MAX_IMAGE_PIXELS = 1 << 26
 _SHOWN_PX = 512
@@ -32,6 +33,7 @@ class DemoIndex:
         read: row -> encoded file of an image.
         zimg: [n, e], normalised. keys: names of the images. captions: one text of each, or "".
         batch_size: pairs in a batch of the model's training, which its probabilities are about.
+        max_patches: of an image, for a NaFlex model; None for its own number.
     """
 
     model: Encoder
@@ -40,6 +42,7 @@ class DemoIndex:
     keys: Sequence[str]
     captions: Sequence[str]
     batch_size: int
+    max_patches: int | None = None
 
     @property
     def prior(self) -> float:
@@ -66,7 +69,7 @@ class DemoIndex:
         if len(labels) > _MAX_LABELS:
             raise UserError(f"{len(labels)} labels are more than {_MAX_LABELS}; leave some out")
         own = self._check_row(image) if isinstance(image, int) else None
-        z = self.zimg[own : own + 1] if own is not None else np.asarray(self.model.embed_images([self._decode(image)]))
+        z = self.zimg[own : own + 1] if own is not None else np.asarray(self.model.embed_images(self._pixels(image)))
         cosine = (self.zimg @ z.T)[:, 0]
         order = [row for row in np.argsort(-cosine, kind="stable")[: count + 1].tolist() if row != own][:count]
         found = {"results": [self._row(row, rank, cosine=cosine[row]) for rank, row in enumerate(order, 1)]}
@@ -81,9 +84,12 @@ class DemoIndex:
     def heat(self, image: int | bytes, text: str) -> dict[str, Any]:
         """Cosine of each patch with a text, row by row: where in the image it is. Raises as `search_image`."""
         file = self.read(self._check_row(image)) if isinstance(image, int) else image
-        patches = np.asarray(self.model.embed_patches([self._decode(file)]))[0]
-        cosine = patches @ np.asarray(self.model.embed_texts([text]))[0]
-        return {"grid": cosine.reshape(self.model.config.image.grid).tolist()}
+        pixels, grid = self._pixels(file), self.model.config.image.grid
+        patches = self.model.embed_patches(pixels)
+        if isinstance(pixels, Patches):
+            patches, grid = patches[0][:, : pixels.lengths[0]], pixels.grid[0]
+        cosine = np.asarray(patches)[0] @ np.asarray(self.model.embed_texts([text]))[0]
+        return {"grid": cosine.reshape(*grid).tolist()}
 
     def thumbnail(self, row: int) -> bytes:
         """A PNG of at most 512 px. Raises as `search_image`."""
@@ -96,6 +102,9 @@ class DemoIndex:
         if not 0 <= row < len(self.keys):
             raise UserError(f"there is no image {row}; they are 0 to {len(self.keys) - 1}")
         return row
+
+    def _pixels(self, file: bytes) -> Any:
+        return self.model.pixels([self._decode(file)], max_patches=self.max_patches)
 
     def _decode(self, file: bytes) -> Any:
         return decode_image(file, max_pixels=MAX_IMAGE_PIXELS)

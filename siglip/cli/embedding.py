@@ -110,6 +110,7 @@ def _open_files(
     about = {
         "model": model, "data": job.data, "what": job.what, "image_column": options.image_column,
         "captions": options.captions, "tokens": options.tokens, "dtype": dtype,
+        **({} if options.max_patches is None else {"max_patches": options.max_patches}),
     }  # fmt: skip
     sizes = {"rows": job.rows, "part_rows": _part_rows(row_shape, dtype, rows_per_pass=rows_per_pass)}
     make = functools.partial(PartFiles, Path(options.out), about=about, **sizes)
@@ -126,6 +127,11 @@ def _load(options: EmbedArgs, *, texts: bool, dtype: str) -> tuple[Embedder, Mod
         raise UserError("the model brings no tokenizer; name its SentencePiece model with --tokenizer FILE")
     if not texts and not options.tokens and config.image.pool == "none":
         raise UserError("this image tower has no pooling, so an image has no embedding; add --tokens for its tokens")
+    if not texts and options.tokens and config.image.naflex is not None:
+        raise UserError(
+            "images have different numbers of tokens in a NaFlex model, so --tokens has no array for them; export it with "
+            "--image-size, or call siglip.load(SRC).image_tokens"
+        )
     mesh = sharding.make_mesh(sharding.MeshConfig())
     params = jax.device_put(params, NamedSharding(mesh, sharding.P_REPLICATED))
     pieces = tokenizer_of(Path(tokenizer), config.text) if texts else None

@@ -25,7 +25,7 @@ from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder, Params, Value, embeddings, rows_per_process
 from siglip.evaluation.suite import run_tasks, task_classes
 from siglip.model_source import read_model
-from siglip.models.two_tower import ModelConfig
+from siglip.models.two_tower import ModelConfig, blank_images
 from siglip.parallel import launch, sharding
 from siglip.parallel.launch import DistributedConfig
 from siglip.trees import did_you_mean
@@ -51,6 +51,7 @@ class ModelArgs:
         batch_size: images or texts per forward pass, over all devices.
         threads: threads that decode images; 0 takes one per core that this process may use.
         workers: processes that decode images; with 0, threads alone do it.
+        max_patches: of an image, for a NaFlex model; without one the model's own number.
         distributed: several processes as one job: flags for where its coordinator is not detected.
     """
 
@@ -58,6 +59,7 @@ class ModelArgs:
     batch_size: int = 256
     threads: int = 0
     workers: int = 0
+    max_patches: int | None = None
     distributed: DistributedConfig = DistributedConfig()
 
 
@@ -71,6 +73,7 @@ class EvalArgs(ModelArgs, Generic[TaskT]):
         out: file for the result as JSON; a table is printed in any case.
         pixels: squash resizes images whole; square875 and aspect75 are big_vision's: larger, and the centre cut out.
         image_column: the column that holds the image; without one it is found.
+        max_patches: of an image, for a NaFlex model; with several numbers a row of the table for each.
     """
 
     task: tyro.conf.OmitArgPrefixes[TaskT]
@@ -78,6 +81,7 @@ class EvalArgs(ModelArgs, Generic[TaskT]):
     out: str | None = None
     pixels: Literal["squash", "square875", "aspect75"] = "squash"
     image_column: str | None = None
+    max_patches: tuple[int, ...] = ()
 
 
 def _columns(fields: Sequence[str]) -> set[str]:
@@ -172,17 +176,23 @@ def make_embedder(
     workers: int = 0,
     pixels: str = "squash",
     image_column: str | None = None,
+    max_patches: int | None = None,
 ) -> Embedder:
     """Parameters on a mesh, and how the data side reads shards and tokenizes, as an embedder. Settings: see `EvalArgs`."""
     if batch_size < 1 or threads < 0 or workers < 0:
         raise UserError(
             f"batch_size={batch_size} must be at least 1, threads={threads} and workers={workers} at least 0"
         )
-    rows, image_size, resample = (
-        rows_per_process(batch_size, mesh),
-        config.image.image_size,
-        config.image.pixels.resample,
-    )
+    image, rows = config.image, rows_per_process(batch_size, mesh)
+    image_size, resample = image.image_size, image.pixels.resample
+    max_patches = _max_patches(config, max_patches)
+    patches = None
+    if max_patches is not None:
+        from data_pipelines.samples.patches import Patches  # it imports Pillow
+
+        if pixels != "squash":
+            raise UserError(f"--pixels {pixels} is for images of one size; a NaFlex model keeps their aspect ratio")
+        patches = Patches(image.patch, max_patches, resample=resample, exact=True)
 
     def tokenize(texts: Sequence[str]) -> np.ndarray:
         length = config.text.length
@@ -192,16 +202,34 @@ def make_embedder(
         columns = _columns([*fields, more["mask"]] if "mask" in more else fields)
         source = open_source(data, image=image_column, fields=columns) if isinstance(data, str) else data
         return len(source), make_eval_batches(
-            source, batch_size=rows, image_size=image_size, resample=resample, protocol=pixels, threads=threads, workers=workers,
-            fields=columns, process_index=jax.process_index(), process_count=jax.process_count(), **more,
+            source, batch_size=rows, image_size=image_size, resample=resample, protocol=pixels, patches=patches,
+            threads=threads, workers=workers, fields=columns,
+            process_index=jax.process_index(), process_count=jax.process_count(), **more,
         )  # fmt: skip
+
+    def at_length(n: int) -> Embedder:
+        settings = {"batch_size": batch_size, "threads": threads, "workers": workers, "image_column": image_column}
+        return make_embedder(params, config, mesh=mesh, tokenizer=tokenizer, max_patches=n, **settings)
 
     return Embedder(
         functools.partial(embeddings, config, params),
-        mesh=mesh, rows=rows, image_size=image_size, resample=resample,
+        mesh=mesh, rows=rows, image_size=image_size, resample=resample, max_patches=max_patches,
+        no_images=blank_images(image, 0, patches=max_patches),
         canonical_prompts=config.text is not None and config.text.tokens.canonical != "none",
-        tokenize=tokenize, read=read, values_of=values_of, **_scale_of(params, config),
+        tokenize=tokenize, read=read, values_of=values_of, at_length=at_length, **_scale_of(params, config),
     )  # fmt: skip
+
+
+def _max_patches(config: ModelConfig, max_patches: int | None) -> int | None:
+    """Of an image: what is asked for, or the model's own number; None of a tower for images of one size."""
+    naflex, (height, width) = config.image.naflex, config.image.image_size
+    if naflex is not None:
+        return naflex.check_length(naflex.patches if max_patches is None else max_patches, "--max-patches")
+    if max_patches is not None:
+        raise UserError(
+            f"--max-patches {max_patches} is for NaFlex models; this one takes images of {height} x {width} px"
+        )
+    return None
 
 
 def _scale_of(params: Params, config: ModelConfig) -> dict[str, float]:
@@ -212,9 +240,10 @@ def _scale_of(params: Params, config: ModelConfig) -> dict[str, float]:
     return {"temperature": float(np.exp(t)), "bias": b}
 
 
-def settings_of(options: Any) -> dict[str, int]:
+def settings_of(options: Any) -> dict[str, Any]:
     """What `make_embedder` takes of `ModelArgs`, or of a recipe's `EvalConfig`."""
-    return {"batch_size": options.batch_size, "threads": options.threads, "workers": options.workers}
+    names = ("batch_size", "threads", "workers", "max_patches")
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
 def eval_command(args: list[str]) -> None:
@@ -238,18 +267,27 @@ def eval_command(args: list[str]) -> None:
             check_folder_of(Path(options.out))
         settings = settings_of(options) | {"pixels": options.pixels, "image_column": options.image_column}
         texts = classes[name].EMBEDS_TEXTS
+        settings["max_patches"] = next(iter(options.max_patches), None)
         embedder = embedder_of(options.src, tokenizer=options.tokenizer, with_texts=texts, **settings)
+        others = [embedder.with_max_patches(n) for n in options.max_patches[1:]]
         task = complete(options.task, image_column=options.image_column)
         task.check(functools.partial(first_values, image_column=options.image_column))
-        results = run_tasks([task], embedder)
+        found = [(one, result) for one in (embedder, *others) for result in run_tasks([task], one)]
         if jax.process_index():
             return
-        print(format_table({result.dataset: result.metrics for result in results}))
-        prepared = {"image_size": embedder.image_size, "resample": embedder.resample}
+        name_of = lambda one, result: result.dataset + (f" @{one.max_patches}" if others else "")  # noqa: E731
+        print(format_table({name_of(one, result): result.metrics for one, result in found}))
+        lengths = [str(one.max_patches) for one in (embedder, *others) if one.max_patches is not None]
+        size = f"at most {', '.join(lengths)} patches" if lengths else " x ".join(map(str, embedder.image_size))
+        prepared = {"size": size, "resample": embedder.resample}
         print(protocol(task, pixels=options.pixels, **prepared, canonical=embedder.canonical_prompts))
         if options.out is not None:
-            content = json.dumps([r.to_clip_benchmark(options.src) for r in results], indent=2, ensure_ascii=False)
-            write_atomically(Path(options.out), content + "\n")
+            results = [r.to_clip_benchmark(options.src) | _length_of(one) for one, r in found]
+            write_atomically(Path(options.out), json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+def _length_of(embedder: Embedder) -> dict[str, int]:
+    return {} if embedder.max_patches is None else {"max_patches": embedder.max_patches}
 
 
 def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:

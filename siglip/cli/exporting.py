@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+import jax
 import numpy as np
 import tyro
 from PIL import Image
 
 from data_pipelines import sample
-from data_pipelines.image_ops import PILLOW_FILTERS, DecodeError, decode_image
+from data_pipelines.image_ops import DecodeError, decode_image
 from data_pipelines.records import Source
 from data_pipelines.sources.opening import open_source
 from data_pipelines.text_ops import iter_captions
@@ -22,6 +23,7 @@ from siglip.errors import UserError
 from siglip.exporting.export import FORMATS, export
 from siglip.exporting.verification import ROWS, random_inputs
 from siglip.formats.export_format import Inputs
+from siglip.inputs import to_pixels
 from siglip.models.two_tower import ModelConfig
 
 _MAX_PIXELS = 1 << 26
@@ -83,8 +85,7 @@ def sample_inputs(pairs: Source, config: ModelConfig, tokenizer: Path | None) ->
         UserError: no pair has such an image, or such a text.
     """
     # By Pillow itself: training may take a faster resize that is 1/255 off here and there, consumers do not.
-    (height, width), filter_ = config.image.image_size, PILLOW_FILTERS[config.image.pixels.resample]
-    files, pixels, texts = [], [], []
+    files, shown, texts = [], [], []
     for index in range(len(pairs)):
         if len(files) == ROWS:
             break
@@ -96,11 +97,11 @@ def sample_inputs(pairs: Source, config: ModelConfig, tokenizer: Path | None) ->
         except (DecodeError, OSError):
             continue
         files.append(pair.image)
-        pixels.append(np.asarray(image.resize((width, height), filter_)))
+        shown.append(image)
         texts += iter_captions([pair])
     if not files:
         raise UserError("--samples: no pair has an upright, opaque image that can be decoded; name other shards")
-    images = np.stack(pixels).astype(np.float32) / np.float32(127.5) - 1
+    images = jax.device_get(to_pixels(shown, config.image))
     if config.text is None:
         return Inputs("sample", images, None, files)
     if tokenizer is None:

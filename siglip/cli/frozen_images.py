@@ -105,7 +105,7 @@ def make_prepare(config: TrainConfig, loader: Loader) -> Prepare:
         del step
         tower = fingerprint(params["img"], model)
         forward = functools.partial(embeddings, image_model, {"img": params["img"]})
-        embed = functools.partial(embed_rows, forward, "image", mesh=mesh, rows_per_pass=rows)
+        embed = functools.partial(embed_rows, forward, mesh=mesh, rows_per_pass=rows)
         stores = []
         for index, source in enumerate(config.data.sources):
             store = _open(config, loader, index, tower)
@@ -201,7 +201,7 @@ class _Computation:
         store, embeddings, broken = self.store, [], {}
         for _ in range(-(-store.part_pairs // self.rows)):
             batch = next(batches)
-            embeddings.append(self.embed(batch["image"]))
+            embeddings.append(self.embed({"image": batch["image"]}))
             broken |= batch["broken"]
         records = store.records(part)
         rows = np.concatenate(embeddings)

@@ -6,10 +6,12 @@ import logging
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 
 from data_pipelines.loader import make_loader
+from data_pipelines.order.lengths import Lengths
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.cli import BAD_INPUT, describe
 from siglip.cli.arguments import parse
@@ -22,10 +24,14 @@ from siglip.evaluation.suite import Task, TimedTasks, named_metrics, task_classe
 from siglip.models.two_tower import TextConfig
 from siglip.parallel import launch, sharding
 from siglip.training.config import TrainConfig, load_config_file, resolve
+from siglip.training.lengths import length_shares
 from siglip.training.loop import Evaluate, train
 from siglip.training.step import TrainState
 from siglip.trees import did_you_mean
 from siglip.workdir.checksums import checksums
+
+if TYPE_CHECKING:
+    from data_pipelines.samples.patches import Patches
 
 logger = logging.getLogger(__name__)
 _ADD = "--eval.add"
@@ -89,6 +95,7 @@ def _parse_task(text: str) -> Task:
 def _prepare(config: TrainConfig) -> Callable[[], None]:
     """Opens everything that training reads; returns the function that trains."""
     config = resolve(config)
+    length_shares(config)  # raises on lengths that the tower does not take
     image, text = config.model.image, config.model.text
     tokenizer = load_tokenizer(config.data.tokenizer, text, may_be_smaller=config.init.src is not None)
     sharding.check_batch_size(config.batch_size, sharding.make_mesh(config.mesh))
@@ -100,6 +107,7 @@ def _prepare(config: TrainConfig) -> Callable[[], None]:
         seed=config.seed,
         tokens=vars(text.tokens),
         resample=image.pixels.resample,
+        patches=make_patches(config),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -119,6 +127,18 @@ def _train_and_tell(start: Callable[[], TrainState], results: list[Result]) -> N
     start()
     if results and jax.process_index() == 0:
         print(format_table({f"{one.task.task}/{one.dataset}": one.metrics for one in results}))
+
+
+def make_patches(config: TrainConfig) -> "Patches | None":
+    """What becomes of an image for a NaFlex tower; None for one that takes images of one size."""
+    from data_pipelines.samples.patches import Patches  # it imports Pillow
+
+    image, data = config.model.image, config.data
+    if image.naflex is None:
+        return None
+    lengths = data.lengths and Lengths.of(data.lengths, total_steps=config.total_steps, seed=config.seed)
+    options = {"augment": data.augment, "resample": image.pixels.resample}
+    return Patches(image.patch, image.naflex.patches, lengths=lengths, square_px=image.image_size, **options)
 
 
 def load_tokenizer(path: str, text: TextConfig, *, may_be_smaller: bool) -> SentencePieceTokenizer:

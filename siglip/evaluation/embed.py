@@ -19,9 +19,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from siglip.array_types import Array, Float, Int, UInt8
+from siglip.array_types import Array, Float, Int
 from siglip.errors import UserError
-from siglip.models.two_tower import ModelConfig, make_model
+from siglip.models.two_tower import ModelConfig, image_arrays, make_model
 from siglip.parallel import sharding
 from siglip.parallel.collectives import gather_records, gather_rows, own_rows
 
@@ -59,20 +59,23 @@ class EmbeddedImages(NamedTuple):
 def embeddings(
     model: ModelConfig, params: Params, batch: Mapping[str, Array], *, feature: Feature = "embedding"
 ) -> Float[Array, "b ..."]:
-    """{"image": uint8 [b, h, w, 3]} or {"text": int32 [b, l]} -> L2-normalised; a new batch size compiles once.
+    """{"image": uint8 [b, h, w, 3]}, {"patches", "grid"} or {"text": int32 [b, l]} -> L2-normalised; a new shape compiles once.
 
     Args:
         feature: of images, what is read instead of the embedding.
     """
     zimg, ztxt, out = make_model(model).apply({"params": params}, batch)
     if feature == "embedding":
-        return zimg if "image" in batch else ztxt
+        return ztxt if "text" in batch else zimg
     if feature == "map":
         return out["img/pre_logits"]
     if feature == "head":
         return zimg * out["img/norm"]
-    patches = out["img/encoded"][:, 1:] if model.image.pool == "tok" else out["img/encoded"]
-    return patches if feature == "tokens" else patches.mean(axis=1)
+    first = 1 if model.image.pool == "tok" else 0
+    patches, mask = out["img/encoded"][:, first:], out.get("img/mask")
+    if feature == "tokens":
+        return patches
+    return patches.mean(axis=1, where=None if mask is None else mask[:, first:, None])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -81,7 +84,7 @@ def token_embeddings(
 ) -> Float[Array, "b n d"]:
     """As `embeddings`, but the tokens after the last LayerNorm and before pooling."""
     *_, out = make_model(model).apply({"params": params}, batch)
-    return out["img/encoded" if "image" in batch else "txt/encoded"].astype(dtype)
+    return out["txt/encoded" if "text" in batch else "img/encoded"].astype(dtype)
 
 
 def rows_per_process(batch_size: int, mesh: Mesh) -> int:
@@ -90,18 +93,18 @@ def rows_per_process(batch_size: int, mesh: Mesh) -> int:
 
 
 def embed_rows(
-    embed: Callable[[Mapping[str, Array]], Array], name: str, rows: np.ndarray, *, mesh: Mesh, rows_per_pass: int
+    embed: Callable[[Mapping[str, Array]], Array], rows: Mapping[str, np.ndarray], *, mesh: Mesh, rows_per_pass: int
 ) -> Float[np.ndarray, "n ..."]:
-    """`embed({name: rows})` of this process's rows, `rows_per_pass` at a time over the mesh, by all processes at once.
+    """`embed(rows)` of this process's rows, `rows_per_pass` at a time over the mesh, by all processes at once.
 
     The last batch is filled up with zeros, so that one shape is compiled; no rows are one batch of zeros. All processes must
     come to the same number of passes.
     """
-    parts = []
-    for start in range(0, max(len(rows), 1), rows_per_pass):
-        part = rows[start : start + rows_per_pass]
-        batch = sharding.put_batch({name: _filled(part, rows_per_pass)}, mesh)
-        parts.append(own_rows(embed(batch), mesh)[: len(part)])
+    parts, count = [], len(next(iter(rows.values())))
+    for start in range(0, max(count, 1), rows_per_pass):
+        part = {name: array[start : start + rows_per_pass] for name, array in rows.items()}
+        batch = sharding.put_batch({name: _filled(array, rows_per_pass) for name, array in part.items()}, mesh)
+        parts.append(own_rows(embed(batch), mesh)[: count - start])
     return np.concatenate(parts)
 
 
@@ -117,14 +120,16 @@ class Embedder:
         embed: `embeddings` with a model and its parameters, where `feature` may be given; or `token_embeddings`: then rows are
             [n, d] instead of [e].
         rows: rows of this process in each forward pass, as `rows_per_process` says.
-        image_size: (height, width) in pixels.
+        image_size: (height, width) in pixels. no_images: a batch of none, as `read` gives it.
+        max_patches: of an image, for a NaFlex model; None for images of one size.
         resample: the filter with which the model's images are resized.
         canonical_prompts: whether the model's own pipeline removes the punctuation of class prompts.
         tokenize: strings -> token ids, padded to the length of the text tower.
         read: (shards or an open source, fields) -> number of pairs of all processes, and this process's share of the images, at
-            most `rows` at a time, as {"image", "index", "key", "fields"}. Its `counts` are the images that could not be decoded,
-            by reason.
+            most `rows` at a time, as {"image", "index", "key", "fields"}, or "patches" and "grid" in place of "image". Its
+            `counts` are the images that could not be decoded, by reason.
         values_of: (fields of a pair, name of one) -> what that holds.
+        at_length: most patches of an image -> the same embedder for them.
         temperature, bias: of the model's logits; None where it has none.
         text_embeddings: what was computed, by its text: each text is embedded once, whatever the task. Embedders of one text
             tower may share it.
@@ -134,21 +139,35 @@ class Embedder:
     mesh: Mesh
     rows: int
     image_size: tuple[int, int]
+    no_images: Mapping[str, np.ndarray]
     resample: str
     canonical_prompts: bool
     tokenize: Callable[[Sequence[str]], Int[np.ndarray, "m l"]]
     read: Callable[[Any, Sequence[str]], tuple[int, Any]]
     values_of: Callable[[Mapping[str, Any], str], list[Value]]
+    at_length: Callable[[int], "Embedder"] | None = None
+    max_patches: int | None = None
     temperature: float | None = None
     bias: float | None = None
     text_embeddings: dict[str, Float[np.ndarray, " e"]] = dataclasses.field(default_factory=dict)
 
-    def embed_images(
-        self, images: UInt8[np.ndarray, "n h w 3"], *, feature: Feature = "embedding"
-    ) -> Float[np.ndarray, "n ..."]:
-        """Embeddings of this process's images; all processes must bring as many batches."""
+    def with_max_patches(self, max_patches: int) -> "Embedder":
+        """The same for images of at most so many patches, with the texts that are embedded already."""
+        return dataclasses.replace(self.at_length(max_patches), text_embeddings=self.text_embeddings)
+
+    def embed_images(self, batch: Mapping[str, Any], *, feature: Feature = "embedding") -> Float[np.ndarray, "n ..."]:
+        """Embeddings of this process's images, in a batch as `read` gives it; all processes must bring as many batches.
+
+        Raises:
+            UserError: tokens of a NaFlex model, which are not a grid of all images.
+        """
+        if self.max_patches is not None and feature == "tokens":
+            raise UserError(
+                "this task reads a grid of tokens that all images share, which a NaFlex model has not; evaluate it for images of "
+                "one size: siglip export SRC --image-size N, and that export"
+            )
         embed = self.embed if feature == "embedding" else functools.partial(self.embed, feature=feature)
-        return embed_rows(embed, "image", images, mesh=self.mesh, rows_per_pass=self.rows)
+        return embed_rows(embed, image_arrays(batch), mesh=self.mesh, rows_per_pass=self.rows)
 
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "m ..."]:
         """Embeddings of the texts, which are the same in every process; equal texts are embedded once. No texts: [0, e]."""
@@ -167,7 +186,7 @@ class Embedder:
     def _embed_distinct(self, distinct: Sequence[str]) -> Float[np.ndarray, "m ..."]:
         share = -(-len(distinct) // jax.process_count())
         own = self.tokenize(distinct[jax.process_index() * share :][:share])
-        z = embed_rows(self.embed, "text", _filled(own, share), mesh=self.mesh, rows_per_pass=self.rows)
+        z = embed_rows(self.embed, {"text": _filled(own, share)}, mesh=self.mesh, rows_per_pass=self.rows)
         z = gather_rows(z[: len(own)])
         _warn_if_collapsed(z, "different texts", "text")
         return z
@@ -198,10 +217,10 @@ class Embedder:
     ) -> tuple[EmbeddedImages, Mapping[str, int]]:
         """What `read` gives, embedded by all processes; and how many images could not be decoded, by reason."""
         batches, z, records = iter(images), [], []
-        nothing = {"image": np.zeros((0, *self.image_size, 3), np.uint8), "index": [], "key": [], "fields": []}
+        nothing = {**self.no_images, "index": [], "key": [], "fields": []}
         for _ in range(-(-pairs // (self.rows * jax.process_count()))):
             batch = next(batches, nothing)
-            z.append(self.embed_images(batch["image"], feature=feature))
+            z.append(self.embed_images(batch, feature=feature))
             values = [[self.values_of(record, field) for field in fields] for record in batch["fields"]]
             records += zip(batch["index"], batch["key"], values, strict=True)
         next(batches, None)  # what comes last may have to be counted as broken

@@ -53,14 +53,14 @@ def read_tokens(embedder: Embedder, data: str, fields: Sequence[str] = (), *, ma
         FileNotFoundError, UserError: shards are missing or damaged, or no image can be used.
     """
     pairs, images = embedder.read(data, fields, **({} if mask is None else {"mask": mask}))
-    nothing = {"image": np.zeros((0, *embedder.image_size, 3), np.uint8), "key": [], "fields": []}
+    nothing = {**embedder.no_images, "key": [], "fields": []}
     nothing |= {} if mask is None else {"mask": np.zeros((0, *embedder.image_size), np.uint8)}
     files = {name: tempfile.TemporaryFile() for name in ("tokens", *(["mask"] if mask else []))}
     shapes: dict[str, tuple] = {}
     batches, keys, values, finite = iter(images), [], [], True
     for _ in range(-(-pairs // (embedder.rows * jax.process_count()))):
         batch = next(batches, nothing)
-        tokens = embedder.embed_images(batch["image"], feature="tokens")
+        tokens = embedder.embed_images(batch, feature="tokens")
         finite &= bool(np.isfinite(tokens).all())
         for name, rows in (("tokens", tokens.astype(np.float16)), ("mask", batch.get("mask"))):
             if rows is not None:

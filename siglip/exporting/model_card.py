@@ -8,13 +8,14 @@ texts. Every card spells them out.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from siglip.errors import UserError
 from siglip.models.two_tower import ModelConfig
-from siglip.models.vit import PixelConfig
+from siglip.models.vit import ImageConfig, PixelConfig
 from siglip.workdir.files import CONFIG_FILE, read_config
 from siglip.workdir.metrics import format_value, read_metrics
 from siglip.workdir.report import final_results
@@ -135,13 +136,8 @@ def _architecture(config: ModelConfig) -> str:
 
 
 def _contract(config: ModelConfig) -> list[str]:
-    image, text, (height, width), (down, across) = config.image, config.text, config.image.image_size, config.image.grid
-    lines = [
-        f"- images: upright RGB, transparent parts over white, resized to {height} x {width} px ({image.pixels.resample} with "
-        f"antialias, as Pillow does; the aspect ratio is not kept), then {_pixel_range(image.pixels)}",
-        f"- they become {down * across} tokens ({down} x {across}, row by row) of width {image.spec.width}"
-        + (", with a class token before them" if image.pool == "tok" else ""),
-    ]
+    image, text = config.image, config.text
+    lines = [_naflex_contract(image)] if image.naflex else _images_contract(image)
     if text:
         lines.append(
             f"- texts: {_LOWER[text.tokens.lower]}, SentencePiece, cut to {text.length - text.tokens.end} pieces, then "
@@ -151,6 +147,27 @@ def _contract(config: ModelConfig) -> list[str]:
             + ", pads are attended to, there is no mask"
         )
     return lines
+
+
+def _images_contract(image: ImageConfig) -> list[str]:
+    (height, width), (down, across) = image.image_size, image.grid
+    return [
+        f"- images: upright RGB, transparent parts over white, resized to {height} x {width} px ({image.pixels.resample} with "
+        f"antialias, as Pillow does; the aspect ratio is not kept), then {_pixel_range(image.pixels)}",
+        f"- they become {down * across} tokens ({down} x {across}, row by row) of width {image.spec.width}"
+        + (", with a class token before them" if image.pool == "tok" else ""),
+    ]
+
+
+def _naflex_contract(image: ImageConfig) -> str:
+    patch = " x ".join(map(str, image.patch))
+    return (
+        f"- images: upright RGB, transparent parts over white, resized once ({image.pixels.resample} with antialias, as Pillow "
+        f"does) to whole patches of {patch} px, the largest grid of at most {image.naflex.patches} that keeps the aspect ratio "
+        f"(SigLIP 2's search; up to {image.naflex.max_patches} can be asked for), then {_pixel_range(image.pixels)}; a patch is "
+        f"(row, column, channel), patches come row by row, and what follows an image's last one is padding\n"
+        f"- they become as many tokens of width {image.spec.width}; a mask tells padding, which means nothing"
+    )
 
 
 def _pixel_range(pixels: PixelConfig) -> str:
@@ -216,7 +233,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _example(config: ModelConfig, example: str) -> str:
-    numbers = (*config.image.image_size, config.text.length if config.text else 0)
-    for name, number in zip(("HEIGHT", "WIDTH", "LENGTH"), numbers, strict=True):
+    patch = math.prod(config.image.patch) * 3
+    numbers = (*config.image.image_size, config.text.length if config.text else 0, patch)
+    for name, number in zip(("HEIGHT", "WIDTH", "LENGTH", "PATCH"), numbers, strict=True):
         example = example.replace(name, str(number))
     return example.strip()

@@ -6,19 +6,22 @@ of 1 where that is more. Two implementations of the same float32 arithmetic diff
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from siglip.array_types import Array
 from siglip.encoder import Encoder
 from siglip.formats.export_format import ExportMismatch, Inputs, Outputs
-from siglip.models.two_tower import ModelConfig, make_model
+from siglip.models.naflex import Patches
+from siglip.models.two_tower import ModelConfig, batch_of, blank_images, make_model
 
 TOLERANCE = 1e-5
-_EXACT = ("pixels", "tokens")
+_EXACT = ("pixels", "grid", "tokens")
 _DERIVED = (*_EXACT, "probabilities")  # what not every reader gives
 _UNBOUNDED = ("image_tokens", "logits")  # float32 has seven digits, wherever the point is
 # x / 127.5 - 1 and (x / 255 - 0.5) / 0.5 round differently in float32; ids are whole numbers.
@@ -27,11 +30,27 @@ ROWS = 6  # images, and texts; the same for noise and for samples, so that one p
 
 
 def random_inputs(config: ModelConfig) -> Inputs:
-    """Images of noise and, with a text tower, random token ids."""
+    """Images of noise and, with a text tower, random token ids. Of a NaFlex model they have several grids, and noisy padding."""
     rng, text = np.random.default_rng(0), config.text
-    images = rng.uniform(-1, 1, (ROWS, *config.image.image_size, 3)).astype(np.float32)
+    blank = blank_images(config.image, ROWS)
+    images = rng.uniform(-1, 1, next(iter(blank.values())).shape).astype(np.float32)
+    if config.image.naflex is not None:
+        images = Patches(images, np.array(_some_grids(images.shape[1]), np.int32))
     tokens = None if text is None else rng.integers(text.vocab_size, size=(ROWS, text.length), dtype=np.int32)
     return Inputs("random", images, tokens)
+
+
+def _some_grids(n: int) -> list[tuple[int, int]]:
+    """Square, flat, wide, tall, small, one patch; no column of several patches, for which torch resizes positions wrongly."""
+    side = math.isqrt(n)
+    return [
+        (side, side),
+        (1, n),
+        (min(2, side), n // 2 or 1),
+        (n // 2 or 1, min(2, side)),
+        (max(1, side // 2),) * 2,
+        (1, 1),
+    ]
 
 
 def model_outputs(model: Encoder, inputs: Inputs) -> Outputs:
@@ -45,11 +64,13 @@ def model_outputs(model: Encoder, inputs: Inputs) -> Outputs:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(config: ModelConfig, params: Any, images: Array, tokens: Array | None) -> tuple[Any, Any, Array]:
+def _forward(config: ModelConfig, params: Any, images: Array | Patches, tokens: Array | None) -> tuple[Any, Any, Array]:
     # One program for all outputs: compiling takes far longer than running.
-    batch = {"image": images} | ({} if tokens is None else {"text": tokens})
+    batch = batch_of(images) | ({} if tokens is None else {"text": tokens})
     zimg, ztxt, out = make_model(config).apply({"params": params}, batch)
-    return zimg, ztxt, out["img/encoded"]
+    # Padding means nothing, and every implementation has another one.
+    tokens = out["img/encoded"]
+    return zimg, ztxt, jnp.where(out["img/mask"][..., None], tokens, 0) if "img/mask" in out else tokens
 
 
 def expected_outputs(model: Encoder, inputs: Inputs) -> Outputs:
@@ -57,7 +78,11 @@ def expected_outputs(model: Encoder, inputs: Inputs) -> Outputs:
     outputs = model_outputs(model, inputs)
     if "logits" in outputs:
         outputs["probabilities"] = 1 / (1 + np.exp(-outputs["logits"].astype(np.float64)))
-    outputs |= {"pixels": inputs.images} if inputs.files else {}
+    if inputs.files and isinstance(inputs.images, Patches):
+        pixels = inputs.images.without_padding()
+        outputs |= {"pixels": pixels.patches, "grid": pixels.grid}
+    elif inputs.files:
+        outputs["pixels"] = inputs.images
     return outputs | ({"tokens": inputs.tokens} if inputs.texts else {})
 
 

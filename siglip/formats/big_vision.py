@@ -1,5 +1,7 @@
 """big_vision's `.npz`: flat arrays named "params/img/Transformer/encoderblock_0/…", the layout SigLIP was published in.
 
+A NaFlex tower has the same arrays, but the patch kernel is [p * p * 3, d] and the positions are [rows, columns, d].
+
 Reads the loop and the scan layout, keys with and without `params/`, the old `opt/target/` prefix, still older names,
 bfloat16 kept as raw 2-byte values, `FILE.npz:img`, one tower of a file, and the vision tower of a PaliGemma. Anything
 else in the file, such as an optimizer's state, is ignored.
@@ -12,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +29,7 @@ from siglip.formats.containers import LazyArray, open_npz, write_npz
 from siglip.formats.export_format import TOKENIZER_FILE, ExportFormat, Layout
 from siglip.formats.hf_tokenizer.convert import read_pieces
 from siglip.formats.infer_config import Inferred, expected_shapes, infer_config
+from siglip.models.naflex import NaflexConfig
 from siglip.models.two_tower import ModelConfig
 from siglip.trees import build_dataclass, flatten, read_json, unflatten
 
@@ -77,12 +81,15 @@ def _opened(
         config = _read_sidecar(sidecar(file))
     with open_npz(file) as stored:
         arrays = _only_subtree(_parameters(stored, source), subtree, source)
+        arrays, naflex = _from_naflex(arrays, config, source)
         patches = _patches(arrays, config, image_size)
         arrays = old_names.modernise(arrays, patches=patches, source=source)
         _refuse_other_models(arrays, source)
         shapes = key_maps.flat_shapes(arrays)
         inferred = _given(config, shapes) if config else infer_config(shapes, image_size=image_size, source=source)
         config = _in_layout_of(inferred.config, arrays, source)
+        if naflex and config.image.naflex is None:
+            config = dataclasses.replace(config, image=dataclasses.replace(config.image, naflex=NaflexConfig()))
         expected = expected_shapes(config) | inferred.unclear
         key_maps.check_arrays(arrays, expected, source=source, problems=inferred.problems)
         yield arrays, config
@@ -107,7 +114,7 @@ def write(path: Path, params: Mapping[str, Any], config: ModelConfig, *, layout:
     if layout == "scan":
         arrays = key_maps.stack_blocks(arrays, stack=_lazily_stacked)
     with new_file(path) as whole:
-        write_npz(whole, {f"params/{key}": array for key, array in arrays.items()})
+        write_npz(whole, {f"params/{key}": array for key, array in _to_naflex(arrays, config).items()})
         # The config file is there first: without it, or beside another model's, the npz would be read as what it is not.
         sidecar(path).unlink(missing_ok=True)
         if not _shapes_tell(shapes, config):
@@ -188,14 +195,6 @@ def _patches(
 
 
 def _refuse_other_models(arrays: Mapping[str, LazyArray], source: str) -> None:
-    kernel, positions = arrays.get("img/embedding/kernel"), arrays.get("img/pos_embedding")
-    square = positions is not None and len(positions.shape) == 3 and positions.shape[0] == positions.shape[1] > 1
-    if kernel is not None and len(kernel.shape) == 2 and (square or positions is None):
-        shape = positions and positions.shape
-        raise UserError(
-            f"{source} is a NaFlex model (img/embedding/kernel {kernel.shape}, img/pos_embedding {shape}), which takes "
-            f"images of any aspect ratio; only those of one size can be read: take the fixed-resolution checkpoint"
-        )
     if torch := sorted(key for key in arrays if key.endswith((".weight", ".bias"))):
         raise UserError(
             f"{source} has keys of torch ({torch[0]}, …); save the model with save_pretrained(FOLDER) of transformers and name "
@@ -212,6 +211,45 @@ def _refuse_other_models(arrays: Mapping[str, LazyArray], source: str) -> None:
             f"{source} has {', '.join(layer)}: a tanh layer before the head (rep_size), which no SigLIP has; read an encoder "
             f"without it, or remove these arrays and img/head"
         )
+
+
+def _from_naflex(
+    arrays: Mapping[str, LazyArray], config: ModelConfig | None, source: str
+) -> tuple[dict[str, LazyArray], bool]:
+    """The arrays as those of a tower for images of one size, and whether they are a NaFlex tower's."""
+    kernel, positions = arrays.get("img/embedding/kernel"), arrays.get("img/pos_embedding")
+    if kernel is None or len(kernel.shape) != 2:
+        return dict(arrays), False
+    inputs, width = kernel.shape
+    side = math.isqrt(inputs // 3)
+    patch = (side, side) if config is None else config.image.patch
+    told = f"{source}: img/embedding/kernel {kernel.shape} is a NaFlex tower's"
+    if 3 * math.prod(patch) != inputs:
+        raise UserError(f"{told}, but not of patches of {patch} px in three colours")
+    if positions is None or len(positions.shape) != 3 or (1 in positions.shape[:2] and config is None):
+        shape = "absent" if positions is None else positions.shape
+        raise UserError(
+            f"{told}, and img/pos_embedding {shape} is not (rows, columns, width) as its positions are; is it of another model?"
+        )
+    rows, columns, depth = positions.shape
+    shapes = {"img/embedding/kernel": (*patch, 3, width), "img/pos_embedding": (1, rows * columns, depth)}
+    return _reshaped(arrays, shapes), True
+
+
+def _to_naflex(arrays: Mapping[str, LazyArray], config: ModelConfig) -> dict[str, LazyArray]:
+    """The inverse of `_from_naflex`; arrays of a tower for images of one size stay as they are."""
+    image, width = config.image, config.image.spec.width
+    if image.naflex is None:
+        return dict(arrays)
+    shapes = {"img/embedding/kernel": (math.prod(image.patch) * 3, width), "img/pos_embedding": (*image.grid, width)}
+    return _reshaped(arrays, shapes)
+
+
+def _reshaped(arrays: Mapping[str, LazyArray], shapes: Mapping[str, key_maps.Shape]) -> dict[str, LazyArray]:
+    def reshape(array: LazyArray, shape: key_maps.Shape) -> LazyArray:
+        return LazyArray(shape, lambda: array.read().reshape(shape), array.dtype)
+
+    return {**arrays, **{key: reshape(arrays[key], shape) for key, shape in shapes.items()}}
 
 
 def _given(config: ModelConfig, shapes: Mapping[str, key_maps.Shape]) -> Inferred:
@@ -241,7 +279,9 @@ def _lazily_stacked(layers: list[LazyArray]) -> LazyArray:
 
 def _shapes_tell(shapes: Mapping[str, key_maps.Shape], config: ModelConfig) -> bool:
     """Whether `infer_config` finds the same architecture from the shapes alone."""
-    inferred = infer_config(shapes)
+    inferred, naflex = infer_config(shapes), config.image.naflex
+    if naflex is not None and (naflex != NaflexConfig() or config.image.patch[0] != config.image.patch[1]):
+        return False
 
     def key(c: ModelConfig) -> tuple:
         (i, t), text = (c.image, c.text), None

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from siglip.errors import RunFailed
+from siglip.models.naflex import Patches
 from siglip.models.two_tower import ModelConfig
 
 TOKENIZER_FILE = "spiece.model"  # beside every model whose texts it encodes
@@ -28,14 +29,14 @@ class Inputs:
 
     Attributes:
         name: "random" or "sample".
-        images: float32 [b, h, w, 3] in [-1, 1], as our pipeline prepares them.
+        images: float32 [b, h, w, 3] in [-1, 1], as our pipeline prepares them; `Patches` of a NaFlex model.
         tokens: int32 [k, l], likewise, or None for an image tower alone.
         files: the images as encoded files, for a format that decodes them itself.
         texts: the texts, for a format that tokenizes them itself; () where there is no tokenizer.
     """
 
     name: str
-    images: np.ndarray
+    images: np.ndarray | Patches
     tokens: np.ndarray | None
     files: Sequence[bytes] = ()
     texts: Sequence[str] = ()

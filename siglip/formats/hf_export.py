@@ -6,6 +6,7 @@ and warns, so missing and unexpected keys fail an export.
 
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from siglip.formats import hugging_face
 from siglip.formats.export_format import Dtype, ExportFormat, ExportMismatch, Inputs, Layout, Outputs, in_folder
 from siglip.formats.hf_tokenizer.convert import read_pieces
+from siglip.models.naflex import Patches
 from siglip.models.two_tower import ModelConfig
 from siglip.models.vit import PixelConfig
 
@@ -101,17 +103,25 @@ def check_all_loaded(loading: Mapping[str, Any]) -> None:
 def _torch_outputs(model: Any, inputs: Inputs, config: PixelConfig) -> Outputs:
     import torch
 
-    images = inputs.images
+    images, mask = inputs.images, None
+    values = images.patches if isinstance(images, Patches) else images
     if not config.has_default_range:
-        images = (((images + 1) / 2 - config.mean) / config.std).astype(np.float32)
-    pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        colours = np.asarray(values).reshape(*values.shape[:2], -1, 3)
+        values = (((colours + 1) / 2 - config.mean) / config.std).astype(np.float32).reshape(values.shape)
+    if isinstance(images, Patches):
+        mask = torch.from_numpy(np.arange(values.shape[1]) < np.asarray(images.lengths)[:, None])
+        pixels = {"pixel_values": torch.from_numpy(np.array(values)), "pixel_attention_mask": mask.int()}
+        pixels["spatial_shapes"] = torch.from_numpy(np.array(images.grid)).long()
+    else:
+        pixels = {"pixel_values": torch.from_numpy(np.ascontiguousarray(values.transpose(0, 3, 1, 2)))}
     with torch.no_grad():
         if inputs.tokens is None:
-            vision = getattr(model, "vision_model", model)(pixel_values=pixels)
+            vision = (model if mask is not None else getattr(model, "vision_model", model))(**pixels)
         else:
-            both = model(pixel_values=pixels, input_ids=torch.from_numpy(inputs.tokens).long())
+            both = model(**pixels, input_ids=torch.from_numpy(inputs.tokens).long())
             vision = both.vision_model_output
-    found = {"image_tokens": vision.last_hidden_state}
+    tokens = vision.last_hidden_state
+    found = {"image_tokens": tokens if mask is None else torch.where(mask[..., None], tokens, 0.0)}
     if inputs.tokens is not None:
         found |= {"image_embedding": both.image_embeds, "text_embedding": both.text_embeds}
         found |= {"logits": both.logits_per_image, "probabilities": torch.sigmoid(both.logits_per_image)}
@@ -130,11 +140,16 @@ def _preprocessed(folder: Path, inputs: Inputs, config: PixelConfig) -> Outputs:
         # The preprocessor of transformers neither turns images upright nor puts them over white: that is its caller's part.
         images = [Image.open(io.BytesIO(file)) for file in inputs.files]
         by_pillow = {"use_fast": False} if __version__.startswith("4.") else {"backend": "pil"}
-        pixels = AutoImageProcessor.from_pretrained(folder, **by_pillow)(images, return_tensors="np")["pixel_values"]
-        pixels = np.asarray(pixels, np.float32).transpose(0, 2, 3, 1)
+        made = AutoImageProcessor.from_pretrained(folder, **by_pillow)(images, return_tensors="np")
+        is_naflex, pixels = isinstance(inputs.images, Patches), np.asarray(made["pixel_values"], np.float32)
+        pixels = pixels if is_naflex else pixels.transpose(0, 2, 3, 1)
         if not config.has_default_range:
-            pixels = (2 * (pixels * np.float64(config.std) + config.mean) - 1).astype(np.float32)
+            colours = pixels.reshape(*pixels.shape[:2], -1, 3)
+            pixels = (2 * (colours * np.float64(config.std) + config.mean) - 1).astype(np.float32).reshape(pixels.shape)
         outputs["pixels"] = pixels
+        if is_naflex:
+            patches = Patches(pixels, np.asarray(made["spatial_shapes"], np.int32)).without_padding()
+            outputs |= {"pixels": patches.patches, "grid": patches.grid}
     if inputs.texts:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         ids = tokenizer(list(inputs.texts), padding="max_length", truncation=True, return_tensors="np")["input_ids"]
@@ -165,8 +180,11 @@ def _warnings(config: ModelConfig, has_tokenizer: bool) -> list[str]:
 
 
 def _example(config: ModelConfig, has_tokenizer: bool) -> str:
-    both = _EXAMPLE_BOTH if _no_pipeline(config) else _EXAMPLE_PIPELINE
-    return in_folder("transformers torch pillow", both if config.text and has_tokenizer else _EXAMPLE_IMAGES)
+    naflex = config.image.naflex is not None
+    both = _EXAMPLE_BOTH if naflex or _no_pipeline(config) else _EXAMPLE_PIPELINE
+    code = both if config.text and has_tokenizer else _EXAMPLE_IMAGES
+    code = re.sub("Siglip(Vision)?Model", r"Siglip2\1Model", code) if naflex else code
+    return in_folder("transformers torch pillow", code)
 
 
 def _write(

@@ -24,8 +24,9 @@ from siglip.errors import UserError
 from siglip.formats.export_format import TOKENIZER_FILE
 from siglip.formats.hf_tokenizer.convert import OUR_TOKENS, read_sentencepiece
 from siglip.formats.hf_tokenizer.from_json import sentencepiece_model, steps_of
+from siglip.models.naflex import NaflexConfig
 from siglip.models.text import TokenConfig
-from siglip.models.vit import PixelConfig
+from siglip.models.vit import ImageConfig, PixelConfig
 from siglip.trees import build_dataclass, read_json
 
 logger = logging.getLogger(__name__)
@@ -50,25 +51,70 @@ def read_pixels(folder: Path, *, image_size: tuple[int, int], inside: bool = Fal
     Raises:
         UserError: it does something that cannot be done here, or makes images of another size than the tower takes.
     """
+    path, tree = _processor(folder)
+    if not tree:
+        return PixelConfig()
+    size = tree.get("size", {"height": 224, "width": 224})
+    size = {"height": size, "width": size} if type(size) is int else size
+    problems = []
+    if not isinstance(size, Mapping) or (size.get("height"), size.get("width")) != image_size:
+        problems.append(f"size={size!r}, but config.json has image_size={image_size[0]}")
+    to = f"images resized to {image_size[0]} px (bilinear) and scaled to [-1, 1]"
+    return _pixel_config(path, tree, _DEFAULT_FILTERS, problems, to=to, inside=inside)
+
+
+def read_naflex_pixels(folder: Path, *, patch_px: int) -> tuple[PixelConfig, int]:
+    """The same for a NaFlex tower, and the most patches of an image.
+
+    Raises:
+        UserError: as `read_pixels`, or its patches are not the tower's.
+    """
+    path, tree = _processor(folder)
+    patches, problems = tree.get("max_num_patches", NaflexConfig.patches), []
+    if not tree:
+        return PixelConfig(), patches
+    if tree.get("patch_size", 16) != patch_px:
+        problems.append(f"patch_size={tree.get('patch_size', 16)!r}, but config.json has patch_size={patch_px}")
+    if type(patches) is not int or patches < 1:
+        problems.append(f"max_num_patches={patches!r} is not a positive number")
+    to = f"images in at most {NaflexConfig.patches} patches (bilinear), scaled to [-1, 1]"
+    return _pixel_config(path, tree, {"Siglip2ImageProcessor": 2}, problems, to=to), patches
+
+
+def _processor(folder: Path) -> tuple[Path, Mapping[str, Any]]:
+    """The file with the folder's preprocessor, and what it says of it; {} where the folder has none."""
     path, tree = folder / _PREPROCESSOR, _optional(folder / _PREPROCESSOR)
     if not tree:
         path = folder / _PROCESSOR
         tree = _optional(path).get("image_processor")
-        if not isinstance(tree, Mapping):
-            return PixelConfig()
-    kind = str(tree.get("image_processor_type") or tree.get("feature_extractor_type") or "SiglipImageProcessor")
-    default = _DEFAULT_FILTERS.get(kind.removesuffix("Fast").removesuffix("Pil"))
+    return path, tree if isinstance(tree, Mapping) else {}
+
+
+def _pixel_config(
+    path: Path,
+    tree: Mapping[str, Any],
+    filters: Mapping[str, int],
+    problems: list[str],
+    *,
+    to: str,
+    inside: bool = False,
+) -> PixelConfig:
+    """What all preprocessors have in common.
+
+    Args:
+        filters: the classes that are known, and the resize of each where the file names none.
+        problems: found before; to: what is done where there is no preprocessor.
+    """
+    kind = str(tree.get("image_processor_type") or tree.get("feature_extractor_type") or next(iter(filters)))
+    default = filters.get(kind.removesuffix("Fast").removesuffix("Pil"))
     resample = tree.get("resample", default)
-    size = tree.get("size", {"height": 224, "width": 224})
-    size = {"height": size, "width": size} if type(size) is int else size
-    problems = [
+    found = [
         f"{name}={value!r}" for name, value in tree.items() if name.startswith("do_") and value and name not in _STEPS
     ]
-    problems += [] if default else [f"image_processor_type={kind!r}"]
-    problems += [] if resample in _FILTERS else [f"resample={resample!r} (only 2, bilinear, and 3, bicubic)"]
-    problems += [] if tree.get("do_resize", True) else ["do_resize=false"]
-    if not isinstance(size, Mapping) or (size.get("height"), size.get("width")) != image_size:
-        problems.append(f"size={size!r}, but config.json has image_size={image_size[0]}")
+    found += [] if default else [f"image_processor_type={kind!r}"]
+    found += [] if resample in _FILTERS else [f"resample={resample!r} (only 2, bilinear, and 3, bicubic)"]
+    found += [] if tree.get("do_resize", True) else ["do_resize=false"]
+    problems = found + problems
     numbers = {
         "image_mean": _three(tree.get("image_mean", 0.5)) if tree.get("do_normalize", True) else (0.0,) * 3,
         "image_std": _three(tree.get("image_std", 0.5)) if tree.get("do_normalize", True) else (1.0,) * 3,
@@ -77,12 +123,11 @@ def read_pixels(folder: Path, *, image_size: tuple[int, int], inside: bool = Fal
     problems += [f"{name}={tree[name]!r}" for name, values in numbers.items() if values is None]
     problems += [f"{name}={tree[name]!r}" for name in ("image_std", "rescale_factor") if 0.0 in (numbers[name] or ())]
     if inside and problems and None not in numbers.values():
-        logger.warning("%s: not followed: %s; images are resized to %d px", path, "; ".join(problems), image_size[0])
+        logger.warning("%s: not followed: %s; %s", path, "; ".join(problems), to)
         problems, resample = [], resample if resample in _FILTERS else 2
     if problems:
         raise UserError(
-            f"{path}: {'; '.join(problems)}: this preprocessing cannot be done here; correct the file, or remove it to have "
-            f"images resized to {image_size[0]} px (bilinear) and scaled to [-1, 1]"
+            f"{path}: {'; '.join(problems)}: this preprocessing cannot be done here; correct the file, or remove it to have {to}"
         )
     mean, std = numbers["image_mean"], numbers["image_std"]
     scale = 255 * numbers["rescale_factor"][0]
@@ -98,15 +143,18 @@ def _three(value: Any) -> tuple[float, float, float] | None:
     return tuple(map(float, values))
 
 
-def preprocessor_json(pixels: PixelConfig, *, image_size: tuple[int, int], with_texts: bool) -> dict[str, Any]:
+def preprocessor_json(image: ImageConfig, *, with_texts: bool) -> dict[str, Any]:
     """The content of preprocessor_config.json."""
-    height, width = image_size
+    kind, pixels, (height, width) = "Siglip", image.pixels, image.image_size
+    size: dict[str, Any] = {"size": {"height": height, "width": width}}
+    if image.naflex is not None:
+        kind, size = "Siglip2", {"patch_size": image.patch[0], "max_num_patches": image.naflex.patches}
     return {
-        "image_processor_type": "SiglipImageProcessor",
-        **({"processor_class": "SiglipProcessor"} if with_texts else {}),
+        "image_processor_type": f"{kind}ImageProcessor",
+        **({"processor_class": f"{kind}Processor"} if with_texts else {}),
         "do_resize": True,
-        "size": {"height": height, "width": width},
-        # Antialiased, as our data pipeline resizes; the class default is bicubic.
+        **size,
+        # Antialiased, as our data pipeline resizes; the class default of a SiglipImageProcessor is bicubic.
         "resample": next(number for number, name in _FILTERS.items() if name == pixels.resample),
         "do_rescale": True,
         "rescale_factor": 1 / 255,

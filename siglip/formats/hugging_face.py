@@ -1,5 +1,8 @@
 """Hugging Face SigLIP folders: config.json, model.safetensors, preprocessor_config.json and the tokenizer's files.
 
+model_type "siglip" is a tower for images of one size, "siglip2" a NaFlex tower: the same arrays, but that the patch embedding is
+a matrix and `num_patches`, a square, is the number of learned positions.
+
 Written with the key names of transformers 4 (`vision_model.…`), which both 4.57 and 5.x load whole. Read in that
 layout and in the one that transformers 5 writes for a lone vision tower, without the prefix; also from several
 safetensors shards, and from folders of vision-language models and of classifiers (the image tower alone; the rest is not
@@ -12,7 +15,8 @@ names are always version 4's, and every export is loaded back.
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,10 @@ from siglip.errors import UserError
 from siglip.formats import key_maps, pali_gemma
 from siglip.formats.containers import LazyArray, open_safetensors, write_safetensors
 from siglip.formats.export_format import TOKENIZER_FILE, Dtype
-from siglip.formats.hf_inputs import preprocessor_json, read_pixels, read_tokens
+from siglip.formats.hf_inputs import preprocessor_json, read_naflex_pixels, read_pixels, read_tokens
 from siglip.formats.hf_tokenizer import convert
 from siglip.formats.infer_config import expected_shapes
+from siglip.models.naflex import NaflexConfig
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.models.variants import VARIANTS, BlockConfig, Variant
 from siglip.models.vit import sincos2d
@@ -34,12 +39,19 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _VISION_TYPE = "siglip_vision_model"
 _TEXT_TYPE = "siglip_text_model"
+_NAFLEX = {
+    "siglip": "siglip2",
+    "siglip_vision_model": "siglip2_vision_model",
+    "siglip_text_model": "siglip2_text_model",
+}
+_NAFLEX_TYPES = ("siglip2", "siglip2_vision_model")
 _SIZES = {
     "hidden_size": "width", "intermediate_size": "mlp_dim", "num_hidden_layers": "depth", "num_attention_heads": "num_heads",
 }  # fmt: skip
 # What config.json leaves out takes these values in transformers.
 _VARIANT = {theirs: getattr(VARIANTS["B"], ours) for theirs, ours in _SIZES.items()}
 _VISION_DEFAULTS = _VARIANT | {"image_size": 224, "patch_size": 16, "num_channels": 3, "vision_use_head": True}
+_NAFLEX_DEFAULTS = _VARIANT | {"num_patches": 256, "patch_size": 16, "num_channels": 3, "vision_use_head": True}
 _TEXT_DEFAULTS = _VARIANT | {"vocab_size": 32_000, "max_position_embeddings": 64}
 _FIXED = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "attention_dropout": 0.0}
 
@@ -71,11 +83,11 @@ def read(folder: str | Path, *, only_image: bool = False) -> tuple[dict[str, Any
         if depth > len(state):
             raise UserError(f"{folder}/config.json says {depth} layers, but the weights are {len(state)} arrays in all")
         ours = expected_shapes(config)
-        key_maps.check_arrays(state, key_maps.torch_shapes(ours, key_maps.hugging_face_entry), source=str(folder))
+        entry_of = _entries(config)
+        key_maps.check_arrays(state, key_maps.torch_shapes(ours, entry_of), source=str(folder))
         if only_image:
             ours = {path: shape for path, shape in ours.items() if path.startswith("img/")}
             config = dataclasses.replace(config, text=None, out_dim=(None, None))
-        entry_of = key_maps.hugging_face_entry
         return unflatten({path: key_maps.from_torch(state, entry_of(path), ours[path]) for path in ours}), config
 
 
@@ -89,10 +101,16 @@ def read_config(folder: str | Path, *, with_texts: bool = True) -> ModelConfig:
     tree = _read_json(path)
     config = model_config(tree, source=str(path))
     image, text = config.image, config.text
-    pixels = read_pixels(path.parent, image_size=image.image_size, inside=pali_gemma.has_tower(tree))
+    if image.naflex is None:
+        pixels = read_pixels(path.parent, image_size=image.image_size, inside=pali_gemma.has_tower(tree))
+        image = dataclasses.replace(image, pixels=pixels)
+    else:
+        pixels, patches = read_naflex_pixels(path.parent, patch_px=image.patch[0])
+        naflex = NaflexConfig(patches, max(patches, NaflexConfig.max_patches))
+        image = dataclasses.replace(image, pixels=pixels, naflex=naflex)
     if with_texts and text is not None:
         text = dataclasses.replace(text, tokens=read_tokens(path.parent))
-    return dataclasses.replace(config, image=dataclasses.replace(image, pixels=pixels), text=text)
+    return dataclasses.replace(config, image=image, text=text)
 
 
 def write(
@@ -122,13 +140,11 @@ def write(
         width = config.text.spec.width
         flat |= {"txt/head/kernel": np.eye(width, dtype=np.float32), "txt/head/bias": np.zeros(width, np.float32)}
 
-    write_safetensors(
-        folder / _WEIGHTS, _their_arrays(flat, {path: "float32" if path in exact else dtype for path in flat})
-    )
+    dtypes = {path: "float32" if path in exact else dtype for path in flat}
+    write_safetensors(folder / _WEIGHTS, _their_arrays(flat, dtypes, _entries(config)))
     _write_json(folder / "config.json", config_json(config, dtype))
     image, text = config.image, config.text
-    preprocessor = preprocessor_json(image.pixels, image_size=image.image_size, with_texts=text is not None)
-    _write_json(folder / "preprocessor_config.json", preprocessor)
+    _write_json(folder / "preprocessor_config.json", preprocessor_json(image, with_texts=text is not None))
     if text is not None and tokenizer is not None:
         model, source = tokenizer.read_bytes(), str(tokenizer)
         settings = convert.tokenizer_config(model, text.tokens, length=text.length, source=source)
@@ -148,6 +164,8 @@ def check_expressible(config: ModelConfig) -> None:
         raise UserError(
             f"Hugging Face's SigLIP ends in a LayerNorm, which a tower that was cut at an earlier layer lacks; {instead}"
         )
+    if image.grid[0] != image.grid[1] and image.naflex is not None:
+        raise UserError(f"Hugging Face's SigLIP 2 has a square of learned positions, not {image.grid}; {instead}")
     if image.image_size[0] != image.image_size[1] or image.patch[0] != image.patch[1]:
         raise UserError(
             f"Hugging Face's SigLIP takes square images and patches, not {image.image_size} px in patches of "
@@ -182,10 +200,15 @@ def config_json(config: ModelConfig, dtype: Dtype = "float32") -> dict[str, Any]
         **_FIXED,
         "vision_use_head": image.pool == "map",
     }
+    model, alone, kind = "SiglipModel", "SiglipVisionModel", str
+    if image.naflex is not None:
+        model, alone, kind = "Siglip2Model", "Siglip2VisionModel", _NAFLEX.__getitem__
+        del vision["image_size"]
+        vision |= {"model_type": kind(_VISION_TYPE), "num_patches": image.grid[0] * image.grid[1]}
     if text is None:
-        return {"architectures": ["SiglipVisionModel"], "torch_dtype": dtype, **vision}
+        return {"architectures": [alone], "torch_dtype": dtype, **vision}
     text_json = {
-        "model_type": _TEXT_TYPE,
+        "model_type": kind(_TEXT_TYPE),
         **_sizes_json(text.spec),
         "vocab_size": text.vocab_size,
         "max_position_embeddings": text.length,
@@ -196,8 +219,8 @@ def config_json(config: ModelConfig, dtype: Dtype = "float32") -> dict[str, Any]
         "eos_token_id": 1,
     }
     return {
-        "architectures": ["SiglipModel"],
-        "model_type": "siglip",
+        "architectures": [model],
+        "model_type": kind("siglip"),
         "torch_dtype": dtype,
         "vision_config": vision,
         "text_config": text_json,
@@ -208,16 +231,22 @@ def model_config(tree: Mapping[str, Any], *, source: str) -> ModelConfig:
     """The architecture that a config.json describes; for a PaliGemma, its vision tower's.
 
     Raises:
-        UserError: it is not a fixed-resolution SigLIP, or its activations or norms are not the published ones.
+        UserError: it is not a SigLIP, or its activations or norms are not the published ones.
     """
     vision, text = _parts(tree, source)
     _check_fields(vision, text, source)
     try:
-        size = vision["image_size"]
+        naflex = "num_patches" in vision
+        size = math.isqrt(vision["num_patches"]) * vision["patch_size"] if naflex else vision["image_size"]
+        if naflex and (size // vision["patch_size"]) ** 2 != vision["num_patches"]:
+            raise UserError(
+                f"num_patches={vision['num_patches']} is not a square, so it is no grid of learned positions"
+            )
         image = ImageConfig(
             **_spec(vision).fields(patch=vision["patch_size"]),
             image_size=(size, size),
             pool="map" if vision["vision_use_head"] else "none",
+            naflex=NaflexConfig() if naflex else None,
         )
         if text is None:
             return ModelConfig(image=image, text=None, out_dim=(None, None))
@@ -231,21 +260,32 @@ def model_config(tree: Mapping[str, Any], *, source: str) -> ModelConfig:
 def _parts(tree: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """(vision config, text config or None), with transformers' defaults for what config.json leaves out."""
     kind = tree.get("model_type")
-    if kind == "siglip":
+    if kind in ("siglip", "siglip2"):
         vision, text = (tree.get(name) or {} for name in ("vision_config", "text_config"))
         if not isinstance(vision, dict) or not isinstance(text, dict):
             raise UserError(f"{source}: vision_config and text_config are objects in a SigLIP's config; copy it again")
-        return _VISION_DEFAULTS | vision, None if _is_classifier(tree) else _TEXT_DEFAULTS | text
-    if kind == _VISION_TYPE:
-        return _VISION_DEFAULTS | dict(tree), None
+        return _vision(vision, kind, source), None if _is_classifier(tree) else _TEXT_DEFAULTS | text
+    if kind in (_VISION_TYPE, _NAFLEX[_VISION_TYPE]):
+        return _vision(dict(tree), kind, source), None
     if pali_gemma.has_tower(tree):
         return _VISION_DEFAULTS | pali_gemma.vision_config(tree, source=source), None
     fix = f"'siglip', {_VISION_TYPE!r} and {pali_gemma.MODEL_TYPE!r} can, and models whose vision_config is a {_VISION_TYPE!r}"
-    if str(kind).startswith("siglip2"):
-        fix = "it is NaFlex (any aspect ratio); take the fixed-resolution checkpoint of its size, model_type 'siglip'"
-    if kind == _TEXT_TYPE:
-        fix = "it is a text tower alone; take the folder of the whole model, model_type 'siglip'"
+    if kind in (_TEXT_TYPE, _NAFLEX[_TEXT_TYPE]):
+        fix = "it is a text tower alone; take the folder of the whole model, model_type 'siglip' or 'siglip2'"
     raise UserError(f"{source}: model_type={kind!r} cannot be read: {fix}")
+
+
+def _vision(vision: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
+    """The vision config of a `kind` of model, with its defaults. Raises UserError if it is the other kind's."""
+    own, other, defaults = "image_size", "num_patches", _VISION_DEFAULTS
+    if kind in _NAFLEX_TYPES:
+        own, other, defaults = other, own, _NAFLEX_DEFAULTS
+    if other in vision and own not in vision:
+        raise UserError(
+            f"{source}: model_type={kind!r} with {other}={vision[other]!r} mixes images of one size and NaFlex: 'siglip' has "
+            "image_size, 'siglip2' has num_patches"
+        )
+    return defaults | {name: value for name, value in vision.items() if name != other}
 
 
 def _is_classifier(tree: Mapping[str, Any]) -> bool:
@@ -255,7 +295,8 @@ def _is_classifier(tree: Mapping[str, Any]) -> bool:
 
 def _check_fields(vision: Mapping[str, Any], text: Mapping[str, Any] | None, source: str) -> None:
     bad = []
-    for part, defaults in ((vision, _VISION_DEFAULTS), (text, _TEXT_DEFAULTS)):
+    vision_defaults = _NAFLEX_DEFAULTS if "num_patches" in vision else _VISION_DEFAULTS
+    for part, defaults in ((vision, vision_defaults), (text, _TEXT_DEFAULTS)):
         if part is None:
             continue
         kind = "vision" if part is vision else "text"
@@ -281,11 +322,17 @@ def _sizes_json(spec: Variant) -> dict[str, int]:
     return {theirs: getattr(spec, ours) for theirs, ours in _SIZES.items()}
 
 
-def _their_arrays(flat: Mapping[str, np.ndarray], dtypes: Mapping[str, Dtype]) -> dict[str, LazyArray]:
+def _entries(config: ModelConfig) -> Callable[[str], key_maps.Entry]:
+    return functools.partial(key_maps.hugging_face_entry, naflex=config.image.naflex is not None)
+
+
+def _their_arrays(
+    flat: Mapping[str, np.ndarray], dtypes: Mapping[str, Dtype], entry_of: Callable[[str], key_maps.Entry]
+) -> dict[str, LazyArray]:
     theirs: dict[str, Dtype] = {}
     sources: dict[str, list[tuple[tuple[int, int], np.ndarray, str]]] = {}
     for path, array in flat.items():
-        key, kind, part = key_maps.hugging_face_entry(path)
+        key, kind, part = entry_of(path)
         sources.setdefault(key, []).append((part or (0, 1), array, kind))
         theirs[key] = dtypes[path]
 
@@ -293,7 +340,7 @@ def _their_arrays(flat: Mapping[str, np.ndarray], dtypes: Mapping[str, Dtype]) -
         arrays = [key_maps.to_hugging_face(array, kind) for _, array, kind in sorted(parts, key=lambda part: part[0])]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
-    shapes = key_maps.torch_shapes(key_maps.flat_shapes(flat), key_maps.hugging_face_entry)
+    shapes = key_maps.torch_shapes(key_maps.flat_shapes(flat), entry_of)
     return {key: LazyArray(shapes[key], functools.partial(make, parts), theirs[key]) for key, parts in sources.items()}
 
 

@@ -10,6 +10,7 @@ one tensor, stacked by rows in that order, and so does timm; three of our paths 
 """
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -219,6 +220,13 @@ OPEN_CLIP: Rules = (
     (r"(txt)/Encoder_0/encoder_norm/(\w+)", r"ln_final.\2", "same"),
     (r"(txt)/head/(\w+)", r"text_projection.\2", "matrix"),
 )
+# A NaFlex tower of timm: the patch embedding is a matrix, positions are a grid.
+OPEN_CLIP_NAFLEX: Rules = (
+    (r"(img)/embedding/kernel", r"embeds.proj.weight", "heads_out"),
+    (r"(img)/embedding/bias", r"embeds.proj.bias", "same"),
+    (r"(img)/pos_embedding", r"embeds.pos_embed", "grid"),
+    *OPEN_CLIP,
+)
 # Tensors that are stacked by rows: what their key contains -> the initials of ours, in order.
 _STACKED_ROWS = {"in_proj": "qkv", ".qkv.": "qkv", ".kv.": "kv"}
 
@@ -239,9 +247,10 @@ def entry(path: str, rules: Rules, prefixes: Mapping[str, str]) -> Entry:
     raise AssertionError(f"no key for {path}: the writer should have refused this model")
 
 
-def hugging_face_entry(path: str) -> Entry:
-    """`entry` in a Hugging Face state dict."""
-    return entry(path, HUGGING_FACE, {"img": "vision_model.", "txt": "text_model."})
+def hugging_face_entry(path: str, *, naflex: bool = False) -> Entry:
+    """`entry` in a Hugging Face state dict. naflex: the patch embedding of model_type "siglip2" is a matrix."""
+    found = entry(path, HUGGING_FACE, {"img": "vision_model.", "txt": "text_model."})
+    return found._replace(kind="heads_out") if naflex and found.kind == "conv" else found
 
 
 def from_torch(state: Mapping[str, LazyArray], entry: Entry, shape: Shape) -> np.ndarray:
@@ -285,6 +294,9 @@ def to_hugging_face(array: np.ndarray, kind: str) -> np.ndarray:
             return array.transpose(3, 2, 0, 1)
         case "first":
             return array[0, ...]
+        case "grid":
+            side = math.isqrt(array.shape[1])
+            return array.reshape(1, side, -1, array.shape[2])
     return array
 
 

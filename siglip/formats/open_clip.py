@@ -1,13 +1,15 @@
 """SigLIP as timm and open_clip keep it: a folder with their config and their safetensors. Read only.
 
     timm        config.json, "architecture": "vit_…_siglip_…"     model.safetensors               the image tower
+                or "naflexvit_…_siglip"
     open_clip   open_clip_config.json                             open_clip_model.safetensors     both towers
 
 Names of tensors: key_maps.OPEN_CLIP. What shows in the tensors (other norms, heads, class tokens) is found there; what does not
 (masks, pooling, epsilons) is read from the config, and is an error where the towers here compute something else.
 
 The trap: published SigLIP was trained with the tanh approximation of GELU, but timm and open_clip compute the exact one for most
-of their SigLIP names (1e-3 apart). Here it is always the approximation, as in training.
+of their SigLIP names (1e-3 apart). Here it is always the approximation, as in training. And timm resizes the positions of a
+NaFlex tower bicubic unless told otherwise; here it is bilinear, as in training.
 """
 
 import dataclasses
@@ -22,6 +24,7 @@ from siglip.formats import key_maps
 from siglip.formats.containers import open_safetensors
 from siglip.formats.hf_inputs import read_tokens, tokenizer_file
 from siglip.formats.infer_config import GEMMA_PIECES, expected_shapes
+from siglip.models.naflex import NaflexConfig
 from siglip.models.text import TokenConfig
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.models.variants import VARIANTS, Variant
@@ -33,10 +36,12 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "open_clip_config.json"
 _TIMM_CONFIG = "config.json"
 _NAME = re.compile(r"vit_(\w+)_patch(\d+)_siglip(_gap)?_(\d+)(?:\..+)?")
+_NAFLEX_NAME = re.compile(r"naflexvit_(\w+)_patch(\d+)_siglip(?:\..+)?")
 _SIZES = {"base": ("B", 4.0), "large": ("L", 4.0), "so400m": ("So400m", 3.7362), "giantopt": ("g-opt", 4.0)}
 _POOLS = {"map": "map", "avg": "gap", "": "none"}
 # Arguments of timm's models that we follow, and those that change nothing here or leave a trace in the tensors.
 _FOLLOWED = {"embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "img_size", "global_pool", "act_layer"}
+_NAFLEX_FOLLOWED = _FOLLOWED - {"img_size"} | {"pos_embed_grid_size", "pos_embed_interp_mode"}
 _HARMLESS = re.compile(
     r".*drop(_path)?_rate|num_classes|in_chans|class_token|fc_norm|(dynamic|strict)_img_size|weight_init|fix_init"
 )
@@ -76,7 +81,8 @@ def read(folder: str | Path, *, only_image: bool = False) -> tuple[dict[str, Any
     prefixes = {"img": "" if is_timm else "visual.trunk.", "txt": "text."}
 
     def entry_of(path: str) -> key_maps.Entry:
-        return key_maps.entry(path, key_maps.OPEN_CLIP, prefixes)
+        rules = key_maps.OPEN_CLIP if config.image.naflex is None else key_maps.OPEN_CLIP_NAFLEX
+        return key_maps.entry(path, rules, prefixes)
 
     with open_safetensors([weights]) as stored:
         state = key_maps.unwrapped(stored)
@@ -119,9 +125,12 @@ def read_config(folder: str | Path, *, with_texts: bool = True) -> ModelConfig:
 def _timm_config(path: Path) -> ModelConfig:
     tree = read_json(path, fix="copy it again")
     args, settings = _object(tree, "model_args", path, {}), _object(tree, "pretrained_cfg", path, tree)
+    pool = {"global_pool": tree["global_pool"]} if "global_pool" in tree else {}
+    if _NAFLEX_NAME.fullmatch(str(tree["architecture"])):
+        image = _naflex_image(str(tree["architecture"]), pool | args, path)
+        return _model(dataclasses.replace(image, pixels=_pixels(settings, path)), None, None, path)
     if isinstance(channels_first := settings.get("input_size"), list) and len(channels_first) == 3:
         args = {"img_size": channels_first[1:], **args}
-    pool = {"global_pool": tree["global_pool"]} if "global_pool" in tree else {}
     image = _image(str(tree["architecture"]), pool | args, path)
     crop = settings.get("crop_pct", 1.0)
     if crop != 1 or settings.get("crop_mode", "center") != "center":
@@ -141,15 +150,51 @@ def _image(name: str, args: Mapping[str, Any], path: Path) -> ImageConfig:
     match = _NAME.fullmatch(name)
     if match is None or match[1] not in _SIZES:
         raise UserError(
-            f"{path}: {name!r} cannot be read; of timm's models only vit_{{{','.join(_SIZES)}}}_patch…_siglip_… can"
+            f"{path}: {name!r} cannot be read; of timm's models only vit_{{{','.join(_SIZES)}}}_patch…_siglip_… and "
+            f"naflexvit_…_siglip can"
         )
-    if unknown := sorted(key for key in args if key not in _FOLLOWED and not _HARMLESS.fullmatch(key)):
+    _check_arguments(args, _FOLLOWED, path)
+    fields, _ = _fields(match[1], args, path, gap=bool(match[3]), patch=int(match[2]))
+    size = _height_width(args.get("img_size", int(match[4])), "img_size", path)
+    try:
+        return ImageConfig(**fields, image_size=size)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _naflex_image(name: str, args: Mapping[str, Any], path: Path) -> ImageConfig:
+    match = _NAFLEX_NAME.fullmatch(name)
+    if match is None or match[1] not in _SIZES:
+        raise UserError(
+            f"{path}: {name!r} cannot be read; of timm's NaFlex models only those of {', '.join(_SIZES)} can"
+        )
+    _check_arguments(args, _NAFLEX_FOLLOWED, path)
+    if args.get("pos_embed_interp_mode", "bicubic") != "bilinear":
+        logger.warning("%s: positions are resized bicubic there; here bilinear, as SigLIP 2 was trained", path)
+    fields, (height, width) = _fields(match[1], args, path, gap=False, patch=int(match[2]))
+    down, across = _height_width(args.get("pos_embed_grid_size", [16, 16]), "pos_embed_grid_size", path)
+    if down != across:
+        raise UserError(f"{path}: pos_embed_grid_size={[down, across]} is not square, as SigLIP 2's positions are")
+    try:
+        return ImageConfig(**fields, image_size=(down * height, across * width), naflex=NaflexConfig())
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _check_arguments(args: Mapping[str, Any], followed: set[str], path: Path) -> None:
+    if unknown := sorted(key for key in args if key not in followed and not _HARMLESS.fullmatch(key)):
         raise UserError(
             f"{path}: {', '.join(f'{key}={args[key]!r}' for key in unknown)} cannot be followed here; remove it if you can"
         )
-    variant, ratio = _SIZES[match[1]]
+
+
+def _fields(
+    size: str, args: Mapping[str, Any], path: Path, *, gap: bool, patch: int
+) -> tuple[dict[str, Any], tuple[int, int]]:
+    """Sizes, patch and pooling of an image tower of a size of timm, as arguments of ImageConfig; and its patch in pixels."""
+    variant, ratio = _SIZES[size]
     base = VARIANTS[variant]
-    pool, act = args.get("global_pool", "avg" if match[3] else "map"), args.get("act_layer", "gelu")
+    pool, act = args.get("global_pool", "avg" if gap else "map"), args.get("act_layer", "gelu")
     if pool not in _POOLS:
         raise UserError(f"{path}: images pooled by {pool!r} cannot be read, only by {', '.join(map(repr, _POOLS))}")
     if act not in ("gelu", "gelu_tanh"):
@@ -163,15 +208,9 @@ def _image(name: str, args: Mapping[str, Any], path: Path) -> ImageConfig:
         int(width * _number(args.get("mlp_ratio", ratio), "mlp_ratio", path)),
         _size(args.get("num_heads", base.num_heads), "num_heads", path),
     )
-    patch = _height_width(args.get("patch_size", int(match[2])), "patch_size", path)
-    size = _height_width(args.get("img_size", int(match[4])), "img_size", path)
-    try:
-        fields = spec.fields(patch=patch[0])
-        return ImageConfig(
-            **fields, patch_size=None if patch[0] == patch[1] else patch, image_size=size, pool=_POOLS[pool]
-        )
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+    height, width = _height_width(args.get("patch_size", patch), "patch_size", path)
+    sides = {"patch_size": None if height == width else (height, width)}
+    return spec.fields(patch=height) | sides | {"pool": _POOLS[pool]}, (height, width)
 
 
 def _text(words: Mapping[str, Any], path: Path) -> TextConfig:

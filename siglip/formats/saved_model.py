@@ -39,8 +39,13 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, token
     """Writes both towers with the tokenizer in the graph, or the image tower alone when `config.text` is None.
 
     Raises:
-        UserError: there is a text tower but no tokenizer for it, or one with more pieces than the tower has.
+        UserError: there is a text tower but no tokenizer for it, or one with more pieces than the tower has; or it is NaFlex.
     """
+    if config.image.naflex is not None:
+        raise UserError(
+            "a SavedModel decodes and resizes images to one size, which a NaFlex model has not; add --image-size N, or export "
+            "with --format stablehlo, which takes patches"
+        )
     if config.text is not None and tokenizer is None:
         raise UserError(
             "a SavedModel takes raw texts, but the source has no tokenizer; put its spiece.model beside it, "

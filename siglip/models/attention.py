@@ -10,8 +10,11 @@
 
 A kernel is chosen when the step is made: "auto" by the mesh's devices, any other choice is used as given or refused.
 
-The trap: fused kernels see the batch, never a gathered sequence; masks, dropout on the weights and cross-attention with one
-query (the MAP head) stay with "xla".
+With `lengths` the keys after each image's own length get no weight, in any kernel. Padding must come last, which is all that
+cuDNN and splash can leave out.
+
+The trap: fused kernels see the batch, never a gathered sequence; dropout on the weights and cross-attention with one query (the
+MAP head) stay with "xla". What stands in rows after an image's length differs from kernel to kernel.
 """
 
 import functools
@@ -21,17 +24,16 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from siglip.array_types import Array, Float
+from siglip.array_types import Array, Float, Int
 from siglip.errors import UserError
 from siglip.parallel.sharding import P_BATCH
 
 Attention = Literal["auto", "xla", "cudnn", "splash"]
 Kernel = Literal["xla", "cudnn", "splash"]
-AttentionFn = Callable[[Array, Array, Array], Array]
+AttentionFn = Callable[..., Array]  # attention_fn with its kernel
 
 # The `checkpoint_name` of what a backward pass needs of a forward pass: the output and, of a fused kernel, its statistics.
 SAVED = "attention"
@@ -46,6 +48,7 @@ def attention_fn(
     key: Float[Array, "b k heads depth"],
     value: Float[Array, "b k heads depth"],
     *,
+    lengths: Int[Array, " b"] | None = None,
     kernel: Kernel = "xla",
     mesh: Mesh | None = None,
     interpret: bool = False,
@@ -53,18 +56,20 @@ def attention_fn(
     """The attention above with a kernel from `choose_kernel`.
 
     Args:
+        lengths: keys of each row of the batch that count, at least one; None for all.
         mesh: for "splash": where the batch is spread out.
         interpret: for "splash": emulate the kernel, on any device and slowly.
     """
     if kernel == "cudnn":
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+        sizes = {} if lengths is None else {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **sizes)
     if kernel == "splash":
         local = functools.partial(_splash, interpret=interpret)
         if mesh is not None and mesh.size > 1:
             # Nothing inside is replicated, so the replication checker has nothing to protect.
             local = jax.shard_map(local, mesh=mesh, in_specs=P_BATCH, out_specs=P_BATCH, check_vma=False)
-        return local(query, key, value)
-    return checkpoint_name(_einsum(query, key, value), SAVED)
+        return local(query, key, value, lengths)
+    return checkpoint_name(_einsum(query, key, value, lengths), SAVED)
 
 
 def is_fused_forward(primitive: Any) -> bool:
@@ -72,16 +77,24 @@ def is_fused_forward(primitive: Any) -> bool:
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
-def _einsum(query: Array, key: Array, value: Array) -> Array:
+def mask_keys(logits: Float[Array, "b ... k"], lengths: Int[Array, " b"] | None) -> Float[Array, "b ... k"]:
+    """Logits with -inf for the keys after each row's length."""
+    if lengths is None:
+        return logits
+    counts = jnp.arange(logits.shape[-1]) < jnp.expand_dims(lengths, range(1, logits.ndim))
+    return jnp.where(counts, logits, -jnp.inf)
+
+
+def _einsum(query: Array, key: Array, value: Array, lengths: Array | None) -> Array:
     """Heads become a batch axis before the products: XLA on CPU then runs them as batched matrix products, up to
     1.5 times faster than contracting around the head axis; on GPU and TPU the transposes fuse."""
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
     logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    weights = jax.nn.softmax(mask_keys(logits, lengths), axis=-1).astype(value.dtype)
     return jnp.swapaxes(jnp.einsum("bhqk,bhkd->bhqd", weights, value), 1, 2)
 
 
-def _splash(query: Array, key: Array, value: Array, *, interpret: bool) -> Array:
+def _splash(query: Array, key: Array, value: Array, lengths: Array | None, *, interpret: bool) -> Array:
     # Pallas is imported where it is used: it is slow to load, and a machine without a TPU never needs it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
@@ -95,16 +108,17 @@ def _splash(query: Array, key: Array, value: Array, *, interpret: bool) -> Array
         mask, block_sizes=tiles, residual_checkpoint_name=SAVED, interpret=interpret
     )
     segments = None
-    if padded > tokens:
+    if padded > tokens or lengths is not None:
         # Attention stays within a segment: real tokens look at real ones, the padding at itself.
-        is_real = jnp.asarray(np.arange(padded) < tokens, jnp.int32)
+        is_real = (jnp.arange(padded) < (tokens if lengths is None else lengths[:, None])).astype(jnp.int32)
         segments = splash_attention_kernel.SegmentIds(is_real, is_real)
 
     def heads_first(x: Array) -> Array:
         return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, padded - tokens), (0, 0)))
 
     query, key, value = heads_first(query * depth**-0.5), heads_first(key), heads_first(value)
-    out = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(query, key, value)
+    each = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids), (0, 0, 0, None if lengths is None else 0))
+    out = each(query, key, value, segments)
     return jnp.swapaxes(out[:, :, :tokens], 1, 2)
 
 

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from siglip.array_types import Array, Float
-from siglip.models.attention import SAVED, AttentionFn, attention_fn, is_fused_forward
+from siglip.array_types import Array, Float, Int
+from siglip.models.attention import SAVED, AttentionFn, attention_fn, is_fused_forward, mask_keys
 from siglip.models.dense import Dense, gelu
 from siglip.models.variants import BlockConfig, Variant
 from siglip.parallel.sharding import ParamLayout
@@ -45,7 +45,7 @@ class MultiHeadAttention(nn.Module):
     keep_axes: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b n d"], lengths: Int[Array, " b"] | None = None) -> Float[Array, "b n d"]:
         (b, n, width), heads = x.shape, self.num_heads
         axes = {"keep_axes": self.keep_axes}
 
@@ -58,7 +58,7 @@ class MultiHeadAttention(nn.Module):
             return _layer_norm(name, self.config)(x).astype(self.dtype) if self.config.qk_norm else x
 
         query, key = normalise("query_ln", project("query")), normalise("key_ln", project("key"))
-        y = self.attention(query, key, project("value"))
+        y = self.attention(query, key, project("value"), lengths=lengths)
         y = Dense((heads, width // heads), (width,), self.dtype, **axes, name="out")(y.reshape(b, n, width))
         return checkpoint_name(y, _PRODUCT)
 
@@ -74,7 +74,9 @@ class PoolingAttention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, probe: Float[Array, "1 1 d"], x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+    def __call__(
+        self, probe: Float[Array, "1 1 d"], x: Float[Array, "b n d"], lengths: Int[Array, " b"] | None = None
+    ) -> Float[Array, "b d"]:
         (b, _, width), heads = x.shape, self.num_heads
         into = functools.partial(Dense, (width,), (heads, width // heads))
         key, value = into(self.dtype, name="key"), into(self.dtype, name="value")
@@ -84,7 +86,7 @@ class PoolingAttention(nn.Module):
             probes = jnp.einsum("dhk,hk->hd", key.kernel, query)
         x, probes = x.astype(self.dtype), probes.astype(self.dtype)
         logits = jnp.einsum("bnd,hd->bhn", x, probes, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+        weights = jax.nn.softmax(mask_keys(logits, lengths), axis=-1).astype(self.dtype)
         pooled = jnp.einsum("bhn,bnd->bhd", weights, x)
         y = jnp.einsum("bhd,dhk->bhk", pooled, value.kernel.astype(self.dtype)) + value.bias.astype(self.dtype)[None]
         return Dense((heads, width // heads), (width,), self.dtype, name="out")(y.reshape(b, width))
@@ -118,10 +120,10 @@ class Block(nn.Module):
     keep_axes: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b n d"], lengths: Int[Array, " b"] | None = None) -> Float[Array, "b n d"]:
         heads, config, name = self.variant.num_heads, self.config, "MultiHeadDotProductAttention_0"
         normal = _layer_norm("LayerNorm_0", config)(x).astype(self.dtype)
-        y = MultiHeadAttention(heads, self.dtype, self.attention, config, self.keep_axes, name=name)(normal)
+        y = MultiHeadAttention(heads, self.dtype, self.attention, config, self.keep_axes, name=name)(normal, lengths)
         x = x + dropout(y.astype(x.dtype), self.dropout)
         y = normal if config.parallel else _layer_norm("LayerNorm_1", config)(x).astype(self.dtype)
         y = MlpBlock(self.variant.mlp_dim, self.dtype, name="MlpBlock_0")(y)
@@ -139,6 +141,8 @@ class Encoder(nn.Module):
     `scan` stacks the parameters of all blocks on a leading layer axis under `encoderblock`; without it they are
     `encoderblock_0`, `encoderblock_1`, … A scan is a loop over one compiled block, unless `unroll` has it compiled block by
     block; None unrolls on a GPU, where a loop copies everything it saves (docs/scaling.md).
+
+    With `lengths` no token looks beyond its image's own; what becomes of the tokens there is undefined.
 
     `remat` recomputes activations in the backward pass: "full" keeps only each block's input, "dots" also the results of its
     matrix products and of the attention, "dots+gelu" also those of GELU (more memory, less recomputation), "none" everything.
@@ -160,18 +164,18 @@ class Encoder(nn.Module):
     config: BlockConfig = BlockConfig()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b n d"], lengths: Int[Array, " b"] | None = None) -> Float[Array, "b n d"]:
         layout, path = self.layout, "/".join(self.path)
         sharded = layout is not None and layout.shards(f"{re.escape(path)}/encoderblock.*")
         on_gpu = layout is not None and layout.platform == "gpu"
         unrolled = not self.scan or (on_gpu if self.unroll is None else self.unroll)
 
-        def body(block: Block, x: Array, _: None) -> tuple[Array, None]:
+        def body(block: Block, x: Array, lengths: Array | None) -> tuple[Array, None]:
             # The loop's carry has no sharding of its own: unless told, the compiler may split it some other way.
             x = x if layout is None else layout.batch(x)
             # Without a loop XLA for GPUs puts the batch innermost, and transposes around every product.
             x = layout.in_order(x) if on_gpu else x
-            return block(x), None
+            return block(x, lengths), None
 
         def block(name: str) -> Block:
             make: Callable[..., Any] = Block
@@ -188,11 +192,11 @@ class Encoder(nn.Module):
         if self.scan:
             options = {"length": self.variant.depth, "unroll": self.variant.depth if unrolled else 1}
             rngs = {"params": True, "dropout": True}
-            loop = nn.scan(body, variable_axes={"params": 0}, split_rngs=rngs, **options)
-            x, _ = loop(block("encoderblock"), x, None)
+            loop = nn.scan(body, variable_axes={"params": 0}, split_rngs=rngs, in_axes=nn.broadcast, **options)
+            x, _ = loop(block("encoderblock"), x, lengths)
         else:
             for i in range(self.variant.depth):
-                x, _ = body(block(f"encoderblock_{i}"), x, None)
+                x, _ = body(block(f"encoderblock_{i}"), x, lengths)
         x = x if layout is None else layout.batch(x)
         return _layer_norm("encoder_norm", self.config)(x) if self.final_norm else x.astype(jnp.float32)
 
@@ -231,10 +235,11 @@ class MAPHead(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+    def __call__(self, x: Float[Array, "b n d"], lengths: Int[Array, " b"] | None = None) -> Float[Array, "b d"]:
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1]))
         heads = self.variant.num_heads
-        y = PoolingAttention(heads, self.dtype, name="MultiHeadDotProductAttention_0")(probe, x).astype(x.dtype)
+        y = PoolingAttention(heads, self.dtype, name="MultiHeadDotProductAttention_0")(probe, x, lengths)
+        y = y.astype(x.dtype)
         z = _layer_norm("LayerNorm_0")(y).astype(self.dtype)
         z = MlpBlock(self.variant.mlp_dim, self.dtype, name="MlpBlock_0")(z)
         return y + z.astype(y.dtype)

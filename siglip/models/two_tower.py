@@ -9,16 +9,19 @@ temperature.
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from siglip.array_types import Array, Float
 from siglip.errors import UserError
 from siglip.models.attention import AttentionFn, Kernel, attention_fn, choose_kernel, cudnn_obstacle
+from siglip.models.naflex import Patches
 from siglip.models.text import TextConfig, TextTransformer
 from siglip.models.variants import check_size
 from siglip.models.vit import ImageConfig, ViT
@@ -28,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 # The sub-trees of the parameters that are the model; a run may train others beside them (siglip.training.objective.Term).
 MODEL_PARTS = ("img", "txt", "t", "b")
+
+# What the image tower reads of a batch: pixels of images of one size, or `Patches`.
+IMAGE_ARRAYS = ("image", *Patches._fields)
 
 _NORM_EPS = 1e-8
 
@@ -73,9 +79,10 @@ class ModelConfig:
 class TwoTower(nn.Module):
     """`apply({"params": params}, batch)` -> (zimg, ztxt, out): a tower runs where the batch holds what it reads.
 
-    A batch has any of "image" [b, h, w, 3] (uint8 as decoded, or float32 in [-1, 1]), "text" (int32 ids [b, l]) and "zimg"
-    (float32 [b, e], stored normalised embeddings, which are handed through instead of running the image tower). With
-    `train=True` the configs' dropout rates apply, and `apply` needs `rngs={"dropout": key}` if any is above 0.
+    A batch has any of "image" [b, h, w, 3] (uint8 as decoded, or float32 in [-1, 1]) or, for a NaFlex tower, "patches" [b, n, p]
+    and "grid" [b, 2] (`naflex.Patches`); "text" (int32 ids [b, l]); and "zimg" (float32 [b, e], stored normalised embeddings,
+    which are handed through instead of running the image tower). With `train=True` the configs' dropout rates apply, and `apply`
+    needs `rngs={"dropout": key}` if any is above 0.
 
     zimg and ztxt are float32 and L2-normalised, or None. `out` holds what each tower returns under "img/…" and "txt/…",
     the norms before dividing ("img/norm", "txt/norm", [b, 1]), "temperature" = exp(t) and the bias "b" ([1] each).
@@ -91,9 +98,9 @@ class TwoTower(nn.Module):
     ) -> tuple[Float[Array, "b e"] | None, Float[Array, "b e"] | None, dict[str, Array]]:
         config, layout, out, zimg, ztxt = self.config, self.layout, {}, batch.get("zimg"), None
         (image_dim, text_dim), (image_attention, text_attention) = config.out_dim, self.attention
-        if zimg is None and "image" in batch:
+        if zimg is None and (images := images_of(batch)) is not None:
             tower = ViT(config.image, image_dim, image_attention, layout, name="img")
-            zimg, extras = tower(batch["image"], train=train)
+            zimg, extras = tower(images, train=train)
             out |= {f"img/{name}": value for name, value in extras.items()}
             if zimg is not None:
                 zimg, out["img/norm"] = _normalise(zimg)
@@ -109,6 +116,29 @@ class TwoTower(nn.Module):
             out["temperature"] = jnp.exp(self.param("t", nn.initializers.constant(log_temperature), (1,)))
             out["b"] = self.param("b", nn.initializers.constant(config.bias_init), (1,))
         return zimg, ztxt, out
+
+
+def images_of(batch: Mapping[str, Array]) -> Array | Patches | None:
+    """What the image tower reads of a batch, or None."""
+    return Patches(batch["patches"], batch["grid"]) if "patches" in batch else batch.get("image")
+
+
+def image_arrays(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the image tower reads of a batch, as the data side gives it: {"image"}, or {"patches", "grid"}."""
+    return {name: batch[name] for name in IMAGE_ARRAYS if name in batch}
+
+
+def batch_of(images: Array | Patches) -> dict[str, Array]:
+    """A batch of what the image tower reads."""
+    return images._asdict() if isinstance(images, Patches) else {"image": images}
+
+
+def blank_images(config: ImageConfig, rows: int, *, patches: int | None = None) -> dict[str, np.ndarray]:
+    """A batch of zeros as the image tower takes it from the data side, uint8; `patches` of each where it is NaFlex."""
+    if config.naflex is None:
+        return {"image": np.zeros((rows, *config.image_size, 3), np.uint8)}
+    shape = rows, patches or config.naflex.patches, math.prod(config.patch) * 3
+    return {"patches": np.zeros(shape, np.uint8), "grid": np.zeros((rows, 2), np.int32)}
 
 
 def _normalise(z: Float[Array, "b e"]) -> tuple[Float[Array, "b e"], Float[Array, "b 1"]]:
@@ -151,7 +181,7 @@ def _training_kernel(tower: ImageConfig | TextConfig, tokens: int, where: str, d
 def init_params(config: ModelConfig, rng: Array) -> dict[str, Any]:
     """Fresh float32 parameters as a nested dict. Call it under `jax.jit`: the forward pass that finds the shapes
     is then dropped by the compiler."""
-    batch = {"image": jnp.zeros((1, *config.image.image_size, 3), jnp.float32)}
+    batch = {name: jnp.asarray(array) for name, array in blank_images(config.image, 1).items()}
     if config.text is not None:
         batch["text"] = jnp.zeros((1, config.text.length), jnp.int32)
     return make_model(config).init(rng, batch)["params"]

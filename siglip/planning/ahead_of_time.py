@@ -13,15 +13,13 @@ import re
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import NamedSharding
 
 from siglip.errors import UserError
-from siglip.parallel import sharding
 from siglip.planning import compile
 from siglip.planning.accelerators import Topology
 from siglip.training.config import TrainConfig
+from siglip.training.lengths import batch_shapes
 from siglip.training.loop import make_program
 
 _GIB = {"G": 2**30, "M": 2**20, "K": 2**10, "": 1}
@@ -126,18 +124,6 @@ def _gpu_text(topology: Topology) -> str:
         cores=cores, fpus=fpus, shared=shared, optin=shared - 1024, clock=clock, l2=l2, major=major,
         hbm=accelerator.hbm, memory=accelerator.memory_bytes, name=accelerator.device_kind,
     )  # fmt: skip
-
-
-def batch_shapes(config: TrainConfig, mesh: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays of one global batch, laid out as the loop puts them."""
-    model, rows = config.model, config.batch_size
-    where = NamedSharding(mesh, sharding.P_BATCH)
-    shapes = {"text": ((rows, model.text.length), jnp.int32)}
-    if config.data.image_embeddings is None:
-        shapes["image"] = ((rows, *model.image.image_size, 3), jnp.uint8)
-    else:
-        shapes["zimg"] = ((rows, model.embedding_dims[0]), jnp.float32)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, (shape, dtype) in shapes.items()}
 
 
 def with_plain_attention(config: TrainConfig) -> TrainConfig:

@@ -30,6 +30,7 @@ from siglip.parallel import sharding
 from siglip.planning.accelerators import Topology
 from siglip.training import flops, optim
 from siglip.training.config import TrainConfig
+from siglip.training.lengths import length_shares, micro_batch_size
 from siglip.training.objective import all_param_shapes
 from siglip.training.step import TrainState, lay_out_state, state_shapes
 
@@ -154,7 +155,8 @@ def estimate_laid_out(config: TrainConfig, topology: Topology, shapes: Shapes, s
     stored = config.data.image_embeddings is not None
     passes = flops.tower_passes(shapes.frozen, stored=stored)
     memory = _memory(config, topology, state, shapes.frozen, passes)
-    per_pair = flops.train_flops_per_pair(config.model, batch_size=config.batch_size, passes=passes)
+    options = {"batch_size": config.batch_size, "shares": length_shares(config)}
+    per_pair = flops.train_flops_per_pair(config.model, passes=passes, **options)
     moved = _collectives(config, state, shapes.frozen, passes, mesh.axis_sizes, topology)
     mfu = MFU if config.model.image.spec.width >= _NARROW else MFU_NARROW
     again, rate = _executed_flops(config, passes) / per_pair, topology.devices * topology.accelerator.peak_flops
@@ -217,19 +219,22 @@ def _shard_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _micro_batches(config: TrainConfig) -> int:
-    return config.batch_size // (config.loss.micro_batch_size or config.batch_size)
+def _micro_batches(config: TrainConfig, devices: int) -> int:
+    """Of the longest step."""
+    longest = max(length_shares(config), default=0)
+    return config.batch_size // (micro_batch_size(config, longest, devices=devices) or config.batch_size)
 
 
 def _towers(config: TrainConfig, passes: flops.Passes) -> list[tuple[ImageConfig | TextConfig, int, int]]:
     """(config, tokens, passes) of the image and the text tower."""
     image, text = config.model.image, config.model.text
-    return [(image, image.train_tokens, passes[0]), (text, text.length, passes[1])]
+    tokens = max(length_shares(config)) if image.naflex else image.train_tokens
+    return [(image, tokens, passes[0]), (text, text.length, passes[1])]
 
 
 def _activations(config: TrainConfig, topology: Topology, passes: flops.Passes) -> int:
     kept = _KEPT[_platform(topology)]
-    pairs = config.batch_size // _micro_batches(config) / topology.devices
+    pairs = config.batch_size // _micro_batches(config, topology.devices) / topology.devices
     total, working = 0.0, 0.0
     for tower, tokens, times in _towers(config, passes):
         spec = tower.spec
@@ -296,7 +301,8 @@ def _gathered_bytes(config: TrainConfig, state: TrainState, passes: flops.Passes
 def _batch_bytes(config: TrainConfig) -> int:
     model = config.model
     stored = config.data.image_embeddings is not None
-    image = 4 * (model.embedding_dims[0] or 0) if stored else math.prod(model.image.image_size) * 3
+    pixels = max(length_shares(config)) * math.prod(model.image.patch) if model.image.naflex else None
+    image = 4 * (model.embedding_dims[0] or 0) if stored else (pixels or math.prod(model.image.image_size)) * 3
     return config.batch_size * (image + 4 * model.text.length)
 
 
@@ -325,7 +331,7 @@ def _collectives(
 ) -> dict[str, float]:
     """Bytes by kind, of a step: weights gathered, gradients summed, the loss."""
     (data, fsdp), moved = mesh, collections.Counter()
-    turns = _micro_batches(config)
+    turns = _micro_batches(config, topology.devices)
     # With micro-batches the forward pass runs twice. A tower that is frozen as a whole has no backward pass.
     forward, backward = (1 if turns == 1 else 2 * turns), turns
     only_forward = tuple(f"{name}/" for name, times in zip(("img", "txt"), passes, strict=True) if times == 1)
@@ -359,11 +365,12 @@ def _seconds(moved: Mapping[str, float], devices: int, topology: Topology) -> fl
 
 def _executed_flops(config: TrainConfig, passes: flops.Passes) -> float:
     """FLOPs that run for a pair: `remat` repeats the forward pass of a tower that trains, micro-batches that of both."""
-    again = 1 if _micro_batches(config) > 1 else 0
+    again = 1 if _micro_batches(config, 1) > 1 else 0
     runs = [
         times and times + again + (times == 3 and tower.remat == "full") for tower, _, times in _towers(config, passes)
     ]
-    return flops.train_flops_per_pair(config.model, batch_size=config.batch_size, passes=(runs[0], runs[1]))
+    options = {"batch_size": config.batch_size, "shares": length_shares(config)}
+    return flops.train_flops_per_pair(config.model, passes=(runs[0], runs[1]), **options)
 
 
 def _input(config: TrainConfig, step_s: float) -> tuple[float, float, float]:

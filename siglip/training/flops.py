@@ -7,11 +7,13 @@ pass, one whose embeddings are read has none. A product that `remat` or micro-ba
 anything elementwise.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from siglip.models.naflex import NaflexConfig
 from siglip.models.two_tower import ModelConfig
 from siglip.models.variants import Variant
 
@@ -41,12 +43,13 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for start, peak in PEAK_BF16_FLOPS if device_kind.startswith(start)), None)
 
 
-def peak_pairs_per_s(model: ModelConfig, *, batch_size: int, passes: Passes = (3, 3)) -> float | None:
-    """Pairs per second of all devices of the job at an MFU of 1; None if their peak is not known."""
-    peak, cost = (
-        peak_flops(jax.devices()[0].device_kind),
-        train_flops_per_pair(model, batch_size=batch_size, passes=passes),
-    )
+def peak_pairs_per_s(
+    model: ModelConfig, *, batch_size: int, passes: Passes = (3, 3), shares: Mapping[int, float] | None = None
+) -> float | None:
+    """Pairs per second of all devices of the job at an MFU of 1, on average over a NaFlex run's lengths; None if their peak is
+    not known."""
+    peak = peak_flops(jax.devices()[0].device_kind)
+    cost = train_flops_per_pair(model, batch_size=batch_size, passes=passes, shares=shares)
     return None if peak is None else jax.device_count() * peak / cost
 
 
@@ -62,8 +65,17 @@ def tower_passes(frozen: Mapping[str, Any], *, stored: bool) -> Passes:
     return 0 if stored else of("img"), of("txt")
 
 
-def train_flops_per_pair(model: ModelConfig, *, batch_size: int, passes: Passes = (3, 3)) -> float:
-    """FLOPs of the matrix products of one pair in one training step."""
+def train_flops_per_pair(
+    model: ModelConfig, *, batch_size: int, passes: Passes = (3, 3), shares: Mapping[int, float] | None = None
+) -> float:
+    """FLOPs of the matrix products of one pair in one training step.
+
+    Args:
+        shares: of a NaFlex run's lengths, padding included; None for the tower's longest.
+    """
+    if shares:
+        options = {"batch_size": batch_size, "passes": passes}
+        return sum(share * train_flops_per_pair(_of_length(model, n), **options) for n, share in shares.items())
     image, text = model.image, model.text
     zimg, ztxt = model.embedding_dims
     height, width = image.patch
@@ -76,6 +88,11 @@ def train_flops_per_pair(model: ModelConfig, *, batch_size: int, passes: Passes 
         forward += 2 * text.spec.width * ((model.out_dim[1] or 0) + text.length * (text.embed_bottleneck or 0))
         total += passes[1] * forward + 3 * 2 * batch_size * (zimg or ztxt or 0)
     return total
+
+
+def _of_length(model: ModelConfig, patches: int) -> ModelConfig:
+    naflex = NaflexConfig(patches, patches)
+    return dataclasses.replace(model, image=dataclasses.replace(model.image, naflex=naflex))
 
 
 def _blocks(spec: Variant, tokens: int) -> int:

@@ -21,6 +21,7 @@ from siglip.parallel.launch import in_all_or_none, wait_for_all
 from siglip.training import flops
 from siglip.training.config import TrainConfig, to_json
 from siglip.training.divergence import LossMonitor
+from siglip.training.lengths import length_shares
 from siglip.training.signals import Interrupted, WaitedTooLong
 from siglip.training.step import TrainState
 from siglip.workdir.checkpoint import Checkpointer
@@ -78,7 +79,8 @@ class RunHooks:
             bad_input=(UserError, *BAD_PATH),
         )
         self._without_best = gather_records([since])[0]
-        peak = flops.peak_pairs_per_s(config.model, batch_size=config.batch_size, passes=passes)
+        options = {"batch_size": config.batch_size, "passes": passes, "shares": length_shares(config)}
+        peak = flops.peak_pairs_per_s(config.model, **options)
         self.throughput = Throughput(config.batch_size, peak_pairs_per_s=peak)
         self._tracing = False
 

@@ -11,6 +11,7 @@ that were handed out, and saved together with the state those batches made.
 """
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from siglip.training import flops, optim, warm_start
 from siglip.training.config import BAD_INPUT, TrainConfig, from_json, resolve, to_json
 from siglip.training.divergence import NonFiniteLoss
 from siglip.training.hooks import Batches, Evaluate, RunHooks
+from siglip.training.lengths import StepOfLength, compile_lengths, length_shares, micro_batch_size
 from siglip.training.objective import all_param_shapes, make_objective
 from siglip.training.signals import Interrupted, SignalFlag, WaitedTooLong
 from siglip.training.step import TrainState, init_state, make_abstract_state, make_train_step
@@ -61,8 +63,8 @@ def train(
     """Trains until `config.total_steps`, from the workdir's newest checkpoint; without one, from `config.init.src`.
 
     Args:
-        batches: this process's share of each batch: image uint8 [bl, h, w, 3] or zimg float32 [bl, e], text int32 [bl, l],
-            key list[str].
+        batches: this process's share of each batch: image uint8 [bl, h, w, 3], patches uint8 [bl, n, p] with grid int32 [bl, 2],
+            or zimg float32 [bl, e]; text int32 [bl, l], key list[str].
         prepare: makes `batches` ready, where that takes the parameters that training starts with.
         evaluate: run every `config.eval.every_steps` and at the end.
         tokenizer: content of the SentencePiece model, kept in the workdir for evaluation and export.
@@ -146,6 +148,9 @@ def _steps(
         hooks.save(start_step, state)
         raise Interrupted(stop, start_step, workdir)
     last = start_step if hooks.out_of_patience else config.total_steps
+    if start_step < last:
+        with signals.nothing_to_save():
+            run_step = compile_lengths(program.step, config, program.abstract_state, program.mesh)
     for step in range(start_step + 1, last + 1):
         try:
             with hooks.throughput.waiting_for_data(), signals.limited_wait():
@@ -160,7 +165,7 @@ def _steps(
             raise Interrupted(signals.received, step - 1, workdir) from None
         keys = list(batch.pop("key", ()))
         with signals.nothing_to_save() if step == start_step + 1 else contextlib.nullcontext():
-            state, metrics = program.step(state, sharding.put_batch(batch, program.mesh))
+            state, metrics = run_step(state, sharding.put_batch(batch, program.mesh))
         # The device always has the next step waiting, and never more: every waiting step holds its batch in its memory.
         jax.block_until_ready(before)
         before = metrics
@@ -191,16 +196,24 @@ def make_program(config: TrainConfig, devices: Sequence[jax.Device] | None = Non
     options = {"mesh": mesh, "mesh_config": config.mesh, "terms": config.terms, "ema": config.optim.ema > 0}
     abstract_state = make_abstract_state(config.model, optimizer, **options)
     layout = sharding.ParamLayout.of(abstract_state.params)
-    step = make_train_step(
-        make_objective(config.model, config.loss, layout=layout, terms=config.terms, total_steps=config.total_steps),
+    objective = make_objective(
+        config.model, config.loss, layout=layout, terms=config.terms, total_steps=config.total_steps
+    )
+    make_step = functools.partial(
+        make_train_step,
+        objective,
         optimizer,
         optim.make_schedule(config.optim, config.total_steps),
         frozen=optim.frozen_mask(config.optim, shapes),
         abstract_state=abstract_state,
-        micro_batch_size=config.loss.micro_batch_size,
         ema=config.optim.ema,
         seed=config.seed,
     )
+    sizes = {patches: micro_batch_size(config, patches, devices=mesh.size) for patches in length_shares(config)}
+    if sizes:
+        step = StepOfLength({patches: make_step(micro_batch_size=size) for patches, size in sizes.items()})
+    else:
+        step = make_step(micro_batch_size=config.loss.micro_batch_size)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     total = f"{config.total_steps} steps of {config.batch_size} pairs"
     kind = mesh.devices.flat[0].device_kind

@@ -28,6 +28,7 @@ from siglip.errors import UserError
 from siglip.formats import key_maps
 from siglip.models.attention import Attention
 from siglip.models.layers import Remat
+from siglip.models.naflex import NaflexConfig
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, param_shapes
 from siglip.workdir.files import CONFIG_FILE, TOKENIZER_FILE
 
@@ -73,6 +74,7 @@ class SourceImage:
     dropout: float | None = None
     patch_dropout: float | None = None
     attention: Attention | None = None
+    naflex: NaflexConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -180,7 +180,7 @@ def test_all_languages_of_crossmodal_3600(tmp_path):
 
 def test_the_protocol_in_one_line(tmp_path):
     task = ZeroShot("a.tar", "imagenet", "imagenet")
-    prepared = {"pixels": "square875", "image_size": (224, 224), "resample": "bilinear"}
+    prepared = {"pixels": "square875", "size": "224 x 224", "resample": "bilinear"}
     told = "protocol: pixels square875, 224 x 224, bilinear; 1000 classes, 80 templates; prompts "
     assert protocol(task, **prepared, canonical=True) == told + "canonical"
     assert protocol(dataclasses.replace(task, canonical=False), **prepared, canonical=True) == told + "as written"

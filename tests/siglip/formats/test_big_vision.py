@@ -245,10 +245,6 @@ def test_a_grid_that_is_not_square_needs_the_image_size(tmp_path):
             "has img/pre_logits/bias, img/pre_logits/kernel: a tanh",
         ),
         (
-            {"img/embedding/kernel": (192, 36), "img/pos_embedding": (4, 4, 36)},
-            r"NaFlex model .*kernel \(192, 36\), .* \(4, 4, 36\)",
-        ),
-        (
             {"img/Transformer/encoderblock/LayerNorm_0/bias": (2, 36)},
             "holds two models: blocks one by one .* and stacked",
         ),

@@ -24,7 +24,7 @@ from siglip.formats.hf_tokenizer.from_json import sentencepiece_model
 from siglip.model_source import read_config
 from siglip.models.text import TokenConfig
 from siglip.models.two_tower import make_model
-from siglip.models.vit import PixelConfig
+from siglip.models.vit import ImageConfig, PixelConfig
 from tests.siglip.texts import HAND_PICKED, SPIECE, captions
 from tests.siglip.tiny import random_inputs, random_params, square_model
 
@@ -83,7 +83,7 @@ def write_files(folder: Path, **files: dict | bytes) -> Path:
 
 
 def preprocessor(**changes: object) -> dict:
-    return preprocessor_json(PixelConfig(), image_size=(32, 32), with_texts=False) | changes
+    return preprocessor_json(ImageConfig("mu/8", image_size=(32, 32)), with_texts=False) | changes
 
 
 NORM = {"image_mean": [0.4, 0.45, 0.5], "image_std": [0.2, 0.25, 0.3]}

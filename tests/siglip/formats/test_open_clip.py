@@ -14,6 +14,7 @@ from siglip.errors import UserError
 from siglip.formats import open_clip
 from siglip.formats.big_vision import image_only
 from siglip.model_source import read_config, read_model
+from siglip.models.naflex import NaflexConfig, Patches
 from siglip.models.text import TokenConfig
 from siglip.models.two_tower import ModelConfig
 from siglip.models.vit import PixelConfig
@@ -192,6 +193,59 @@ def test_an_image_tower_of_timm(tmp_path, pool, named, caplog):
     assert read.image.pixels.resample == "bicubic" and "crop_pct=0.9" in caplog.text
 
 
+def naflex_folder(folder: Path, params: dict, **args) -> Path:
+    """As timm keeps a `NaFlexVit`: the patch embedding is a matrix over (row, column, channel), positions are a grid."""
+    state = timm_state(params)
+    flat = flatten(params)
+    for name in ("patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed"):
+        del state[name]
+    state["embeds.proj.weight"] = np.ascontiguousarray(flat["img/embedding/kernel"].reshape(-1, 36).T)
+    state["embeds.proj.bias"] = flat["img/embedding/bias"]
+    state["embeds.pos_embed"] = flat["img/pos_embedding"].reshape(1, 4, 4, 36)
+    folder.mkdir(exist_ok=True)
+    args = TIMM["model_args"] | {"pos_embed_grid_size": [4, 4]} | args
+    args.pop("img_size")
+    tree = TIMM | {"architecture": "naflexvit_base_patch16_siglip", "model_args": args}
+    (folder / "config.json").write_text(json.dumps(tree))
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+def test_a_naflex_tower_of_timm(tmp_path, caplog):
+    config = image_only(CONFIG)
+    params = random_params(config)
+    with caplog.at_level(logging.WARNING):
+        found, read, _ = read_model(naflex_folder(tmp_path, params))
+    same(found, params)
+    assert read.image.naflex == NaflexConfig() and read.image.grid == (4, 4) and read.text is None
+    assert "positions are resized bicubic there" in caplog.text
+    caplog.clear()
+    read_model(naflex_folder(tmp_path, params, pos_embed_interp_mode="bilinear"))
+    assert "positions" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ({"pos_embed_grid_size": [2, 8]}, r"pos_embed_grid_size=\[2, 8\] is not square"),
+        ({"rope_type": "axial"}, "rope_type='axial' cannot be followed here"),
+        ({"pos_embed_grid_size": [3, 3]}, r"has embeds.pos_embed of shape \(1, 4, 4, 36\) instead of \(1, 3, 3, 36\)"),
+    ],
+)
+def test_naflex_towers_of_timm_that_cannot_be_read(tmp_path, args, words):
+    with pytest.raises(UserError, match=words) as error:
+        read_model(naflex_folder(tmp_path, random_params(image_only(CONFIG)), **args))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size, variant", [("base", "B"), ("so400m", "So400m")])
+def test_published_naflex_names(tmp_path, size, variant):
+    tree = {"architecture": f"naflexvit_{size}_patch16_siglip", "pretrained_cfg": TIMM["pretrained_cfg"]}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    image = read_config(tmp_path)[0].image
+    assert image.variant == f"{variant}/16" and image.grid == (16, 16) and image.naflex == NaflexConfig()
+
+
 def test_a_classifier_of_timm_is_left_out(tmp_path):
     config = image_only(CONFIG)
     params = random_params(config)
@@ -337,6 +391,29 @@ def test_timm_computes_the_same(tmp_path, name):
     ours = Encoder(params, config)
     np.testing.assert_allclose(ours.image_tokens(images), tokens, rtol=0, atol=towers_apart(config, tokens))
     np.testing.assert_allclose(ours.embed_images(images), pooled, rtol=0, atol=towers_apart(config))
+
+
+@pytest.mark.interop
+def test_timm_computes_the_same_of_a_naflex_tower(tmp_path):
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    args = {name: value for name, value in ARGS.items() if name != "img_size"}
+    args |= {"act_layer": "gelu_tanh", "pos_embed_grid_size": [4, 4], "pos_embed_interp_mode": "bilinear"}
+    model = randomized(timm.create_model("naflexvit_base_patch16_siglip", num_classes=0, **args), torch)
+    timm.models.save_for_hf(model, tmp_path, model_args=args, safe_serialization=True)
+    params, config, _ = read_model(tmp_path)
+    grids = np.array([(4, 4), (2, 7), (7, 2), (1, 5)], np.int32)
+    patches = np.random.default_rng(0).uniform(-1, 1, (4, 17, 192)).astype(np.float32)
+    mask, place = np.arange(17) < grids.prod(axis=1)[:, None], np.arange(17)
+    coordinates = np.where(mask[..., None], np.stack([place // grids[:, 1:], place % grids[:, 1:]], axis=2), 0)
+    batch = {
+        "patches": torch.tensor(patches),
+        "patch_coord": torch.tensor(coordinates),
+        "patch_valid": torch.tensor(mask),
+    }
+    with torch.no_grad():
+        pooled = torch.nn.functional.normalize(model(batch)).numpy()
+    ours = Encoder(params, config).embed_images(Patches(patches, grids))
+    np.testing.assert_allclose(ours, pooled, rtol=0, atol=towers_apart(config))
 
 
 @pytest.mark.interop

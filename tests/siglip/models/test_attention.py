@@ -162,9 +162,9 @@ def test_training_checks_the_choice_and_everything_else_ignores_it():
 def test_both_towers_run_on_their_kernel_but_for_the_heads_with_one_query():
     seen = []
 
-    def spy(tower, query, key, value):
+    def spy(tower, query, key, value, lengths):
         seen.append((tower, query.shape[1]))
-        return attention_fn(query, key, value)
+        return attention_fn(query, key, value, lengths=lengths)
 
     config = model()
     params, batch = on_device(random_params(config)), on_device(random_batch(config))

@@ -8,11 +8,12 @@ import pytest
 
 from siglip.errors import UserError
 from siglip.parallel.sharding import MeshConfig
-from siglip.planning import ahead_of_time, compile
+from siglip.planning import compile
 from siglip.planning.accelerators import parse_topology
 from siglip.planning.estimate import Shapes, estimate, shapes_of
 from siglip.planning.search import search
 from siglip.training import flops
+from siglip.training.lengths import batch_shapes
 from siglip.training.loop import make_program
 from tests.siglip.planning.plans import make_config, tiny
 
@@ -34,7 +35,7 @@ def test_state_and_batch_are_those_of_the_program_that_trains():
     def shard_bytes(tree):
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-    batch = ahead_of_time.batch_shapes(config, program.mesh)
+    batch = batch_shapes(config, program.mesh)
     assert plan.mesh == (2, 4)
     assert plan.bytes_per_device["parameters"] == shard_bytes(program.abstract_state.params)
     assert plan.bytes_per_device["optimizer"] == shard_bytes(program.abstract_state.opt_state)
@@ -70,7 +71,7 @@ def test_flops_are_those_of_the_compiler_on_an_unrolled_step():
     config = dataclasses.replace(B16, model=model, batch_size=32)
     program = make_program(config, jax.devices()[:1])
     with jax.set_mesh(program.mesh):
-        batch = ahead_of_time.batch_shapes(config, program.mesh)
+        batch = batch_shapes(config, program.mesh)
         compiled = program.step.lower(program.abstract_state, batch).compile()
     expected = flops.train_flops_per_pair(model, batch_size=32) * 32
     assert compile.read(compiled).matmul_flops == pytest.approx(expected, rel=0.02)

@@ -1,0 +1,152 @@
+"""Exports of a NaFlex model, each read back; and the one for images of a single size, which fixed-grid consumers take."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import siglip
+from siglip.errors import UserError
+from siglip.exporting.export import export
+from siglip.formats import big_vision
+from siglip.models.naflex import NaflexConfig, Patches
+from siglip.models.vit import cut_patches
+from siglip.trees import flatten
+from tests.siglip.formats.test_big_vision import same
+from tests.siglip.rounding import towers_apart
+from tests.siglip.tiny import random_params, square_model
+
+CONFIG = square_model(image={"image_size": (24, 24), "naflex": NaflexConfig(12, 40)})
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("naflex") / "model.npz"
+    big_vision.write(path, random_params(CONFIG), CONFIG)
+    return path
+
+
+def test_the_npz_has_the_published_shapes_and_comes_back(source, tmp_path):
+    with np.load(source) as stored:
+        assert stored["params/img/embedding/kernel"].shape == (192, 36)
+        assert stored["params/img/pos_embedding"].shape == (3, 3, 36)
+    found, config = big_vision.read(source)
+    same(found, random_params(CONFIG))
+    assert config == CONFIG and big_vision.sidecar(source).exists()  # the shapes do not tell its lengths
+    standard = dataclasses.replace(CONFIG, image=dataclasses.replace(CONFIG.image, naflex=NaflexConfig()))
+    big_vision.write(tmp_path / "standard.npz", random_params(CONFIG), standard)
+    assert not big_vision.sidecar(tmp_path / "standard.npz").exists()
+    assert big_vision.read_config(tmp_path / "standard.npz").image.naflex == NaflexConfig()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"img/pos_embedding": (1, 9, 36)}, r"img/pos_embedding \(1, 9, 36\) is not \(rows, columns, width\)"),
+        ({"img/embedding/kernel": (190, 36)}, r"not of patches of \(7, 7\) px in three colours"),
+    ],
+)
+def test_a_mixture_of_both_kinds_is_one_line(source, tmp_path, changes, words):
+    with np.load(source) as stored:
+        arrays = dict(stored)
+    for name, shape in changes.items():
+        arrays[f"params/{name}"] = np.zeros(shape, np.float32)
+    np.savez(tmp_path / "mixed.npz", **arrays)
+    with pytest.raises(UserError, match=words) as error:
+        big_vision.read(tmp_path / "mixed.npz")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("format", ["hf", "bigvision", "stablehlo"])
+@pytest.mark.parametrize("tower", ["image", "both"])
+def test_exports_agree_with_their_source(source, tmp_path, format, tower):
+    report = export(source, format=format, out=tmp_path / "out", tower=tower)
+    found = report.differences["random"]
+    assert set(found) >= {"image_tokens", "image_embedding"} and max(found.values()) < 1e-5
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "the largest grid of at most 12 that keeps the aspect ratio" in card
+    if format != "stablehlo":
+        found = siglip.load(tmp_path / "out").config.image.naflex
+        # Hugging Face's files say how many patches are the default, not how many are the limit.
+        assert found == (NaflexConfig(12, 1024) if format == "hf" else CONFIG.image.naflex)
+
+
+def test_a_saved_model_has_images_of_one_size(source, tmp_path):
+    with pytest.raises(UserError, match="add --image-size N, or export with --format stablehlo"):
+        export(source, format="savedmodel", out=tmp_path / "out", samples=lambda config, tokenizer: None)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [(24, 24), (40, 16)])
+def test_for_images_of_one_size_it_is_the_same_function(source, tmp_path, size):
+    """At the table's own grid and at another: positions are resized as the NaFlex tower resizes them."""
+    export(source, format="bigvision", out=tmp_path / "fixed", image_size=size)
+    fixed, naflex = siglip.load(tmp_path / "fixed"), siglip.load(source)
+    assert fixed.config.image.naflex is None and fixed.config.image.image_size == size
+    images = np.random.default_rng(0).uniform(-1, 1, (3, *size, 3)).astype(np.float32)
+    tokens, mask = naflex.image_tokens(images)
+    assert mask.all()
+    expected = fixed.image_tokens(images)
+    np.testing.assert_allclose(tokens, expected, rtol=0, atol=towers_apart(CONFIG, expected))
+    np.testing.assert_allclose(
+        naflex.embed_images(images), fixed.embed_images(images), rtol=0, atol=towers_apart(CONFIG)
+    )
+
+
+def test_encoders_take_patches_and_lists_of_any_images(source):
+    from PIL import Image
+
+    model, encoder = siglip.load(source), siglip.load_encoder(source)
+    rng = np.random.default_rng(0)
+    shown = [rng.integers(256, size=(*size, 3), dtype=np.uint8) for size in ((40, 9), (8, 60), (31, 33))]
+    patches = model.pixels(shown, max_patches=20)
+    assert patches.patches.shape == (3, 20, 192) and np.asarray(patches.grid).prod(axis=1).max() <= 20
+    z = model.embed_images(shown, max_patches=20)
+    np.testing.assert_array_equal(z, model.embed_images(patches))
+    np.testing.assert_array_equal(z, model.embed_images([Image.fromarray(one) for one in shown], max_patches=20))
+    tokens, mask = encoder.tokens(patches)
+    theirs, same_mask = model.image_tokens(shown, max_patches=20)
+    np.testing.assert_array_equal(mask, same_mask)
+    np.testing.assert_array_equal(np.asarray(tokens)[mask], np.asarray(theirs)[mask])
+    assert encoder.pooled(patches).shape == (3, 36) and encoder.spec.tokens == 12
+    each, valid = model.embed_patches(patches)
+    np.testing.assert_allclose(np.linalg.norm(np.asarray(each)[np.asarray(valid)], axis=-1), 1, atol=1e-5)
+    assert "images of any size in up to 12 patches" in repr(model)
+
+
+@pytest.mark.parametrize(
+    "images, options, words",
+    [
+        ([np.zeros((4, 4, 3), np.uint8)], {"max_patches": 41}, "max_patches=41 must lie in 1 … 40"),
+        ([np.zeros((4, 4, 3), np.uint8)], {"max_patches": 0}, "max_patches=0 must lie in 1 … 40"),
+        ([np.zeros((0, 4, 3), np.uint8)], {}, "an entry of the list of images is ndarray"),
+        (np.zeros((1, 12, 24, 3), np.float32), {}, "sides of whole patches of .* px, at most max_patches=12"),
+        (
+            Patches(np.zeros((1, 4, 192), np.float32), np.array([[3, 2]])),
+            {},
+            r"grid \(3, 2\) .* does not fit 4 patches",
+        ),
+        (Patches(np.zeros((1, 4, 192), np.uint8), np.array([[2, 2]])), {}, "patches are uint8; pass float32"),
+        (Patches(np.zeros((1, 4, 191), np.float32), np.array([[2, 2]])), {}, r"the model takes \[b, n, 192\]"),
+    ],
+)
+def test_bad_images_are_one_line(source, images, options, words):
+    with pytest.raises(UserError, match=words) as error:
+        siglip.load(source).embed_images(images, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_lengths_are_of_naflex_models_alone(source):
+    with pytest.raises(UserError, match="max_patches=9: this tower takes images of .* it is not NaFlex"):
+        siglip.load(source, image_size=24).embed_images([np.zeros((4, 4, 3), np.uint8)], max_patches=9)
+
+
+def test_another_patch_size_keeps_the_grid(source):
+    model = siglip.load(source, patch_size=16)
+    assert model.config.image.naflex == CONFIG.image.naflex and model.config.image.grid == (3, 3)
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 8, 40, 3)).astype(np.float32)
+    larger = jnp.asarray(images).repeat(2, axis=1).repeat(2, axis=2)
+    assert cut_patches(larger, (16, 16)).shape == (2, 5, 768)
+    assert model.embed_images(larger).shape == (2, 36)
+    assert flatten(model.params)["img/embedding/kernel"].shape == (16, 16, 3, 36)
