@@ -94,9 +94,8 @@ class DataConfig:
 class Loader:
     """An endless iterator of local batches; make one with `make_loader`.
 
-    A batch is a dict: image uint8 [bl, h, w, 3], text int32 [bl, l], key list[str] of length bl; after
-    `use_image_embeddings`, zimg float32 [bl, e] takes the place of image. With `Patches` patches uint8 [bl, n, p] and grid
-    int32 [bl, 2] do, n that of the step.
+    A batch is a dict: image uint8 [bl, h, w, 3], text int32 [bl, l], key list[str] of length bl; zimg float32 [bl, e] after
+    `use_image_embeddings` in place of image, with `Patches` patches uint8 [bl, n, p] and grid int32 [bl, 2], n the step's.
 
     Attributes:
       sources: what the pairs come from, in the order of the config.
@@ -112,7 +111,7 @@ class Loader:
         self.sources = batches.reader.sources
         self._position = batches.reader.start
         self.counts = collections.Counter()
-        self._told_of_lines = False
+        self._tells_of_lines = batches.reader.process_index == 0
 
     def __iter__(self) -> Iterator[dict]:
         return self
@@ -124,15 +123,10 @@ class Loader:
         batch = next(self._iterator)
         self._position += 1
         self.counts.update(batch.pop("replaced"))
-        if (
-            (lines := batch.pop("several_lines"))
-            and not self._told_of_lines
-            and self._batches.reader.process_index == 0
-        ):
-            self._told_of_lines, told = True, f"{lines} captions of a batch of {len(batch['key'])} have several lines"
-            warnings.warn(
-                f"{told}, used as one; if each line is a caption, name the field 'txt.*', not 'txt'", stacklevel=2
-            )
+        if (lines := batch.pop("several_lines")) and self._tells_of_lines:
+            told = "captions of a batch have several lines, used as one; if each line is a caption, name the field 'txt.*'"
+            warnings.warn(f"{lines} of {len(batch['key'])} {told}", stacklevel=2)
+            self._tells_of_lines = False
         return batch
 
     def _iterate(self, batches: workers.Batches):

@@ -29,6 +29,7 @@ from jax.sharding import Mesh
 
 from siglip.array_types import Array, Float, Int
 from siglip.errors import UserError
+from siglip.models.naflex import mask_of
 from siglip.parallel.sharding import P_BATCH
 
 Attention = Literal["auto", "xla", "cudnn", "splash"]
@@ -81,8 +82,8 @@ def mask_keys(logits: Float[Array, "b ... k"], lengths: Int[Array, " b"] | None)
     """Logits with -inf for the keys after each row's length."""
     if lengths is None:
         return logits
-    counts = jnp.arange(logits.shape[-1]) < jnp.expand_dims(lengths, range(1, logits.ndim))
-    return jnp.where(counts, logits, -jnp.inf)
+    counts = mask_of(lengths, logits.shape[-1])
+    return jnp.where(jnp.expand_dims(counts, range(1, logits.ndim - 1)), logits, -jnp.inf)
 
 
 def _einsum(query: Array, key: Array, value: Array, lengths: Array | None) -> Array:
@@ -110,7 +111,7 @@ def _splash(query: Array, key: Array, value: Array, lengths: Array | None, *, in
     segments = None
     if padded > tokens or lengths is not None:
         # Attention stays within a segment: real tokens look at real ones, the padding at itself.
-        is_real = (jnp.arange(padded) < (tokens if lengths is None else lengths[:, None])).astype(jnp.int32)
+        is_real = (jnp.arange(padded) < tokens if lengths is None else mask_of(lengths, padded)).astype(jnp.int32)
         segments = splash_attention_kernel.SegmentIds(is_real, is_real)
 
     def heads_first(x: Array) -> Array:

@@ -77,7 +77,7 @@ class Patches(NamedTuple):
 
 def mask_of(lengths: Int[Array, " b"], n: int) -> Bool[Array, "b n"]:
     """True at the first `lengths` of n positions."""
-    return jnp.arange(n) < lengths[:, None]
+    return jnp.arange(n)[None] < lengths[:, None]
 
 
 def resize_positions(
@@ -103,6 +103,6 @@ def _weights(k: Int[Array, "b n"], size: Int[Array, "b 1"], old: int) -> Float[A
     """Row k of the resize from `old` to `size` points, for each k."""
     scale = old / size.astype(jnp.float32)
     at = (k + 0.5) * scale - 0.5
-    distance = jnp.abs(at[..., None] - jnp.arange(old))
+    distance = jnp.abs(at[..., None] - jnp.arange(old)[None, None])
     weights = jnp.maximum(0, 1 - distance / jnp.maximum(1, scale)[..., None])
     return weights / weights.sum(axis=-1, keepdims=True)

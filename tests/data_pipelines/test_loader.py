@@ -333,7 +333,7 @@ def test_texts_of_several_lines_are_told_once(tmp_path, workers):
     ]
     members = [(name, data or b"red") for name, data in members]
     shard = str(write_tar(tmp_path / "a.tar", members))
-    with pytest.warns(UserWarning, match=r"4 captions of a batch of 8 have several lines.* 'txt\.\*'") as told:
+    with pytest.warns(UserWarning, match=r"4 of 8 captions of a batch have several lines.* 'txt\.\*'") as told:
         both, _ = take(config_of(shard, workers=workers), 3)
     assert sum("several lines" in str(warning.message) for warning in told) == 1 and set(both[0]) == {
         "image",
