@@ -8,8 +8,8 @@ SigLIP 2 forks a run of one image size at 90 % of its examples (arXiv:2502.14786
 its images, whose patches keep the aspect ratio; the pairs of a step do not depend on it. The positions, 12 x 12 here, are
 resampled to 16 x 16 at the start, and to each image's grid from then on.
 
-Emoji are square, so R@10 in English shows only that nothing is lost (.34 both ways after the quick start). What keeping the
-aspect ratio gains on pages and lines of text is measured in docs/naflex.md.
+Emoji are square, so R@10 in English can only show that nothing is lost (.34 both ways after the quick start). What keeping the
+aspect ratio gains on lines of text and on rows of shapes is what benchmarks/naflex.py measures.
 """
 
 from pathlib import Path

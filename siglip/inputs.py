@@ -124,7 +124,12 @@ def check_patches(images: Patches, config: ImageConfig) -> Patches:
     config.naflex.check_length(shape[1], "patches")
     if not isinstance(images.grid, jax.Array):  # looking at what is on a device would wait for it
         bad = next(
-            (tuple(grid) for grid in np.asarray(images.grid) if not 1 <= grid.min() <= grid.prod() <= shape[1]), None
+            (
+                tuple(grid.tolist())
+                for grid in np.asarray(images.grid)
+                if not 1 <= grid.min() <= grid.prod() <= shape[1]
+            ),
+            None,
         )
         if bad is not None:
             raise UserError(f"grid {bad} (down, across) does not fit {shape[1]} patches, or has none")

@@ -84,7 +84,8 @@ def _run(suite: Suite, options: SuiteArgs) -> tuple[dict[str, list[Record]], lis
     needed = any(entry.task.EMBEDS_TEXTS for entry in suite.entries)
     params, config, tokenizer = read_for_texts(options.src, options.tokenizer, needed=needed)
     pieces = b"" if tokenizer is None else Path(tokenizer.path).read_bytes()
-    weights = digest([digest_params(params), repr(config), pieces])
+    length = [] if options.max_patches is None else [f"{options.max_patches} patches"]
+    weights = digest([digest_params(params), repr(config), pieces, *length])
     text_tower = digest([digest_params(params.get("txt", {})), repr(config.text), pieces])
     mesh = sharding.make_mesh(sharding.MeshConfig())
     params = jax.device_put(params, NamedSharding(mesh, sharding.P_REPLICATED))

@@ -13,7 +13,7 @@ The trap: what stands at padded positions is no result. Never pool, average or c
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,13 +75,16 @@ class Patches(NamedTuple):
         return Patches(np.where(mask[..., None], np.asarray(self.patches), 0), np.asarray(self.grid))
 
 
-def mask_of(lengths: Int[Array, " b"], n: int) -> Bool[Array, "b n"]:
+Size = Any  # a number of patches: an int, or a symbolic dimension of an exported program
+
+
+def mask_of(lengths: Int[Array, " b"], n: Size) -> Bool[Array, "b n"]:
     """True at the first `lengths` of n positions."""
     return jnp.arange(n)[None] < lengths[:, None]
 
 
 def resize_positions(
-    table: Float[Array, "1 m d"], shape: tuple[int, int], grid: Int[Array, "b 2"], n: int
+    table: Float[Array, "1 m d"], shape: tuple[int, int], grid: Int[Array, "b 2"], n: Size
 ) -> Float[Array, "b n d"]:
     """The positions of n patches of each image.
 

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 
 import siglip
+from data_pipelines.sources.opening import open_source
+from siglip.cli.exporting import sample_inputs
 from siglip.errors import UserError
 from siglip.exporting.export import export
 from siglip.formats import big_vision
 from siglip.models.naflex import NaflexConfig, Patches
 from siglip.models.vit import cut_patches
 from siglip.trees import flatten
+from tests.data_pipelines.shards import SAMPLE
 from tests.siglip.formats.test_big_vision import same
 from tests.siglip.rounding import towers_apart
 from tests.siglip.tiny import random_params, square_model
@@ -70,6 +73,23 @@ def test_exports_agree_with_their_source(source, tmp_path, format, tower):
         found = siglip.load(tmp_path / "out").config.image.naflex
         # Hugging Face's files say how many patches are the default, not how many are the limit.
         assert found == (NaflexConfig(12, 1024) if format == "hf" else CONFIG.image.naflex)
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("tower", ["image", "both"])
+def test_transformers_reads_what_is_exported(source, tmp_path, tower):
+    """From files: its own preprocessor makes the patches, its own tower the embeddings."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    pairs = open_source(str(SAMPLE / "emoji-heldout-*.tar"))
+    samples = lambda config, tokenizer: sample_inputs(pairs, config, tokenizer)  # noqa: E731
+    report = export(source, format="hf", out=tmp_path / "out", tower=tower, samples=samples)
+    assert (
+        report.verified and report.differences["sample"]["pixels"] < 3e-7 and report.differences["sample"]["grid"] == 0
+    )
+    assert max(value for found in report.differences.values() for value in found.values()) < 1e-5
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Siglip2VisionModel" in card  # there is no tokenizer for an example with texts
 
 
 def test_a_saved_model_has_images_of_one_size(source, tmp_path):

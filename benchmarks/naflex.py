@@ -1,0 +1,183 @@
+"""What keeping the aspect ratio gains: NaFlex against squashing, at equal tokens; and what a token costs beside a fixed tower's.
+
+    python benchmarks/naflex.py                      # the table, and benchmarks/results/naflex.json
+    python benchmarks/naflex.py --seeds 1 --steps 50 # a try
+
+Images are made here: lines of four words (about 5.6:1), four coloured shapes in a row or a column (4:1, 1:4) or in a square.
+A caption names the four in reading order. Both ways train one and the same NaFlex tower on the same pairs in the same order; one
+gets each image in a grid of its own shape, the other in a square. Accuracy is the share of held-out images that find their own
+caption among 256, of which all others are of the same kind.
+
+Time is that of a training step of both towers on square images, side by side in turns, the least of each.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from PIL import Image, ImageDraw, ImageFont
+
+from data_pipelines.samples.pairs import SamplePair
+from data_pipelines.samples.patches import Patches
+from siglip.losses import sigmoid_loss
+from siglip.models.naflex import NaflexConfig
+from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, init_params, make_model
+
+RESULTS = Path(__file__).parent / "results" / "naflex.json"
+KINDS = ("text line", "row or column", "square")
+WORDS = ("cat", "dog", "sun", "ink", "hat", "owl", "jam", "fig")
+COLOURS, SHAPES = ((210, 40, 30), (40, 170, 60), (50, 70, 220)), ("disc", "square", "bar")
+SYMBOLS = len(WORDS) + len(COLOURS) * len(SHAPES)
+CELL_PX, PATCH_PX, SIDE = 16, 8, 6  # SIDE * SIDE patches at most
+TRAIN, HELD_OUT, CANDIDATES = 4096, 512, 256
+
+
+def draw(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, list[int]]:
+    """An image and the numbers of its four symbols."""
+    if kind == "text line":
+        drawn = rng.integers(len(WORDS), size=4)
+        image = Image.new("RGB", (CELL_PX * 4 + 26, CELL_PX), (245, 245, 240))
+        font = ImageFont.load_default(10)
+        ImageDraw.Draw(image).text((2, 2), " ".join(WORDS[n] for n in drawn), fill=(20, 20, 20), font=font)
+        return np.asarray(image), drawn.tolist()
+    down, across = (2, 2) if kind == "square" else ((1, 4) if rng.random() < 0.5 else (4, 1))
+    image = Image.new("RGB", (across * CELL_PX, down * CELL_PX), (128, 128, 128))
+    pen, drawn = ImageDraw.Draw(image), rng.integers(len(COLOURS) * len(SHAPES), size=4)
+    for place, n in enumerate(drawn):
+        left, top = place % across * CELL_PX, place // across * CELL_PX
+        box, colour = (left + 3, top + 3, left + 12, top + 12), COLOURS[n // len(SHAPES)]
+        match SHAPES[n % len(SHAPES)]:
+            case "disc":
+                pen.ellipse(box, fill=colour)
+            case "square":
+                pen.rectangle(box, fill=colour)
+            case "bar":
+                pen.rectangle((box[0] + 3, box[1], box[2] - 3, box[3]), fill=colour)
+    return np.asarray(image), (drawn + len(WORDS)).tolist()
+
+
+def make_set(count: int, seed: int) -> dict[str, np.ndarray]:
+    """`count` images of each kind: ids [n, 4], and for "naflex" and "squash" patches and grids."""
+    rng, length = np.random.default_rng(seed), SIDE * SIDE
+    drawn = [draw(kind, rng) for kind in KINDS for _ in range(count)]
+    found = {"text": np.array([ids for _, ids in drawn], np.int32)}
+    ways = {"naflex": None, "squash": (SIDE * PATCH_PX,) * 2}
+    for way, size_px in ways.items():
+        field = Patches((PATCH_PX, PATCH_PX), length, size_px=size_px)
+        made = [field.make(SamplePair(0, 0, "", {}, (), image), None) for image, _ in drawn]
+        found |= {f"{way}/{name}": np.stack([one[name] for one in made]) for name in ("patches", "grid")}
+    return found
+
+
+def model_config() -> ModelConfig:
+    size = SIDE * PATCH_PX
+    image = ImageConfig(
+        width=96, depth=3, mlp_dim=256, num_heads=4, patch_size=(PATCH_PX, PATCH_PX), image_size=(size, size),
+        naflex=NaflexConfig(SIDE * SIDE, SIDE * SIDE),
+    )  # fmt: skip
+    text = TextConfig(width=96, depth=1, mlp_dim=256, num_heads=4, vocab_size=SYMBOLS, length=4, pool="mean")
+    return ModelConfig(image, text, (None, 96))
+
+
+def make_step(config: ModelConfig, optimizer: optax.GradientTransformation):
+    """(params, state, batch) -> the same after a step."""
+    model = make_model(config)
+
+    def loss(params, batch):
+        zimg, ztxt, _ = model.apply({"params": params}, batch)
+        return sigmoid_loss(zimg, ztxt, params["t"], params["b"])
+
+    @jax.jit
+    def step(params, state, batch):
+        updates, state = optimizer.update(jax.grad(loss)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step, jax.jit(lambda params, batch: model.apply({"params": params}, batch)[:2])
+
+
+def train_and_test(way: str, seed: int, data: tuple[dict, dict], program, *, steps: int, batch: int) -> list[float]:
+    """Accuracy of each kind."""
+    train, test = data
+    (step, embed), config, optimizer = program
+    rows = lambda of, index: {  # noqa: E731
+        "patches": of[f"{way}/patches"][index], "grid": of[f"{way}/grid"][index], "text": of["text"][index]
+    }  # fmt: skip
+    params = jax.jit(lambda: init_params(config, jax.random.key(seed)))()
+    state, rng = optimizer.init(params), np.random.default_rng(seed)
+    for _ in range(steps):
+        params, state = step(
+            params, state, jax.tree.map(jnp.asarray, rows(train, rng.integers(len(train["text"]), size=batch)))
+        )
+    slices = [slice(start, start + batch) for start in range(0, len(test["text"]), batch)]
+    parts = [embed(params, jax.tree.map(jnp.asarray, rows(test, part))) for part in slices]
+    zimg, ztxt = (np.concatenate(z) for z in zip(*parts, strict=True))
+    accuracies = []
+    for kind in range(len(KINDS)):
+        right = []
+        for start in range(kind * HELD_OUT, (kind + 1) * HELD_OUT, CANDIDATES):
+            own = slice(start, start + CANDIDATES)
+            scores, ids = zimg[own] @ ztxt[own].T, test["text"][own]
+            right += [(ids[n] == ids[best]).all() for n, best in enumerate(scores.argmax(axis=1))]
+        accuracies.append(float(np.mean(right)))
+    return accuracies
+
+
+def time_of_a_token(*, turns: int = 15) -> float:
+    """Time of a training step of the NaFlex tower over that of the tower for one size: 256 patches of each of 4 square images."""
+    fixed = ImageConfig("S/16", depth=2, image_size=(256, 256))
+    rng, steps = np.random.default_rng(0), []
+    images = rng.uniform(-1, 1, (4, 256, 256, 3)).astype(np.float32)
+    patches = images.reshape(4, 16, 16, 16, 16, 3).swapaxes(2, 3).reshape(4, 256, 768)
+    batches = {"image": images}, {"patches": patches, "grid": np.full((4, 2), 16, np.int32)}
+    for image, batch in zip((fixed, dataclasses.replace(fixed, naflex=NaflexConfig())), batches, strict=True):
+        model = make_model(ModelConfig(image, None, (None, None)))
+        params = init_params(ModelConfig(image, None, (None, None)), jax.random.key(0))
+        grad = jax.jit(jax.grad(lambda p, b, model=model: model.apply({"params": p}, b)[0].sum()))
+        steps.append((grad, params, jax.tree.map(jnp.asarray, batch)))
+    least = [np.inf, np.inf]
+    for _ in range(turns):
+        for n, (grad, params, batch) in enumerate(steps):
+            start = time.perf_counter()
+            jax.block_until_ready(grad(params, batch))
+            least[n] = min(least[n], time.perf_counter() - start)
+    return least[1] / least[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=64)
+    options = parser.parse_args()
+    data, config = (make_set(TRAIN, 0), make_set(HELD_OUT, 1)), model_config()
+    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, 2e-3, options.steps // 10, options.steps))
+    program = make_step(config, optimizer), config, optimizer
+    found: dict[str, list] = {"naflex": [], "squash": []}
+    for seed in range(options.seeds):
+        for way, results in found.items():
+            results.append(train_and_test(way, seed, data, program, steps=options.steps, batch=options.batch))
+            print(way, seed, *(f"{a:.3f}" for a in results[-1]), flush=True)
+    table = {}
+    print(f"{'':>14}  {'NaFlex':>15}  {'squash':>15}  mean and standard error over {options.seeds} seeds")
+    for kind, name in enumerate(KINDS):
+        values = {way: np.array(results)[:, kind] for way, results in found.items()}
+        table[name] = {
+            way: [v.mean(), v.std(ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0.0] for way, v in values.items()
+        }
+        cells = (f"{mean:.3f} ± {error:.3f}".rjust(15) for mean, error in table[name].values())
+        print(f"{name:>14}  {'  '.join(cells)}")
+    fill = {way: float(data[0][f"{way}/grid"].prod(axis=1).mean() / SIDE**2) for way in found}
+    ratio = time_of_a_token()
+    print(f"valid tokens of {SIDE * SIDE}: {fill}; time of a step, NaFlex / one size: {ratio:.3f}")
+    result = vars(options) | {"accuracy": table, "runs": found, "fill": fill, "time": ratio}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The commands with a NaFlex model: trained, evaluated at several lengths, embedded, exported; and mistakes, in one line each."""
+
+import json
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from siglip.cli import run
+from siglip.workdir.metrics import read_metrics
+from tests.siglip.cli.test_commands import RECIPE, SAMPLE, fails, shard  # noqa: F401
+from tests.siglip.tiny_run import use_devices
+
+IMPORTS = """
+    from data_pipelines.order.lengths import LengthConfig
+    from siglip.models.naflex import NaflexConfig
+"""
+NAFLEX = IMPORTS + RECIPE.replace("image_size=(16, 16))", "image_size=(16, 16), naflex=NaflexConfig(4, 9))").replace(
+    "augment=AugmentConfig(", "lengths=LengthConfig((2, 4, 9), start=0.4), augment=AugmentConfig("
+)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    use_devices(monkeypatch, 1)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, shard) -> Path:  # noqa: F811
+    folder = tmp_path_factory.mktemp("naflex")
+    settings = {"shard": str(shard), "tokenizer": str(SAMPLE / "spiece.model"), "workdir": str(folder / "run")}
+    (folder / "recipe.py").write_text(textwrap.dedent(NAFLEX).format(**settings))
+    return folder / "recipe.py"
+
+
+@pytest.fixture(scope="module")
+def trained(recipe) -> Path:
+    """Five steps: two of squares, three of any shape."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_devices(patch, 1)
+        flags = ["--total-steps", "5", "--log.every-steps", "1", "--optim.warmup-steps", "1"]
+        assert run(["train", str(recipe), *flags]) == 0
+    return recipe.parent / "run"
+
+
+def test_a_run_is_evaluated_at_several_lengths_embedded_and_exported(trained, shard, tmp_path, capsys):  # noqa: F811
+    lines = read_metrics(trained)
+    assert all(np.isfinite(line["train/loss"]) for line in lines if "train/loss" in line)
+    args = ["--task", "retrieval", "--data", str(shard), "--captions", "captions.en", "--name", "toy"]
+    capsys.readouterr()
+    assert run(["eval", str(trained), *args, "--max-patches", "2", "4", "9", "--out", str(tmp_path / "e.json")]) == 0
+    told = capsys.readouterr().out
+    assert "toy @2" in told and "toy @9" in told and "at most 2, 4, 9 patches" in told
+    results = {result["max_patches"]: result["metrics"] for result in json.loads((tmp_path / "e.json").read_text())}
+    assert list(results) == [2, 4, 9]
+    for name, value in results[4].items():  # the model's own length is that of the evaluation while training
+        assert value == pytest.approx(lines[-1][f"eval/retrieval/toy-en/{name}"], abs=1e-6)
+
+    assert (
+        run(["export", str(trained), "--format", "bigvision", "--tower", "both", "--out", str(tmp_path / "npz")]) == 0
+    )
+    for name, flags in (("own", []), ("same", ["--max-patches", "4"]), ("long", ["--max-patches", "9"])):
+        src = trained if name == "own" else tmp_path / "npz"
+        assert run(["embed", str(src), "--data", str(shard), "--out", str(tmp_path / f"{name}.npz"), *flags]) == 0
+    z = {name: np.load(tmp_path / f"{name}.npz")["embedding"] for name in ("own", "same", "long")}
+    np.testing.assert_allclose(z["same"], z["own"], atol=1e-5)
+    assert np.abs(z["long"] - z["own"]).max() > 1e-3
+
+    assert (
+        run(["export", str(trained), "--format", "bigvision", "--image-size", "24", "--out", str(tmp_path / "24")]) == 0
+    )
+    assert run(["embed", str(tmp_path / "24"), "--data", str(shard), "--out", str(tmp_path / "24.npz")]) == 0
+
+
+def test_mistakes(trained, recipe, shard, tmp_path, capsys):  # noqa: F811
+    task = ["--task", "retrieval", "--data", str(shard), "--captions", "captions.en"]
+    fails(["eval", str(trained), *task, "--max-patches", "0"], capsys, "--max-patches=0 must lie in 1 … 9, the longest")
+    fails(["eval", str(trained), *task, "--max-patches", "4", "10"], capsys, "--max-patches=10 must lie in 1 … 9")
+    fails(["eval", str(trained), *task, "--pixels", "square875"], capsys, "square875 is for images of one size")
+    out = ["--out", str(tmp_path / "x")]
+    fails(["embed", str(trained), "--data", str(shard), *out, "--tokens"], capsys, "different numbers of tokens")
+    fails(["export", str(trained), "--format", "savedmodel", *out], capsys, "add --image-size N, or export with")
+    new = ["--workdir", str(tmp_path / "new")]
+    wrong = ["--data.lengths.patches", "4", "10"]
+    fails(["train", str(recipe), *new, *wrong], capsys, "data.lengths.patches=10 must lie in 1 … 9")
+    fails(["train", str(recipe), *new, "--data.jpeg-scaling", "True"], capsys, "data.jpeg_scaling needs images of one")
+    assert not (tmp_path / "new").exists() and not (tmp_path / "x").exists()
