@@ -49,7 +49,7 @@ def read_columns(footer: bytes, size: int) -> list[list[Column]]:
 
 def _column(fields: dict, size: int) -> Column:
     path = ".".join(name.decode() for name in fields[3])
-    start = min(fields[9], fields.get(11, fields[9]))
+    start = min(fields[9], fields.get(11) or fields[9])  # some writers' 0 says that there is no dictionary
     column = Column(path, start, start + fields[7], fields[6])
     if not 0 <= column.start <= column.end <= size or column.uncompressed_bytes < 0:
         raise Damaged("a column lies outside of the file")

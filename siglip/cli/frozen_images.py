@@ -46,7 +46,7 @@ _TELL_EVERY_S = 10.0
 _SHARED_FILES_S = 10.0  # a network folder may be slow to show what another host wrote
 _ONLY_MEMORY_AND_SPEED = ("scan", "unroll", "remat", "attention", "dropout", "patch_dropout")
 # Settings that are younger than the first stores: at their defaults a tower has the fingerprint that it had without them.
-_YOUNGER = ("residual_dtype", "block", "naflex")
+_YOUNGER = ("residual_dtype", "block", "naflex", "final_norm")
 
 
 class StoppedComputing(Interrupted):

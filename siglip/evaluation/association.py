@@ -6,8 +6,10 @@ as DataComp scores it, whose number is `jaccard_10-12`: over the instances of 10
 """
 
 import ast
+import collections
 import csv
 import dataclasses
+import io
 import json
 import logging
 from collections.abc import Sequence
@@ -73,8 +75,7 @@ class Association:
     def run(self, embedder: Embedder) -> list[Result]:
         """One result. Raises UserError: no instance has all its images, or nothing can be decoded."""
         instances, images = read_instances(self.instances), embedder.embed_shards(self.data, ())
-        row_of = {Path(key).stem: row for row, key in enumerate(images.keys)}
-        row_of |= {key: row for row, key in enumerate(images.keys)}
+        row_of = self._rows(images.keys, {name for own in instances for name in own.candidates})
         whole = [own for own in instances if all(name in row_of for name in own.candidates)]
         if not whole:
             missing = next(name for own in instances for name in own.candidates if name not in row_of)
@@ -93,6 +94,17 @@ class Association:
         ]
         right = [np.isin(own.candidates, own.associations) for own in whole]
         return [Result(self, self.dataset, "", association(scores, right))]
+
+    def _rows(self, keys: Sequence[str], names: set[str]) -> dict[str, int]:
+        """The image of each name: of its key, or of a file of this name in any folder. Raises UserError: two files have it."""
+        rows = {key: row for row, key in enumerate(keys)}
+        stems = collections.Counter(Path(key).stem for key in keys)
+        twice = next((name for name in sorted(names - rows.keys()) if stems[name] > 1), None)
+        if twice is not None:
+            raise UserError(
+                f"{stems[twice]} images of {self.data} are called {twice!r}; lay them in one folder, each with a name"
+            )
+        return {Path(key).stem: row for key, row in rows.items()} | rows
 
 
 def prompt(cue: str) -> str:
@@ -135,11 +147,11 @@ def read_instances(path: str) -> list[Instance]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if Path(path).suffix.lower() == ".csv":
-            rows = list(csv.DictReader(text.splitlines()))
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
         elif text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{path} is neither CSV nor JSON in UTF-8 ({error})") from None
     instances = [_instance(path, number, row) for number, row in enumerate(rows, 1)]

@@ -77,7 +77,7 @@ class ZeroShot:
             FileNotFoundError, UserError: for what would fail later.
         """
         classes = read_classes(self.classes)
-        self._name_equal_classes(classes.names)
+        make_prompts(classes.names, read_templates(self.templates))
         if self.subset is not None:
             read_subset(self.subset, classes.numbers(), len(classes.names))
         labels = first_values(self.data, (self.label,))[self.label]
@@ -100,10 +100,9 @@ class ZeroShot:
         images = embedder.embed_shards(self.data, (self.label,))
         return [Result(self, self.dataset, "", self.score(images, classes, weights, texts))]
 
-    def _name_equal_classes(self, names: Sequence[str]) -> None:
+    def _name_equal_classes(self, names: Sequence[str], prompts: Sequence[Sequence[str]]) -> None:
         """Says which classes no text encoder can tell apart, and what that costs."""
-        canonical, first = self.canonical is not False, {}
-        prompts = make_prompts(names, read_templates(self.templates), canonical=canonical)
+        first: dict[tuple[str, ...], int] = {}
         pairs = [(first.setdefault(tuple(own), number), number) for number, own in enumerate(prompts)]
         later = [(early, late) for early, late in pairs if early != late]
         if later and jax.process_index() == 0:
@@ -115,6 +114,7 @@ class ZeroShot:
         classes = read_classes(self.classes)
         canonical = embedder.canonical_prompts if self.canonical is None else self.canonical
         prompts = make_prompts(classes.names, read_templates(self.templates), canonical=canonical)
+        self._name_equal_classes(classes.names, prompts)
         return classes, class_embeddings(embedder.embed_texts, prompts), [tuple(own) for own in prompts]
 
     def score(

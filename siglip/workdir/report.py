@@ -196,7 +196,7 @@ def _sizes(run: Run, dataset: str, task: str) -> Mapping[str, int]:
     counts = found["counts"]
     named = {f"{found['dataset']}-{language}": own for language, own in counts.items()}
     # A mean over languages is of the same images: its error is at most that of one language with its value (Jensen).
-    named[f"{found['dataset']}-mean"] = min(counts.values(), key=lambda own: own["described"])
+    named[f"{found['dataset']}-mean"] = min(counts.values(), key=lambda own: own["described"], default={})
     return named.get(dataset) or (next(iter(counts.values())) if [dataset] == [found["dataset"]] * len(counts) else {})
 
 

@@ -142,13 +142,13 @@ def test_images_without_labels_are_left_out_of_a_mean_average_precision(embedder
     assert "1 images of x.tar left out because they have no label 'cls'" in caplog.text
 
 
-def test_classes_of_equal_prompts_are_named(caplog):
+def test_classes_of_equal_prompts_are_named(embedder, caplog):
     task = ZeroShot("x.tar", json.dumps(["missile", "crane", "Missile", "crane!"]), json.dumps(["a {}"]))
-    task.check(lambda data, fields: {"cls": [1]})
+    task.class_weights(embedder)
     told = "2 of 4 classes have the prompts of an earlier one, such as 'Missile' (no. 0 and 2): their images count as wrong"
     assert told in caplog.text
     caplog.clear()
-    dataclasses.replace(task, canonical=False).check(lambda data, fields: {"cls": [1]})
+    dataclasses.replace(task, canonical=False).class_weights(embedder)
     assert not caplog.text
 
 
@@ -244,11 +244,11 @@ def test_captions_are_selected_and_pairs_verified(embedder, test, tmp_path):
 
 def test_images_that_go_with_a_cue(embedder, test, tmp_path, caplog):
     rows = [
-        {"cue": "orange disc", "candidates": [f"1-{n}" for n in range(5)], "associations": ["1-1", "1-3"]},
+        {"cue": "orange\u2028disc", "candidates": [f"1-{n}" for n in range(5)], "associations": ["1-1", "1-3"]},
         {"cue": "red_thing", "candidates": [f"1-{n}" for n in range(5, 15)], "associations": ["1-6"]},
         {"cue": "away", "candidates": ["1-0", "gone"], "associations": ["gone"]},
     ]
-    (tmp_path / "i.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "i.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     with (tmp_path / "i.csv").open("w") as file:  # as the published table has its lists
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -256,8 +256,11 @@ def test_images_that_go_with_a_cue(embedder, test, tmp_path, caplog):
     found = metrics_of(Association(test, str(tmp_path / "i.jsonl")), embedder)
     assert metrics_of(Association(test, str(tmp_path / "i.csv")), embedder) == found
     assert "1 of 3 instances of" in caplog.text
+    with pytest.raises(UserError, match="2 images of .* are called 'x'; give each a name"):
+        Association(test, "i.csv")._rows(["a/x", "b/x", "a/y"], {"x", "y"})
+    assert Association(test, "i.csv")._rows(["a/x", "b/x", "a/y"], {"y", "b/x"})["y"] == 2
     images = dict(zip((own := embedder.embed_shards(test)).keys, own.zimg, strict=True))
-    ztxt = embedder.embed_texts(["an orange disc", "a red thing"])
+    ztxt = embedder.embed_texts(["an orange disc", "a red thing"])  # canonical
     jaccard = []
     for row, z in zip(rows, ztxt, strict=False):
         best = sorted(row["candidates"], key=lambda name: -images[name] @ z)[: len(row["associations"])]
