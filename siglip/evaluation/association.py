@@ -101,9 +101,7 @@ class Association:
         stems = collections.Counter(Path(key).stem for key in keys)
         twice = next((name for name in sorted(names - rows.keys()) if stems[name] > 1), None)
         if twice is not None:
-            raise UserError(
-                f"{stems[twice]} images of {self.data} are called {twice!r}; lay them in one folder, each with a name"
-            )
+            raise UserError(f"{stems[twice]} images of {self.data} are called {twice!r}; give each a name of its own")
         return {Path(key).stem: row for key, row in rows.items()} | rows
 
 
