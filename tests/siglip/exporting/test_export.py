@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -309,7 +310,6 @@ def test_a_new_format_is_a_description_and_a_line_in_the_list(tmp_path, source, 
     assert "library_name: numpy" in card and "- only a kernel" in card
     monkeypatch.chdir(tmp_path / "out")
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        with jax.numpy_rank_promotion("allow"):  # as users have it
         exec(re.search(r"```python\n(.*?)```", card, re.S)[1], {})
     assert out.getvalue() == "(8, 8, 3, 36) 32 32 False\n"
 
