@@ -12,6 +12,7 @@ names are always version 4's, and every export is loaded back.
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 
 from siglip.errors import UserError
 from siglip.formats import key_maps, pali_gemma
-from siglip.formats.containers import LazyArray, open_safetensors, write_safetensors
+from siglip.formats.containers import LazyArray, open_safetensors, write_safetensors, written_bytes
 from siglip.formats.export_format import TOKENIZER_FILE, Dtype
 from siglip.formats.hf_inputs import preprocessor_json, read_pixels, read_tokens
 from siglip.formats.hf_tokenizer import convert
@@ -102,12 +103,14 @@ def write(
     *,
     tokenizer: Path | None = None,
     dtype: Dtype = "float32",
+    shard_bytes: int | None = None,
 ) -> None:
     """Writes a folder that `transformers` loads: both towers, or the vision tower alone when `config.text` is None.
 
     Args:
         tokenizer: SentencePiece model of the text tower; without one the folder has no tokenizer.
         dtype: of the weights; temperature, bias and fixed positions are float32 in either.
+        shard_bytes: the weights become several files of at most so many bytes, with an index; None: one file.
 
     Raises:
         UserError: Hugging Face's SigLIP cannot express this model.
@@ -122,9 +125,8 @@ def write(
         width = config.text.spec.width
         flat |= {"txt/head/kernel": np.eye(width, dtype=np.float32), "txt/head/bias": np.zeros(width, np.float32)}
 
-    write_safetensors(
-        folder / _WEIGHTS, _their_arrays(flat, {path: "float32" if path in exact else dtype for path in flat})
-    )
+    arrays = _their_arrays(flat, {path: "float32" if path in exact else dtype for path in flat})
+    _write_weights(folder, arrays, shard_bytes)
     _write_json(folder / "config.json", config_json(config, dtype))
     image, text = config.image, config.text
     preprocessor = preprocessor_json(image.pixels, image_size=image.image_size, with_texts=text is not None)
@@ -291,6 +293,28 @@ def _their_arrays(flat: Mapping[str, np.ndarray], dtypes: Mapping[str, Dtype]) -
 
     shapes = key_maps.torch_shapes(key_maps.flat_shapes(flat), key_maps.hugging_face_entry)
     return {key: LazyArray(shapes[key], functools.partial(make, parts), theirs[key]) for key, parts in sources.items()}
+
+
+def _write_weights(folder: Path, arrays: Mapping[str, LazyArray], shard_bytes: int | None) -> None:
+    """One file, or several with an index, as transformers divides them: in order, a larger array alone in its file."""
+    shards: list[dict[str, LazyArray]] = [{}]
+    room: float = shard_bytes or math.inf
+    for key, array in arrays.items():
+        if shards[-1] and written_bytes(array) > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][key] = array
+        room -= written_bytes(array)
+    if len(shards) == 1:
+        write_safetensors(folder / _WEIGHTS, arrays)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / name, shard)
+        weight_map |= dict.fromkeys(shard, name)
+    total = sum(map(written_bytes, arrays.values()))
+    _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _weight_files(folder: Path) -> list[Path]:
