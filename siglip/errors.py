@@ -14,5 +14,9 @@ class RunFailed(RuntimeError):
     exit_code = 1
 
 
+class FailedAlone(RunFailed):
+    """What not every process of a job raises: the others are gone, or in a step that this one cannot join."""
+
+
 # Paths that a user names wrongly. Other OSErrors (a full disk, a network that is down) are the machine's.
 BAD_PATH = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)

@@ -45,6 +45,7 @@ class ExportArgs:
         head: False leaves the pooling head away: vision-language models do not use it.
         layout: for bigvision: blocks one by one (loop), or stacked (scan).
         dtype: for hf: type of the weights in the file; bfloat16 is half the size.
+        shard_bytes: for hf: the weights in several files of at most so many bytes, with an index, as 5000000000.
         licence: licence of the weights, for the model card.
         samples: shards whose first images and texts are compared as well; the shipped sample by default.
     """
@@ -58,6 +59,7 @@ class ExportArgs:
     head: bool = True
     layout: Literal["loop", "scan"] = "loop"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    shard_bytes: int | None = None
     licence: str | None = None
     samples: str = f"{Path(sample.__file__).parent}/emoji-heldout-*.tar"
 

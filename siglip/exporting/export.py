@@ -66,6 +66,7 @@ def export(
     head: bool = True,
     layout: Layout = "loop",
     dtype: Dtype = "float32",
+    shard_bytes: int | None = None,
     licence: str | None = None,
     samples: Samples | None = None,
 ) -> ExportReport:
@@ -81,6 +82,7 @@ def export(
         layout: for "bigvision": blocks one by one, or stacked.
         dtype: of the weights in the file; "bfloat16" only with "hf". The rounded model is then compared; the report says what
             rounding changed.
+        shard_bytes: for "hf": the weights in several files of at most so many bytes, with an index; None: in one.
         licence: for the model card.
         samples: (config, tokenizer file) -> real images and texts as our pipeline prepares them, to compare with as well.
             "savedmodel" needs them: it takes encoded images and raw texts, which this package does not prepare.
@@ -93,6 +95,8 @@ def export(
     """
     out = Path(out).expanduser()
     chosen = _check_request(out, format=format, tower=tower, layout=layout, dtype=dtype, samples=samples)
+    if shard_bytes is not None and (shard_bytes < 1 or not chosen.has_shards):
+        raise UserError(f"shard_bytes={shard_bytes} is a positive number, for --format hf alone; leave it out")
     _check_place(out, big_vision.split_subtree(src)[0])
     params, config, tokenizer = _model(src, tower=tower, head=head, image_size=image_size, patch_size=patch_size)
     params, differences = (params, {}) if dtype == "float32" else _rounded(params, config)
@@ -100,6 +104,7 @@ def export(
     verified = all(find_spec(package) for package in chosen.needs)
     with new_folder(out, publish=_publish_npz if out.suffix == ".npz" else os.rename) as partial:
         options = {"layout": layout} | ({"dtype": dtype} if len(chosen.dtypes) > 1 else {})
+        options |= {"shard_bytes": shard_bytes} if chosen.has_shards else {}
         chosen.write(partial, params, config, tokenizer=tokenizer, **options)
         cases = [] if chosen.takes_files else [random_inputs(config)]  # noise has no encoded files
         cases += [] if samples is None else [samples(config, tokenizer)]

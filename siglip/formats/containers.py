@@ -238,13 +238,18 @@ def write_npz(file: Path, arrays: Mapping[str, LazyArray]) -> None:
                 np.lib.format.write_array(stream, array.read(), allow_pickle=False)
 
 
+def written_bytes(array: LazyArray) -> int:
+    """The bytes of an array in its stored type."""
+    return _WRITTEN[array.dtype][1].itemsize * math.prod(array.shape)
+
+
 def write_safetensors(file: Path, arrays: Mapping[str, LazyArray]) -> None:
     """Writes arrays, each in its stored type, as one safetensors file for torch, holding one array at a time; a file that fails
     half-way is removed."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key, array in arrays.items():
-        start, end = end, end + _WRITTEN[array.dtype][1].itemsize * math.prod(array.shape)
+        start, end = end, end + written_bytes(array)
         header[key] = {"dtype": _WRITTEN[array.dtype][0], "shape": array.shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

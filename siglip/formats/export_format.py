@@ -58,7 +58,8 @@ class ExportFormat:
     Attributes:
         library: what loads it, as model hubs call it.
         write: (folder, params, config, *, tokenizer: Path | None, layout) -> None: writes the model into an empty folder.
-            Raises UserError, before all else, where the format cannot express it. With a choice of `dtypes` it takes `dtype` too.
+            Raises UserError, before all else, where the format cannot express it. With a choice of `dtypes` it takes `dtype` too,
+            with `has_shards` shard_bytes.
         example: (config, has tokenizer) -> text and code for the model card, run in the folder; HEIGHT, WIDTH and LENGTH in it
             become the model's numbers.
         outputs: (folder, inputs) -> what the written model gives, through the reader that its users have; None where that is
@@ -69,6 +70,7 @@ class ExportFormat:
         takes_files: it takes encoded images and raw texts, so noise cannot be fed to it.
         layouts: of the transformer's blocks, one by one or stacked.
         dtypes: of the weights in the file.
+        has_shards: the weights may be divided over several files.
     """
 
     library: str
@@ -81,3 +83,4 @@ class ExportFormat:
     takes_files: bool = False
     layouts: tuple[Layout, ...] = ("loop",)
     dtypes: tuple[Dtype, ...] = ("float32",)
+    has_shards: bool = False

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from siglip.formats import hugging_face
-from siglip.formats.export_format import Dtype, ExportFormat, ExportMismatch, Inputs, Layout, Outputs, in_folder
+from siglip.formats.export_format import ExportFormat, ExportMismatch, Inputs, Layout, Outputs, in_folder
 from siglip.formats.hf_tokenizer.convert import read_pieces
 from siglip.models.naflex import Patches
 from siglip.models.two_tower import ModelConfig
@@ -188,9 +188,9 @@ def _example(config: ModelConfig, has_tokenizer: bool) -> str:
 
 
 def _write(
-    folder: Path, params: Any, config: ModelConfig, *, tokenizer: Path | None, layout: Layout, dtype: Dtype
+    folder: Path, params: Any, config: ModelConfig, *, tokenizer: Path | None, layout: Layout, **weights: Any
 ) -> None:
-    hugging_face.write(folder, params, config, tokenizer=tokenizer, dtype=dtype)
+    hugging_face.write(folder, params, config, tokenizer=tokenizer, **weights)
     if tokenizer is not None:
         read_pieces(tokenizer, room=config.text.vocab_size)
 
@@ -204,4 +204,5 @@ EXPORT = ExportFormat(
     contract=_contract,
     warnings=_warnings,
     dtypes=("float32", "bfloat16"),
+    has_shards=True,
 )

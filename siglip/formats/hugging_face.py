@@ -24,7 +24,7 @@ import numpy as np
 
 from siglip.errors import UserError
 from siglip.formats import key_maps, pali_gemma
-from siglip.formats.containers import LazyArray, open_safetensors, write_safetensors
+from siglip.formats.containers import LazyArray, open_safetensors, write_safetensors, written_bytes
 from siglip.formats.export_format import TOKENIZER_FILE, Dtype
 from siglip.formats.hf_inputs import preprocessor_json, read_naflex_pixels, read_pixels, read_tokens
 from siglip.formats.hf_tokenizer import convert
@@ -120,12 +120,14 @@ def write(
     *,
     tokenizer: Path | None = None,
     dtype: Dtype = "float32",
+    shard_bytes: int | None = None,
 ) -> None:
     """Writes a folder that `transformers` loads: both towers, or the vision tower alone when `config.text` is None.
 
     Args:
         tokenizer: SentencePiece model of the text tower; without one the folder has no tokenizer.
         dtype: of the weights; temperature, bias and fixed positions are float32 in either.
+        shard_bytes: the weights become several files of at most so many bytes, with an index; None: one file.
 
     Raises:
         UserError: Hugging Face's SigLIP cannot express this model.
@@ -141,7 +143,7 @@ def write(
         flat |= {"txt/head/kernel": np.eye(width, dtype=np.float32), "txt/head/bias": np.zeros(width, np.float32)}
 
     dtypes = {path: "float32" if path in exact else dtype for path in flat}
-    write_safetensors(folder / _WEIGHTS, _their_arrays(flat, dtypes, _entries(config)))
+    _write_weights(folder, _their_arrays(flat, dtypes, _entries(config)), shard_bytes)
     _write_json(folder / "config.json", config_json(config, dtype))
     image, text = config.image, config.text
     _write_json(folder / "preprocessor_config.json", preprocessor_json(image, with_texts=text is not None))
@@ -342,6 +344,28 @@ def _their_arrays(
 
     shapes = key_maps.torch_shapes(key_maps.flat_shapes(flat), entry_of)
     return {key: LazyArray(shapes[key], functools.partial(make, parts), theirs[key]) for key, parts in sources.items()}
+
+
+def _write_weights(folder: Path, arrays: Mapping[str, LazyArray], shard_bytes: int | None) -> None:
+    """One file, or several with an index, as transformers divides them: in order, a larger array alone in its file."""
+    shards: list[dict[str, LazyArray]] = [{}]
+    room: float = shard_bytes or math.inf
+    for key, array in arrays.items():
+        if shards[-1] and written_bytes(array) > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][key] = array
+        room -= written_bytes(array)
+    if len(shards) == 1:
+        write_safetensors(folder / _WEIGHTS, arrays)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / name, shard)
+        weight_map |= dict.fromkeys(shard, name)
+    total = sum(map(written_bytes, arrays.values()))
+    _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _weight_files(folder: Path) -> list[Path]:

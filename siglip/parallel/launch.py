@@ -26,7 +26,7 @@ from typing import NoReturn, TypeVar
 import jax
 from orbax.checkpoint import multihost
 
-from siglip.errors import RunFailed, UserError
+from siglip.errors import FailedAlone, RunFailed, UserError
 from siglip.parallel.collectives import gather_records
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,8 @@ def joined(
         lost = is_lost_process(error)
         if lost:
             error = RunFailed(f"another process of this job is gone ({str(error).splitlines()[0]})")
-        if lost or not wait_for_all("an error in every process", timeout_s=_TOGETHER_S):
+        alone = lost or isinstance(error, FailedAlone)
+        if alone or not wait_for_all("an error in every process", timeout_s=_TOGETHER_S):
             if jax.process_index() == 0:
                 time.sleep(_LAST_WORDS_S)
             end_process(*describe(error))

@@ -21,22 +21,24 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from siglip.errors import BAD_PATH, RunFailed
+from siglip.errors import BAD_PATH, FailedAlone, RunFailed
 from siglip.parallel import sharding
 from siglip.parallel.collectives import gather_records
-from siglip.parallel.launch import in_all_or_none, is_lost_process
+from siglip.parallel.launch import in_all_or_none, is_lost_process, wait_for_all
 from siglip.training import flops, optim, warm_start
 from siglip.training.config import BAD_INPUT, TrainConfig, from_json, resolve, to_json
 from siglip.training.divergence import NonFiniteLoss
 from siglip.training.hooks import Batches, Evaluate, RunHooks
 from siglip.training.lengths import StepOfLength, compile_lengths, length_shares, micro_batch_size
 from siglip.training.objective import all_param_shapes, make_objective
-from siglip.training.signals import Interrupted, SignalFlag, WaitedTooLong
+from siglip.training.signals import Interrupted, LeftAlone, SignalFlag, WaitedTooLong
 from siglip.training.step import TrainState, init_state, make_abstract_state, make_train_step
 from siglip.workdir.checkpoint import Checkpointer, whole_steps
 from siglip.workdir.files import CONFIG_FILE, check_same_run, open_workdir, read_config
 
 logger = logging.getLogger(__name__)
+
+_NO_DATA_S = 2  # between the moments at which processes find out that no data come: all got the signal together
 
 # Called once before the first step, with the step behind it, the parameters, and SignalFlag.stop_now.
 Prepare = Callable[[int, Mapping[str, Any], Callable[[], int | None]], None]
@@ -111,7 +113,7 @@ def train(
         steps, reason = whole_steps(workdir), str(error).splitlines()[0]
         where = f"step {steps[-1]} of" if steps else "the beginning, there is no checkpoint yet in"
         advice = f"start the same command again on every host: it goes on from {where} {workdir}"
-        raise RunFailed(f"another process of this job is gone ({reason}); {advice}") from error
+        raise FailedAlone(f"another process of this job is gone ({reason}); {advice}") from error
 
 
 @contextlib.contextmanager
@@ -153,14 +155,18 @@ def _steps(
             run_step = compile_lengths(program.step, config, program.abstract_state, program.mesh)
     for step in range(start_step + 1, last + 1):
         try:
-            with hooks.throughput.waiting_for_data(), signals.limited_wait():
+            with hooks.throughput.waiting_for_data(), signals.limited_wait(of_several=True):
                 batch = dict(next(batches))
         except StopIteration:
             raise RunFailed(f"the data ended before step {step} of {config.total_steps}") from None
-        except (Exception, WaitedTooLong):
+        except (Exception, WaitedTooLong) as error:
             # A terminal sends Ctrl-C to data workers too: their death is then no failure of the run.
-            if signals.received is None or jax.process_count() > 1:
+            several = jax.process_count() > 1
+            if signals.received is None or (several and not isinstance(error, WaitedTooLong)):
                 raise
+            if several and not wait_for_all(f"no data for step {step}", timeout_s=_NO_DATA_S):
+                saved = max(whole_steps(workdir), default=None)
+                raise LeftAlone(signals.received, step, saved, workdir) from None
             hooks.save(step - 1, state)
             raise Interrupted(signals.received, step - 1, workdir) from None
         keys = list(batch.pop("key", ()))

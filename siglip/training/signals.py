@@ -1,16 +1,22 @@
 """SIGTERM, SIGHUP and SIGINT as a question that the loop asks once a step, so that a run can save before it stops.
 
-One process notes them itself. Of several, jax's preemption service takes SIGTERM: all processes stop after the same step, a
-second or two later. SIGHUP and SIGINT are passed on to it, so that Ctrl-C on one host stops all of them.
+One process notes them itself. Several pass each on to jax's preemption service, as SIGTERM: all processes stop after the same
+step, a second or two later, also where Ctrl-C reaches one host alone.
 
-The trap: data that never come, or a long evaluation, would keep the question from being asked. In one process both are left
-`WAIT_S` after the signal. Of several processes none can leave alone: what hangs there is ended by its scheduler.
+The first trap: data that never come, or a long evaluation, would keep the question from being asked. In one process both are left
+`WAIT_S` after the signal. Several processes can leave the data together, where these come to none of them; where one alone has
+no data, the others are in the step already and what they trained since the last checkpoint is lost.
+
+The second trap: Python answers a signal when the main thread runs next. One that comes just before that thread begins to wait,
+or that the system hands to another thread, does not wake it. So whoever waits is woken every `_WAKE_S`.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -19,9 +25,11 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from siglip.errors import RunFailed
+from siglip.errors import FailedAlone, RunFailed
 
 WAIT_S = 3.0
+_WAKE_S = 0.5
+_WAKE = signal.SIGURG  # the one signal that nobody sends for a reason of ours and that does nothing by default
 
 
 class WaitedTooLong(BaseException):
@@ -43,6 +51,17 @@ class Interrupted(RunFailed):
         )
 
 
+class LeftAlone(FailedAlone):
+    """A signal arrived while this process had no data and others had begun the step; nothing can be saved."""
+
+    def __init__(self, signum: int, step: int, saved: int | None, workdir: Path) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name} while the data of step {step} did not come to process "
+            f"{jax.process_index()} and others had begun it: the same command goes on from "
+            f"{'the beginning' if saved is None else f'step {saved}'} (workdir {workdir})"
+        )
+
+
 class SignalFlag:
     """Notes the first signal instead of dying; a second one has its usual effect (SIGTERM: of one process only).
 
@@ -55,18 +74,25 @@ class SignalFlag:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._asked, self._waiting = 0, False
+        self._asked, self._waiting, self._noted_at = 0, False, 0.0
+        self._left = threading.Event()
+        self._of_jax: ctypes.Array | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "SignalFlag":
         noted = [signal.SIGINT] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGINT, signal.SIGHUP]
-        noted += [signal.SIGTERM] if jax.process_count() == 1 else []
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._note) for s in noted}
+            self._of_jax = _sigterm_handler() if jax.process_count() > 1 else None
+            self._previous = {s: signal.signal(s, self._note) for s in [*noted, signal.SIGTERM]}
+            self._usual_wake = signal.signal(_WAKE, self._look)
+            threading.Thread(target=self._wake, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._left.set()
         self._restore()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(_WAKE, self._usual_wake)
 
     def stop_now(self) -> int | None:
         """The number of the signal if all processes are to stop here, else None. Every process asks equally often."""
@@ -76,17 +102,16 @@ class SignalFlag:
         return int(signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(self._asked) else None
 
     @contextlib.contextmanager
-    def limited_wait(self) -> Iterator[None]:
-        """What may wait for ever. Raises WaitedTooLong in it, WAIT_S after the signal; never in one process of several."""
-        self._waiting = True
-        if self.received is not None:
-            self._set_alarm()
+    def limited_wait(self, *, of_several: bool = False) -> Iterator[None]:
+        """What may wait for ever. Raises WaitedTooLong in it, WAIT_S after the signal.
+
+        of_several: also in one process of several, which must then find out whether the others wait as well.
+        """
+        self._waiting = of_several or jax.process_count() == 1
         try:
             yield
         finally:
             self._waiting = False
-            if self.received is not None:
-                signal.setitimer(signal.ITIMER_REAL, 0)
 
     @contextlib.contextmanager
     def nothing_to_save(self) -> Iterator[None]:
@@ -98,24 +123,32 @@ class SignalFlag:
         finally:
             self._previous = {s: signal.signal(s, self._note) for s in noted}
 
-    def _set_alarm(self) -> None:
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGALRM, self._ring)
-            signal.setitimer(signal.ITIMER_REAL, WAIT_S)
+    def _wake(self) -> None:
+        main = threading.main_thread().ident
+        while not self._left.wait(_WAKE_S):
+            if self._waiting:
+                signal.pthread_kill(main, _WAKE)
 
-    def _ring(self, *_: object) -> None:
-        if self._waiting:
+    def _look(self, *_: object) -> None:
+        if self._waiting and self.received is not None and time.monotonic() - self._noted_at >= WAIT_S:
             raise WaitedTooLong(self.received)
 
     def _note(self, signum: int, _: FrameType | None) -> None:
-        self.received = signum
+        self.received, self._noted_at = signum, time.monotonic()
         self._restore()
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        elif self._waiting:
-            self._set_alarm()
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+        if self._previous and self._of_jax is not None:
+            _sigterm_handler(self._of_jax)
         self._previous = {}
+
+
+def _sigterm_handler(handler: ctypes.Array | None = None) -> ctypes.Array:
+    """The C handler of SIGTERM before this call. handler: one to put in its place. Python knows of its own handlers only."""
+    before = ctypes.create_string_buffer(1024)  # struct sigaction has 152 bytes on Linux
+    ctypes.CDLL(None).sigaction(int(signal.SIGTERM), handler, before)
+    return before

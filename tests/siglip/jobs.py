@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -171,8 +172,17 @@ class Job:
 
     def wait_until_held(self, index: int) -> None:
         """Until a process has come to its "STEP:hold"."""
+        self.wait_until(index, self.record(index).with_suffix(".holding").exists)
+
+    def wait_for_batch(self, index: int, step: int) -> None:
+        """Until a process has its batch of a step."""
+        record = self.record(index)
+        self.wait_until(index, lambda: record.exists() and f"[{step}, " in record.read_text())
+
+    def wait_until(self, index: int, over: Callable[[], bool]) -> None:
+        """While a process runs; never for ever."""
         deadline = time.monotonic() + 240
-        while not self.record(index).with_suffix(".holding").exists():
+        while not over():
             assert self.processes[index].poll() is None and time.monotonic() < deadline, self.output(index).read_text()
             time.sleep(0.05)
 

@@ -12,7 +12,7 @@ from data_pipelines.lock import LOCK_FILE, hold
 from siglip.cli import run
 from siglip.workdir.checkpoint import whole_steps
 from tests.siglip.cli.test_commands import fails, shard  # noqa: F401
-from tests.siglip.jobs import STEPS, Jobs
+from tests.siglip.jobs import ANY, STEPS, Jobs
 
 GONE_S = 40  # ten are promised on a machine that is not overloaded; other tests run beside these
 
@@ -74,13 +74,34 @@ def test_a_signal_while_data_hang_saves_what_was_trained(jobs, signum):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("hanging", [(1,), (0,), (0, 1)])
+def test_a_signal_while_data_hang_on_some_of_two_processes(jobs, hanging):
+    """All hang: what was trained is saved. One does: the other waits for it in the step, and both end."""
+    at = dict.fromkeys(hanging, "7:hold")
+    job = jobs.start("some-" + "".join(map(str, hanging)), processes=2, devices=1, toy=True, at=at)
+    for index in hanging:
+        job.wait_until_held(index)
+    for index in {0, 1} - set(hanging):
+        job.wait_for_batch(index, 7)
+    job.wait_until(0, lambda: whole_steps(job.workdir) == [4])
+    for process in job.processes:
+        process.send_signal(signal.SIGTERM)
+    if len(hanging) == 2:
+        lines = job.ends_with(128 + signal.SIGTERM, within_s=60)
+        assert all("stopped by SIGTERM at step 6, which is saved" in line for line in lines)
+        assert whole_steps(job.workdir)[-1] == 6
+    else:
+        (index,) = hanging
+        lines = job.ends_with(*(1 if own == index else ANY for own in range(2)), within_s=60)
+        assert f"the data of step 7 did not come to process {index}" in lines[index] and "from step 4" in lines[index]
+        assert whole_steps(job.workdir) == [4]
+
+
+@pytest.mark.slow
 def test_a_signal_while_workers_are_stopped_leaves_no_process(jobs):
     flags = ["--data.workers", "2", "--total-steps", "100000", "--checkpoint.every-steps", "100000"]
     job = jobs.start("stopped", *flags, processes=1, devices=1, toy=True, step_s=0.05)
-    deadline = time.monotonic() + 240
-    while not job.record(0).exists() or job.record(0).read_text().count("\n") < 5:
-        assert time.monotonic() < deadline and job.processes[0].poll() is None, job.output(0).read_text()
-        time.sleep(0.05)
+    job.wait_for_batch(0, 5)
     pids = children_of(job.processes[0].pid)
     workers = [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(workers) == 2

@@ -242,7 +242,36 @@ def test_bfloat16_is_half_the_size_and_the_rounded_model(tmp_path, source, monke
         np.testing.assert_array_equal(found[path], rounded)
 
 
-def test_only_some_formats_have_bfloat16(tmp_path, source):
+@pytest.mark.parametrize("own", [True, pytest.param(False, marks=pytest.mark.interop)])
+def test_weights_in_several_files(tmp_path, source, monkeypatch, own):
+    if own:
+        without_transformers(monkeypatch)
+    elif not HAS_TRANSFORMERS:
+        pytest.skip("needs torch and transformers: pip install '.[interop]'")
+    limit, folder = 100_000, tmp_path / "hf"
+    report = export(source, format="hf", out=folder, tower="both", shard_bytes=limit)
+    assert report.verified != own and max(report.differences["random"].values()) < 1e-5
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    count = len(files)
+    assert files == [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)] and count > 2
+    sizes = dict.fromkeys(files, 0)
+    for name in files:
+        with containers.open_safetensors([folder / name]) as stored:
+            assert sorted(stored) == sorted(key for key, file in index["weight_map"].items() if file == name)
+            sizes[name] = sum(array.read().nbytes for array in stored.values())
+            assert sizes[name] <= limit or len(stored) == 1
+    assert sum(sizes.values()) == index["metadata"]["total_size"]
+    for path, array in flatten(hugging_face.read(folder)[0]).items():
+        np.testing.assert_array_equal(array, flatten(big_vision.read(source)[0])[path])
+    export(source, format="hf", out=tmp_path / "one", tower="both", shard_bytes=10**9)
+    assert (tmp_path / "one" / "model.safetensors").exists()
+
+
+def test_only_some_formats_have_bfloat16_and_several_files(tmp_path, source):
+    for bad, format in ((0, "hf"), (100, "bigvision")):
+        with pytest.raises(UserError, match=f"shard_bytes={bad} is a positive number, for --format hf alone"):
+            export(source, format=format, out=tmp_path / "out", shard_bytes=bad)
     with pytest.raises(UserError, match="dtype='bfloat16': --format bigvision has float32; take one of these"):
         export(source, format="bigvision", out=tmp_path / "out", dtype="bfloat16")
 
