@@ -68,7 +68,10 @@ def test_a_run_is_evaluated_at_several_lengths_embedded_and_exported(trained, sh
     assert np.abs(z["long"] - z["own"]).max() > 1e-3
 
     assert (
-        run(["export", str(trained), "--format", "bigvision", "--image-size", "24", "--out", str(tmp_path / "24")]) == 0
+        run(
+            ["export", str(trained), "--format", "bigvision", "--image-size", "24", "24", "--out", str(tmp_path / "24")]
+        )
+        == 0
     )
     assert run(["embed", str(tmp_path / "24"), "--data", str(shard), "--out", str(tmp_path / "24.npz")]) == 0
 
