@@ -129,7 +129,7 @@ def train_and_test(way: str, seed: int, data: tuple[dict, dict], program, *, ste
 
 
 def time_of_a_token(*, turns: int = 15, rows: int = 2) -> float:
-    """Time of a training step of the NaFlex tower over that of the tower for one size: two blocks, 256 patches of square images."""
+    """Time of a training step of a NaFlex tower of two blocks over that of the one for one size, on square images."""
     fixed = ImageConfig("S/16", depth=2, image_size=(256, 256))
     rng, steps = np.random.default_rng(0), []
     images = rng.uniform(-1, 1, (rows, 256, 256, 3)).astype(np.float32)
