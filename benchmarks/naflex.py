@@ -128,13 +128,13 @@ def train_and_test(way: str, seed: int, data: tuple[dict, dict], program, *, ste
     return accuracies
 
 
-def time_of_a_token(*, turns: int = 15) -> float:
-    """Time of a training step of the NaFlex tower over that of the tower for one size: 256 patches of each of 4 square images."""
+def time_of_a_token(*, turns: int = 15, rows: int = 2) -> float:
+    """Time of a training step of a NaFlex tower of two blocks over that of the one for one size, on square images."""
     fixed = ImageConfig("S/16", depth=2, image_size=(256, 256))
     rng, steps = np.random.default_rng(0), []
-    images = rng.uniform(-1, 1, (4, 256, 256, 3)).astype(np.float32)
-    patches = images.reshape(4, 16, 16, 16, 16, 3).swapaxes(2, 3).reshape(4, 256, 768)
-    batches = {"image": images}, {"patches": patches, "grid": np.full((4, 2), 16, np.int32)}
+    images = rng.uniform(-1, 1, (rows, 256, 256, 3)).astype(np.float32)
+    patches = images.reshape(rows, 16, 16, 16, 16, 3).swapaxes(2, 3).reshape(rows, 256, 768)
+    batches = {"image": images}, {"patches": patches, "grid": np.full((rows, 2), 16, np.int32)}
     for image, batch in zip((fixed, dataclasses.replace(fixed, naflex=NaflexConfig())), batches, strict=True):
         model = make_model(ModelConfig(image, None, (None, None)))
         params = init_params(ModelConfig(image, None, (None, None)), jax.random.key(0))

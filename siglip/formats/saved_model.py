@@ -9,6 +9,9 @@
     model = tf.saved_model.load(folder)
     model.signatures["serving_default"](images=tf.constant([jpeg]), texts=tf.constant(["a dog"]))["probabilities"]
 
+A NaFlex tower takes patches: float32 [b, n, p] in [-1, 1] and grid: int32 [b, 2] in place of images, for any n, and its tokens
+come with mask: bool [b, n]; it has no `pixels`.
+
 For an image tower alone, `serving_default` is images -> image_tokens and, where it pools, image_embedding. Images are decoded
 and resized as Pillow does it (siglip.formats.tf_pixels), texts prepared and tokenized as in training (tf_tokens). The towers
 are StableHLO for CPU, CUDA and TPU with float32 products (jax2tf), for any b and k above 0; loading them needs neither jax nor
@@ -19,6 +22,7 @@ The trap: weights that a traced function merely closes over become constants, on
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +33,10 @@ import numpy as np
 
 from siglip.errors import UserError
 from siglip.formats import tf_pixels, tf_tokens
-from siglip.formats.export_format import ExportFormat, in_folder
+from siglip.formats.export_format import ExportFormat, Inputs, in_folder
 from siglip.formats.hf_tokenizer.convert import read_pieces, read_sentencepiece
 from siglip.formats.stablehlo import PLATFORMS, towers
+from siglip.models.naflex import Patches
 from siglip.models.two_tower import ModelConfig
 
 
@@ -39,13 +44,8 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, token
     """Writes both towers with the tokenizer in the graph, or the image tower alone when `config.text` is None.
 
     Raises:
-        UserError: there is a text tower but no tokenizer for it, or one with more pieces than the tower has; or it is NaFlex.
+        UserError: there is a text tower but no tokenizer for it, or one with more pieces than the tower has.
     """
-    if config.image.naflex is not None:
-        raise UserError(
-            "a SavedModel decodes and resizes images to one size, which a NaFlex model has not; add --image-size N, or export "
-            "with --format stablehlo, which takes patches"
-        )
     if config.text is not None and tokenizer is None:
         raise UserError(
             "a SavedModel takes raw texts, but the source has no tokenizer; put its spiece.model beside it, "
@@ -55,24 +55,32 @@ def write(folder: Path, params: Mapping[str, Any], config: ModelConfig, *, token
     tf = _tensorflow()
     module = tf.Module()
     with jax.default_matmul_precision("highest"):
-        graphs = _image_graphs(module, params, config)
+        graphs = (_image_graphs if config.image.naflex is None else _patch_graphs)(module, params, config)
         if pieces is not None:
             graphs |= _text_graphs(module, params, config, pieces=pieces)
         graphs["serving_default"] = _default(module, params, config, graphs)
+        inputs = _inputs(config)
         signatures = {
-            name: _strings(*arguments)(graph).get_concrete_function() for name, (arguments, graph) in graphs.items()
+            name: _of(*(inputs[name] for name in arguments))(graph).get_concrete_function()
+            for name, (arguments, graph) in graphs.items()
         }
     tf.saved_model.save(module, str(folder), signatures=signatures)
 
 
-def outputs(folder: Path, files: Sequence[bytes], texts: Sequence[str]) -> dict[str, np.ndarray]:
+def outputs(
+    folder: Path, files: Sequence[bytes], texts: Sequence[str], *, patches: Patches | None = None
+) -> dict[str, np.ndarray]:
     """Everything that a written model gives for images and texts: what the signatures return, probabilities included.
 
     `pixels` come as the tower takes them, float32 in [-1, 1]. Outputs that need texts, or files, are left out without them.
+
+    Args:
+        patches: in place of files, for a NaFlex model, whose padding is then zeros.
     """
     tf = _tensorflow()
     model = tf.saved_model.load(str(folder))
     given = {"images": tf.constant(list(files), tf.string), "texts": tf.constant(list(texts), tf.string)}
+    given |= {} if patches is None else {name: tf.constant(np.asarray(a)) for name, a in patches._asdict().items()}
     found = {}
     # The default one first: every other that has something to add compiles a tower again.
     for name in sorted(model.signatures, key="serving_default".__ne__):
@@ -83,6 +91,8 @@ def outputs(folder: Path, files: Sequence[bytes], texts: Sequence[str]) -> dict[
     found = {name: tensor.numpy() for name, tensor in found.items()}
     if "pixels" in found:
         found["pixels"] = found["pixels"].astype(np.float32) / np.float32(127.5) - 1
+    if (mask := found.pop("mask", None)) is not None:
+        found["image_tokens"] = np.where(mask[..., None], found["image_tokens"], 0)
     return found
 
 
@@ -97,7 +107,7 @@ def _image_graphs(module: Any, params: Mapping[str, Any], config: ModelConfig) -
     embed, weights = towers(params, config)[0]
     run = _lower(module, "image_weights", embed, weights, batches={"b": tf.TensorSpec((None, *size_px, 3), tf.uint8)})
 
-    @_strings("images")
+    @_of(_inputs(config)["images"])
     def pixels(images: tf.Tensor) -> tf.Tensor:
         shape = tf.TensorSpec((*size_px, 3), tf.uint8)
         return tf.map_fn(lambda data: tf_pixels.pixels(data, size_px, resample), images, fn_output_signature=shape)
@@ -109,6 +119,22 @@ def _image_graphs(module: Any, params: Mapping[str, Any], config: ModelConfig) -
     if config.embedding_dims[0] is not None:
         graphs["embed_images"] = ("images",), lambda images: {"image_embedding": run(pixels(images))["image_embedding"]}
     graphs["serving_default"] = ("images",), lambda images: run(pixels(images))
+    return graphs
+
+
+def _patch_graphs(module: Any, params: Mapping[str, Any], config: ModelConfig) -> dict[str, _Graph]:
+    embed, weights = towers(params, config)[0]
+    embed_patches = lambda params, *arrays: embed(params, Patches(*arrays))  # noqa: E731
+    inputs = _inputs(config)
+    names, batches = Patches._fields, {"b, n": inputs["patches"], "b": inputs["grid"]}
+    run = _lower(module, "image_weights", embed_patches, weights, batches=batches)
+
+    def only(*outputs: str) -> Callable[..., dict[str, Any]]:
+        return lambda *patches: {name: tensor for name, tensor in run(*patches).items() if name in outputs}
+
+    graphs: dict[str, _Graph] = {"image_tokens": (names, only("image_tokens", "mask")), "serving_default": (names, run)}
+    if config.embedding_dims[0] is not None:
+        graphs["embed_images"] = names, only("image_embedding")
     return graphs
 
 
@@ -124,7 +150,7 @@ def _text_graphs(module: Any, params: Mapping[str, Any], config: ModelConfig, *,
         module, "text_weights", embed, weights, batches={"k": tf.TensorSpec((None, config.text.length), tf.int32)}
     )
 
-    @_strings("texts")
+    @_of(_inputs(config)["texts"])
     def tokens(texts: tf.Tensor) -> tf.Tensor:
         return tf_tokens.tokens(texts, module.sentencepiece, config.text, eos=eos)
 
@@ -140,7 +166,7 @@ def _default(module: Any, params: Mapping[str, Any], config: ModelConfig, graphs
 
     if not {"embed_images", "embed_texts"} <= graphs.keys():
         return graphs["serving_default"]
-    (_, embed_images), (_, embed_texts) = graphs["embed_images"], graphs["embed_texts"]
+    (names, embed_images), (_, embed_texts) = graphs["embed_images"], graphs["embed_texts"]
 
     def compare(scalars: Any, zimg: jax.Array, ztxt: jax.Array) -> dict[str, jax.Array]:
         logits = jnp.exp(scalars["t"]) * (zimg @ ztxt.T) + scalars["b"]
@@ -152,19 +178,28 @@ def _default(module: Any, params: Mapping[str, Any], config: ModelConfig, graphs
     }
     run = _lower(module, "scalars", compare, scalars, batches=batches)
 
-    def pairs(images: Any, texts: Any) -> dict[str, Any]:
-        found = embed_images(images) | embed_texts(texts)
+    def pairs(*inputs: Any) -> dict[str, Any]:
+        *images, texts = inputs
+        found = embed_images(*images) | embed_texts(texts)
         return found | run(found["image_embedding"], found["text_embedding"])
 
-    return ("images", "texts"), pairs
+    return (*names, "texts"), pairs
 
 
-def _strings(*names: str) -> Callable[[Callable[..., Any]], Any]:
-    """Makes a function of lists of strings a function of the graph: stored once, however often it is called."""
+def _inputs(config: ModelConfig) -> dict[str, Any]:
+    """What the signatures take, by name."""
     import tensorflow as tf
 
-    signature = [tf.TensorSpec([None], tf.string, name) for name in names]
-    return lambda function: tf.function(function, autograph=False, input_signature=signature)
+    found = {name: tf.TensorSpec([None], tf.string, name) for name in ("images", "texts")}
+    found["patches"] = tf.TensorSpec([None, None, math.prod(config.image.patch) * 3], tf.float32, "patches")
+    return found | {"grid": tf.TensorSpec([None, 2], tf.int32, "grid")}
+
+
+def _of(*inputs: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a function of such tensors a function of the graph: stored once, however often it is called."""
+    import tensorflow as tf
+
+    return lambda function: tf.function(function, autograph=False, input_signature=inputs)
 
 
 def _lower(
@@ -172,7 +207,7 @@ def _lower(
 ) -> Callable[..., dict[str, Any]]:
     """A function of weights and batches as one of TensorFlow batches; the weights become variables of the module.
 
-    batches: the name of each one's first axis -> its TensorSpec.
+    batches: the names of each one's first axes, which may have any size -> its TensorSpec.
     """
     import tensorflow as tf
     from jax.experimental import jax2tf
@@ -204,6 +239,10 @@ _CONTRACT = (
     "- all of it happens inside the graph: it takes encoded files (JPEG, PNG, WebP, GIF's first frame, 24-bit BMP; EXIF turned "
     "but in WebP, transparency over white but in GIF) and raw UTF-8 texts; a damaged file is an InvalidArgumentError",
 )
+_PATCH_CONTRACT = (
+    "- patches and grids go in, as they are described above: a NaFlex model's images have no one size that a graph could make; "
+    "texts are raw UTF-8, and are tokenized inside",
+)
 _IMAGES = """
 import tensorflow as tf
 
@@ -217,17 +256,35 @@ print(outputs["probabilities"].numpy())
 """
 
 
+_PATCHES = """
+import tensorflow as tf
+
+model = tf.saved_model.load(".")
+images = {"patches": tf.zeros((1, 128, PATCH)), "grid": tf.constant([[8, 16]])}
+print(model.signatures["image_tokens"](**images)["image_tokens"].shape)
+"""
+
+
 def _example(config: ModelConfig, has_tokenizer: bool) -> str:
+    naflex = config.image.naflex is not None
+    images = _PATCHES if naflex else _IMAGES
     if config.text is None:
-        return in_folder("tensorflow", _IMAGES)
-    return in_folder("tensorflow tensorflow-text", f"import tensorflow_text  # for its ops{_IMAGES}{_TEXTS.lstrip()}")
+        return in_folder("tensorflow", images)
+    texts = _TEXTS.replace("images=tf.stack([image])", "**images") if naflex else _TEXTS
+    return in_folder("tensorflow tensorflow-text", f"import tensorflow_text  # for its ops{images}{texts.lstrip()}")
+
+
+def _outputs(folder: Path, case: Inputs) -> dict[str, np.ndarray]:
+    if isinstance(case.images, Patches):
+        return outputs(folder, [], case.texts, patches=case.images)
+    return outputs(folder, case.files, case.texts)
 
 
 EXPORT = ExportFormat(
     library="tensorflow",
     write=lambda folder, params, config, *, tokenizer, layout: write(folder, params, config, tokenizer=tokenizer),
     example=_example,
-    outputs=lambda folder, cases: [outputs(folder, case.files, case.texts) for case in cases],
-    contract=lambda config, has_tokenizer: _CONTRACT,
+    outputs=lambda folder, cases: [_outputs(folder, case) for case in cases],
+    contract=lambda config, has_tokenizer: _CONTRACT if config.image.naflex is None else _PATCH_CONTRACT,
     takes_files=True,
 )

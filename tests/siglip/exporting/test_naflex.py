@@ -92,10 +92,20 @@ def test_transformers_reads_what_is_exported(source, tmp_path, tower):
     assert "Siglip2VisionModel" in card  # there is no tokenizer for an example with texts
 
 
-def test_a_saved_model_has_images_of_one_size(source, tmp_path):
-    with pytest.raises(UserError, match="add --image-size N, or export with --format stablehlo"):
-        export(source, format="savedmodel", out=tmp_path / "out", samples=lambda config, tokenizer: None)
-    assert not (tmp_path / "out").exists()
+@pytest.mark.slow
+def test_a_saved_model_takes_patches_and_strings(source, tmp_path):
+    pytest.importorskip("tensorflow_text")
+    path = tmp_path / "model.npz"
+    config = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, vocab_size=4000, length=8))
+    big_vision.write(path, random_params(config), config)
+    (tmp_path / "spiece.model").write_bytes((SAMPLE / "spiece.model").read_bytes())
+    pairs = open_source(str(SAMPLE / "emoji-heldout-*.tar"))
+    samples = lambda config, tokenizer: sample_inputs(pairs, config, tokenizer)  # noqa: E731
+    report = export(path, format="savedmodel", out=tmp_path / "out", tower="both", samples=samples)
+    found = report.differences["sample"]
+    wanted = {"image_tokens", "image_embedding", "text_embedding", "logits", "probabilities", "tokens"}
+    assert set(found) == wanted and max(found.values()) < 1e-5 and report.verified
+    assert "patches and grids go in" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("size", [(24, 24), (40, 16)])
