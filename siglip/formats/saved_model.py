@@ -169,7 +169,8 @@ def _default(module: Any, params: Mapping[str, Any], config: ModelConfig, graphs
     (names, embed_images), (_, embed_texts) = graphs["embed_images"], graphs["embed_texts"]
 
     def compare(scalars: Any, zimg: jax.Array, ztxt: jax.Array) -> dict[str, jax.Array]:
-        logits = jnp.exp(scalars["t"]) * (zimg @ ztxt.T) + scalars["b"]
+        t, b = (scalars[name].reshape(1, 1) for name in "tb")
+        logits = jnp.exp(t) * (zimg @ ztxt.T) + b
         return {"logits": logits, "probabilities": jax.nn.sigmoid(logits)}
 
     scalars = {name: params[name] for name in ("t", "b")}
