@@ -124,9 +124,7 @@ class Loader:
         self._position += 1
         self.counts.update(batch.pop("replaced"))
         if (lines := batch.pop("several_lines")) and self._tells_of_lines:
-            told = (
-                "captions of a batch have several lines, used as one; where each is a caption, name the field 'txt.*'"
-            )
+            told = "captions of a batch have several lines, used as one; if each is a caption, name 'txt.*'"
             warnings.warn(f"{lines} of {len(batch['key'])} {told}", stacklevel=2)
             self._tells_of_lines = False
         return batch
