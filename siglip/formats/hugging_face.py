@@ -270,7 +270,7 @@ def _parts(tree: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dict[s
     if kind in (_VISION_TYPE, _NAFLEX[_VISION_TYPE]):
         return _vision(dict(tree), kind, source), None
     if pali_gemma.has_tower(tree):
-        return _VISION_DEFAULTS | pali_gemma.vision_config(tree, source=source), None
+        return _vision(pali_gemma.vision_config(tree, source=source), _VISION_TYPE, source), None
     fix = f"'siglip', {_VISION_TYPE!r} and {pali_gemma.MODEL_TYPE!r} can, and models whose vision_config is a {_VISION_TYPE!r}"
     if kind in (_TEXT_TYPE, _NAFLEX[_TEXT_TYPE]):
         fix = "it is a text tower alone; take the folder of the whole model, model_type 'siglip' or 'siglip2'"
