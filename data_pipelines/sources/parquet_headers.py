@@ -76,7 +76,7 @@ def _pages(data: bytes) -> Iterator[tuple[int, int, int]]:
             count = next((header[field][1] for field in (5, 7, 8) if field in header), 0)
             at += max(0, compressed)
             yield kind, max(0, uncompressed), max(0, count)
-        except (Damaged, KeyError, TypeError):
+        except (Damaged, IndexError, KeyError, TypeError):
             return  # pyarrow tells what is wrong
 
 

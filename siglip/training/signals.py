@@ -8,7 +8,8 @@ The first trap: data that never come, or a long evaluation, would keep the quest
 no data, the others are in the step already and what they trained since the last checkpoint is lost.
 
 The second trap: Python answers a signal when the main thread runs next. One that comes just before that thread begins to wait,
-or that the system hands to another thread, does not wake it. So whoever waits is woken every `_WAKE_S`.
+or that the system hands to another thread, does not wake it. So who waits for a batch is woken every `_WAKE_S`, and an
+evaluation, which calls much that may not like it, once a signal has come.
 """
 
 import contextlib
@@ -74,7 +75,7 @@ class SignalFlag:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._asked, self._waiting, self._noted_at = 0, False, 0.0
+        self._asked, self._waiting, self._only_waits, self._noted_at = 0, False, False, 0.0
         self._left = threading.Event()
         self._of_jax: ctypes.Array | None = None
         self._previous: dict[int, Any] = {}
@@ -105,8 +106,10 @@ class SignalFlag:
     def limited_wait(self, *, of_several: bool = False) -> Iterator[None]:
         """What may wait for ever. Raises WaitedTooLong in it, WAIT_S after the signal.
 
-        of_several: also in one process of several, which must then find out whether the others wait as well.
+        of_several: also in one process of several, which must then find out whether the others wait as well; nothing else is
+            done in this wait.
         """
+        self._only_waits = of_several
         self._waiting = of_several or jax.process_count() == 1
         try:
             yield
@@ -126,7 +129,7 @@ class SignalFlag:
     def _wake(self) -> None:
         main = threading.main_thread().ident
         while not self._left.wait(_WAKE_S):
-            if self._waiting:
+            if self._waiting and (self._only_waits or self.received is not None):
                 signal.pthread_kill(main, _WAKE)
 
     def _look(self, *_: object) -> None:

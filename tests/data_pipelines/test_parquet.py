@@ -285,6 +285,8 @@ def test_headers_that_are_cut_are_damaged(tmp_path, cut):
     footer = data[len(data) - 8 - int.from_bytes(data[-8:-4], "little") : -8]
     with pytest.raises(parquet_headers.Damaged):
         parquet_headers.read_columns(footer[:cut], len(data))
+    lists = bytes.fromhex("1500 1502 1502 2905 00")  # where the numbers of a page should be
+    assert parquet_headers.expansion(lists) == (0, 0, 0)
     deep = bytes([0x1C]) * 100_000  # structs in structs
     with pytest.raises(parquet_headers.Damaged, match="nested too deep"):
         parquet_headers.read_columns(deep, len(data))

@@ -232,3 +232,9 @@ def free_port() -> int:
     with socket.socket() as server:
         server.bind(("", 0))
         return server.getsockname()[1]
+
+
+def children_of(pid: int) -> list[int]:
+    """Of a process, and theirs."""
+    own = [int(pid) for file in Path(f"/proc/{pid}/task").glob("*/children") for pid in file.read_text().split()]
+    return own + [pid for child in own for pid in children_of(child)]

@@ -12,7 +12,7 @@ from data_pipelines.lock import LOCK_FILE, hold
 from siglip.cli import run
 from siglip.workdir.checkpoint import whole_steps
 from tests.siglip.cli.test_commands import fails, shard  # noqa: F401
-from tests.siglip.jobs import ANY, STEPS, Jobs
+from tests.siglip.jobs import ANY, STEPS, Jobs, children_of
 
 GONE_S = 40  # ten are promised on a machine that is not overloaded; other tests run beside these
 
@@ -28,12 +28,6 @@ def contents(folder: Path) -> dict:
     """Of all files but the lock, which its holder touches."""
     paths = [path for path in folder.rglob("*") if path.name != LOCK_FILE]
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
-
-
-def children_of(pid: int) -> list[int]:
-    """Of a process, and theirs."""
-    own = [int(pid) for file in Path(f"/proc/{pid}/task").glob("*/children") for pid in file.read_text().split()]
-    return own + [pid for child in own for pid in children_of(child)]
 
 
 def all_gone(pids: list[int]) -> bool:
