@@ -199,7 +199,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_with_its_config_file(t
     odd, square = square_model(image={"image_size": (16, 24)}), square_model()
     big_vision.write(tmp_path / "m.npz", random_params(odd), odd)
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(np.lib.format, "write_array", full)
