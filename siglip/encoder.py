@@ -312,7 +312,7 @@ class ImageEncoder:
         """Writes the tower as it is now into FILE.npz: a SRC again, whose layer -1 is where this tower ends.
 
         Raises:
-            UserError: `out` is not FILE.npz in a folder that exists, or the leaves are not the tower's arrays; nothing is written.
+            UserError: `out` is not FILE.npz in a folder that exists, or its leaves are not the tower's; nothing is written.
         """
         out = Path(out).expanduser()
         if out.suffix != ".npz" or not out.parent.is_dir():
