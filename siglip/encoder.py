@@ -317,13 +317,10 @@ class ImageEncoder:
         return dataclasses.replace(self, frozen=False)
 
     def save(self, out: str | Path) -> None:
-        """Writes the tower as it is now into FILE.npz, under the published names: a SRC again, whichever layer it ends at.
-
-        `load_encoder(out)` then gives the same tokens; what was cut off is not in it, so layer -1 is where it ends.
+        """Writes the tower as it is now into FILE.npz: a SRC again, whose layer -1 is where this tower ends.
 
         Raises:
-            UserError: `out` is not FILE.npz in a folder that exists, or the leaves are not the tower's arrays. Nothing is written
-                then, and a file that was there stays.
+            UserError: `out` is not FILE.npz in a folder that exists, or its leaves are not the tower's; nothing is written.
         """
         out = Path(out).expanduser()
         if out.suffix != ".npz" or not out.parent.is_dir():
@@ -335,9 +332,7 @@ class ImageEncoder:
 
     @jax.jit
     def _forward(self, images: Array | Patches) -> tuple[Array | None, dict[str, Array]]:
-        params = self.params
-        if self.frozen:
-            images, params = jax.lax.stop_gradient((images, params))
+        images, params = jax.lax.stop_gradient((images, self.params)) if self.frozen else (images, self.params)
         tower = ViT(self.config, self.head_dim, _attention_of(self.config))
         pooled, out = tower.apply({"params": params}, images)
         return pooled, {name: out[name] for name in ("encoded", "mask") if name in out}
@@ -389,8 +384,8 @@ def load_encoder(
     if layer != -1:
         params, head_dim = _cut(params, depth + layer + 1), None
         # The class token is part of the sequence: a tower that has one keeps it.
-        pool = "tok" if image.pool == "tok" else "none"
-        image = dataclasses.replace(image, depth=depth + layer + 1, pool=pool, final_norm=False)
+        kept = {"depth": depth + layer + 1, "pool": "tok" if image.pool == "tok" else "none", "final_norm": False}
+        image = dataclasses.replace(image, **kept)
     return ImageEncoder(jax.device_put(params), image, head_dim, layer, frozen)
 
 
@@ -401,8 +396,7 @@ def _attention_of(config: ImageConfig) -> AttentionFn:
         "head_dim": config.spec.width // config.spec.num_heads,
         "dtype": config.dtype,
     }
-    kernel = choose_kernel(config.attention, device=jax.devices()[0], **sizes)
-    mesh = jax.sharding.get_abstract_mesh()
+    kernel, mesh = choose_kernel(config.attention, device=jax.devices()[0], **sizes), jax.sharding.get_abstract_mesh()
     return functools.partial(attention_fn, kernel=kernel, mesh=mesh if {"data", "fsdp"} <= {*mesh.axis_names} else None)
 
 

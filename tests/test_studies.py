@@ -1,6 +1,7 @@
 """The losses and the noise that the studies add to the product's."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,18 +10,18 @@ from benchmarks.studies.driver import Pairs
 from siglip.losses import sigmoid_loss
 
 
-def embeddings(pairs: int = 12, width: int = 8) -> tuple[np.ndarray, np.ndarray]:
+def embeddings(pairs: int = 12, width: int = 8) -> tuple[jax.Array, jax.Array]:
     drawn = np.random.default_rng(0).normal(size=(2, pairs, width)).astype(np.float32)
-    return tuple(drawn / np.linalg.norm(drawn, axis=-1, keepdims=True))
+    return tuple(jnp.asarray(drawn / np.linalg.norm(drawn, axis=-1, keepdims=True)))
 
 
 def knobs(kind: str, kept: int) -> jax.Array:
-    return jax.numpy.asarray((kept, *negative_ratio.KINDS[kind]))
+    return jnp.asarray((kept, *negative_ratio.KINDS[kind]))
 
 
 @pytest.mark.parametrize("kind", negative_ratio.KINDS)
 def test_with_all_negatives_a_masked_loss_is_the_sigmoid_loss(kind):
-    (zimg, ztxt), t, b = embeddings(), np.float32(2.0), np.float32(-2.5)
+    (zimg, ztxt), t, b = embeddings(), jnp.float32(2.0), jnp.float32(-2.5)
     masked = negative_ratio.masked(zimg, ztxt, t, b, jax.random.key(0), knobs(kind, 11))
     # 144 terms of size up to 10 and their sum, in float32: 144 roundings of 6e-8 of a sum below 100.
     np.testing.assert_allclose(masked, sigmoid_loss(zimg, ztxt, t, b), rtol=1e-5)
@@ -29,7 +30,7 @@ def test_with_all_negatives_a_masked_loss_is_the_sigmoid_loss(kind):
 def test_the_hardest_negatives_cost_most_and_the_easiest_least():
     (zimg, ztxt), key = embeddings(), jax.random.key(0)
     easy, random, hard = (
-        float(negative_ratio.masked(zimg, ztxt, np.float32(2.0), np.float32(0.0), key, knobs(kind, 3)))
+        float(negative_ratio.masked(zimg, ztxt, jnp.float32(2.0), jnp.float32(0.0), key, knobs(kind, 3)))
         for kind in ("easy", "random", "hard")
     )
     assert easy < random < hard
