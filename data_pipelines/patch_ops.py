@@ -44,6 +44,12 @@ def fit_grid(size_px: tuple[float, float], patch_px: tuple[int, int], max_patche
     return grid(low)
 
 
+def fit_size(size_px: tuple[float, float], patch_px: tuple[int, int], max_patches: int) -> tuple[int, int]:
+    """(h, w) in pixels of the grid of an image. Args, Raises: as `fit_grid`."""
+    down, across = fit_grid(size_px, patch_px, max_patches)
+    return down * patch_px[0], across * patch_px[1]
+
+
 def cut_patches(image: np.ndarray, patch_px: tuple[int, int], length: int) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [h, w, c], whole patches -> patches [length, p_h p_w c], zeros after the last; and their grid, int32 [2]."""
     (patch_h, patch_w), (h, w, channels) = patch_px, image.shape

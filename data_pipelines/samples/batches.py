@@ -90,8 +90,10 @@ class TrainBatches:
             fields = self._fields_at(place.position // self.reader.batch_pairs)
             values, key, reason = self.sample(place, fields)
             several += values.pop("several_lines", False)
+            # The rows of a step may be shorter than the memory they lie in.
+            shapes = {name: shape for field in fields for name, (shape, _) in field.arrays.items()}
             for name, value in values.items():
-                arrays[name][(place.row, *map(slice, np.shape(value)))] = value
+                arrays[name][(place.row, *map(slice, shapes[name]))] = value
             keys.append(key)
             if reason:
                 replaced[reason] += 1

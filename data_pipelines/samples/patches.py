@@ -13,7 +13,7 @@ from data_pipelines.augment import AugmentConfig
 from data_pipelines.counter_rng import Rng
 from data_pipelines.errors import UserError
 from data_pipelines.order.lengths import Lengths
-from data_pipelines.patch_ops import cut_patches, fit_grid
+from data_pipelines.patch_ops import cut_patches, fit_size
 from data_pipelines.samples.pairs import SamplePair
 from data_pipelines.samples.pixels import draw_image
 
@@ -68,10 +68,7 @@ class Patches:
 
     def make(self, pair: SamplePair, rng: Rng) -> dict[str, np.ndarray]:
         def size_of(size_px: tuple[float, float]) -> tuple[int, int]:
-            if self.size_px is not None:
-                return self.size_px
-            down, across = fit_grid(size_px, self.patch_px, self.length)
-            return down * self.patch_px[0], across * self.patch_px[1]
+            return self.size_px or fit_size(size_px, self.patch_px, self.length)
 
         image = draw_image(pair.pixels, self.augment, size_of, rng, resample=self.resample, exact=self.exact)
         patches, grid = cut_patches(image, self.patch_px, self.length)
@@ -82,9 +79,7 @@ def check_settings(config: Any, patches: Patches | None) -> None:
     """Raises UserError for settings of a `loader.DataConfig` that do not go with `patches`."""
     if patches is None:
         if config.lengths is not None:
-            raise UserError(
-                "data.lengths is of NaFlex models, which model.image is not; set model.image.naflex, or leave it out"
-            )
+            raise UserError("data.lengths is for NaFlex models; set model.image.naflex, or leave data.lengths out")
         return
     noisy = config.noise is not None and config.noise.image > 0
     wrong = {"jpeg_scaling": config.jpeg_scaling, "noise.image": noisy, "image_embeddings": config.image_embeddings}

@@ -16,6 +16,7 @@ from data_pipelines.samples.noise import NoiseConfig
 from data_pipelines.samples.pairs import SamplePair
 from data_pipelines.samples.patches import Patches
 from data_pipelines.sources.webdataset import TarSource
+from data_pipelines.tokenizers import SentencePieceTokenizer
 from tests.data_pipelines.shards import SAMPLE_TRAIN
 from tests.data_pipelines.streams import SAMPLE_CONFIG, SHAPES, take
 
@@ -147,6 +148,14 @@ def test_one_length_per_step_and_the_pairs_of_a_run_with_images():
     assert len({batch["patches"].shape for batch in batches[2:]}) > 1 and loader.state()["position"] == 8
 
 
+def test_a_row_that_is_too_short_is_no_part_of_a_batch(monkeypatch):
+    """The memory of a batch is not cleared: what a field leaves out would be what stood there before."""
+    encode = SentencePieceTokenizer.encode
+    monkeypatch.setattr(SentencePieceTokenizer, "encode", lambda self, text, length: encode(self, text, length)[:-1])
+    with pytest.raises(ValueError, match="could not broadcast"):
+        naflex(1)
+
+
 def test_squares_before_the_start_are_the_images_of_a_run_of_one_size():
     batches, _ = naflex(1)
     plain, _ = take(SAMPLE_CONFIG, 1, image_size=(16, 16))
@@ -199,6 +208,8 @@ def test_evaluation_keeps_aspect_ratios_too():
         ({"patches": (4, 4)}, "patches=.* different"),
         ({"weights": (1.0,)}, "weights=.* must be 5 positive numbers"),
         ({"patches": (4,), "weights": (0.0,)}, "weights=.* must be 1 positive"),
+        ({"patches": (4, 9), "weights": (1.0, math.nan)}, "weights=.* must be 2 positive"),
+        ({"patches": (4, 9), "weights": (math.inf, 1.0)}, "weights=.* must be 2 positive"),
         ({"start": 1.0}, "start=1.0 is a fraction"),
     ],
 )
