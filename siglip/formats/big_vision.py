@@ -81,15 +81,17 @@ def _opened(
         config = _read_sidecar(sidecar(file))
     with open_npz(file) as stored:
         arrays = _only_subtree(_parameters(stored, source), subtree, source)
-        arrays, naflex = _from_naflex(arrays, config, source)
+        arrays, naflex_size = _from_naflex(arrays, config, source)
+        image_size = naflex_size or image_size
         patches = _patches(arrays, config, image_size)
         arrays = old_names.modernise(arrays, patches=patches, source=source)
         _refuse_other_models(arrays, source)
         shapes = key_maps.flat_shapes(arrays)
         inferred = _given(config, shapes) if config else infer_config(shapes, image_size=image_size, source=source)
         config = _in_layout_of(inferred.config, arrays, source)
-        if naflex and config.image.naflex is None:
-            config = dataclasses.replace(config, image=dataclasses.replace(config.image, naflex=NaflexConfig()))
+        if naflex_size and config.image.naflex is None:
+            image = dataclasses.replace(config.image, image_size=naflex_size, naflex=NaflexConfig())
+            config = dataclasses.replace(config, image=image)
         expected = expected_shapes(config) | inferred.unclear
         key_maps.check_arrays(arrays, expected, source=source, problems=inferred.problems)
         yield arrays, config
@@ -215,11 +217,18 @@ def _refuse_other_models(arrays: Mapping[str, LazyArray], source: str) -> None:
 
 def _from_naflex(
     arrays: Mapping[str, LazyArray], config: ModelConfig | None, source: str
-) -> tuple[dict[str, LazyArray], bool]:
-    """The arrays as those of a tower for images of one size, and whether they are a NaFlex tower's."""
+) -> tuple[dict[str, LazyArray], tuple[int, int] | None]:
+    """The arrays as those of a tower for images of one size; and of a NaFlex tower the size whose grid its positions have."""
     kernel, positions = arrays.get("img/embedding/kernel"), arrays.get("img/pos_embedding")
-    if kernel is None or len(kernel.shape) != 2:
-        return dict(arrays), False
+    is_naflex = kernel is not None and len(kernel.shape) == 2
+    if config is not None and kernel is not None and is_naflex != (config.image.naflex is not None):
+        kinds = ("is a NaFlex tower's", "is of a tower for images of one size")
+        found, told = kinds if is_naflex else kinds[::-1]
+        raise UserError(
+            f"{source}: img/embedding/kernel {kernel.shape} {found}, but its config {told}: a mixture; copy both files again"
+        )
+    if not is_naflex:
+        return dict(arrays), None
     inputs, width = kernel.shape
     side = math.isqrt(inputs // 3)
     patch = (side, side) if config is None else config.image.patch
@@ -232,8 +241,13 @@ def _from_naflex(
             f"{told}, and img/pos_embedding {shape} is not (rows, columns, width) as its positions are; is it of another model?"
         )
     rows, columns, depth = positions.shape
+    if config is not None and (rows, columns) != config.image.grid:
+        raise UserError(
+            f"{source}: img/pos_embedding {positions.shape} has {rows} x {columns} positions, but the config's image has "
+            f"{config.image.grid[0]} x {config.image.grid[1]} patches; copy both files again"
+        )
     shapes = {"img/embedding/kernel": (*patch, 3, width), "img/pos_embedding": (1, rows * columns, depth)}
-    return _reshaped(arrays, shapes), True
+    return _reshaped(arrays, shapes), (rows * patch[0], columns * patch[1])
 
 
 def _to_naflex(arrays: Mapping[str, LazyArray], config: ModelConfig) -> dict[str, LazyArray]:
@@ -321,6 +335,11 @@ images = np.zeros((1, HEIGHT, WIDTH, 3), np.float32)
 print(model.image_tokens(images).shape)
 ```
 """
+_ONE_SIZE = """images = np.zeros((1, HEIGHT, WIDTH, 3), np.float32)
+print(model.image_tokens(images).shape)"""
+_ANY_SIZE = """images = [np.zeros((40, 90, 3), np.uint8)]  # of any size; Pillow's images too
+tokens, mask = model.image_tokens(images)  # mask: False where a token is padding
+print(tokens.shape, mask.sum())"""
 
 
 def _warnings(config: ModelConfig, has_tokenizer: bool) -> list[str]:
@@ -332,10 +351,14 @@ def _warnings(config: ModelConfig, has_tokenizer: bool) -> list[str]:
     ]
 
 
+def _example(config: ModelConfig, has_tokenizer: bool) -> str:
+    return _EXAMPLE if config.image.naflex is None else _EXAMPLE.replace(_ONE_SIZE, _ANY_SIZE)
+
+
 EXPORT = ExportFormat(
     library="big_vision",
     write=_export,
     warnings=_warnings,
-    example=lambda config, has_tokenizer: _EXAMPLE,
+    example=_example,
     layouts=("loop", "scan"),
 )

@@ -35,6 +35,14 @@ _TOKENIZER = (
     "text"
 )
 _NO_TOKENIZER = "- no tokenizer is here, because the source had none: use that of training"
+_ONE_COLUMN = (
+    "torch resizes the positions of an image of one column of several patches (very tall, few patches) wrongly on CPUs, so "
+    "transformers gives such images other embeddings than their source; the verification leaves them out"
+)
+_NO_PROCESSOR = (
+    "- take AutoImageProcessor and AutoTokenizer, not AutoProcessor: transformers' Siglip2Processor sets patches of 16 px, 256 "
+    "of them, and texts of 64 tokens itself, whatever is written here"
+)
 _EXAMPLE_IMAGES = """
 import torch
 import transformers
@@ -168,15 +176,20 @@ def _no_pipeline(config: ModelConfig) -> list[str]:
 
 
 def _contract(config: ModelConfig, has_tokenizer: bool) -> list[str]:
+    notes = [f"- note: {warning}" for warning in [*_one_column(config), *_no_pipeline(config)]]
     if config.text is None:
-        return [_UPRIGHT, _PIXELS]
-    notes = [f"- note: {warning}" for warning in _no_pipeline(config)]
+        return [_UPRIGHT, _PIXELS, *notes]
+    notes += [] if config.image.naflex is None else [_NO_PROCESSOR]
     return [_UPRIGHT, _PIXELS, _TOKENIZER if has_tokenizer else _NO_TOKENIZER, *notes]
 
 
 def _warnings(config: ModelConfig, has_tokenizer: bool) -> list[str]:
     lacks = ["the source has no tokenizer, so the folder has none"] if config.text and not has_tokenizer else []
-    return _no_pipeline(config) + lacks
+    return _one_column(config) + _no_pipeline(config) + lacks
+
+
+def _one_column(config: ModelConfig) -> list[str]:
+    return [] if config.image.naflex is None else [_ONE_COLUMN]
 
 
 def _example(config: ModelConfig, has_tokenizer: bool) -> str:

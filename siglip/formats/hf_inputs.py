@@ -63,22 +63,24 @@ def read_pixels(folder: Path, *, image_size: tuple[int, int], inside: bool = Fal
     return _pixel_config(path, tree, _DEFAULT_FILTERS, problems, to=to, inside=inside)
 
 
-def read_naflex_pixels(folder: Path, *, patch_px: int) -> tuple[PixelConfig, int]:
-    """The same for a NaFlex tower, and the most patches of an image.
+def read_naflex_pixels(folder: Path, *, patch_px: int, patches: int, inside: bool = False) -> tuple[PixelConfig, int]:
+    """The same for a NaFlex tower, and the most patches of an image: `patches` where the folder has no preprocessor.
 
     Raises:
         UserError: as `read_pixels`, or its patches are not the tower's.
     """
     path, tree = _processor(folder)
-    patches, problems = tree.get("max_num_patches", NaflexConfig.patches), []
     if not tree:
         return PixelConfig(), patches
+    told, problems = tree.get("max_num_patches", NaflexConfig.patches), []
     if tree.get("patch_size", 16) != patch_px:
         problems.append(f"patch_size={tree.get('patch_size', 16)!r}, but config.json has patch_size={patch_px}")
-    if type(patches) is not int or patches < 1:
-        problems.append(f"max_num_patches={patches!r} is not a positive number")
-    to = f"images in at most {NaflexConfig.patches} patches (bilinear), scaled to [-1, 1]"
-    return _pixel_config(path, tree, {"Siglip2ImageProcessor": 2}, problems, to=to), patches
+    if type(told) is not int or told < 1:
+        problems.append(f"max_num_patches={told!r} is not a positive number")
+    else:
+        patches = told
+    to = f"images in at most {patches} patches (bilinear), scaled to [-1, 1]"
+    return _pixel_config(path, tree, {"Siglip2ImageProcessor": 2}, problems, to=to, inside=inside), patches
 
 
 def _processor(folder: Path) -> tuple[Path, Mapping[str, Any]]:

@@ -44,6 +44,8 @@ _NAFLEX = {
     "siglip_vision_model": "siglip2_vision_model",
     "siglip_text_model": "siglip2_text_model",
 }
+# Our own field: transformers has a default, max_num_patches in preprocessor_config.json, but no limit.
+_LIMIT = "siglip_max_patches"
 _NAFLEX_TYPES = ("siglip2", "siglip2_vision_model")
 _SIZES = {
     "hidden_size": "width", "intermediate_size": "mlp_dim", "num_hidden_layers": "depth", "num_attention_heads": "num_heads",
@@ -52,6 +54,7 @@ _SIZES = {
 _VARIANT = {theirs: getattr(VARIANTS["B"], ours) for theirs, ours in _SIZES.items()}
 _VISION_DEFAULTS = _VARIANT | {"image_size": 224, "patch_size": 16, "num_channels": 3, "vision_use_head": True}
 _NAFLEX_DEFAULTS = _VARIANT | {"num_patches": 256, "patch_size": 16, "num_channels": 3, "vision_use_head": True}
+_NAFLEX_DEFAULTS |= {_LIMIT: NaflexConfig.max_patches}
 _TEXT_DEFAULTS = _VARIANT | {"vocab_size": 32_000, "max_position_embeddings": 64}
 _FIXED = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "attention_dropout": 0.0}
 
@@ -105,8 +108,10 @@ def read_config(folder: str | Path, *, with_texts: bool = True) -> ModelConfig:
         pixels = read_pixels(path.parent, image_size=image.image_size, inside=pali_gemma.has_tower(tree))
         image = dataclasses.replace(image, pixels=pixels)
     else:
-        pixels, patches = read_naflex_pixels(path.parent, patch_px=image.patch[0])
-        naflex = NaflexConfig(patches, max(patches, NaflexConfig.max_patches))
+        pixels, patches = read_naflex_pixels(
+            path.parent, patch_px=image.patch[0], patches=image.naflex.patches, inside=pali_gemma.has_tower(tree)
+        )
+        naflex = NaflexConfig(patches, max(patches, image.naflex.max_patches))
         image = dataclasses.replace(image, pixels=pixels, naflex=naflex)
     if with_texts and text is not None:
         text = dataclasses.replace(text, tokens=read_tokens(path.parent))
@@ -143,13 +148,15 @@ def write(
         flat |= {"txt/head/kernel": np.eye(width, dtype=np.float32), "txt/head/bias": np.zeros(width, np.float32)}
 
     dtypes = {path: "float32" if path in exact else dtype for path in flat}
-    _write_weights(folder, _their_arrays(flat, dtypes, _entries(config)), shard_bytes)
+    _write_weights(folder, key_maps.torch_arrays(flat, dtypes, _entries(config)), shard_bytes)
     _write_json(folder / "config.json", config_json(config, dtype))
     image, text = config.image, config.text
-    _write_json(folder / "preprocessor_config.json", preprocessor_json(image, with_texts=text is not None))
+    preprocessor = preprocessor_json(image, with_texts=text is not None)
+    _write_json(folder / "preprocessor_config.json", preprocessor)
     if text is not None and tokenizer is not None:
         model, source = tokenizer.read_bytes(), str(tokenizer)
-        settings = convert.tokenizer_config(model, text.tokens, length=text.length, source=source)
+        options = {"length": text.length, "processor": preprocessor["processor_class"]}
+        settings = convert.tokenizer_config(model, text.tokens, source=source, **options)
         _write_json(folder / "tokenizer.json", convert.tokenizer_json(model, text.tokens, source=source))
         _write_json(folder / "tokenizer_config.json", settings)
         (folder / TOKENIZER_FILE).write_bytes(model)
@@ -207,6 +214,7 @@ def config_json(config: ModelConfig, dtype: Dtype = "float32") -> dict[str, Any]
         model, alone, kind = "Siglip2Model", "Siglip2VisionModel", _NAFLEX.__getitem__
         del vision["image_size"]
         vision |= {"model_type": kind(_VISION_TYPE), "num_patches": image.grid[0] * image.grid[1]}
+        vision |= {_LIMIT: image.naflex.max_patches} if image.naflex.max_patches != NaflexConfig.max_patches else {}
     if text is None:
         return {"architectures": [alone], "torch_dtype": dtype, **vision}
     text_json = {
@@ -248,7 +256,7 @@ def model_config(tree: Mapping[str, Any], *, source: str) -> ModelConfig:
             **_spec(vision).fields(patch=vision["patch_size"]),
             image_size=(size, size),
             pool="map" if vision["vision_use_head"] else "none",
-            naflex=NaflexConfig() if naflex else None,
+            naflex=NaflexConfig(min(NaflexConfig.patches, vision[_LIMIT]), vision[_LIMIT]) if naflex else None,
         )
         if text is None:
             return ModelConfig(image=image, text=None, out_dim=(None, None))
@@ -270,8 +278,12 @@ def _parts(tree: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dict[s
     if kind in (_VISION_TYPE, _NAFLEX[_VISION_TYPE]):
         return _vision(dict(tree), kind, source), None
     if pali_gemma.has_tower(tree):
-        return _vision(pali_gemma.vision_config(tree, source=source), _VISION_TYPE, source), None
-    fix = f"'siglip', {_VISION_TYPE!r} and {pali_gemma.MODEL_TYPE!r} can, and models whose vision_config is a {_VISION_TYPE!r}"
+        vision = pali_gemma.vision_config(tree, source=source)
+        return _vision(vision, vision["model_type"], source), None
+    fix = (
+        f"'siglip', {_VISION_TYPE!r} and {pali_gemma.MODEL_TYPE!r} can, also as 'siglip2', and models whose vision_config is a "
+        f"{_VISION_TYPE!r} or a {_NAFLEX[_VISION_TYPE]!r}"
+    )
     if kind in (_TEXT_TYPE, _NAFLEX[_TEXT_TYPE]):
         fix = "it is a text tower alone; take the folder of the whole model, model_type 'siglip' or 'siglip2'"
     raise UserError(f"{source}: model_type={kind!r} cannot be read: {fix}")
@@ -292,7 +304,7 @@ def _vision(vision: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
 
 def _is_classifier(tree: Mapping[str, Any]) -> bool:
     """Whether it is an image tower with a linear classifier, whose config still describes a text tower that it does not have."""
-    return tree.get("architectures") == ["SiglipForImageClassification"]
+    return tree.get("architectures") in (["SiglipForImageClassification"], ["Siglip2ForImageClassification"])
 
 
 def _check_fields(vision: Mapping[str, Any], text: Mapping[str, Any] | None, source: str) -> None:
@@ -326,24 +338,6 @@ def _sizes_json(spec: Variant) -> dict[str, int]:
 
 def _entries(config: ModelConfig) -> Callable[[str], key_maps.Entry]:
     return functools.partial(key_maps.hugging_face_entry, naflex=config.image.naflex is not None)
-
-
-def _their_arrays(
-    flat: Mapping[str, np.ndarray], dtypes: Mapping[str, Dtype], entry_of: Callable[[str], key_maps.Entry]
-) -> dict[str, LazyArray]:
-    theirs: dict[str, Dtype] = {}
-    sources: dict[str, list[tuple[tuple[int, int], np.ndarray, str]]] = {}
-    for path, array in flat.items():
-        key, kind, part = entry_of(path)
-        sources.setdefault(key, []).append((part or (0, 1), array, kind))
-        theirs[key] = dtypes[path]
-
-    def make(parts: list[tuple[tuple[int, int], np.ndarray, str]]) -> np.ndarray:
-        arrays = [key_maps.to_hugging_face(array, kind) for _, array, kind in sorted(parts, key=lambda part: part[0])]
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-    shapes = key_maps.torch_shapes(key_maps.flat_shapes(flat), entry_of)
-    return {key: LazyArray(shapes[key], functools.partial(make, parts), theirs[key]) for key, parts in sources.items()}
 
 
 def _write_weights(folder: Path, arrays: Mapping[str, LazyArray], shard_bytes: int | None) -> None:

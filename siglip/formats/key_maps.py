@@ -9,6 +9,7 @@ The trap: torch's `MultiheadAttention` (in Hugging Face's pooling head and open_
 one tensor, stacked by rows in that order, and so does timm; three of our paths share one key there, two in timm's pooling head.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -269,6 +270,25 @@ def torch_shapes(ours: Mapping[str, Shape], entry_of: Callable[[str], Entry]) ->
         theirs = hugging_face_shape(shape, kind)
         shapes[key] = theirs if part is None else (part[1] * theirs[0], *theirs[1:])
     return shapes
+
+
+def torch_arrays(
+    flat: Mapping[str, np.ndarray], dtypes: Mapping[str, str], entry_of: Callable[[str], Entry]
+) -> dict[str, LazyArray]:
+    """Our arrays under torch's keys, each made when it is read; `dtypes` are those of the file, by our path."""
+    theirs: dict[str, str] = {}
+    sources: dict[str, list[tuple[tuple[int, int], np.ndarray, str]]] = {}
+    for path, array in flat.items():
+        key, kind, part = entry_of(path)
+        sources.setdefault(key, []).append((part or (0, 1), array, kind))
+        theirs[key] = dtypes[path]
+
+    def make(parts: list[tuple[tuple[int, int], np.ndarray, str]]) -> np.ndarray:
+        arrays = [to_hugging_face(array, kind) for _, array, kind in sorted(parts, key=lambda part: part[0])]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    shapes = torch_shapes(flat_shapes(flat), entry_of)
+    return {key: LazyArray(shapes[key], functools.partial(make, parts), theirs[key]) for key, parts in sources.items()}
 
 
 def unwrapped(stored: Mapping[str, LazyArray]) -> dict[str, LazyArray]:

@@ -25,15 +25,16 @@ _TOWER = re.compile(r"(?:model\.)?(?:vision_tower|vision_model)\.(?:vision_model
 # Vision towers that are SigLIP's, by their model_type, with what their config leaves out where that is not SigLIP's own.
 _IDEFICS = {"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16}
 _IDEFICS |= {"image_size": 224, "patch_size": 32}
-_TOWERS: dict[str, dict[str, int]] = {"siglip_vision_model": {}}
+_TOWERS: dict[str, dict[str, int]] = {"siglip_vision_model": {}, "siglip2_vision_model": {}}
 _TOWERS |= dict.fromkeys(("idefics3", "idefics3_vision", "smolvlm_vision"), _IDEFICS)
 
 
 def has_tower(tree: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a model around a SigLIP image tower."""
     vision = tree.get("vision_config")
-    around = isinstance(vision, Mapping) and vision.get("model_type") in _TOWERS and tree.get("model_type") != "siglip"
-    return around or tree.get("model_type") == MODEL_TYPE
+    kind = tree.get("model_type")
+    around = isinstance(vision, Mapping) and vision.get("model_type") in _TOWERS and kind not in ("siglip", "siglip2")
+    return around or kind == MODEL_TYPE
 
 
 def is_pali_gemma(arrays: Mapping[str, LazyArray]) -> bool:
@@ -67,7 +68,8 @@ def hugging_face_tower(state: Mapping[str, LazyArray], *, with_head: bool, sourc
 
 
 def vision_config(tree: Mapping[str, Any], *, source: str) -> dict[str, Any]:
-    """A `siglip_vision_model` config from the whole model's: without a pooling head unless the config says otherwise.
+    """A `siglip_vision_model` config, or a `siglip2_vision_model`'s, from the whole model's: without a pooling head unless the
+    config says otherwise.
 
     Raises:
         UserError: the config is damaged.
@@ -75,5 +77,6 @@ def vision_config(tree: Mapping[str, Any], *, source: str) -> dict[str, Any]:
     vision = tree.get("vision_config") or {}
     if not isinstance(vision, dict):
         raise UserError(f"{source}: vision_config={vision!r} is not an object; copy it again")
-    defaults = _TOWERS.get(str(vision.get("model_type")), {})
-    return {"vision_use_head": False} | defaults | vision | {"model_type": "siglip_vision_model"}
+    kind = str(vision.get("model_type"))
+    own = kind if kind == "siglip2_vision_model" else "siglip_vision_model"
+    return {"vision_use_head": False} | _TOWERS.get(kind, {}) | vision | {"model_type": own}

@@ -95,7 +95,7 @@ def tokenizer_json(model: bytes, tokens: TokenConfig, *, source: str) -> dict[st
     }
 
 
-def tokenizer_config(model: bytes, tokens: TokenConfig, *, length: int, source: str) -> dict[str, Any]:
+def tokenizer_config(model: bytes, tokens: TokenConfig, *, length: int, source: str, processor: str) -> dict[str, Any]:
     """The content of tokenizer_config.json; OUR_TOKENS in it is for our own reader, which tokenizer.json's steps tell little.
 
     Raises:
@@ -111,7 +111,7 @@ def tokenizer_config(model: bytes, tokens: TokenConfig, *, length: int, source: 
         )
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "processor_class": "SiglipProcessor",
+        "processor_class": processor,
         "model_max_length": length,
         "padding_side": "right",
         "truncation_side": "right",

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import data_pipelines.sample
 from siglip.encoder import Encoder
@@ -265,7 +266,7 @@ def test_transformers_computes_the_same(tmp_path, grid):
 
 
 def naflex_model(*, text: bool = True, **image) -> ModelConfig:
-    fields = {"image_size": (48, 48), "patch_size": (16, 16), "naflex": NaflexConfig(40, 1024)} | image
+    fields = {"image_size": (48, 48), "patch_size": (16, 16), "naflex": NaflexConfig(40, 90)} | image
     config = square_model(image=fields)
     return config if text else image_only(config)
 
@@ -281,7 +282,36 @@ def test_a_naflex_model_there_and_back(tmp_path, text):
     assert processor["image_processor_type"] == "Siglip2ImageProcessor" and processor["max_num_patches"] == 40
     found, found_config = hugging_face.read(tmp_path)
     same(found, params)
-    assert (found_config.image.naflex, found_config.image.grid) == (NaflexConfig(40, 1024), (3, 3))
+    assert (found_config.image.naflex, found_config.image.grid) == (NaflexConfig(40, 90), (3, 3))
+    assert vision["siglip_max_patches"] == 90
+    del vision["siglip_max_patches"]  # as published folders are
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor | {"max_num_patches": 2048}))
+    assert hugging_face.read_config(tmp_path).image.naflex == NaflexConfig(2048, 2048)
+
+
+def test_a_naflex_tower_inside_another_model_and_a_classifier_s(tmp_path):
+    config = naflex_model(text=False, pool="none")
+    params = written(tmp_path, config)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "lfm2_vl", "vision_config": tree}))
+    state = load_file(tmp_path / "model.safetensors")
+    around = {f"model.vision_tower.{key}": array for key, array in state.items()}
+    save_file(around | {"lm_head.weight": np.zeros((4, 4), np.float32)}, tmp_path / "model.safetensors")
+    found, found_config = hugging_face.read(tmp_path)
+    same(found, params)
+    assert found_config.image.naflex == config.image.naflex and found_config.image.pool == "none"
+
+    config = naflex_model(text=False)
+    params = written(tmp_path, config)
+    vision = json.loads((tmp_path / "config.json").read_text())
+    kind = {"model_type": "siglip2", "architectures": ["Siglip2ForImageClassification"]}
+    (tmp_path / "config.json").write_text(json.dumps(kind | {"vision_config": vision, "text_config": {}}))
+    state = load_file(tmp_path / "model.safetensors") | {"classifier.weight": np.zeros((2, 36), np.float32)}
+    save_file(state, tmp_path / "model.safetensors")
+    found, found_config = hugging_face.read(tmp_path)
+    same(found, params)
+    assert found_config.text is None
 
 
 @pytest.mark.parametrize(
