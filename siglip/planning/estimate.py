@@ -30,7 +30,7 @@ from siglip.parallel import sharding
 from siglip.planning.accelerators import Topology
 from siglip.training import flops, optim
 from siglip.training.config import TrainConfig
-from siglip.training.lengths import length_shares, micro_batch_size
+from siglip.training.lengths import length_shares, micro_batch_sizes
 from siglip.training.objective import all_param_shapes
 from siglip.training.step import TrainState, lay_out_state, state_shapes
 
@@ -157,9 +157,15 @@ def estimate_laid_out(config: TrainConfig, topology: Topology, shapes: Shapes, s
     memory = _memory(config, topology, state, shapes.frozen, passes)
     options = {"batch_size": config.batch_size, "shares": length_shares(config)}
     per_pair = flops.train_flops_per_pair(config.model, passes=passes, **options)
-    moved = _collectives(config, state, shapes.frozen, passes, mesh.axis_sizes, topology)
+    moved, turns = collections.Counter(), _micro_batches(config, topology.devices)
+    for patches, share in _shares(config).items():
+        one = _collectives(config, state, shapes.frozen, passes, mesh.axis_sizes, turns[patches])
+        moved.update({kind: share * size for kind, size in one.items()})
     mfu = MFU if config.model.image.spec.width >= _NARROW else MFU_NARROW
-    again, rate = _executed_flops(config, passes) / per_pair, topology.devices * topology.accelerator.peak_flops
+    again, rate = (
+        _executed_flops(config, passes, topology.devices) / per_pair,
+        topology.devices * topology.accelerator.peak_flops,
+    )
     compute_s = [per_pair * config.batch_size * again / (rate * share) for share in mfu]
     collective_s = _seconds(moved, mesh.size, topology)
     slow, step_s, fast = (max(seconds, collective_s) for seconds in compute_s)
@@ -219,10 +225,15 @@ def _shard_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _micro_batches(config: TrainConfig, devices: int) -> int:
-    """Of the longest step."""
-    longest = max(length_shares(config), default=0)
-    return config.batch_size // (micro_batch_size(config, longest, devices=devices) or config.batch_size)
+def _micro_batches(config: TrainConfig, devices: int) -> dict[int, int]:
+    """Micro-batches of a step, by the length of its images, which is 0 for images of one size; the longest comes last."""
+    sizes = micro_batch_sizes(config, devices=devices) or {0: config.loss.micro_batch_size}
+    return {patches: config.batch_size // (sizes[patches] or config.batch_size) for patches in sorted(sizes)}
+
+
+def _shares(config: TrainConfig) -> dict[int, float]:
+    """The share of the steps with images of each length, which is 0 for images of one size."""
+    return length_shares(config) or {0: 1.0}
 
 
 def _towers(config: TrainConfig, passes: flops.Passes) -> list[tuple[ImageConfig | TextConfig, int, int]]:
@@ -234,7 +245,7 @@ def _towers(config: TrainConfig, passes: flops.Passes) -> list[tuple[ImageConfig
 
 def _activations(config: TrainConfig, topology: Topology, passes: flops.Passes) -> int:
     kept = _KEPT[_platform(topology)]
-    pairs = config.batch_size // _micro_batches(config, topology.devices) / topology.devices
+    pairs = config.batch_size // [*_micro_batches(config, topology.devices).values()][-1] / topology.devices
     total, working = 0.0, 0.0
     for tower, tokens, times in _towers(config, passes):
         spec = tower.spec
@@ -327,11 +338,10 @@ def _collectives(
     frozen: Mapping[str, Any],
     passes: flops.Passes,
     mesh: tuple[int, ...],
-    topology: Topology,
+    turns: int,
 ) -> dict[str, float]:
-    """Bytes by kind, of a step: weights gathered, gradients summed, the loss."""
+    """Bytes by kind, of a step of so many micro-batches: weights gathered, gradients summed, the loss."""
     (data, fsdp), moved = mesh, collections.Counter()
-    turns = _micro_batches(config, topology.devices)
     # With micro-batches the forward pass runs twice. A tower that is frozen as a whole has no backward pass.
     forward, backward = (1 if turns == 1 else 2 * turns), turns
     only_forward = tuple(f"{name}/" for name, times in zip(("img", "txt"), passes, strict=True) if times == 1)
@@ -363,14 +373,18 @@ def _seconds(moved: Mapping[str, float], devices: int, topology: Topology) -> fl
     return total * (devices - 1) / devices / topology.link_bytes_per_s
 
 
-def _executed_flops(config: TrainConfig, passes: flops.Passes) -> float:
+def _executed_flops(config: TrainConfig, passes: flops.Passes, devices: int) -> float:
     """FLOPs that run for a pair: `remat` repeats the forward pass of a tower that trains, micro-batches that of both."""
-    again = 1 if _micro_batches(config, 1) > 1 else 0
-    runs = [
-        times and times + again + (times == 3 and tower.remat == "full") for tower, _, times in _towers(config, passes)
-    ]
-    options = {"batch_size": config.batch_size, "shares": length_shares(config)}
-    return flops.train_flops_per_pair(config.model, passes=(runs[0], runs[1]), **options)
+    turns, total = _micro_batches(config, devices), 0.0
+    for patches, share in _shares(config).items():
+        again = 1 if turns[patches] > 1 else 0
+        runs = [
+            times and times + again + (times == 3 and tower.remat == "full")
+            for tower, _, times in _towers(config, passes)
+        ]
+        options = {"batch_size": config.batch_size, "shares": {patches: 1.0} if patches else None}
+        total += share * flops.train_flops_per_pair(config.model, passes=(runs[0], runs[1]), **options)
+    return total
 
 
 def _input(config: TrainConfig, step_s: float) -> tuple[float, float, float]:
@@ -378,5 +392,8 @@ def _input(config: TrainConfig, step_s: float) -> tuple[float, float, float]:
     pairs_per_s, model = config.batch_size / step_s, config.model
     if config.data.image_embeddings is not None:
         return pairs_per_s, 0.0, pairs_per_s * 4 * (model.embedding_dims[0] or 0)
-    larger = max(1.0, math.prod(model.image.image_size) / _JPEG_PIXELS)
+    pixels = {
+        n * math.prod(model.image.patch) or math.prod(model.image.image_size): s for n, s in _shares(config).items()
+    }
+    larger = sum(share * max(1.0, size / _JPEG_PIXELS) for size, share in pixels.items())
     return pairs_per_s, pairs_per_s / _PAIRS_PER_CORE_S * larger, pairs_per_s * _JPEG_BYTES * larger

@@ -7,6 +7,7 @@ from siglip.errors import UserError
 from siglip.planning.accelerators import Topology
 from siglip.planning.estimate import REMATS, Estimate, Shapes, estimate_laid_out, lay_out
 from siglip.training.config import TrainConfig
+from siglip.training.lengths import micro_batch_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,10 @@ def _rank(candidate: Candidate) -> tuple[bool, float, int, int, int, int]:
 
 
 def _candidates(config: TrainConfig, topology: Topology, shapes: Shapes) -> Iterator[Candidate]:
-    micros = [None, *_micro_batch_sizes(config.batch_size, topology.devices)]
+    micros = [
+        None,
+        *(n for n in _micro_batch_sizes(config.batch_size, topology.devices) if _serves(config, n, topology)),
+    ]
     for fsdp in (n for n in range(1, topology.devices + 1) if topology.devices % n == 0 and n & (n - 1) == 0):
         mesh = dataclasses.replace(config.mesh, data=-1, fsdp=fsdp)
         try:
@@ -56,11 +60,23 @@ def _micro_batch_sizes(batch_size: int, devices: int) -> Iterator[int]:
         yield size
 
 
+def _serves(config: TrainConfig, micro: int, topology: Topology) -> bool:
+    """Whether the longest steps of a NaFlex run have a pair for each device then."""
+    try:
+        micro_batch_sizes(_with_micro(config, micro), devices=topology.devices)
+    except UserError:
+        return False
+    return True
+
+
+def _with_micro(config: TrainConfig, micro: int | None) -> TrainConfig:
+    return dataclasses.replace(config, loss=dataclasses.replace(config.loss, micro_batch_size=micro))
+
+
 def _change(config: TrainConfig, *, mesh, remat: str, micro: int | None) -> TrainConfig:
     image, text = (dataclasses.replace(tower, remat=remat) for tower in (config.model.image, config.model.text))
     model = dataclasses.replace(config.model, image=image, text=text)
-    loss = dataclasses.replace(config.loss, micro_batch_size=micro)
-    return dataclasses.replace(config, mesh=mesh, model=model, loss=loss)
+    return dataclasses.replace(_with_micro(config, micro), mesh=mesh, model=model)
 
 
 def _flags(before: TrainConfig, after: TrainConfig) -> str:

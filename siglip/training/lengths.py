@@ -34,26 +34,49 @@ def length_shares(config: TrainConfig) -> dict[int, float]:
     image, lengths = config.model.image, config.data.lengths
     if image.naflex is None:
         if lengths is not None:
-            raise UserError("data.lengths is of NaFlex models; set model.image.naflex, or leave data.lengths out")
+            raise UserError("data.lengths is for NaFlex models; set model.image.naflex, or leave data.lengths out")
         return {}
     if lengths is None:
         return {image.naflex.patches: 1.0}
+    if lengths.start and any(side % patch for side, patch in zip(image.image_size, image.patch, strict=True)):
+        raise UserError(
+            f"model.image.image_size={image.image_size} must be whole patches of {image.patch} px: images have that size before "
+            f"data.lengths.start={lengths.start}"
+        )
     weights = lengths.weights or (1.0,) * len(lengths.patches)
-    shares = {math.prod(image.grid): lengths.start} if lengths.start else {}
+    shares = {}
+    if lengths.start:
+        name = f"model.image.image_size={image.image_size}: the number of patches"
+        shares[image.naflex.check_length(math.prod(image.grid), name)] = lengths.start
     for patches, weight in zip(lengths.patches, weights, strict=True):
+        patches = image.naflex.check_length(patches, "data.lengths.patches")
         shares[patches] = shares.get(patches, 0.0) + (1 - lengths.start) * weight / sum(weights)
-    for patches in shares:
-        image.naflex.check_length(patches, "data.lengths.patches")
     return shares
 
 
 def micro_batch_size(config: TrainConfig, patches: int, *, devices: int) -> int | None:
-    """Pairs that pass through the towers at a time in a step of such a length: those that memory allows at the tower's own."""
+    """Pairs that pass through the towers at a time in a step of such a length: those that memory allows at the tower's own.
+
+    Raises:
+        UserError: not even one pair per device fits, or none that the batch divides by.
+    """
     size, batch, naflex = config.loss.micro_batch_size, config.batch_size, config.model.image.naflex
     if size is None or naflex is None or patches <= naflex.patches:
         return size
-    fitting = [n for n in range(devices, batch + 1, devices) if batch % n == 0]
-    return max((n for n in fitting if n * patches <= size * naflex.patches), default=fitting[0])
+    most = size * naflex.patches // patches
+    fitting = [n for n in range(devices, most + 1, devices) if batch % n == 0]
+    if not fitting:
+        least = -(-devices * patches // naflex.patches)
+        raise UserError(
+            f"loss.micro_batch_size={size} pairs of {naflex.patches} patches are {most} of {patches}, fewer than one for each of "
+            f"{devices} devices; set at least {least}, take fewer devices, or leave {patches} out of data.lengths.patches"
+        )
+    return fitting[-1]
+
+
+def micro_batch_sizes(config: TrainConfig, *, devices: int) -> dict[int, int | None]:
+    """`micro_batch_size` of every length of the run; {} for images of one size. Raises: as that and `length_shares`."""
+    return {patches: micro_batch_size(config, patches, devices=devices) for patches in length_shares(config)}
 
 
 def batch_shapes(config: TrainConfig, mesh: Any, *, patches: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:

@@ -29,7 +29,7 @@ from siglip.training import flops, optim, warm_start
 from siglip.training.config import BAD_INPUT, TrainConfig, from_json, resolve, to_json
 from siglip.training.divergence import NonFiniteLoss
 from siglip.training.hooks import Batches, Evaluate, RunHooks
-from siglip.training.lengths import StepOfLength, compile_lengths, length_shares, micro_batch_size
+from siglip.training.lengths import StepOfLength, compile_lengths, micro_batch_sizes
 from siglip.training.objective import all_param_shapes, make_objective
 from siglip.training.signals import Interrupted, LeftAlone, SignalFlag, WaitedTooLong
 from siglip.training.step import TrainState, init_state, make_abstract_state, make_train_step
@@ -215,7 +215,7 @@ def make_program(config: TrainConfig, devices: Sequence[jax.Device] | None = Non
         ema=config.optim.ema,
         seed=config.seed,
     )
-    sizes = {patches: micro_batch_size(config, patches, devices=mesh.size) for patches in length_shares(config)}
+    sizes = micro_batch_sizes(config, devices=mesh.size)
     if sizes:
         step = StepOfLength({patches: make_step(micro_batch_size=size) for patches, size in sizes.items()})
     else:
@@ -256,6 +256,10 @@ def _tell_longer(config: TrainConfig, planned: int, step: int) -> None:
         "total_steps was %d and is %d: from step %d on, the %s schedule is that of the longer run, at %.3g of its peak where it "
         "was at %.3g; the moments are kept", planned, config.total_steps, step, config.optim.schedule, new, old,
     )  # fmt: skip
+    if config.data.lengths is not None and config.data.lengths.start:
+        before, after = map(config.data.lengths.start_step, (planned, config.total_steps))
+        told = "images keep their aspect ratio from step %d on, no longer from step %d on (data.lengths.start=%g)"
+        logger.info(told, after + 1, before + 1, config.data.lengths.start)
 
 
 def _restore_or_init(

@@ -58,7 +58,7 @@ def toy_program(config: TrainConfig, *, penalty: Callable[[dict], Any] = lambda 
         brightness = batch["image"].astype(jnp.float32).mean((1, 2, 3)) / 255
         # As in the text tower, a token out of range is NaN.
         level = jnp.take(jnp.arange(4000) / 50, batch["text"][:, :1], mode="fill", fill_value=jnp.nan)
-        return jnp.mean((brightness[:, None] * params["w"] - level) ** 2) + penalty(params)
+        return jnp.mean((brightness[:, None] * params["w"][None] - level) ** 2) + penalty(params)
 
     def step(state, batch):
         loss, grads = jax.value_and_grad(loss_of)(state.params, batch)

@@ -6,7 +6,9 @@ import math
 import jax
 import pytest
 
+from data_pipelines.order.lengths import LengthConfig
 from siglip.errors import UserError
+from siglip.models.naflex import NaflexConfig
 from siglip.parallel.sharding import MeshConfig
 from siglip.planning import compile
 from siglip.planning.accelerators import parse_topology
@@ -53,6 +55,50 @@ def test_bytes_add_up_and_have_the_promised_names(b16):
     assert memory["optimizer"] > 2 * memory["parameters"] - 2**20  # both moments in float32
     kept = plan.activations_by_remat
     assert kept["full"] == memory["activations"] < kept["dots"] < kept["none"]
+
+
+def test_a_naflex_run_costs_the_mean_over_its_lengths():
+    """Two lengths, half of the steps each: work and traffic are the mean of those of either alone; memory is the longer's."""
+    topology, model = parse_topology("h100:8"), tiny(B16).model
+    image = dataclasses.replace(model.image, patch_size=(16, 16), image_size=(256, 256), naflex=NaflexConfig(256, 1024))
+    loss = dataclasses.replace(B16.loss, micro_batch_size=32)
+    config = dataclasses.replace(B16, model=dataclasses.replace(model, image=image), batch_size=64, loss=loss)
+    config = dataclasses.replace(config, mesh=MeshConfig(fsdp=8, fsdp_min_size_bytes=1024))
+
+    def plan(*patches):
+        data = dataclasses.replace(config.data, lengths=LengthConfig(patches))
+        return estimate(dataclasses.replace(config, data=data), topology, shapes)
+
+    shapes = shapes_of(config)
+    short, long, both = plan(256), plan(1024), plan(256, 1024)
+    # 1024 patches of 16 x 16 px take .85 of a JPEG of 640 x 480 px: no length needs larger ones here.
+    assert both.storage_bytes_per_s / both.pairs_per_s == pytest.approx(short.storage_bytes_per_s / short.pairs_per_s)
+    assert both.flops_per_pair == pytest.approx((short.flops_per_pair + long.flops_per_pair) / 2)
+    executed = [one.recomputed * one.flops_per_pair for one in (short, long, both)]
+    assert executed[2] == pytest.approx((executed[0] + executed[1]) / 2)
+    for kind, size in both.collective_bytes.items():  # two micro-batches of 32 pairs, and eight of 8
+        assert size == pytest.approx((short.collective_bytes[kind] + long.collective_bytes[kind]) / 2, abs=1)
+    assert short.collective_bytes["all-gather"] * 2 < long.collective_bytes["all-gather"]
+    assert both.bytes_per_device["total"] == long.bytes_per_device["total"]
+
+
+def test_decoding_goes_by_the_pixels_of_a_naflex_run():
+    topology = parse_topology("h100:8")
+
+    def cores_per_pair(max_patches, image_size):
+        image = dataclasses.replace(
+            tiny(B16).model.image,
+            patch_size=(16, 16),
+            image_size=(image_size,) * 2,
+            naflex=NaflexConfig(1, max_patches),
+        )
+        config = dataclasses.replace(B16, model=dataclasses.replace(tiny(B16).model, image=image), batch_size=64)
+        data = dataclasses.replace(config.data, lengths=LengthConfig((max_patches,)))
+        plan = estimate(dataclasses.replace(config, data=data), topology)
+        return plan.decoding_cores / plan.pairs_per_s
+
+    assert cores_per_pair(4800, 16) == pytest.approx(4 * cores_per_pair(1200, 16))  # 4800 are 4 x 640 x 480 px
+    assert cores_per_pair(1200, 1024) == pytest.approx(cores_per_pair(1200, 16))  # the table's size is not the images'
 
 
 @pytest.mark.slow

@@ -76,20 +76,20 @@ def fresh_params(model):
     return jax.jit(lambda: init_params(model, jax.random.key(0)), compiler_options=QUICK)()
 
 
-def gradients(model, mesh, **kwargs):
+def gradients(model, mesh, *, batch=None, **kwargs):
     function, params = program(model, mesh, **kwargs)
-    value, grads = function(params, put_batch(batch_of(), mesh), jax.random.key(3))
+    value, grads = function(params, put_batch(batch or batch_of(), mesh), jax.random.key(3))
     return float(value), jax.device_get(trees.flatten(grads))
 
 
-def assert_equal_gradients(found, expected):
+def assert_equal_gradients(found, expected, *, chain=CHAIN):
     # Two sums of 1024 terms, each in an order of its own.
     assert found[0] == pytest.approx(expected[0], rel=2 * rounding(PAIRS**2))
     for path, grad in expected[1].items():
         # Here terms of both signs cancel, for a key's bias, which shifts all logits of a query alike, to zero: what differs
         # are roundings of the terms, which lie between 0.1 and 1.
         scale = 1 if path == "t" or path.endswith("key/bias") else np.abs(grad).max()
-        np.testing.assert_allclose(found[1][path], grad, rtol=0, atol=2 * rounding(CHAIN, scale), err_msg=path)
+        np.testing.assert_allclose(found[1][path], grad, rtol=0, atol=2 * rounding(chain, scale), err_msg=path)
 
 
 @functools.cache
