@@ -86,7 +86,6 @@ def sample_inputs(pairs: Source, config: ModelConfig, tokenizer: Path | None) ->
     Raises:
         UserError: no pair has such an image, or such a text.
     """
-    # By Pillow itself: training may take a faster resize that is 1/255 off here and there, consumers do not.
     files, shown, texts = [], [], []
     for index in range(len(pairs)):
         if len(files) == ROWS:

@@ -9,7 +9,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from siglip.cli.arguments import parse
 from siglip.cli.data_sets import complete
 from siglip.cli.evaluation import ModelArgs, first_values, make_embedder, read_for_texts, settings_of
 from siglip.errors import RunFailed, UserError
+from siglip.evaluation.embed import Embedder
 from siglip.evaluation.results import Result
-from siglip.evaluation.suite import run_tasks
+from siglip.evaluation.suite import check_sizes, run_tasks
 from siglip.evaluation.suite_file import Entry, Suite, metric_of, read_suite
 from siglip.evaluation.text_cache import caching, digest, digest_params
 from siglip.parallel import launch, sharding
@@ -90,6 +91,9 @@ def _run(suite: Suite, options: SuiteArgs) -> tuple[dict[str, list[Record]], lis
     mesh = sharding.make_mesh(sharding.MeshConfig())
     params = jax.device_put(params, NamedSharding(mesh, sharding.P_REPLICATED))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "siglip" / "texts"
+    settings = {"mesh": mesh, "tokenizer": tokenizer, **settings_of(options)}
+    embedder_for = functools.partial(make_embedder, params, config, **settings)
+    embedder_for()  # a flag that is wrong for every entry ends the command
     results, failures, prepared = {}, [], []
     # All go by what process 0 reads: others may not see its folder, or see a file later.
     own = _read_done(Path(options.out), weights) if jax.process_index() == 0 else None
@@ -99,13 +103,9 @@ def _run(suite: Suite, options: SuiteArgs) -> tuple[dict[str, list[Record]], lis
         if name in done and done[name][0]["suite"]["settings"] == _plain(entry.settings):
             logger.info("%s: done before", name)
             results[name] = done[name]
-        elif (task := _attempt(name, functools.partial(_prepare, entry), failures)) is not None:
-            prepared.append((entry, task))
-    for entry, task in prepared:
-        embedder = make_embedder(
-            params, config, mesh=mesh, tokenizer=tokenizer, **settings_of(options), pixels=entry.pixels,
-            image_column=entry.image_column,
-        )  # fmt: skip
+        elif (ready := _attempt(name, functools.partial(_prepare, entry, embedder_for), failures)) is not None:
+            prepared.append((entry, *ready))
+    for entry, task, embedder in prepared:
         name, embedder = entry.task.dataset, caching(embedder, cache, text_tower)
         found = _attempt(name, functools.partial(run_tasks, [task], embedder), failures)
         if found is not None:
@@ -116,13 +116,15 @@ def _run(suite: Suite, options: SuiteArgs) -> tuple[dict[str, list[Record]], lis
     }, failures
 
 
-def _prepare(entry: Entry) -> Any:
-    """The entry's task with what its data tell, after its check, in all processes or none."""
+def _prepare(entry: Entry, embedder_for: Callable[..., Embedder]) -> tuple[Any, Embedder]:
+    """The entry's task with what its data tell, after its check, and its embedder, in all processes or none."""
 
     def prepare():
+        embedder = embedder_for(pixels=entry.pixels, image_column=entry.image_column)
+        check_sizes([entry.task], naflex=embedder.max_patches is not None)
         task = dataclasses.replace(complete(entry.task, image_column=entry.image_column), name=entry.task.dataset)
         task.check(functools.partial(first_values, image_column=entry.image_column))
-        return task
+        return task, embedder
 
     return launch.in_all_or_none(prepare, bad_input=BAD_INPUT)
 

@@ -64,6 +64,7 @@ class AttentiveProbe:
 
     BENCHMARK_TASK: ClassVar[str] = "attentive_probe"
     EMBEDS_TEXTS: ClassVar[bool] = False
+    NEEDS_ONE_SIZE: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_name(self.name)

@@ -120,7 +120,7 @@ class Embedder:
         embed: `embeddings` with a model and its parameters, where `feature` may be given; or `token_embeddings`: then rows are
             [n, d] instead of [e].
         rows: rows of this process in each forward pass, as `rows_per_process` says.
-        image_size: (height, width) in pixels. no_images: a batch of none, as `read` gives it.
+        image_size: (height, width) in pixels. no_images: an empty batch, as `read` gives it.
         max_patches: of an image, for a NaFlex model; None for images of one size.
         resample: the filter with which the model's images are resized.
         canonical_prompts: whether the model's own pipeline removes the punctuation of class prompts.
@@ -163,8 +163,8 @@ class Embedder:
         """
         if self.max_patches is not None and feature == "tokens":
             raise UserError(
-                "this task reads a grid of tokens that all images share, which a NaFlex model has not; evaluate it for images of "
-                "one size: siglip export SRC --image-size N, and that export"
+                "this task reads a grid of tokens that all images share, which a NaFlex model does not have; evaluate an export "
+                "of it for images of one size: siglip export SRC --image-size N"
             )
         embed = self.embed if feature == "embedding" else functools.partial(self.embed, feature=feature)
         return embed_rows(embed, image_arrays(batch), mesh=self.mesh, rows_per_pass=self.rows)

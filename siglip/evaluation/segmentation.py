@@ -61,6 +61,7 @@ class Segmentation:
 
     BENCHMARK_TASK: ClassVar[str] = "linear_segmentation"
     EMBEDS_TEXTS: ClassVar[bool] = False
+    NEEDS_ONE_SIZE: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_name(self.name)

@@ -76,11 +76,32 @@ def test_a_run_is_evaluated_at_several_lengths_embedded_and_exported(trained, sh
     assert run(["embed", str(tmp_path / "24"), "--data", str(shard), "--out", str(tmp_path / "24.npz")]) == 0
 
 
+def test_a_suite_goes_on_past_entries_for_images_of_one_size(trained, shard, tmp_path, capsys, caplog):  # noqa: F811
+    retrieval = {"task": "retrieval", "data": str(shard), "captions": ["captions.en"]}
+    entries = [retrieval | {"name": "squares", "pixels": "square875"}, retrieval | {"name": "own"}]
+    (tmp_path / "suite.yaml").write_text(json.dumps({"entries": entries}))
+    args = ["eval", str(trained), "--suite", str(tmp_path / "suite.yaml"), "--out", str(tmp_path / "out")]
+    assert run(args) == 1
+    assert "1 of 2 entries failed: squares" in capsys.readouterr().err
+    own = json.loads((tmp_path / "out" / "own.json").read_text())["metrics"]
+    with caplog.at_level("INFO", logger="siglip"):
+        for flags, done in (([], True), (["--max-patches", "9"], False)):
+            caplog.clear()
+            assert run([*args, "--only", "own", *flags]) == 0
+            assert ("own: done before" in caplog.messages) == done
+    assert json.loads((tmp_path / "out" / "own.json").read_text())["metrics"] != own
+    fails([*args, "--max-patches", "10"], capsys, "--max-patches=10 must lie in 1 … 9")
+
+
 def test_mistakes(trained, recipe, shard, tmp_path, capsys):  # noqa: F811
     task = ["--task", "retrieval", "--data", str(shard), "--captions", "captions.en"]
     fails(["eval", str(trained), *task, "--max-patches", "0"], capsys, "--max-patches=0 must lie in 1 … 9, the longest")
     fails(["eval", str(trained), *task, "--max-patches", "4", "10"], capsys, "--max-patches=10 must lie in 1 … 9")
     fails(["eval", str(trained), *task, "--pixels", "square875"], capsys, "square875 is for images of one size")
+    classes = ["--data", str(shard), "--classes", "imagenet"]
+    for name in ("robustness", "segmentation", "attentive_probe"):
+        args = ["--train", str(shard)] if name != "robustness" else classes[2:]
+        fails(["eval", str(trained), "--task", name, *classes[:2], *args], capsys, f"{name} needs images of one size")
     out = ["--out", str(tmp_path / "x")]
     fails(["embed", str(trained), "--data", str(shard), *out, "--tokens"], capsys, "different numbers of tokens")
     new = ["--workdir", str(tmp_path / "new")]
