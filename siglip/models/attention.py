@@ -63,7 +63,9 @@ def attention_fn(
     """
     if kernel == "cudnn":
         sizes = {} if lengths is None else {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **sizes)
+        out = jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **sizes)
+        # It may leave rows after an image's length as they were in memory; times a weight of 0, NaN is NaN.
+        return out if lengths is None else jnp.where(mask_of(lengths, out.shape[1])[..., None, None], out, 0)
     if kernel == "splash":
         local = functools.partial(_splash, interpret=interpret)
         if mesh is not None and mesh.size > 1:

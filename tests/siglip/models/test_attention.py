@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from siglip.models.attention import SPLASH_MIN_TOKENS, attention_fn, choose_kernel
+from siglip.models.naflex import mask_of
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, _training_kernel, make_model, param_shapes
 from siglip.parallel.sharding import MeshConfig, ParamLayout, make_mesh, put_batch
 from siglip.trees import flatten
@@ -79,6 +80,34 @@ def test_cudnn_is_the_equation(tokens, depth):
     found = value_and_gradients(functools.partial(attention_fn, kernel="cudnn"), *args)
     for x, exact in zip(found, in_float64(*args), strict=True):
         np.testing.assert_allclose(x, exact, rtol=0, atol=0.02 * np.abs(exact).max())  # bfloat16 keeps 8 bits
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN runs on NVIDIA GPUs")
+def test_cudnn_leaves_out_padding_and_gives_zeros_for_it():
+    args, lengths = inputs(2, 196, 4, 64, jnp.bfloat16), jnp.array([196, 50])
+    found = value_and_gradients(functools.partial(attention_fn, kernel="cudnn", lengths=lengths), *args)
+    for i, n in enumerate(lengths.tolist()):
+        for x, exact in zip(found, in_float64(*(arg[i : i + 1, :n] for arg in args)), strict=True):
+            np.testing.assert_allclose(x[i : i + 1, :n], exact, rtol=0, atol=0.02 * np.abs(exact).max())
+            assert not x[i, n:].any()
+
+
+def test_what_cudnn_leaves_in_padding_goes_no_further(monkeypatch):
+    """It runs on GPUs alone: here XLA's attention stands for it, with rows of padding as undefined memory may be."""
+
+    def undefined_padding(query, key, value, *, query_seq_lengths, key_value_seq_lengths, implementation):
+        out = attention(
+            query, key, value, query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths
+        )
+        return jnp.where(mask_of(query_seq_lengths, out.shape[1])[..., None, None], out, jnp.nan)
+
+    attention, args, lengths = jax.nn.dot_product_attention, inputs(2, 10, 3, 12), jnp.array([10, 4])
+    monkeypatch.setattr(jax.nn, "dot_product_attention", undefined_padding)
+    found = value_and_gradients(functools.partial(attention_fn, kernel="cudnn", lengths=lengths), *args)
+    for x in found:
+        assert np.isfinite(x).all() and not x[1, 4:].any()
+    for x, exact in zip(found, in_float64(*(arg[1:, :4] for arg in args)), strict=True):
+        assert_close(x[1:, :4], exact, tokens=10, depth=12)
 
 
 CPU = types.SimpleNamespace(platform="cpu", device_kind="cpu")
