@@ -2,7 +2,7 @@
 
     siglip train configs/siglip2_naflex_b16.py --init.src RUN --data.sources.0.shards 'webli/*.tar'
 
-RUN is one at 256 px, stopped at 90 % of its steps. The last 4 of 40 10^9 examples are stretched by 3.75 to 15 10^9, at lengths of
+RUN is one at 256 px, stopped at 90 % of its steps. The last 4 of 40 billion examples become 15 billion (3.75 x), at lengths of
 128, 256, 576, 784 and 1024 patches, each in a fifth of the steps. Learning rate and weight decay go on where a cosine to zero is
 at 90 %, .024 of its peak; the moments start afresh, hence some steps of warm-up. The paper halves the batch at 1024 patches; here
 it stays, in micro-batches, so that negatives and the loss's scale are those of every other step.

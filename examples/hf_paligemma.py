@@ -25,11 +25,11 @@ from examples.captioner.data import SAMPLE, read_heldout
 from siglip.atomic import new_folder
 from siglip.cli import describe
 from siglip.cli.arguments import parse
-from siglip.encoder import ImageEncoder, load_encoder
 from siglip.exporting.export import export
 from siglip.exporting.verification import compare
 from siglip.formats.export_format import ExportMismatch
 from siglip.formats.hf_export import check_all_loaded
+from siglip.image_encoder import ImageEncoder, load_encoder
 from siglip.models.vit import normalize_pixels
 
 NEW_TOKENS = 8

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from siglip.encoder import Encoder, ImageEncoder
+    from siglip.encoder import Encoder
+    from siglip.image_encoder import ImageEncoder
 
 __version__ = "0.1.0"
 
@@ -27,7 +28,7 @@ def load(
 
 
 def load_encoder(src: str | Path, image_size: int | tuple[int, int] | None = None, **options: Any) -> "ImageEncoder":
-    """`siglip.encoder.load_encoder`: the image tower alone, frozen, as a pytree that goes through jit and grad."""
-    from siglip import encoder
+    """`siglip.image_encoder.load_encoder`: the image tower alone, frozen, as a pytree that goes through jit and grad."""
+    from siglip import image_encoder
 
-    return encoder.load_encoder(src, image_size, **options)
+    return image_encoder.load_encoder(src, image_size, **options)

@@ -14,10 +14,11 @@ from jax.typing import ArrayLike
 from siglip.array_types import Array, Float
 from siglip.errors import UserError
 from siglip.models.naflex import Patches
-from siglip.models.two_tower import ImageConfig, TextConfig
+from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.models.vit import cut_patches, normalize_pixels
 
 _MAX_PIXEL = 1 + 1e-3  # what 255 may become in half precision
+_EXACT = True  # by Pillow itself: training may take a faster resize that is 1/255 off here and there, consumers do not
 Images = Any  # float32 [b, h, w, 3], a list of Pillow's images and uint8 [h, w, 3], or Patches
 
 
@@ -43,17 +44,21 @@ def to_pixels(
                 f"max_patches={max_patches}: this tower takes images of {config.image_size} px; it is not NaFlex"
             )
         return _resized(images, config) if in_list else check_images(images, config)
+    if isinstance(images, Patches):
+        if max_patches is not None:
+            raise UserError(
+                f"max_patches={max_patches}: Patches are cut already; leave it out, or pass the images themselves"
+            )
+        return check_patches(images, config)
     length = config.naflex.check_length(config.naflex.patches if max_patches is None else max_patches)
-    if in_list:
-        return _cut(images, config, length)
-    return check_patches(images, config) if isinstance(images, Patches) else _array_to_patches(images, config, length)
+    return _cut(images, config, length) if in_list else _array_to_patches(images, config, length)
 
 
 def _resized(images: Sequence[Any], config: ImageConfig) -> Float[Array, "b h w 3"]:
     from data_pipelines import image_ops  # it imports Pillow
 
-    resized = [image_ops.resize(one, config.image_size, resample=config.pixels.resample) for one in _shown(images)]
-    return normalize_pixels(np.stack(resized))
+    options = {"resample": config.pixels.resample, "exact": _EXACT}
+    return normalize_pixels(np.stack([image_ops.resize(one, config.image_size, **options) for one in _shown(images)]))
 
 
 def _cut(images: Sequence[Any], config: ImageConfig, length: int) -> Patches:
@@ -61,9 +66,8 @@ def _cut(images: Sequence[Any], config: ImageConfig, length: int) -> Patches:
 
     made = []
     for one in _shown(images):
-        down, across = patch_ops.fit_grid(one.shape[:2], config.patch, length)
-        size_px = down * config.patch[0], across * config.patch[1]
-        resized = image_ops.resize(one, size_px, resample=config.pixels.resample)
+        size_px = patch_ops.fit_size(one.shape[:2], config.patch, length)
+        resized = image_ops.resize(one, size_px, resample=config.pixels.resample, exact=_EXACT)
         made.append(patch_ops.cut_patches(resized, config.patch, length))
     patches, grids = map(np.stack, zip(*made, strict=True))
     return Patches(normalize_pixels(patches), jnp.asarray(grids))
@@ -87,9 +91,11 @@ def _is_raw_image(image: Any) -> bool:
     return hasattr(image, "convert") or (dtype == np.uint8 and len(shape) == 3 and shape[2] == 3 and 0 not in shape)
 
 
-def check_images(images: ArrayLike, config: ImageConfig) -> Float[Array, "b h w 3"]:
+def check_images(images: ArrayLike | Patches, config: ImageConfig) -> Float[Array, "b h w 3"]:
     """Raises UserError for images of another size, with integer pixels or, unless they lie on a device, outside [-1, 1]."""
     height, width = config.image_size
+    if isinstance(images, Patches):
+        raise UserError(f"this tower takes images [b, {height}, {width}, 3], not Patches; it is not NaFlex")
     if not jnp.issubdtype(jnp.result_type(images), jnp.floating):
         raise UserError(
             f"images are {jnp.result_type(images)}; pass float32 in [-1, 1], for 8-bit pixels x / 127.5 - 1, or a list of images"
@@ -99,24 +105,34 @@ def check_images(images: ArrayLike, config: ImageConfig) -> Float[Array, "b h w 
             f"images have shape {jnp.shape(images)} but the model takes [b, {height}, {width}, 3]; "
             f"resize them, or load the model with image_size=(h, w)"
         )
-    # Looking at pixels that are already on a device would wait for it.
-    if not isinstance(images, jax.Array) and np.size(images):
-        low, high = np.min(images), np.max(images)
-        if not (low >= -_MAX_PIXEL and high <= _MAX_PIXEL):
-            raise UserError(
-                f"pixels lie in [{low:.4g}, {high:.4g}]; pass float32 in [-1, 1]: x / 127.5 - 1 for 8-bit pixels, no other mean "
-                "and deviation, clipped where a filter overshoots; or a list of images"
-            )
+    if not isinstance(images, jax.Array):  # looking at what is on a device would wait for it
+        _check_range(np.asarray(images))
     return jnp.asarray(images, jnp.float32)
 
 
-def check_patches(images: Patches, config: ImageConfig) -> Patches:
-    """Raises UserError for patches of another size or with integer pixels, and for a length or a grid that do not fit."""
+def _check_range(pixels: np.ndarray) -> None:
+    if not pixels.size:
+        return
+    low, high = np.min(pixels), np.max(pixels)
+    if not (low >= -_MAX_PIXEL and high <= _MAX_PIXEL):
+        raise UserError(
+            f"pixels lie in [{low:.4g}, {high:.4g}]; pass float32 in [-1, 1]: x / 127.5 - 1 for 8-bit pixels, no other mean "
+            "and deviation, clipped where a filter overshoots; or a list of images"
+        )
+
+
+def check_patches(images: ArrayLike | Patches, config: ImageConfig) -> Patches:
+    """Raises UserError for what are not patches of the tower's size and float pixels, and for a length or a grid that do not fit;
+    unless they lie on a device, for pixels outside [-1, 1], padding apart."""
+    if not isinstance(images, Patches):
+        raise UserError("this tower is NaFlex: it takes Patches, as siglip.load(SRC).pixels(images) gives them")
     p, shape = math.prod(config.patch) * 3, jnp.shape(images.patches)
     if not jnp.issubdtype(jnp.result_type(images.patches), jnp.floating):
         raise UserError(
             f"patches are {jnp.result_type(images.patches)}; pass float32 in [-1, 1], for 8-bit pixels x / 127.5 - 1"
         )
+    if not jnp.issubdtype(jnp.result_type(images.grid), jnp.integer):
+        raise UserError(f"grid is {jnp.result_type(images.grid)}; pass int32 [b, 2], patches down and across")
     if len(shape) != 3 or shape[2] != p or jnp.shape(images.grid) != (shape[0], 2):
         raise UserError(
             f"patches have shape {shape} and grid {jnp.shape(images.grid)}, but the model takes [b, n, {p}] and [b, 2]"
@@ -133,6 +149,8 @@ def check_patches(images: Patches, config: ImageConfig) -> Patches:
         )
         if bad is not None:
             raise UserError(f"grid {bad} (down, across) does not fit {shape[1]} patches, or has none")
+        if not isinstance(images.patches, jax.Array):
+            _check_range(images.without_padding().patches)
     return Patches(jnp.asarray(images.patches, jnp.float32), jnp.asarray(images.grid, jnp.int32))
 
 
@@ -171,3 +189,12 @@ def tokenizer_of(path: Path, config: TextConfig) -> Any:
     from data_pipelines.tokenizers import SentencePieceTokenizer  # it imports sentencepiece
 
     return SentencePieceTokenizer(path, **vars(config.tokens))
+
+
+def describe_inputs(config: ModelConfig) -> str:
+    """What a model takes, in a few words."""
+    image = config.image
+    text = "" if config.text is None else f", texts of {config.text.length} tokens"
+    if image.naflex is not None:
+        return f"{image.variant}, images of any size in up to {image.naflex.patches} patches of {image.patch}{text}"
+    return f"{image.variant}, {image.image_size[0]} x {image.image_size[1]} px in patches of {image.patch}{text}"

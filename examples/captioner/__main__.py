@@ -22,8 +22,8 @@ from examples.captioner.saved import save_captioner
 from examples.captioner.train import StageConfig, evaluate, train_stage
 from siglip.cli import describe
 from siglip.cli.arguments import parse
-from siglip.encoder import load_encoder
 from siglip.errors import UserError
+from siglip.image_encoder import load_encoder
 from siglip.parallel.sharding import MeshConfig, check_batch_size, make_mesh
 
 PROMPT = "caption en"

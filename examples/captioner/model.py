@@ -21,7 +21,7 @@ from jax import lax
 from examples.captioner import decoder
 from examples.captioner.decoder import DecoderConfig
 from siglip.array_types import Array, Float, Int, UInt8
-from siglip.encoder import ImageEncoder
+from siglip.image_encoder import ImageEncoder
 from siglip.models.vit import normalize_pixels
 
 # Of the shipped tokenizer. Its <pad> is used nowhere else, and begins every text here; texts are padded with the end token.

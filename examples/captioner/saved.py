@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from examples.captioner.decoder import DecoderConfig
 from examples.captioner.model import Captioner
 from siglip.atomic import new_folder
-from siglip.encoder import load_encoder
+from siglip.image_encoder import load_encoder
 from siglip.trees import flatten, unflatten
 
 ENCODER, _DECODER, _CONFIG = "encoder.npz", "decoder.safetensors", "captioner.json"

@@ -75,6 +75,8 @@ class Patches(NamedTuple):
         return Patches(np.where(mask[..., None], np.asarray(self.patches), 0), np.asarray(self.grid))
 
 
+# Of a tower's images: all valid; or, from a NaFlex tower, with a mask that is False at padding.
+Tokens = Float[Array, "b n d"] | tuple[Float[Array, "b n d"], Bool[Array, "b n"]]
 Size = Any  # a number of patches: an int, or a symbolic dimension of an exported program
 
 

@@ -9,9 +9,9 @@ pytest.importorskip("transformers")
 from safetensors import safe_open
 
 from examples import hf_paligemma
-from siglip.encoder import load_encoder
 from siglip.exporting.verification import compare
 from siglip.formats import big_vision
+from siglip.image_encoder import load_encoder
 from tests.siglip.tiny import random_params, square_model
 
 pytestmark = pytest.mark.interop

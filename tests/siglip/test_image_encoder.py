@@ -11,11 +11,11 @@ import pytest
 from jax.sharding import NamedSharding
 
 import siglip
-from siglip import encoder as encoder_module
+from siglip import image_encoder as encoder_module
 from siglip import trees
-from siglip.encoder import EncoderSpec, ImageEncoder, load_encoder
 from siglip.errors import UserError
 from siglip.formats import big_vision, containers, hugging_face, key_maps
+from siglip.image_encoder import EncoderSpec, ImageEncoder, load_encoder
 from siglip.models.two_tower import ModelConfig
 from siglip.parallel import sharding
 from tests.siglip import numpy_model

@@ -1,6 +1,8 @@
 """Exports of a NaFlex model, each read back; and the one for images of a single size, which fixed-grid consumers take."""
 
 import dataclasses
+import re
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from siglip.errors import UserError
 from siglip.exporting.export import export
 from siglip.formats import big_vision
 from siglip.models.naflex import NaflexConfig, Patches
+from siglip.models.resample import _between_edges
 from siglip.models.vit import cut_patches
 from siglip.trees import flatten
 from tests.data_pipelines.shards import SAMPLE
@@ -48,6 +51,11 @@ def test_the_npz_has_the_published_shapes_and_comes_back(source, tmp_path):
     [
         ({"img/pos_embedding": (1, 9, 36)}, r"img/pos_embedding \(1, 9, 36\) is not \(rows, columns, width\)"),
         ({"img/embedding/kernel": (190, 36)}, r"not of patches of \(7, 7\) px in three colours"),
+        ({"img/pos_embedding": (9, 1, 36)}, "has 9 x 1 positions, but the config's image has 3 x 3 patches"),
+        (
+            {"img/embedding/kernel": (8, 8, 3, 36), "img/pos_embedding": (1, 9, 36)},
+            "is of a tower for images of one size, but its config is a NaFlex tower's: a mixture",
+        ),
     ],
 )
 def test_a_mixture_of_both_kinds_is_one_line(source, tmp_path, changes, words):
@@ -56,23 +64,40 @@ def test_a_mixture_of_both_kinds_is_one_line(source, tmp_path, changes, words):
     for name, shape in changes.items():
         arrays[f"params/{name}"] = np.zeros(shape, np.float32)
     np.savez(tmp_path / "mixed.npz", **arrays)
+    if "config" in words:
+        shutil.copy(big_vision.sidecar(source), big_vision.sidecar(tmp_path / "mixed.npz"))
     with pytest.raises(UserError, match=words) as error:
         big_vision.read(tmp_path / "mixed.npz")
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("grid", [(2, 8), (2, 6)], ids=str)
+def test_the_grid_of_a_published_npz_is_that_of_its_positions(tmp_path, grid):
+    """Without a config file beside it; 2 x 8 positions are not 4 x 4."""
+    image = dataclasses.replace(CONFIG.image, image_size=(grid[0] * 8, grid[1] * 8), naflex=NaflexConfig())
+    config = dataclasses.replace(CONFIG, image=image)
+    big_vision.write(tmp_path / "model.npz", random_params(config), config)
+    big_vision.sidecar(tmp_path / "model.npz").unlink()
+    found, found_config = big_vision.read(tmp_path / "model.npz")
+    assert found_config.image.grid == grid
+    same(found, random_params(config))
+
+
 @pytest.mark.parametrize("format", ["hf", "bigvision", "stablehlo"])
 @pytest.mark.parametrize("tower", ["image", "both"])
-def test_exports_agree_with_their_source(source, tmp_path, format, tower):
+def test_exports_agree_with_their_source(source, tmp_path, monkeypatch, capsys, format, tower):
     report = export(source, format=format, out=tmp_path / "out", tower=tower)
     found = report.differences["random"]
     assert set(found) >= {"image_tokens", "image_embedding"} and max(found.values()) < 1e-5
     card = (tmp_path / "out" / "README.md").read_text()
     assert "the largest grid of at most 12 that keeps the aspect ratio" in card
+    assert format != "hf" or "one column of several patches" in card and "one column of several" in report.message
     if format != "stablehlo":
-        found = siglip.load(tmp_path / "out").config.image.naflex
-        # Hugging Face's files say how many patches are the default, not how many are the limit.
-        assert found == (NaflexConfig(12, 1024) if format == "hf" else CONFIG.image.naflex)
+        assert siglip.load(tmp_path / "out").config.image.naflex == CONFIG.image.naflex
+    if format != "hf" and tower == "image":
+        monkeypatch.chdir(tmp_path / "out")
+        exec(re.search(r"```python\n(.*?)```", card, re.S)[1], {})
+        assert "(1, 12, 36) " in capsys.readouterr().out or format == "stablehlo"
 
 
 @pytest.mark.interop
@@ -158,6 +183,9 @@ def test_encoders_take_patches_and_lists_of_any_images(source):
             r"grid \(3, 2\) .* does not fit 4 patches",
         ),
         (Patches(np.zeros((1, 4, 192), np.uint8), np.array([[2, 2]])), {}, "patches are uint8; pass float32"),
+        (Patches(np.full((1, 4, 192), 255.0), np.array([[2, 2]])), {}, r"pixels lie in \[255, 255\]; pass float32"),
+        (Patches(np.zeros((1, 4, 192), np.float32), np.array([[1.9, 1.9]])), {}, "grid is float.*; pass int32"),
+        (Patches(np.zeros((1, 4, 192), np.float32), np.array([[2, 2]])), {"max_patches": 2}, "Patches are cut already"),
         (Patches(np.zeros((1, 4, 191), np.float32), np.array([[2, 2]])), {}, r"the model takes \[b, n, 192\]"),
     ],
 )
@@ -167,16 +195,41 @@ def test_bad_images_are_one_line(source, images, options, words):
     assert "\n" not in str(error.value)
 
 
+def test_padding_may_hold_anything(source):
+    patches = np.full((1, 4, 192), np.nan, np.float32)
+    patches[:, :3] = 0.5
+    assert np.isfinite(siglip.load(source).embed_images(Patches(patches, np.array([[1, 3]])))).all()
+
+
+@pytest.mark.parametrize(
+    "options, images, words",
+    [
+        ({}, np.zeros((1, 24, 24, 3), np.float32), "this tower is NaFlex: it takes Patches"),
+        (
+            {"image_size": 24},
+            Patches(np.zeros((1, 9, 192), np.float32), np.array([[3, 3]])),
+            "not Patches; it is not NaFlex",
+        ),
+    ],
+)
+def test_encoders_are_told_apart_in_one_line(source, options, images, words):
+    with pytest.raises(UserError, match=words) as error:
+        siglip.load_encoder(source, **options).tokens(images)
+    assert "\n" not in str(error.value)
+
+
 def test_lengths_are_of_naflex_models_alone(source):
     with pytest.raises(UserError, match="max_patches=9: this tower takes images of .* it is not NaFlex"):
         siglip.load(source, image_size=24).embed_images([np.zeros((4, 4, 3), np.uint8)], max_patches=9)
 
 
-def test_another_patch_size_keeps_the_grid(source):
-    model = siglip.load(source, patch_size=16)
+def test_enlarged_patches_give_the_source_s_embeddings(source):
+    """Each patch resized by itself, as FlexiViT's kernel has it."""
+    model, theirs = siglip.load(source, patch_size=16), siglip.load(source)
     assert model.config.image.naflex == CONFIG.image.naflex and model.config.image.grid == (3, 3)
-    images = np.random.default_rng(0).uniform(-1, 1, (2, 8, 40, 3)).astype(np.float32)
-    larger = jnp.asarray(images).repeat(2, axis=1).repeat(2, axis=2)
-    assert cut_patches(larger, (16, 16)).shape == (2, 5, 768)
-    assert model.embed_images(larger).shape == (2, 36)
     assert flatten(model.params)["img/embedding/kernel"].shape == (16, 16, 3, 36)
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 8, 40, 3)).astype(np.float32)
+    patches, resize = np.asarray(cut_patches(jnp.asarray(images), (8, 8))).reshape(2, 5, 8, 8, 3), _between_edges(8, 16)
+    larger = np.einsum("ih,jw,bnhwc->bnijc", resize, resize, patches).reshape(2, 5, 768).astype(np.float32)
+    found = model.embed_images(Patches(larger, np.array([[1, 5]] * 2)))
+    np.testing.assert_allclose(found, theirs.embed_images(images), rtol=0, atol=towers_apart(CONFIG))
