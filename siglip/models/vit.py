@@ -227,7 +227,7 @@ class ViT(nn.Module):
         pixels = image.patches if isinstance(image, Patches) else image
         pixels = normalize_pixels(pixels) if pixels.dtype == jnp.uint8 else pixels
         if not config.pixels.has_default_range:
-            mean, std = (jnp.asarray(values, jnp.float32) for values in (config.pixels.mean, config.pixels.std))
+            mean, std = (jnp.array(values, jnp.float32, ndmin=4) for values in (config.pixels.mean, config.pixels.std))
             channels = pixels.reshape(*pixels.shape[:2], -1, 3)
             pixels = (((channels + 1) / 2 - mean) / std).reshape(pixels.shape)
         if isinstance(image, Patches):
