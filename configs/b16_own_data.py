@@ -13,7 +13,7 @@ scratch expect on ImageNet zero-shot between DataComp medium's 29.7 % (128 10^6 
 (1.28 10^9); your own retrieval set tells more. `siglip data tokenizer` makes a tokenizer of your captions, `siglip data curate`
 cleans them.
 
-Devices and time: h100:8, 30.1 of 72.8 GiB, 4.2 h, 34 device hours (siglip plan, MFU 35%).
+Devices and time: h100:8, 30.1 of 72.8 GiB, 4.2 h, 33 device hours (siglip plan, MFU 35%).
 """
 
 from data_pipelines.loader import DataConfig

@@ -5,7 +5,7 @@
 No ImageNet number of a sigmoid run on CC12M was found to check against; DataComp medium saw fewer pairs of worse quality and has
 17.6 to 29.7 %. Light crops and flips: every pair is seen 32 times.
 
-Devices and time: h100:8, 30.1 of 72.8 GiB, 4.5 h, 36 device hours (siglip plan, MFU 35%).
+Devices and time: h100:8, 30.1 of 72.8 GiB, 4.4 h, 35 device hours (siglip plan, MFU 35%).
 """
 
 from data_pipelines.augment import AugmentConfig

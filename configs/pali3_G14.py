@@ -7,7 +7,7 @@ siglip.load_encoder. Batch and number of pairs of its encoder are not published:
 than a classifier of this size and more as an encoder (the paper's finding, on TextVQA and RefCOCO above all). Then
 configs/pali3_G14_812.py.
 
-Devices and time: v5e:16x16, 15.4 of 15.8 GiB, 1,997.1 h, 511,255 device hours (siglip plan, MFU 45%).
+Devices and time: v5e:16x16, 15.4 of 15.8 GiB, 1,991.6 h, 509,846 device hours (siglip plan, MFU 45%).
 """
 
 from data_pipelines.loader import DataConfig

@@ -5,7 +5,7 @@
 Expect 80.5 % on ImageNet zero-shot, 69.5 / 51.1 % R@1 on COCO (image to text / text to image). Continue at 384 px as
 configs/paligemma_so400m14_384.py does: 82.1 %. The paper does not print its warm-up; 20k steps are SigLIP 2's.
 
-Devices and time: v5e:16x16, 7.1 of 15.8 GiB, 394.9 h, 101,106 device hours (siglip plan, MFU 45%).
+Devices and time: v5e:16x16, 7.1 of 15.8 GiB, 392.9 h, 100,576 device hours (siglip plan, MFU 45%).
 """
 
 from data_pipelines.loader import DataConfig

@@ -140,7 +140,8 @@ class Encoder(nn.Module):
 
     `scan` stacks the parameters of all blocks on a leading layer axis under `encoderblock`; without it they are
     `encoderblock_0`, `encoderblock_1`, … A scan is a loop over one compiled block, unless `unroll` has it compiled block by
-    block; None unrolls on a GPU, where a loop copies everything it saves (docs/scaling.md).
+    block; None unrolls on a GPU, where a loop copies everything it saves, unless `remat` shall save memory on several of them
+    (docs/scaling.md).
 
     With `lengths` no token looks beyond its image's own; what becomes of the tokens there is undefined.
 
@@ -168,7 +169,9 @@ class Encoder(nn.Module):
         layout, path = self.layout, "/".join(self.path)
         sharded = layout is not None and layout.shards(f"{re.escape(path)}/encoderblock.*")
         on_gpu = layout is not None and layout.platform == "gpu"
-        unrolled = not self.scan or (on_gpu if self.unroll is None else self.unroll)
+        # On several GPUs XLA puts the products of weight gradients off: it keeps what unrolled blocks computed again.
+        better = on_gpu and (self.remat == "none" or layout.mesh.size == 1)
+        unrolled = not self.scan or (better if self.unroll is None else self.unroll)
 
         def body(block: Block, x: Array, lengths: Array | None) -> tuple[Array, None]:
             # The loop's carry has no sharding of its own: unless told, the compiler may split it some other way.

@@ -63,8 +63,8 @@ _KEPT = {
         working=(20, 8, 6),
     ),
     "gpu": _Kept(
-        width={"none": 49, "dots+gelu": 11, "dots": 11, "full": 4},
-        mlp={"none": 8, "dots+gelu": 4, "dots": 2, "full": 0},
+        width={"none": 21, "dots+gelu": 11, "dots": 11, "full": 4},
+        mlp={"none": 4, "dots+gelu": 4, "dots": 2, "full": 0},
         logits={"none": 6, "dots+gelu": 0, "dots": 0, "full": 0},
         working=(40, 8, 8),
     ),

@@ -90,6 +90,15 @@ def test_on_a_gpu_a_scan_is_unrolled_and_its_layout_pinned(unroll, turns_of_the_
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("remat, devices, turns", [("full", 1, 2), ("full", 2, 1), ("dots", 2, 1), ("none", 2, 2)])
+def test_on_several_gpus_blocks_that_are_to_save_memory_stay_a_loop(remat, devices, turns):
+    model = make_model(of_image(remat=remat), layout=OnGpu(make_mesh(MeshConfig(), jax.devices()[:devices])))
+    batch = {"image": jnp.zeros((2, *CONFIG.image.image_size, 3), jnp.uint8)}
+    with jax.set_mesh(model.layout.mesh):
+        program = jax.make_jaxpr(model.apply)({"params": random_params(of_image())}, batch)
+    assert f"unroll={turns}" in str(program)
+
+
 @pytest.mark.parametrize("remat, runs", [("none", 2), ("dots+gelu", 2), ("dots", 2), ("full", 3)])
 def test_remat_by_name_keeps_what_flash_attention_gives_its_backward_pass(remat, runs):
     attention = functools.partial(attention_fn, kernel="splash", interpret=True)
