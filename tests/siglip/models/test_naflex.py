@@ -156,7 +156,7 @@ def test_uint8_patches_are_normalised_and_have_the_model_s_range():
     np.testing.assert_allclose(found, apply({"patches": floats, "grid": grid})[0], rtol=0, atol=towers_apart(config))
     kernel = np.asarray(params["img"]["embedding"]["kernel"], np.float64).reshape(-1, 36)
     values = ((raw.reshape(2, 6, 24, 3) / 255 - pixels.mean) / pixels.std).reshape(2, 6, 72)
-    expected = values @ kernel + params["img"]["embedding"]["bias"]
+    expected = values @ kernel + params["img"]["embedding"]["bias"].reshape(1, 1, -1)
     atol = 2 * likely_rounding(80, np.abs(values).max() * np.abs(kernel).sum(axis=0).max())
     np.testing.assert_allclose(out["img/stem"][0], expected[0], rtol=0, atol=atol)
 

@@ -137,7 +137,8 @@ def test_exact_in_float64_for_what_couples_pairs_and_for_what_adds_up(devices):
 
         def couple(coupled, params):
             # sigmoid_loss itself accumulates in float32.
-            logits = jnp.exp(params["t"]) * coupled["zimg"] @ coupled["nested"][0].T + params["b"]
+            t, b = params["t"][0], params["b"][0]
+            logits = jnp.exp(t) * coupled["zimg"] @ coupled["nested"][0].T + b
             return jnp.sum(jax.nn.softplus((1 - 2 * jnp.eye(48)) * logits)) / 48, {"bias": params["b"][0]}
 
         def by_hand(params, steps):
