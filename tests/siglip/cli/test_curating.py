@@ -53,7 +53,7 @@ def test_with_a_model_a_preset_and_new_shards(shard, tmp_path, capsys):
     embedder = embedder_of(tmp_path / "m.npz", tokenizer=SPIECE, batch_size=16)
     pairs = list(TarSource(shard))
     images = np.stack([resize(decode_image(pair.image, max_pixels=1 << 20), (16, 16)) for pair in pairs])
-    zimg = embedder.embed_images(images)
+    zimg = embedder.embed_images({"image": images})
     ztxt = embedder.embed_texts([pair.fields["txt"] for pair in pairs])
     np.testing.assert_allclose(
         [row["score"] for row in rows], (zimg * ztxt).sum(1), rtol=0, atol=2 * towers_apart(MODEL)
