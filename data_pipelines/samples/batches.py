@@ -84,16 +84,16 @@ class TrainBatches:
     def fill(
         self, places: Sequence[Place], arrays: dict[str, np.ndarray]
     ) -> tuple[list[int], list[str], dict[str, int], int]:
-        """Writes some rows. -> (rows, keys, substitutes by reason, captions with line breaks)"""
+        """Writes some rows of one batch. -> (rows, keys, substitutes by reason, captions with line breaks)"""
         keys, replaced, several = [], collections.Counter(), 0
+        fields = self._fields_at(places[0].position // self.reader.batch_pairs) if places else ()
+        # The rows of a step may be shorter than the memory they lie in.
+        inside = {name: tuple(map(slice, shape)) for field in fields for name, (shape, _) in field.arrays.items()}
         for place in places:
-            fields = self._fields_at(place.position // self.reader.batch_pairs)
             values, key, reason = self.sample(place, fields)
             several += values.pop("several_lines", False)
-            # The rows of a step may be shorter than the memory they lie in.
-            shapes = {name: shape for field in fields for name, (shape, _) in field.arrays.items()}
             for name, value in values.items():
-                arrays[name][(place.row, *map(slice, shapes[name]))] = value
+                arrays[name][(place.row, *inside[name])] = value
             keys.append(key)
             if reason:
                 replaced[reason] += 1
