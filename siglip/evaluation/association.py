@@ -107,7 +107,7 @@ class Association:
 
 def prompt(cue: str) -> str:
     """The cue with its article."""
-    return f"{'An' if cue[0].lower() in 'aeiou' else 'A'} {cue}"
+    return f"{'An' if cue.lstrip()[0].lower() in 'aeiou' else 'A'} {cue}"
 
 
 def association(scores: Sequence[Float[np.ndarray, " _"]], right: Sequence[Bool[np.ndarray, " _"]]) -> dict[str, float]:
@@ -161,11 +161,13 @@ def read_instances(path: str) -> list[Instance]:
 def _instance(path: str, number: int, row: Any) -> Instance:
     row = row if isinstance(row, dict) else {}
     cue, lists = row.get("cue"), [_names(row.get(name)) for name in ("candidates", "associations")]
-    if not isinstance(cue, str) or not cue or not all(lists) or not set(lists[1]) <= set(lists[0]):
+    if not isinstance(cue, str) or not cue.strip() or not all(lists) or not set(lists[1]) <= set(lists[0]):
         raise UserError(
-            f"row {number} of {path} must have a text `cue` and two lists of names, `candidates` and, "
-            "those of them that are right, `associations`"
+            f"row {number} of {path} must have a text `cue` and two lists of names: `candidates`, and `associations`, "
+            "those of them that are right"
         )
+    if len(set(lists[0])) < len(lists[0]):
+        raise UserError(f"row {number} of {path} has a candidate twice; each counts once")
     return Instance(cue, *lists)
 
 

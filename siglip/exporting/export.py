@@ -23,7 +23,7 @@ from siglip.errors import UserError
 from siglip.exporting.model_card import model_card, provenance
 from siglip.exporting.verification import compare, expected_outputs, largest_difference, model_outputs, random_inputs
 from siglip.formats import big_vision, hf_export, saved_model, stablehlo
-from siglip.formats.export_format import Dtype, ExportFormat, Inputs, Layout
+from siglip.formats.export_format import Dtype, ExportFormat, Inputs, Layout, Outputs
 from siglip.model_source import read_model
 from siglip.models.two_tower import ModelConfig
 
@@ -95,26 +95,19 @@ def export(
     """
     out = Path(out).expanduser()
     chosen = _check_request(out, format=format, tower=tower, layout=layout, dtype=dtype, samples=samples)
-    if shard_bytes is not None and (shard_bytes < 1 or not chosen.has_shards):
-        raise UserError(f"shard_bytes={shard_bytes} is a positive number, for --format hf alone; leave it out")
+    options = _options(chosen, layout=layout, dtype=dtype, shard_bytes=shard_bytes)
     _check_place(out, big_vision.split_subtree(src)[0])
     params, config, tokenizer = _model(src, tower=tower, head=head, image_size=image_size, patch_size=patch_size)
     params, differences = (params, {}) if dtype == "float32" else _rounded(params, config)
     known = (config, tokenizer is not None)
     verified = all(find_spec(package) for package in chosen.needs)
     with new_folder(out, publish=_publish_npz if out.suffix == ".npz" else os.rename) as partial:
-        options = {"layout": layout} | ({"dtype": dtype} if len(chosen.dtypes) > 1 else {})
-        options |= {"shard_bytes": shard_bytes} if chosen.has_shards else {}
         chosen.write(partial, params, config, tokenizer=tokenizer, **options)
         cases = [] if chosen.takes_files else [random_inputs(config)]  # noise has no encoded files
         cases += [] if samples is None else [samples(config, tokenizer)]
         expected = [expected_outputs(Encoder(params, config), case) for case in cases]
         del params  # held once while they are written, and once while they are read back
-        if chosen.outputs and verified:
-            found = chosen.outputs(partial, cases)
-        else:
-            model = Encoder(*read_model(partial)[:2])
-            found = [model_outputs(model, case) for case in cases]
+        found = _read_back(chosen if verified else None, partial, cases)
         differences |= {case.name: compare(*pair) for case, *pair in zip(cases, expected, found, strict=True)}
         texts = {
             "contract": chosen.contract(*known),
@@ -124,12 +117,17 @@ def export(
         origin = provenance(src, licence=licence)
         card = model_card(config, library=chosen.library, origin=origin, differences=differences, **texts)
         (partial / "README.md").write_text(card)
-    warnings = [*chosen.warnings(*known)]
-    if not verified:
-        warnings.append(
-            f"verified with our own reader only; for {chosen.library}: pip install 'siglip-stage0[interop]'"
-        )
+    by_us = f"verified with our own reader only; for {chosen.library}: pip install 'siglip-stage0[interop]'"
+    warnings = [*chosen.warnings(*known)] + ([] if verified else [by_us])
     return ExportReport(out, differences, verified, _message(out, differences, warnings))
+
+
+def _read_back(chosen: ExportFormat | None, folder: Path, cases: Sequence[Inputs]) -> list[Outputs]:
+    """What the format's own library, or without one our reader, makes of the cases."""
+    if chosen is not None and chosen.outputs:
+        return chosen.outputs(folder, cases)
+    model = Encoder(*read_model(folder)[:2])
+    return [model_outputs(model, case) for case in cases]
 
 
 def _rounded(params: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
@@ -181,6 +179,16 @@ def _check_request(
     if chosen.takes_files and samples is None:
         raise UserError(f"{format} takes encoded images and raw texts, so it is verified with some: pass samples=…")
     return chosen
+
+
+def _options(chosen: ExportFormat, *, layout: Layout, dtype: Dtype, shard_bytes: int | None) -> dict[str, Any]:
+    """Arguments of `chosen.write`."""
+    if shard_bytes is not None and (shard_bytes < 1 or not chosen.has_shards):
+        raise UserError(
+            f"shard_bytes={shard_bytes} must be a positive number, and only --format hf has it; leave it out"
+        )
+    options = {"layout": layout} | ({"dtype": dtype} if len(chosen.dtypes) > 1 else {})
+    return options | ({"shard_bytes": shard_bytes} if chosen.has_shards else {})
 
 
 def _check_place(out: Path, src: Path) -> None:

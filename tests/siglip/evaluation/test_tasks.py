@@ -275,6 +275,8 @@ def test_images_that_go_with_a_cue(embedder, test, tmp_path, caplog):
     [
         ("cue,candidates,associations\na,\"['x']\",\"['y']\"\n", "row 1 of .* must have a text `cue` and two lists"),
         ("cue,candidates,associations\n", "holds no instances"),
+        ("cue,candidates,associations\na,\"['x', 'x']\",\"['x']\"\n", "row 1 of .* has a candidate twice"),
+        ("cue,candidates,associations\n ,\"['x', 'y']\",\"['x']\"\n", "must have a text `cue`"),
         ("cue,candidates,associations\na,[[[,[\n", "row 1 of"),
     ],
 )

@@ -270,7 +270,9 @@ def test_weights_in_several_files(tmp_path, source, monkeypatch, own):
 
 def test_only_some_formats_have_bfloat16_and_several_files(tmp_path, source):
     for bad, format in ((0, "hf"), (100, "bigvision")):
-        with pytest.raises(UserError, match=f"shard_bytes={bad} is a positive number, for --format hf alone"):
+        with pytest.raises(
+            UserError, match=f"shard_bytes={bad} must be a positive number, and only --format hf has it"
+        ):
             export(source, format=format, out=tmp_path / "out", shard_bytes=bad)
     with pytest.raises(UserError, match="dtype='bfloat16': --format bigvision has float32; take one of these"):
         export(source, format="bigvision", out=tmp_path / "out", dtype="bfloat16")
