@@ -146,6 +146,7 @@ def mdi(folder: Path) -> list[Drawing]:
 
 
 def lucide(folder: Path) -> list[Drawing]:
+    """Outlined icons with tags."""
     with packages.opened("lucide-static", folder) as files:
         tags = json.load(files.extractfile("package/tags.json"))
         return [
@@ -155,6 +156,7 @@ def lucide(folder: Path) -> list[Drawing]:
 
 
 def carbon(folder: Path) -> list[Drawing]:
+    """Outlined pictograms with other names of theirs."""
     with packages.opened("@carbon/pictograms", folder) as files:
         icons = json.load(files.extractfile("package/metadata.json"))["icons"]
         here = set(files.getnames())

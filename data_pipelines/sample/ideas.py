@@ -27,6 +27,7 @@ _PERSON = {"1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2
 
 
 def to_idea(text: str) -> str:
+    """An emoji as its code points in hexadecimal, without the selector that only asks for colour: "1F468 200D 1F33E"."""
     return " ".join(f"{ord(char):04X}" for char in text if char != "\ufe0f")
 
 
