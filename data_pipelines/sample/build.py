@@ -77,6 +77,8 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
     parser.add_argument("--packages", type=Path, default=Path("~/.cache/siglip/sample").expanduser(), help="downloads")
     given = parser.parse_args(args)
+    if given.size < 1:
+        parser.error(f"--size {given.size} must be at least 1 pixel")
     try:
         _build(given.out, given.size, given.packages)
     except UserError as error:
@@ -88,7 +90,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _build(out: Path, size: int, folder: Path) -> None:
     ideas = Ideas.read(folder)
     held, seen = _Unseen(ideas), set()
-    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), 16)) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count() or 1, 16)) as pool:
         write = partial(_write, out, size, pool)
         for name, make in train_sources(folder, ideas).items():
             drawn = [drawing for drawing in make() if drawing not in held]

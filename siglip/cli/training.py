@@ -28,6 +28,7 @@ from siglip.training.lengths import length_shares
 from siglip.training.loop import Evaluate, train
 from siglip.training.step import TrainState
 from siglip.trees import did_you_mean
+from siglip.workdir.checkpoint import whole_steps
 from siglip.workdir.checksums import checksums
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ def _prepare(config: TrainConfig) -> Callable[[], None]:
     config = resolve(config)
     length_shares(config)  # raises on lengths that the tower does not take
     image, text = config.model.image, config.model.text
-    tokenizer = load_tokenizer(config.data.tokenizer, text, may_be_smaller=config.init.src is not None)
+    has_table = config.init.src is not None or bool(whole_steps(Path(config.workdir)))
+    tokenizer = load_tokenizer(config.data.tokenizer, text, may_be_smaller=has_table)
     sharding.check_batch_size(config.batch_size, sharding.make_mesh(config.mesh))
     loader = make_loader(
         config.data,
@@ -145,7 +147,8 @@ def load_tokenizer(path: str, text: TextConfig, *, may_be_smaller: bool) -> Sent
     """Raises UserError when its ids do not fit the text tower.
 
     Args:
-        may_be_smaller: than the vocabulary, as of published models whose table of embeddings is padded.
+        may_be_smaller: than the vocabulary, as of published models whose table of embeddings is padded, and of runs that were
+            started so.
     """
     tokenizer, vocab_size = SentencePieceTokenizer(path, **vars(text.tokens)), text.vocab_size
     if tokenizer.vocab_size > vocab_size or (tokenizer.vocab_size < vocab_size and not may_be_smaller):

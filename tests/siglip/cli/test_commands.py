@@ -1,5 +1,6 @@
 """The commands as a user types them: what they do, and one line with exit code 2 for every mistake."""
 
+import dataclasses
 import io
 import json
 import os
@@ -19,9 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from siglip import trees
-from siglip.cli import run
+from siglip.cli import run, training
 from siglip.cli.arguments import parse
 from siglip.cli.exporting import ExportArgs
+from siglip.errors import UserError
 from siglip.models.two_tower import param_shapes
 from siglip.training.config import load_config_file
 from siglip.training.warm_start import SourceModel
@@ -293,6 +295,20 @@ def test_mistakes_in_data_and_model(recipe, capsys, tmp_path):
         recipe.write_text(text.replace(old, new))
         fails(train, capsys, message)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_was_started_with_a_larger_vocabulary_goes_on(recipe, tmp_path, caplog):
+    config = load_config_file(str(recipe))
+    text = dataclasses.replace(config.model.text, vocab_size=5000)
+    config = dataclasses.replace(
+        config, workdir=str(tmp_path / "old"), model=dataclasses.replace(config.model, text=text)
+    )
+    with pytest.raises(UserError, match=r"has 4000 pieces, but model\.text\.vocab_size=5000"):
+        training._prepare(config)
+    (tmp_path / "old" / "checkpoints" / "4").mkdir(parents=True)
+    (tmp_path / "old" / "checkpoints" / "4" / "_CHECKPOINT_METADATA").touch()
+    training._prepare(config)
+    assert "1000 token embeddings will never be trained" in caplog.text
 
 
 def test_a_workdir_of_another_config_and_one_that_is_a_file(trained, recipe, capsys, tmp_path):
