@@ -1,4 +1,4 @@
-"""AdamW and the ScalingViT Adafactor as one optax chain, with schedules, masks, freezing and learning-rate multipliers.
+"""AdamW, Muon and the ScalingViT Adafactor as one optax chain, with schedules, masks, freezing and learning-rate multipliers.
 
     p <- p - schedule(step) * (lr * lr_mult * update + weight_decay * wd_mult * p)
 
@@ -12,11 +12,17 @@ Adafactor is the variant of "Scaling Vision Transformers" (arXiv 2106.04560): fa
 scaling or update clipping, momentum 0.9 in bfloat16. Its b2 is capped at 0.95, without which large batches diverge
 (SigLIP, section 4.2).
 
+Muon (https://kellerjordan.github.io/posts/muon) makes the update of every matrix inside a block orthogonal, and is scaled
+to the size of AdamW's updates (arXiv 2502.16982), so that AdamW's lr and weight_decay carry over. Embeddings, heads,
+biases, LayerNorms, t and b are AdamW's.
+
 The trap: with scanned blocks and 32 or more of them, stacked biases and LayerNorms are large enough in two dimensions to
 be factored *across layers*, which the loop layout never does.
 """
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -31,6 +37,9 @@ from siglip.errors import UserError
 # Matrices whose second-largest dimension is below this keep a full second moment.
 ADAFACTOR_MIN_DIM = 32
 ADAFACTOR_DECAY = 0.8
+# The root mean square of AdamW's updates, which Muon's get (arXiv 2502.16982, section 2.2), and the matrices that are Muon's.
+MUON_RMS = 0.2
+_MUON_KERNEL = re.compile(r".*/(encoderblock\w*|MAPHead_\d+)/(.*)/kernel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +51,7 @@ class OptimConfig:
         weight_decay: fraction of a kernel removed per step at the schedule's peak (not multiplied by lr; see above).
         weight_decay_mults: (pattern, factor) pairs; parameters that no pattern matches do not decay.
         lr_mults: (pattern, factor) pairs; 0 freezes; parameters that no pattern matches keep 1.
-        b1: decay of the first moment. b2: decay of the second moment (Adafactor: its cap).
+        b1: decay of the first moment (Muon's matrices: 0.95, with Nesterov's step). b2: decay of the second moment (Adafactor: its cap).
         momentum_dtype: storage of the first moment; None takes bfloat16 for adafactor and float32 for adamw.
         clip_norm: largest global norm of the gradient; 0 does not clip.
         schedule: shape after the warm-up. "rsqrt" is 1/sqrt(1 + steps/timescale) and ends in a linear cool-down.
@@ -51,7 +60,7 @@ class OptimConfig:
         ema: decay of the running average of the parameters, which is then what is evaluated and exported; 0 for none.
     """
 
-    name: Literal["adamw", "adafactor"] = "adamw"
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
     lr: float = 1e-3
     weight_decay: float = 1e-4
     weight_decay_mults: tuple[tuple[str, float], ...] = ((".*/kernel", 1.0),)
@@ -134,7 +143,7 @@ def make_optimizer(config: OptimConfig, params: Mapping[str, Any], *, total_step
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     trained = optax.chain(
         *clip,
-        _scale_by_adafactor(config) if config.name == "adafactor" else _scale_by_adam(config),
+        {"adamw": _scale_by_adam, "adafactor": _scale_by_adafactor, "muon": _scale_by_muon}[config.name](config),
         _scale_by_tree(config.lr, lr_mults),
         _add_decay(config.weight_decay, decay_mults),
         optax.scale_by_schedule(schedule),
@@ -164,6 +173,37 @@ def _scale_by_adafactor(config: OptimConfig) -> optax.GradientTransformation:
         ),
         optax.ema(config.b1, debias=False, accumulator_dtype=config.momentum_dtype or "bfloat16"),
     )
+
+
+def _scale_by_muon(config: OptimConfig) -> optax.GradientTransformation:
+    muon = optax.contrib.scale_by_muon(
+        mu_dtype=config.momentum_dtype or "float32",
+        weight_dimension_numbers=lambda params: _map_trained(lambda path, _: _matrix_of(path), params),
+    )
+    return optax.partition(
+        {"muon": optax.chain(muon, optax.stateless(_scale_to_adamw)), "adamw": _scale_by_adam(config)},
+        lambda params: _map_trained(lambda path, _: "muon" if _MUON_KERNEL.fullmatch(path) else "adamw", params),
+    )
+
+
+def _matrix_of(path: str) -> optax.contrib.MuonDimensionNumbers:
+    """Which axes of a block's kernel are its inputs and outputs, from the end: stacked blocks have one more in front."""
+    if path.endswith(("query/kernel", "key/kernel", "value/kernel")):
+        return optax.contrib.MuonDimensionNumbers((-3,), (-2, -1))  # [width, heads, size]
+    if path.endswith("out/kernel"):
+        return optax.contrib.MuonDimensionNumbers((-3, -2), (-1,))  # [heads, size, width]
+    return optax.contrib.MuonDimensionNumbers((-2,), (-1,))
+
+
+def _scale_to_adamw(updates: Any, _: Any = None) -> Any:
+    """An orthogonal n x m matrix has a root mean square of 1/sqrt(max(n, m)); here it gets MUON_RMS."""
+
+    def scale(path: str, update: jax.Array) -> jax.Array:
+        matrix = _matrix_of(path)
+        sides = (math.prod(update.shape[axis] for axis in axes) for axes in matrix)
+        return MUON_RMS * math.sqrt(max(sides)) * update
+
+    return _map_trained(scale, updates)
 
 
 def _scale_by_tree(factor: float, mults: Mapping[str, Any]) -> optax.GradientTransformation:

@@ -117,3 +117,61 @@ def test_bad_settings_are_named(config, message):
 def test_negative_values_are_refused():
     with pytest.raises(ValueError, match=r"optim\.lr=-1"):
         OptimConfig(lr=-1)
+
+
+def orthogonal_by_the_published_iteration(matrix):
+    """`newtonschulz5` of https://kellerjordan.github.io/posts/muon in float64."""
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def test_muon_is_the_published_algorithm_at_the_size_of_adamws_updates():
+    rng = np.random.default_rng(0)
+    block = {"MlpBlock_0": {"Dense_0": {"kernel": (8, 12), "bias": (12,)}}, "MultiHeadDotProductAttention_0": {}}
+    for name, shape in {"query": (8, 2, 4), "out": (2, 4, 8)}.items():
+        block["MultiHeadDotProductAttention_0"][name] = {"kernel": shape}
+    shapes = {"txt": {"Encoder_0": {"encoderblock_0": block}, "Embed_0": {"embedding": (5, 8)}}, "b": (1,)}
+    params = jax.tree.map(lambda shape: jnp.ones(shape), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    options = {"lr": 1.0, "weight_decay": 0, "clip_norm": 0, "schedule": "linear"}
+    updates, momenta = {}, {}
+    for name in ("adamw", "muon"):
+        optimizer = make_optimizer(OptimConfig(name, **options), params, total_steps=10**9)
+        state, rng = optimizer.init(params), np.random.default_rng(0)
+        for step in (1, 2):
+            grads = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), params)
+            updates[name], state = jax.jit(optimizer.update)(grads, state, params)
+            for path, grad in trees.flatten(grads).items():
+                momenta[path, step] = 0.95 * momenta.get((path, step - 1), 0) + 0.05 * grad.astype(np.float64)
+                last = 0.95 * momenta[path, step] / (1 - 0.95 ** (step + 1)) + 0.05 * grad / (1 - 0.95**step)
+                momenta[path, "nesterov"] = last
+    adamw, muon = (trees.flatten(updates[name]) for name in ("adamw", "muon"))
+    for path, update in muon.items():
+        if "encoderblock" not in path or not path.endswith("kernel"):
+            np.testing.assert_array_equal(update, adamw[path])
+            continue
+        inputs = 8  # the width, on either side of attention
+        matrix = momenta[path, "nesterov"].reshape(inputs, -1)
+        wanted = -0.2 * np.sqrt(max(matrix.shape)) * orthogonal_by_the_published_iteration(matrix)
+        # An iteration lengthens what is off by at most its slope at 0, and has three products of 12 terms.
+        atol = 2 * sum(3.4445**i * likely_rounding(3 * 12) for i in range(6)) * np.max(np.abs(wanted))
+        np.testing.assert_allclose(update.reshape(matrix.shape), wanted, rtol=0, atol=atol, err_msg=path)
+
+
+def test_muon_takes_each_of_stacked_blocks_alone():
+    rng = np.random.default_rng(0)
+    grads = {"query": rng.standard_normal((3, 8, 2, 4), np.float32), "Dense_1": rng.standard_normal((3, 12, 8), np.float32)}
+    stacked = {"img": {"encoderblock": {name: {"kernel": grad} for name, grad in grads.items()}}}
+    alone = {"img": {f"encoderblock_{i}": {n: {"kernel": g[i]} for n, g in grads.items()} for i in range(3)}}
+    found = []
+    for tree in (stacked, alone):
+        optimizer = make_optimizer(OptimConfig("muon", clip_norm=0), tree, total_steps=10)
+        found.append(optimizer.update(tree, optimizer.init(tree), tree)[0]["img"])
+    for i in range(3):
+        for name, grad in grads.items():
+            one, other = found[0]["encoderblock"][name]["kernel"][i], found[1][f"encoderblock_{i}"][name]["kernel"]
+            assert one.shape == grad.shape[1:]
+            atol = 2 * sum(3.4445**k * likely_rounding(3 * 12) for k in range(6)) * np.max(np.abs(other))
+            np.testing.assert_allclose(one, other, rtol=0, atol=atol)
