@@ -46,10 +46,13 @@ quickstart: $(VENV)/.installed
 sample: $(VENV)/.installed
 	$(PIP) install -c constraints.txt -e '.[sample]'
 	$(BIN)/python -m data_pipelines.sample.build --out $(SAMPLE)
-	rm -rf build/curated
-	cd $(SAMPLE) && $(CURDIR)/$(BIN)/siglip data curate 'emoji-*.parquet' 'icons-*.parquet' --out $(CURDIR)/build/curated \
-	    --against unseen-style.parquet unseen-ideas.parquet flags.parquet
-	cp build/curated/manifest.parquet build/curated/funnel.json $(SAMPLE)
+	rm -rf build/curated-*
+	for kind in emoji icons; do \
+	    (cd $(SAMPLE) && $(CURDIR)/$(BIN)/siglip data curate "$$kind-*.parquet" --out $(CURDIR)/build/curated-$$kind \
+	        --against unseen-style.parquet unseen-ideas.parquet flags.parquet $$(test $$kind = emoji || echo --duplicate-bits 3)) && \
+	    mkdir -p $(SAMPLE)/curated-$$kind && \
+	    cp build/curated-$$kind/manifest.parquet build/curated-$$kind/funnel.json $(SAMPLE)/curated-$$kind || exit 1; \
+	done
 	$(BIN)/siglip data tokenizer '$(SAMPLE)/emoji-*.parquet' '$(SAMPLE)/icons-*.parquet' --out $(SAMPLE)/sample.model \
 	    --vocab-size 8000 --repeat captions.en 4
 

@@ -1,6 +1,7 @@
 """The shipped sample: what is in it and what must not be, and that it can be remade."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,20 @@ def test_the_command_ends_with_one_line_and_code_2(tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_kept_shows_no_image_of_the_evaluation():
+    every = 0
+    for kind in ("emoji", "icons"):
+        rows = pq.read_table(SAMPLE / f"curated-{kind}" / "manifest.parquet").to_pylist()
+        kept = [row for row in rows if row["keep"]]
+        assert len(rows) == sum(pq.read_metadata(shard).num_rows for shard in SAMPLE.glob(f"{kind}-*.parquet"))
+        assert not any(row["leak_of"] or row["duplicate_of"] for row in kept)
+        assert any(row["leak_of"] for row in rows) or kind == "icons"
+        funnel = json.loads((SAMPLE / f"curated-{kind}" / "funnel.json").read_text())
+        assert (funnel["pairs"], funnel["kept"]) == (len(rows), len(kept))
+        every += len(kept)
+    assert 10_000 <= every <= 25_000
 
 
 @pytest.mark.slow
