@@ -7,43 +7,38 @@ images and its row k(x),
 
 Width and penalty are chosen by cross-validation inside the training shards; the held-out shards are scored once.
 
-The trap: splits must follow the json field `group`, or skin tones of one emoji are on both sides.
+The trap: splits must follow the families of ideas, or skin tones of one emoji are on both sides.
 
-    python benchmarks/ridge_floor.py --train 'data_pipelines/sample/emoji-train-*.tar' \
-        --heldout 'data_pipelines/sample/emoji-heldout-*.tar' --out floor.json
+    cd data_pipelines/sample
+    python ../../benchmarks/ridge_floor.py --train 'emoji-*.parquet' --manifest manifest.parquet \
+        --heldout unseen-style.parquet unseen-ideas.parquet --out floor.json
 """
 
 import argparse
-import glob
 import io
 import json
 import pathlib
 import re
-import tarfile
 import zlib
 
 import numpy as np
 from PIL import Image
 
+from data_pipelines.sample.ideas import family
+from data_pipelines.sources.kept_pairs import KeptPairs
+from data_pipelines.sources.opening import open_source
+
 TEXT_BINS = 8192
-GRID = [(width, penalty) for width in (0.1, 0.2, 0.4, 0.8) for penalty in (0.1, 0.3, 1.0)]
+GRID = [(width, penalty) for width in (0.1, 0.2, 0.4) for penalty in (0.1, 0.3)]
+FOLDS = 3
 
 
-def read_pairs(pattern):
-    """The pairs of every tar that `pattern` matches, by key: (image blocks, json fields)."""
-    files = {}
-    for path in sorted(glob.glob(pattern)):
-        with tarfile.open(path) as tar:
-            for member in filter(tarfile.TarInfo.isfile, tar):
-                key, _, extension = member.name.partition(".")
-                files.setdefault(key, {})[extension] = tar.extractfile(member).read()
-    if not files:
-        raise SystemExit(f"no shard matches {pattern!r}; pass a glob of .tar files")
-    pairs = []
-    for key, parts in sorted(files.items()):
-        image = next(parts[e] for e in ("jpg", "jpeg", "png", "webp") if e in parts)
-        pairs.append((image_features(image), {"group": key} | json.loads(parts["json"])))
-    return pairs
+def read_pairs(pattern, manifest=None):
+    """The pairs of every shard that `pattern` matches and the manifest keeps: (image blocks, fields)."""
+    source = open_source(pattern)
+    source = source if manifest is None else KeptPairs(source, manifest)
+    pairs = map(source.__getitem__, range(len(source)))
+    return [(image_features(pair.image), {"group": family(pair.fields["idea"])} | pair.fields) for pair in pairs]
 
 
 def image_features(image):
@@ -63,7 +58,7 @@ def text_of(pairs, keywords=False):
     """Hashed words (weight 2) and character 3- to 5-grams of English captions. -> unit rows [n, TEXT_BINS]"""
     counts = np.zeros((len(pairs), TEXT_BINS), np.float32)
     for row, (_, fields) in zip(counts, pairs, strict=True):
-        text = fields["captions"]["en"] + " " + fields.get("keywords", "") * keywords
+        text = fields["captions"]["en"] + " " + (fields.get("keywords") or "") * keywords
         for word in (f"<{word}>" for word in re.findall(r"\w+", text.lower())):
             grams = [word[i : i + n] for n in (3, 4, 5) for i in range(len(word) - n + 1)]
             for gram, weight in [("=" + word, 2.0)] + [(gram, len(grams) ** -0.5) for gram in grams]:
@@ -105,30 +100,29 @@ def retrieval(matrix):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", required=True, help="glob of training shards")
-    parser.add_argument("--heldout", required=True, help="glob of held-out shards")
+    parser.add_argument("--manifest", help="of the training shards: the pairs that it keeps")
+    parser.add_argument("--heldout", required=True, nargs="+", help="held-out shards, each a set of its own")
     parser.add_argument("--out", type=pathlib.Path, help="also write the results to this JSON file")
     args = parser.parse_args()
-    train, heldout = read_pairs(args.train), read_pairs(args.heldout)
-    (x, moments), y_test = standardise(train), text_of(heldout)
-    x_test = standardise(heldout, moments)[0]
-    name = text_of(train)
-    fold = np.array([zlib.crc32(f["group"].encode()) % 5 for _, f in train])
-    results = []
-    print(f"{'trained on':18}{'looks for':12}{'R@1':>6}{'R@5':>7}{'R@10':>7}{'median':>8}{'':4}cross-validated")
-    for label, y in (("caption", name), ("caption+keywords", text_of(train, keywords=True))):
-        mean = np.zeros(len(GRID))
-        for a, b in ((fold != k, fold == k) for k in range(5)):
-            tables = map(retrieval, scores(x[a], y[a], x[b], name[b], GRID))
-            mean += [sum(rows[f"{side}_retrieval_recall@10"] for side, rows in t.items()) / 10 for t in tables]
-        best = GRID[int(mean.argmax())]
+    train = read_pairs(args.train, args.manifest)
+    (x, moments), name = standardise(train), text_of(train)
+    fold = np.array([zlib.crc32(f["group"].encode()) % FOLDS for _, f in train])
+    y, mean = text_of(train, keywords=True), np.zeros(len(GRID))
+    for a, b in ((fold != k, fold == k) for k in range(FOLDS)):
+        tables = map(retrieval, scores(x[a], y[a], x[b], name[b], GRID))
+        mean += [sum(rows[f"{side}_retrieval_recall@10"] for side, rows in t.items()) / 2 / FOLDS for t in tables]
+    best, results = GRID[int(mean.argmax())], []
+    print(f"cross-validated: R@10 {mean.max():.3f} of unseen ideas at width {best[0]}, penalty {best[1]}")
+    print(f"{'':18}{'looks for':12}{'R@1':>6}{'R@5':>7}{'R@10':>7}{'median':>8}")
+    for path in args.heldout:
+        heldout, label = read_pairs(path), pathlib.Path(path).stem
+        x_test, y_test = standardise(heldout, moments)[0], text_of(heldout)
         table = retrieval(next(scores(x, y, x_test, y_test, [best])))
         for side, row in table.items():
-            cells = "{:6.3f}{:7.3f}{:7.3f}{:8.1f}".format(*row.values())
-            print(f"{label:18}{side:12}{cells}    R@10 {mean.max():.3f} at width {best[0]}, penalty {best[1]}")
-        metrics = table["text"] | table["image"]
+            print(f"{label:18}{side:12}" + "{:6.3f}{:7.3f}{:7.3f}{:8.1f}".format(*row.values()))
         results.append({
             "dataset": label, "model": "ridge on colours and edges", "pretrained": "", "task": "zeroshot_retrieval",
-            "language": "en", "metrics": metrics,
+            "language": "en", "metrics": table["text"] | table["image"],
         })  # fmt: skip
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -25,7 +25,7 @@ from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder
 from siglip.evaluation.findings import confusion, retrieval_findings
 from siglip.evaluation.labels import are_multi_label
-from siglip.evaluation.retrieval import Retrieval
+from siglip.evaluation.retrieval import Retrieval, mean_of
 from siglip.evaluation.zeroshot import ZeroShot
 from siglip.training.config import EvalConfig
 from siglip.trees import build_dataclass
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 FINDINGS_FILE = "findings.json"
 SHOWN_PX = 72
+_MAX_LANGUAGES = 3  # rows of one set that are printed
 _VERSION = 2
 
 
@@ -73,10 +74,22 @@ def report_command(args: list[str]) -> None:
         for datasets in final_results(run.lines).values():
             columns = {name for metrics in datasets.values() for name in metrics}
             rows = {name: {k: v for k, v in row.items() if k in columns} for name, row in baselines.items()}
-            print(format_table(datasets | {name: row for name, row in rows.items() if row}))
+            print(format_table(_without_languages(datasets) | {name: row for name, row in rows.items() if row}))
         for note in run.notes:
             print(f"{run.name}: {note}")
     print(f"report: {path}")
+
+
+def _without_languages(datasets: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """The same rows, but of a set in many languages only English and the mean of the others; the page has them all."""
+    rows = dict(datasets)
+    for mean in [name for name in datasets if name.endswith("-mean")]:
+        base, english = mean.removesuffix("-mean"), f"{mean.removesuffix('-mean')}-en"
+        others = [name for name in datasets if name.rpartition("-")[0] == base and name not in (mean, english)]
+        if english in datasets and len(others) > _MAX_LANGUAGES:
+            rows = {name: row for name, row in rows.items() if name not in (mean, *others)}
+            rows[f"{base}-{len(others)} others"] = mean_of([datasets[name] for name in others])
+    return rows
 
 
 def _names(workdirs: Sequence[Path]) -> list[str]:

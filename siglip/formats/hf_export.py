@@ -63,7 +63,7 @@ from transformers import pipeline
 
 classify = pipeline("zero-shot-image-classification", model=".")
 image = Image.new("RGB", (640, 480), "red")
-print(classify(image, candidate_labels=["a red wall", "two cats"]))
+print(classify(image, candidate_labels=["a red wall", "two cats"], tokenizer_kwargs={"max_length": TEXT_LENGTH}))
 """
 _EXAMPLE_BOTH = """
 import torch
@@ -165,18 +165,18 @@ def _preprocessed(folder: Path, inputs: Inputs, config: PixelConfig) -> Outputs:
     return outputs
 
 
-def _no_pipeline(config: ModelConfig) -> list[str]:
-    """A warning where transformers' zero-shot pipeline, which makes every text 64 tokens long, cannot be used."""
+def _length_note(config: ModelConfig) -> list[str]:
+    """transformers' zero-shot pipeline makes texts 64 tokens long unless it is told otherwise."""
     if config.text is None or config.text.length == _PIPELINE_LENGTH:
         return []
     return [
-        f"texts have {config.text.length} tokens, but pipeline('zero-shot-image-classification') pads or cuts them to "
-        f"{_PIPELINE_LENGTH}; call the tokenizer and the model directly"
+        f"texts have {config.text.length} tokens: call pipeline('zero-shot-image-classification') with "
+        f"`tokenizer_kwargs={{'max_length': {config.text.length}}}`, or it makes {_PIPELINE_LENGTH} of them"
     ]
 
 
 def _contract(config: ModelConfig, has_tokenizer: bool) -> list[str]:
-    notes = [f"- note: {warning}" for warning in [*_one_column(config), *_no_pipeline(config)]]
+    notes = [f"- note: {warning}" for warning in [*_one_column(config), *_length_note(config)]]
     if config.text is None:
         return [_UPRIGHT, _PIXELS, *notes]
     notes += [] if config.image.naflex is None else [_NO_PROCESSOR]
@@ -185,7 +185,7 @@ def _contract(config: ModelConfig, has_tokenizer: bool) -> list[str]:
 
 def _warnings(config: ModelConfig, has_tokenizer: bool) -> list[str]:
     lacks = ["the source has no tokenizer, so the folder has none"] if config.text and not has_tokenizer else []
-    return _one_column(config) + _no_pipeline(config) + lacks
+    return _one_column(config) + _length_note(config) + lacks
 
 
 def _one_column(config: ModelConfig) -> list[str]:
@@ -194,8 +194,8 @@ def _one_column(config: ModelConfig) -> list[str]:
 
 def _example(config: ModelConfig, has_tokenizer: bool) -> str:
     naflex = config.image.naflex is not None
-    both = _EXAMPLE_BOTH if naflex or _no_pipeline(config) else _EXAMPLE_PIPELINE
-    code = both if config.text and has_tokenizer else _EXAMPLE_IMAGES
+    code = (_EXAMPLE_BOTH if naflex else _EXAMPLE_PIPELINE) if config.text and has_tokenizer else _EXAMPLE_IMAGES
+    code = code.replace("TEXT_LENGTH", str(config.text.length)) if config.text else code
     code = re.sub("Siglip(Vision)?Model", r"Siglip2\1Model", code) if naflex else code
     return in_folder("transformers torch pillow", code)
 

@@ -82,10 +82,10 @@ def evaluate(src, suite, root, out, *flags, tokenizer=SAMPLE / "spiece.model") -
 
 def test_the_quick_starts_suite_runs_on_the_sample(src, tmp_path, capsys):
     suite, out = str(SUITES / "quickstart.yaml"), tmp_path / "out"
-    assert evaluate(src, suite, None, out, "--only", "emoji-names", "emoji-en", "--batch-size", "64") == 0
+    assert evaluate(src, suite, None, out, "--only", "unseen-ideas", "flags", "--batch-size", "64") == 0
     table = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in table[1:]] == ["emoji-en"] * 4 + ["emoji-names"] * 2
-    result = json.loads((out / "emoji-names.json").read_text())
+    assert [line.split()[0] for line in table[1:]] == ["unseen-ideas-mean"] * 4 + ["flags"] * 2
+    result = json.loads((out / "flags.json").read_text())
     assert {"dataset", "model", "pretrained", "task", "language", "metrics"} <= result.keys()
     assert result["task"] == "zeroshot_classification" and 0 <= result["metrics"]["acc1"] < 0.1
 
@@ -203,7 +203,7 @@ def test_mistakes_in_the_flags_of_a_suite(src, tmp_path, capsys):
 def test_ready_suites(path):
     suite = read_suite(path, root="/data")
     published = [value for entry in suite.entries for values in entry.published.values() for value in values.values()]
-    assert len(suite.entries) == {"datacomp38": 38, "vtab19": 19, "siglip": 5, "siglip2": 6, "quickstart": 3}[path.stem]
+    assert len(suite.entries) == {"datacomp38": 38, "vtab19": 19, "siglip": 5, "siglip2": 6, "quickstart": 6}[path.stem]
     assert all(0 < value < 1 for value in published) and {m for e in suite.entries for m in e.published} == set(
         suite.sources
     )

@@ -59,7 +59,7 @@ def largest_change(before: dict[str, np.ndarray], after: dict[str, np.ndarray], 
 def test_siglit_trains_a_new_text_tower_on_kept_embeddings(quickstart, tmp_path):
     before, after, config = train("siglit", tmp_path, quickstart)
     assert largest_change(before, after, "img/") == 0 and largest_change(before, after, "txt/") > 0.1
-    assert config["model"]["image"]["patch_dropout"] == 0 and list(tmp_path.glob("image_embeddings/*/00000.npy"))
+    assert list(tmp_path.glob("image_embeddings/*/00000.npy"))
 
 
 @pytest.mark.slow
@@ -75,8 +75,8 @@ def test_finetune_both_moves_the_image_tower_at_a_tenth_and_does_not_shrink_it(q
 @pytest.mark.slow
 def test_higher_resolution_takes_everything_to_a_finer_grid(quickstart, tmp_path):
     before, after, config = train("higher_resolution", tmp_path, quickstart)
-    assert config["model"]["image"]["image_size"] == [48, 48]
-    assert before["img/pos_embedding"].shape == (1, 144, 96) and after["img/pos_embedding"].shape == (1, 576, 96)
+    assert config["model"]["image"]["image_size"] == [64, 64]
+    assert before["img/pos_embedding"].shape == (1, 16, 128) and after["img/pos_embedding"].shape == (1, 64, 128)
     np.testing.assert_allclose(after["img/pos_embedding"][0, 0], before["img/pos_embedding"][0, 0], atol=1e-4)
     lr = config["optim"]["lr"]
     assert lr == pytest.approx(2e-5)
@@ -96,7 +96,7 @@ def test_naflex_goes_on_with_images_of_any_shape(quickstart, tmp_path):
 
 @pytest.mark.slow
 def test_alignment_mixes_the_sample_with_pairs_of_ones_own_that_have_one_caption(tmp_path):
-    sample = open_source(str(Path(data_pipelines.__file__).parent / "sample" / "emoji-train-00000.tar"))
+    sample = open_source(str(Path(data_pipelines.__file__).parent / "sample" / "emoji-fxemoji.parquet"))
     with TarWriter(tmp_path / "own.tar") as shard:
         for index in range(100):
             shard.write(dataclasses.replace(sample[index], fields={"txt": sample[index].fields["txt"]}))
