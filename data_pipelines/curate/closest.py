@@ -142,6 +142,14 @@ def gather(join: JoinTask, paths: Sequence[Path], scans: Sequence[Path]) -> pa.T
     )
 
 
+def read_closest(folder: Path) -> list[dict]:
+    """The rows of the closest.parquet in a folder; none where there is no such file, or another one."""
+    try:
+        return pq.read_table(folder / CLOSEST_FILE).cast(CLOSEST_SCHEMA).to_pylist()
+    except (OSError, ValueError):
+        return []
+
+
 STAGES = (
     Stage("closest: hashes", find_close),
     Stage("closest: choose", choose, by_image),
