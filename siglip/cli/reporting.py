@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from data_pipelines.curate.closest import read_closest
 from data_pipelines.loader import make_eval_batches
 from data_pipelines.sources.opening import open_source
 from siglip.atomic import write_atomically
@@ -25,6 +26,7 @@ from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder
 from siglip.evaluation.findings import confusion, retrieval_findings
 from siglip.evaluation.labels import are_multi_label
+from siglip.evaluation.results import dataset_name
 from siglip.evaluation.retrieval import Retrieval
 from siglip.evaluation.zeroshot import ZeroShot
 from siglip.training.config import EvalConfig
@@ -104,7 +106,23 @@ def _read_run(workdir: Path, name: str) -> Run:
     sources = config.get("data", {}).get("sources", [])
     manifests = [source["manifest"] for source in sources if isinstance(source, Mapping) and source.get("manifest")]
     funnels = {manifest: found for manifest in manifests if (found := _read_funnel(Path(manifest)))}
-    return Run(name, lines, config, findings, funnels, notes)
+    return Run(name, lines, config, findings, funnels, notes, _closest(manifests))
+
+
+def _closest(manifests: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """What `Run.closest` is, over the sources that have a manifest."""
+    best: dict[tuple[str, int], dict] = {}
+    for manifest in manifests:
+        for row in read_closest(Path(manifest).parent):
+            place = row["eval_shard"], row["eval_index"]
+            best[place] = min(row, best.get(place, row), key=lambda row: row["distance"])
+    sets: dict[str, list[dict[str, Any]]] = {}
+    for row in best.values():
+        names = {"evaluation": f"{row['eval_shard']}: {row['eval_key']}", "training": f"{row['shard']}: {row['key']}"}
+        images = [plots.data_url(row[name] or b"", "jpeg") for name in ("eval_thumbnail", "thumbnail")]
+        found = {"distance": row["distance"], "bits": row["bits"], "images": images} | names
+        sets.setdefault(dataset_name(None, row["eval_shard"]), []).append(found)
+    return sets
 
 
 def _read_funnel(manifest: Path) -> dict[str, Any] | None:

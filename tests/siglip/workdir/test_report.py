@@ -1,10 +1,15 @@
 """The report: what it computes against plain float64 loops, and what it makes of other people's texts."""
 
 import math
+import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from data_pipelines.curate.closest import CLOSEST_SCHEMA
+from siglip.cli.reporting import _closest
 from siglip.evaluation import findings
 from siglip.evaluation.findings import confusion, retrieval_findings
 from siglip.workdir import plots
@@ -130,6 +135,40 @@ def test_chance_of_several_right_ones_equals_drawing_at_random():
     assert found == pytest.approx(1 - math.comb(27, 5) / math.comb(30, 5))
     assert abs(drawn.mean() - found) < 5 * drawn.std() / math.sqrt(len(drawn))
     assert _chance("image_retrieval_recall@5", sizes) == pytest.approx(0.5) and _chance("text_median_rank", {}) is None
+
+
+def write_closest(folder, rows):
+    """closest.parquet of a curation. rows: (evaluation shard, index, distance, whether there are thumbnails)."""
+    folder.mkdir()
+    names = CLOSEST_SCHEMA.names
+    table = [
+        (shard, index, f"<{index}>", f"{folder.name}.tar", 7, "<key>", 5, distance, *(b"<&>" if shown else None,) * 2)
+        for shard, index, distance, shown in rows
+    ]
+    columns = dict(zip(names, map(list, zip(*table, strict=True)), strict=True))
+    pq.write_table(pa.table(columns, CLOSEST_SCHEMA), folder / "closest.parquet")
+    return str(folder / "manifest.parquet")
+
+
+def test_the_closest_training_images_are_those_of_all_sources(tmp_path):
+    many = [("sets/style-00.tar", n, 2.0 + n / 100, n < 12) for n in range(30)]
+    one = write_closest(tmp_path / "one", [*many, ("sets/ideas.tar", 0, 3.5, True)])
+    two = write_closest(tmp_path / "two", [("sets/style-00.tar", 20, 1.25, True), ("sets/style-01.tar", 0, 0.75, True)])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "closest.parquet").write_text("no table")
+    found = _closest([one, two, str(tmp_path / "other" / "manifest.parquet"), str(tmp_path / "none" / "m.parquet")])
+    assert {name: len(rows) for name, rows in found.items()} == {"style": 31, "ideas": 1}
+    page = write_report(tmp_path / "r.html", [Run("run", [], {}, closest=found)]).read_text()
+    assert (
+        "<td>style</td><td>31</td><td>0.75</td><td>0.90</td>" in page
+    )  # quantile .01 of 31 lies at .75 + .3 (1.25 - .75)
+    assert "<td>ideas</td><td>1</td><td>3.50</td>" in page and page.count("<td>1</td></tr>") == 1  # up to 1
+    shown = re.findall(r"title='([^']*)'></p></div><span>distance ([\d.]+), 5 bits", page)
+    distances = [float(distance) for _, distance in shown]
+    assert distances == [0.75, 1.25, *(2 + n / 100 for n in range(10)), 3.5]
+    assert [name for name, _ in shown[:3]] == ["two.tar: &lt;key&gt;"] * 2 + ["one.tar: &lt;key&gt;"]
+    assert page.count("src='data:image/jpeg;base64,PCY+'") == 2 * len(shown) and "sets/style-01.tar: &lt;0&gt;" in page
+    assert "Closest" not in write_report(tmp_path / "r.html", [Run("run", [], {})]).read_text()
 
 
 SCORES = {
