@@ -50,7 +50,7 @@ sample: $(VENV)/.installed
 	    (cd $(SAMPLE) && $(CURDIR)/$(BIN)/siglip data curate "$$kind-*.parquet" --out $(CURDIR)/build/curated-$$kind \
 	        --against unseen-style.parquet unseen-ideas.parquet flags.parquet $$(test $$kind = emoji || echo --duplicate-bits 3)) && \
 	    mkdir -p $(SAMPLE)/curated-$$kind && \
-	    cp build/curated-$$kind/manifest.parquet build/curated-$$kind/funnel.json $(SAMPLE)/curated-$$kind || exit 1; \
+	    cp build/curated-$$kind/*.parquet build/curated-$$kind/funnel.json $(SAMPLE)/curated-$$kind || exit 1; \
 	done
 	$(BIN)/siglip data tokenizer '$(SAMPLE)/emoji-*.parquet' '$(SAMPLE)/icons-*.parquet' --out $(SAMPLE)/sample.model \
 	    --vocab-size 8000 --repeat captions.en 4

@@ -1,5 +1,6 @@
 """One training step at given sizes, ours and open_clip's, for the scripts that time or compile it: step_time.py, on_gpu.py,
-gpu_ahead_of_time.py. What the two sides have in common and where they differ stands in step_time.py.
+gpu_ahead_of_time.py; and open_clip's model for learning.py. What the two sides have in common and where they differ stands in
+step_time.py.
 """
 
 import dataclasses
@@ -99,19 +100,15 @@ def ours(case, *, fsdp=1):
     return facts | {"flops": flops.train_flops_per_pair(model, batch_size=case.batch_size)}, run
 
 
-def theirs(case, compiled):
-    """The same of open_clip at the same numbers."""
-    import torch
-
+def their_model(model, **start):
+    """(open_clip, its CustomTextCLIP of the towers of `model`). start: its init_logit_scale, init_logit_bias."""
     absent = () if util.find_spec("torchvision") else TORCHVISION
     for name in absent:  # open_clip imports it for its data transforms only: names that do nothing stand in
         sys.modules[name] = mock.MagicMock(__spec__=machinery.ModuleSpec(name, None))
     import open_clip
 
     [sys.modules.pop(name) for name in absent]
-    torch.manual_seed(0)
-    image, text, optim, spec = case.model.image, case.model.text, case.optim, case.model.image.spec
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    image, text, spec = model.image, model.text, model.image.spec
     patches, kept = image.grid[0] * image.grid[1], image.kept_patches
     common = {"norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"}}
     vision = open_clip.CLIPVisionCfg(
@@ -122,12 +119,23 @@ def theirs(case, compiled):
     words = open_clip.CLIPTextCfg(
         context_length=text.length, vocab_size=text.vocab_size, width=text.spec.width, heads=text.spec.num_heads,
         layers=text.spec.depth, mlp_ratio=text.spec.mlp_dim / text.spec.width, no_causal_mask=True, pool_type="last",
-        proj_bias=True, proj_type="linear" if case.model.out_dim[1] else "none", **common,
+        proj_bias=True, proj_type="linear" if model.out_dim[1] else "none", **common,
     )  # fmt: skip
-    model = open_clip.CustomTextCLIP(case.model.embedding_dims[0], vision, words, init_logit_bias=-10.0)
+    built = open_clip.CustomTextCLIP(model.embedding_dims[0], vision, words, **start)
     # Its option for this pool makes it as wide as the embedding; ours is as wide as the tower.
-    model.visual.attn_pool = open_clip.transformer.AttentionalPooler(spec.width, spec.width, spec.num_heads, 1)
-    model.visual.attn_pool_contrastive = None
+    built.visual.attn_pool = open_clip.transformer.AttentionalPooler(spec.width, spec.width, spec.num_heads, 1)
+    built.visual.attn_pool_contrastive = None
+    return open_clip, built
+
+
+def theirs(case, compiled):
+    """The same of open_clip at the same numbers."""
+    import torch
+
+    torch.manual_seed(0)
+    image, text, optim = case.model.image, case.model.text, case.optim
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    open_clip, model = their_model(case.model, init_logit_bias=-10.0)
     model.to(device)
     betas, decay = (optim.b1, optim.b2), optim.weight_decay / optim.lr  # torch multiplies it by lr, we do not
     optimizer = torch.optim.AdamW(model.parameters(), optim.lr, betas, weight_decay=decay, fused=True)

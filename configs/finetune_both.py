@@ -22,9 +22,7 @@ def get_config() -> TrainConfig:
     return replace(
         quickstart,
         init=InitConfig(src="runs/quickstart", only=("img/.*",)),
-        model=SourceModel(
-            text=quickstart.model.text, temperature_init=10.0, bias_init=quickstart.model.bias_init
-        ),
+        model=SourceModel(text=quickstart.model.text, temperature_init=10.0, bias_init=quickstart.model.bias_init),
         total_steps=600,
         workdir="runs/finetune_both",
         seed=1,  # the quick start's seed would draw the text tower that its image tower was trained with

@@ -28,12 +28,14 @@ LEARNING_RATE = 4e-3
 
 def get_config() -> TrainConfig:
     style, flags, digits = (sample.path(f"{name}.parquet") for name in ("unseen-style", "flags", "digits"))
-    classes = {name: str(CLASSES / f"{name}.txt") for name in ("emoji_groups", "emoji_subgroups", "emoji_flags", "digits")}
+    classes = {
+        name: str(CLASSES / f"{name}.txt") for name in ("emoji_groups", "emoji_subgroups", "emoji_flags", "digits")
+    }
     return TrainConfig(
         data=DataConfig(
             sources=sample.sources(),
             tokenizer=sample.TOKENIZER,
-            augment=AugmentConfig(scale=(0.82, 1.42), aspect=0.12, shift=0.1, flip=0.5),
+            augment=AugmentConfig((0.82, 1.42), aspect=0.12, shift=0.1, brightness=0.15, color=0.15, flip=0.5),
             threads=1,
         ),
         model=ModelConfig(

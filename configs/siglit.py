@@ -25,9 +25,7 @@ def get_config() -> TrainConfig:
         quickstart,
         init=InitConfig(src="runs/quickstart", only=("img/.*",)),
         data=replace(quickstart.data, augment=None, image_embeddings="runs/image_embeddings"),
-        model=SourceModel(
-            text=quickstart.model.text, temperature_init=10.0, bias_init=quickstart.model.bias_init
-        ),
+        model=SourceModel(text=quickstart.model.text, temperature_init=10.0, bias_init=quickstart.model.bias_init),
         total_steps=600,
         workdir="runs/siglit",
         seed=1,  # the quick start's seed would draw the text tower that its image tower was trained with

@@ -27,12 +27,21 @@ import itertools
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
 from data_pipelines.counter_rng import mix_array
 from data_pipelines.curate import image_hashes
-from data_pipelines.curate.layout import MIN_HASHED_PX, Stage, Work, ranks, read_images, starts_of_runs, verdict_table
+from data_pipelines.curate.layout import (
+    MIN_HASHED_PX,
+    Stage,
+    Work,
+    number_in_run,
+    ranks,
+    read_images,
+    read_rows,
+    starts_of_runs,
+    verdict_table,
+)
 from data_pipelines.curate.pixel_match import Tolerance, same_thumbnails
 from data_pipelines.curate.scan import hashes_of
 from data_pipelines.curate.scores import read_scores
@@ -169,7 +178,7 @@ def request_thumbnails(work: Work, group: int) -> None:
 def attach_thumbnails(work: Work, group: int) -> None:
     """Reads the thumbnails that other groups requested."""
     table = requests(work).read(group)
-    found = _read_thumbnails(work, table["shard"].to_numpy(), table["index"].to_numpy())
+    found = read_rows(work, table["shard"].to_numpy(), table["index"].to_numpy(), ["thumbnail"])
     thumbnails(work).write(group, found, table["by"].to_numpy())
 
 
@@ -178,10 +187,10 @@ def confirm_candidates(work: Work, group: int) -> None:
     rows = _columns(_choose(candidates(work).read(group)))
     first = starts_of_runs(rows["shard"], rows["index"])
     image = np.cumsum(first) - 1
-    ours = _read_thumbnails(work, rows["shard"][first], rows["index"][first])["thumbnail"]
+    ours = read_rows(work, rows["shard"][first], rows["index"][first], ["thumbnail"])["thumbnail"]
     table = thumbnails(work).read(group)
     row_of, theirs = _find_rows(table, rows["of_shard"], rows["of_index"]), table["thumbnail"]
-    cut, turn = np.array(image_hashes.CROPS, np.float32)[rows["crop"]], _number_in_run(first)
+    cut, turn = np.array(image_hashes.CROPS, np.float32)[rows["crop"]], number_in_run(first)
     tolerance = Tolerance(work.config.duplicate_error, work.config.duplicate_spot)
     of = np.full(len(ours), -1)
     for this in range(_BEST + _NEAREST):
@@ -261,7 +270,7 @@ def _best_and_nearest(distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _few_of_each(hashes: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The first `_MAX_COMPARED` rows, counting only the first `_OF_ONE_HASH` of equal hashes."""
     order = np.argsort(hashes[rows], kind="stable")
-    order = order[_number_in_run(starts_of_runs(hashes[rows[order]])) < _OF_ONE_HASH]
+    order = order[number_in_run(starts_of_runs(hashes[rows[order]])) < _OF_ONE_HASH]
     return rows[np.sort(order)[:_MAX_COMPARED]]
 
 
@@ -288,31 +297,15 @@ def _choose(table: pa.Table) -> pa.Table:
     wanted = np.zeros(len(rows["bits"]), bool)
     for few, keys in ((_BEST, ()), (_NEAREST, (rows["bits"][order],))):
         some = order[np.lexsort((*keys, rows["index"][order], rows["shard"][order]))]  # stable: then the best first
-        wanted[some[_number_in_run(starts_of_runs(rows["shard"][some], rows["index"][some])) < few]] = True
+        wanted[some[number_in_run(starts_of_runs(rows["shard"][some], rows["index"][some])) < few]] = True
     return table.take(pa.array(order[wanted[order]]))
 
 
-def _read_thumbnails(work: Work, shards: np.ndarray, indexes: np.ndarray) -> pa.Table:
-    """The thumbnails of images, in their order: shard, index, thumbnail."""
-    found: list[bytes | None] = [None] * len(shards)
-    for shard in np.unique(shards).tolist():
-        here = np.flatnonzero(shards == shard)
-        column = pq.read_table(work.layout.tables[shard], columns=["thumbnail"])["thumbnail"]
-        for row, data in zip(here.tolist(), column.take(pa.array(indexes[here])).to_pylist(), strict=True):
-            found[row] = data
-    return pa.table({"shard": shards, "index": indexes, "thumbnail": pa.array(found, pa.binary())})
-
-
 def _find_rows(table: pa.Table, shards: np.ndarray, indexes: np.ndarray) -> np.ndarray:
-    """The row of each image in a table of `_read_thumbnails`."""
+    """The row of each image in a table of `read_rows`."""
     keys = table["shard"].to_numpy().astype(np.int64) << 32 | table["index"].to_numpy()
     order = np.argsort(keys)
     return order[np.searchsorted(keys[order], shards.astype(np.int64) << 32 | indexes)]
-
-
-def _number_in_run(first: np.ndarray) -> np.ndarray:
-    """How many rows of its run come before each row, from where runs start. bool [n] -> int64 [n]"""
-    return np.arange(len(first)) - np.flatnonzero(first)[np.cumsum(first) - 1]
 
 
 def _identity(work: Work, shard: int, table: pa.Table) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ list of shards is read there, once per process.
 import bisect
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from data_pipelines.atomic import new_file
 from data_pipelines.curate.config import REPAIRS, CurateConfig
 from data_pipelines.curate.shuffle import Shuffle
+from data_pipelines.curate.tables import SCAN_SCHEMA
 
 MAX_PAIRS_PER_GROUP, MIN_GROUPS = 25_000, 64
 ROWS_PER_BUCKET = 2_000_000
@@ -137,6 +138,19 @@ def read_images(path: Path, columns: list[str], *, min_side_px: int = 1) -> pa.T
     return table.filter(wanted).replace_schema_metadata(None)
 
 
+def read_rows(work: Work, shards: np.ndarray, indexes: np.ndarray, columns: Sequence[str]) -> pa.Table:
+    """Columns of the scans of pairs, in their order, after shard and index."""
+    found: dict[str, list] = {name: [None] * len(shards) for name in columns}
+    for shard in np.unique(shards).tolist():
+        here = np.flatnonzero(shards == shard)
+        table = pq.read_table(work.layout.tables[shard], columns=list(columns)).take(pa.array(indexes[here]))
+        for name, values in found.items():
+            for row, value in zip(here.tolist(), table[name].to_pylist(), strict=True):
+                values[row] = value
+    arrays = {name: pa.array(values, SCAN_SCHEMA.field(name).type) for name, values in found.items()}
+    return pa.table({"shard": shards, "index": indexes} | arrays)
+
+
 def ranks(table: pa.Table, scores: np.ndarray | None = None) -> np.ndarray:
     """Ranks pairs: of several duplicates the one with the highest rank is kept. -> uint64 [n]
 
@@ -170,3 +184,8 @@ def starts_of_runs(*keys: np.ndarray) -> np.ndarray:
     new = np.ones(len(keys[0]), bool)
     new[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
     return new
+
+
+def number_in_run(first: np.ndarray) -> np.ndarray:
+    """How many rows of its run come before each row, from where runs start. bool [n] -> int64 [n]"""
+    return np.arange(len(first)) - np.flatnonzero(first)[np.cumsum(first) - 1]

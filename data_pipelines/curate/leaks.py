@@ -13,6 +13,7 @@ The index grows with the evaluation sets and not with the corpus: a hundred thou
 
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,14 @@ from data_pipelines.curate.shuffle import Shuffle
 
 _QUERIES_AT_ONCE = 256
 _SPOT_SHARE = 0.03  # a watermark
+
+
+class Index(NamedTuple):
+    """The images of evaluation sets. pairs: int32 [m, 2], shard and index; wholes: uint64 [m], hashes; thumbnails: [m]."""
+
+    pairs: np.ndarray
+    wholes: np.ndarray
+    thumbnails: pa.ChunkedArray
 
 
 def hash_verdicts(work: Work) -> Shuffle:
@@ -60,6 +69,12 @@ def build_index(work: Work, scans: list[Path]) -> None:
             _save(folder / f"{name}-{band}-keys.npy", bands[order])
 
 
+def read_index(work: Work) -> Index:
+    """What `build_index` wrote."""
+    pairs, wholes = (np.load(_index_folder(work) / f"{name}.npy", mmap_mode="r") for name in ("pairs", "wholes"))
+    return Index(pairs, wholes, _read_thumbnails(_index_folder(work)))
+
+
 def find_leaks(work: Work, group: int) -> None:
     """Finds the leaks among the images of one group by hash."""
     pairs = np.load(_index_folder(work) / "pairs.npy", mmap_mode="r")
@@ -87,8 +102,13 @@ def embedding_leaks(work: Work, shard: int, pairs: np.ndarray, thumbnails: pa.Ch
     closest = table["closest"].to_numpy()[rows]
     ours = pq.read_table(work.layout.tables[shard], columns=["thumbnail"])["thumbnail"] if len(rows) else None
     cut, is_part = np.zeros((len(rows), 4), np.float32), np.ones(len(rows), bool)
-    same = same_thumbnails(ours, thumbnails, (rows, closest), cut, is_part, _tolerance(work.config))
+    same = same_thumbnails(ours, thumbnails, (rows, closest), cut, is_part, tolerance(work.config))
     return _verdicts(shard, rows[same].astype(np.int32), pairs[closest[same]], "eval_leak_embedding")
+
+
+def tolerance(config: CurateConfig) -> Tolerance:
+    """How much a pair may differ from an evaluation image that it shows."""
+    return Tolerance(config.leak_error, config.leak_spot, spot_share=_SPOT_SHARE, grey=True)
 
 
 def _index_folder(work: Work) -> Path:
@@ -98,10 +118,6 @@ def _index_folder(work: Work) -> Path:
 def _verdicts(shard: int, indexes: np.ndarray, pairs: np.ndarray, rule: str) -> pa.Table:
     found = {"shard": np.full(len(indexes), shard, np.int32), "index": indexes}
     return verdict_table(found | {"of_shard": pairs[:, 0], "of_index": pairs[:, 1]}, rule)
-
-
-def _tolerance(config: CurateConfig) -> Tolerance:
-    return Tolerance(config.leak_error, config.leak_spot, spot_share=_SPOT_SHARE, grey=True)
 
 
 def _confirmed(work: Work, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +137,7 @@ def _confirmed(work: Work, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     order = order[starts_of_runs(rows[order], protected[order], is_part[order])]
     rows, protected, cut, is_part = rows[order], protected[order], cut[order], is_part[order]
     ours, theirs = table["thumbnail"], _read_thumbnails(folder)
-    same = same_thumbnails(ours, theirs, (rows, protected), cut, is_part, _tolerance(work.config))
+    same = same_thumbnails(ours, theirs, (rows, protected), cut, is_part, tolerance(work.config))
     rows, protected = rows[same], protected[same]
     first = starts_of_runs(rows)
     return rows[first], protected[first]

@@ -10,13 +10,15 @@ so is a faint drawing in a lighter grey. What differs after that is measured in 
     spot  = max |difference|, the worst 1 % aside  at one place: another face, another number on the same card
 
 Both are taken on slightly blurred colours, so that fine lines sampled differently do not count, and without the rim, into
-which a frame bleeds.
+which a frame bleeds. The distance of two images is the larger of the two measures, each as a share of its permitted maximum: up
+to 1 they are the same.
 
 The trap: to a thumbnail, every small drawing on a large white page is alike. So the less of a thumbnail stands out from its
 background, the smaller the permitted error.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,6 +37,7 @@ _STANDS_OUT, _FULL_SHARE = 24.0, 0.1
 _RIM_PX = 3  # of 64
 _GAIN, _OFFSET = (0.85, 1.18), 5.0
 _SATURATED = 6.0
+_TINY = 1e-9  # in place of a tolerance of 0
 _COLOURLESS = 2.5  # mean distance of a channel from the mean of the three
 
 
@@ -62,21 +65,30 @@ class Tolerance:
     grey: bool = False
 
 
-def same_image(part: np.ndarray, whole: np.ndarray, cut: np.ndarray, tolerance: Tolerance) -> np.ndarray:
-    """Which pairs of thumbnails show the same image. -> bool [n]
+def distances(
+    part: np.ndarray, whole: np.ndarray, cut: np.ndarray, tolerance: Tolerance, *, hopeless: float = np.inf
+) -> np.ndarray:
+    """How far pairs of thumbnails are from showing the same image, which up to 1 they do. -> float32 [n]
 
     Args:
       part, whole: uint8 [n, 64, 64, 3]; `part` may be a crop of `whole`, or slightly the other way round.
       cut: float32 [n, 4], a guess of the shares of `whole` that `part` lacks at (top, bottom, left, right).
+      hopeless: the largest error between them as they lie, at half of the size, with which they are measured like that too;
+        others are only measured if aligning helps, and are infinitely far where it does not.
     """
-    same = np.zeros(len(part), bool)
+    found = np.zeros(len(part), np.float32)
     for start in range(0, len(part), _BATCH):
         rows = slice(start, start + _BATCH)
         a, b = (images[rows].transpose(0, 3, 1, 2).astype(np.float32) for images in (part, whole))
         if tolerance.grey:
             _drop_colour(a, b)
-        same[rows] = _same_batch(a, b, cut[rows], tolerance)
-    return same
+        found[rows] = _distances_of_batch(a, b, cut[rows], tolerance, hopeless)
+    return found
+
+
+def same_image(part: np.ndarray, whole: np.ndarray, cut: np.ndarray, tolerance: Tolerance) -> np.ndarray:
+    """Which pairs of thumbnails show the same image; arguments as for `distances`. -> bool [n]"""
+    return distances(part, whole, cut, tolerance, hopeless=_HOPELESS_HALF) <= 1
 
 
 def same_thumbnails(
@@ -87,21 +99,34 @@ def same_thumbnails(
     is_part: np.ndarray,
     tolerance: Tolerance,
 ) -> np.ndarray:
-    """`same_image` for rows of two columns of encoded thumbnails, some at a time. -> bool [n]
+    """`same_image` for rows of two columns of encoded thumbnails. -> bool [n]; arguments as for `compare_thumbnails`"""
+    return compare_thumbnails(same_image, ours, theirs, rows, cut, is_part, tolerance).astype(bool)
+
+
+def compare_thumbnails(
+    compare: Callable[[np.ndarray, np.ndarray, np.ndarray, Tolerance], np.ndarray],
+    ours: pa.ChunkedArray,
+    theirs: pa.ChunkedArray,
+    rows: tuple[np.ndarray, np.ndarray],
+    cut: np.ndarray,
+    is_part: np.ndarray,
+    tolerance: Tolerance,
+) -> np.ndarray:
+    """`distances` or `same_image` for rows of two columns of encoded thumbnails, some at a time. -> float32 [n]
 
     Args:
       ours, theirs: binary columns of JPEGs.
       rows: int [n] each, which row of ours is compared with which row of theirs.
-      cut: float32 [n, 4], as for `same_image`.
+      cut: float32 [n, 4], as for `distances`.
       is_part: bool [n], whether ours may be a crop of theirs; otherwise theirs of ours.
     """
-    same = np.zeros(len(cut), bool)
+    found = np.zeros(len(cut), np.float32)
     for start in range(0, len(cut), _DECODED_AT_ONCE):
         some = slice(start, start + _DECODED_AT_ONCE)
         a, b = (_decode(column.take(pa.array(row[some]))) for column, row in zip((ours, theirs), rows, strict=True))
         first = is_part[some, None, None, None]
-        same[some] = same_image(np.where(first, a, b), np.where(first, b, a), cut[some], tolerance)
-    return same
+        found[some] = compare(np.where(first, a, b), np.where(first, b, a), cut[some], tolerance)
+    return found
 
 
 def _decode(thumbnails: pa.ChunkedArray) -> np.ndarray:
@@ -111,26 +136,29 @@ def _decode(thumbnails: pa.ChunkedArray) -> np.ndarray:
     return np.stack(pixels)[files.indices.to_numpy()]
 
 
-def _same_batch(a: np.ndarray, b: np.ndarray, cut: np.ndarray, tolerance: Tolerance) -> np.ndarray:
-    """Compares images as they are, then aligned, either as the crop of the other. a, b: [n, 3, 64, 64]."""
+def _distances_of_batch(
+    a: np.ndarray, b: np.ndarray, cut: np.ndarray, tolerance: Tolerance, hopeless: float
+) -> np.ndarray:
+    """Compares images as they are and, if that is too far, aligned, either as the crop of the other. a, b: [n, 3, 64, 64]."""
     full = tuple(np.einsum("ncyx,c->nyx", images, _GREY) for images in (a, b))
     half = tuple(_halve(images) for images in full)
     quarter = tuple(_halve(images) for images in half)
-    found = np.zeros(len(a), bool)
+    found = np.full(len(a), np.inf, np.float32)
     nothing = np.zeros_like(cut)
-    likely = np.flatnonzero(_error(*half, _box(nothing), blur=1) < _HOPELESS_HALF)
+    likely = np.flatnonzero(_error(*half, _box(nothing), blur=1) < hopeless)
     if len(likely):
-        found[likely] = _agree(a[likely], b[likely], _box(nothing[likely]), tolerance)
+        found[likely] = _distance(a[likely], b[likely], _box(nothing[likely]), tolerance)
     for fixed, guess in ((0, cut), (1, nothing)):
-        left = np.flatnonzero(~found)
+        left = np.flatnonzero(found > 1)
         box = guess[left]
-        for sizes, start, hopeless in ((quarter, _best_start, _HOPELESS), (half, _next_start, _HOPELESS_HALF)):
+        for sizes, start, limit in ((quarter, _best_start, _HOPELESS), (half, _next_start, _HOPELESS_HALF)):
             if len(left):
                 box, error = start(sizes[fixed][left], sizes[1 - fixed][left], box)
-                left, box = left[error < hopeless], box[error < hopeless]
+                left, box = left[error < limit], box[error < limit]
         if len(left):
             box = _align(full[fixed][left], full[1 - fixed][left], box, blurs=(2,), steps=4)
-            found[left] = _agree((a, b)[fixed][left], (a, b)[1 - fixed][left], box, tolerance)
+            aligned = _distance((a, b)[fixed][left], (a, b)[1 - fixed][left], box, tolerance)
+            found[left] = np.minimum(found[left], aligned)
     return found
 
 
@@ -157,8 +185,8 @@ def _error(fixed: np.ndarray, moved: np.ndarray, box: np.ndarray, *, blur: int) 
     return _relative(shown, difference)
 
 
-def _agree(fixed: np.ndarray, moved: np.ndarray, box: np.ndarray, tolerance: Tolerance) -> np.ndarray:
-    """Whether images are the same within the tolerance. [n, 3, 64, 64] x 2, [n, 4] -> bool [n]"""
+def _distance(fixed: np.ndarray, moved: np.ndarray, box: np.ndarray, tolerance: Tolerance) -> np.ndarray:
+    """The error and the spot as shares of what is permitted, the larger one. [n, 3, 64, 64] x 2, [n, 4] -> [n]"""
     shown, difference = _difference(fixed, moved, box, blur=2, faint=_STANDS_OUT)
     inner = difference[..., _RIM_PX:-_RIM_PX, _RIM_PX:-_RIM_PX]
     worst = np.abs(inner).max(1).reshape(len(fixed), -1)
@@ -167,7 +195,7 @@ def _agree(fixed: np.ndarray, moved: np.ndarray, box: np.ndarray, tolerance: Tol
     ground = np.median(shown, axis=(2, 3), keepdims=True)
     share = (np.abs(shown - ground).max(1) > _STANDS_OUT).mean((1, 2))
     limit = tolerance.error * np.minimum(1, 0.25 + share / _FULL_SHARE)
-    return (_relative(shown, inner) <= limit) & (spot <= tolerance.spot)
+    return np.maximum(_relative(shown, inner) / np.maximum(limit, _TINY), spot / max(tolerance.spot, _TINY))
 
 
 def _difference(

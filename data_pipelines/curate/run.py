@@ -1,4 +1,5 @@
-"""Curation from end to end: shards and thresholds in; DIR/manifest.parquet, funnel.json and report.html out.
+"""Curation from end to end: shards and thresholds in; DIR/manifest.parquet, funnel.json and report.html out,
+and closest.parquet if there are evaluation sets.
 
     DIR/scan/      one table per shard, kept, so that a run that was killed does not scan it again
     DIR/against/   the same for the evaluation sets
@@ -23,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines.atomic import new_file
-from data_pipelines.curate import duplicates, image_hashes, leaks, manifest, repeated_captions, scores
+from data_pipelines.curate import closest, duplicates, image_hashes, leaks, manifest, repeated_captions, scores
+from data_pipelines.curate.closest import CLOSEST_FILE
 from data_pipelines.curate.config import CurateConfig, in_order
 from data_pipelines.curate.engine import Engine
 from data_pipelines.curate.layout import Stage, Work, write_layout
@@ -35,6 +38,7 @@ from data_pipelines.curate.report import write_report
 from data_pipelines.curate.scan import ScanResult, ScanTask, scan_shard
 from data_pipelines.curate.scoring import Scoring, embed_protected, embedding_verdicts, score_group
 from data_pipelines.curate.shuffle import Shuffle
+from data_pipelines.curate.tables import write_table
 from data_pipelines.errors import BAD_PATH, RunFailed, UserError
 from data_pipelines.lock import hold
 from data_pipelines.sources.files import expand_shards
@@ -108,6 +112,10 @@ def _curate(
         if stats["applied"].get("missing_text") == stats["pairs"]:
             raise UserError(f"no pair has a caption in {', '.join(config.captions)}; name the field with --captions")
         funnel = _funnel(stats, results, against_results, config)
+        if protected:
+            write_table(out / CLOSEST_FILE, run.closest(join))
+        else:
+            (out / CLOSEST_FILE).unlink(missing_ok=True)
         write_report(out / "report.html", funnel, stats["examples"], names)
         with new_file(out / FUNNEL_FILE) as partial:
             partial.write_text(json.dumps(funnel, indent=1, ensure_ascii=False) + "\n")
@@ -197,6 +205,12 @@ class _Run:
         for path in self._all("manifest", manifest.finalize, [(join, group, limits) for group in groups]):
             manifest.add_stats(stats, json.loads(path.read_text()))
         return stats
+
+    def closest(self, join: JoinTask) -> pa.Table:
+        """The kept image that is closest to each evaluation image. -> the rows of closest.parquet"""
+        for stage in closest.STAGES:
+            paths = self._all(stage.name, stage.compute, [(join, n) for _, n in stage.tasks(join.work)])
+        return closest.gather(join, paths, [_table(self.out, "against", name) for name in join.protected])
 
     def _score_limits(self, join: JoinTask) -> dict[str, float]:
         """The score that `top_share` of the pairs of each share group reach."""

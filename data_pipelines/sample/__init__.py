@@ -1,7 +1,7 @@
 """The small real corpus of the quick start: drawings in many styles, with names in twelve languages; LICENSE says whose they are.
 
-    DataConfig(sources=sample.sources(), tokenizer=sample.TOKENIZER)
-    Retrieval(sample.path("unseen-style.parquet"), captions=sample.CAPTIONS)
+DataConfig(sources=sample.sources(), tokenizer=sample.TOKENIZER)
+Retrieval(sample.path("unseen-style.parquet"), captions=sample.CAPTIONS)
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from data_pipelines.order.mixture import SourceConfig
 
 LANGUAGES = ("en", "ar", "de", "es", "fr", "hi", "ja", "ru", "sw", "te", "th", "zh")
 CAPTIONS = tuple(f"captions.{language}" for language in LANGUAGES)
-_EMOJI = (("captions.en", 0.3), ("captions.*", 0.4), ("keywords", 0.1), ("captions.en+keywords", 0.2))
+_EMOJI = (("captions.en", 0.2), ("captions.*", 0.55), ("keywords", 0.1), ("captions.en+keywords", 0.15))
 _ICONS = (("txt", 0.5), ("keywords", 0.2), ("txt+keywords", 0.3))
 
 
@@ -22,7 +22,7 @@ def path(name: str) -> str:
 TOKENIZER = path("sample.model")
 
 
-def sources(*, emoji: str = "*", icons: float = 0.25) -> tuple[SourceConfig, ...]:
+def sources(*, emoji: str = "*", icons: float = 0.1) -> tuple[SourceConfig, ...]:
     """What training streams: the pairs that `siglip data curate` kept.
 
     emoji: the styles of emoji, as a pattern of file names.

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from data_pipelines.curate.closest import read_closest
 from data_pipelines.loader import make_eval_batches
 from data_pipelines.sources.opening import open_source
 from siglip.atomic import write_atomically
@@ -23,8 +24,9 @@ from siglip.cli.data_sets import complete
 from siglip.cli.evaluation import embedder_of, format_table, settings_of
 from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder
-from siglip.evaluation.findings import confusion, retrieval_findings
+from siglip.evaluation.findings import classified, confusion, retrieval_findings
 from siglip.evaluation.labels import are_multi_label
+from siglip.evaluation.results import dataset_name
 from siglip.evaluation.retrieval import Retrieval, mean_of
 from siglip.evaluation.zeroshot import ZeroShot
 from siglip.training.config import EvalConfig
@@ -40,7 +42,7 @@ logger = logging.getLogger(__name__)
 FINDINGS_FILE = "findings.json"
 SHOWN_PX = 72
 _MAX_LANGUAGES = 3  # rows of one set that are printed
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,23 @@ def _read_run(workdir: Path, name: str) -> Run:
     sources = config.get("data", {}).get("sources", [])
     manifests = [source["manifest"] for source in sources if isinstance(source, Mapping) and source.get("manifest")]
     funnels = {manifest: found for manifest in manifests if (found := _read_funnel(Path(manifest)))}
-    return Run(name, lines, config, findings, funnels, notes)
+    return Run(name, lines, config, findings, funnels, notes, _closest(manifests))
+
+
+def _closest(manifests: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """What `Run.closest` is, over the sources that have a manifest."""
+    best: dict[tuple[str, int], dict] = {}
+    for manifest in manifests:
+        for row in read_closest(Path(manifest).parent):
+            place = row["eval_shard"], row["eval_index"]
+            best[place] = min(row, best.get(place, row), key=lambda row: row["distance"])
+    sets: dict[str, list[dict[str, Any]]] = {}
+    for row in best.values():
+        names = {"evaluation": f"{row['eval_shard']}: {row['eval_key']}", "training": f"{row['shard']}: {row['key']}"}
+        images = [plots.data_url(row[name] or b"", "jpeg") for name in ("eval_thumbnail", "thumbnail")]
+        found = {"distance": row["distance"], "bits": row["bits"], "images": images} | names
+        sets.setdefault(dataset_name(None, row["eval_shard"]), []).append(found)
+    return sets
 
 
 def _read_funnel(manifest: Path) -> dict[str, Any] | None:
@@ -179,7 +197,12 @@ def _compute(workdir: Path, config: Mapping[str, Any], settings: EvalConfig) -> 
             classes, weights, _ = task.class_weights(embedder)
             rows, labels, taken = task.taking_part(images, classes)
             names = [classes.names[number] for number in taken]
-            findings["zeroshot"][task.dataset] = confusion(images.zimg[rows], weights[taken], labels, names)
+            found = images.zimg[rows], weights[taken], labels, names
+            examples = classified(*found, temperature=embedder.temperature)
+            shown = [int(rows[one["image"]]) for one in examples]
+            thumbs = _thumbs(task.data, sorted(set(shown)), images.index)
+            examples = [one | {"image": thumbs[str(row)]} for one, row in zip(examples, shown, strict=True)]
+            findings["zeroshot"][task.dataset] = confusion(*found) | {"examples": examples}
     return findings
 
 

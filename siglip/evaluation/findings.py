@@ -16,7 +16,7 @@ from siglip.array_types import Float, Int
 from siglip.losses import prior_shift
 
 TOP = 8
-_QUERIES, _MISTAKES, _SIMILAR = 16, 8, 24
+_QUERIES, _MISTAKES, _SIMILAR, _CLASSIFIED = 16, 8, 24, 8
 _BINS, _RELIABILITY_BINS = 60, 12
 _BLOCK = 1 << 22  # scores
 
@@ -136,6 +136,26 @@ def confusion(
         np.add.at(matrix, (labels, taken), 1)
         found |= {"names": list(names), "matrix": matrix.tolist()}
     return found
+
+
+def classified(
+    zimg: Float[np.ndarray, "n e"],
+    weights: Float[np.ndarray, "k e"],
+    labels: Int[np.ndarray, " n"],
+    names: Sequence[str],
+    *,
+    temperature: float,
+) -> list[dict[str, Any]]:
+    """A few images spread over the set, with the classes that come first and the softmax of their logits over all classes."""
+    examples = []
+    for row in np.unique(np.linspace(0, len(zimg) - 1, _CLASSIFIED).astype(int)).tolist():
+        logits = temperature * (weights @ zimg[row])
+        shares = np.exp(logits - logits.max())
+        shares /= shares.sum()
+        first = np.argsort(-logits, kind="stable")[:3].tolist()
+        found = [[names[number], float(shares[number])] for number in first]
+        examples.append({"image": row, "right": names[labels[row]], "classes": found})
+    return examples
 
 
 def _sigmoid(x):

@@ -39,6 +39,8 @@ class Run(NamedTuple):
         lines: of metrics.jsonl. config: config.json. findings: what `siglip report` has computed with the model, or {}:
             "retrieval" (siglip/evaluation/findings.py), "zeroshot" {data set: confusion}, "thumbs" {row: data URL}.
         funnels: {manifest: funnel.json of its curation}. notes: what is left out, and why.
+        closest: {evaluation set: of each of its images the closest training image: "distance", "bits", and for those to show
+            "evaluation" and "training", what they are, and "images", data URLs of the two}.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Run(NamedTuple):
     findings: Mapping[str, Any] = {}
     funnels: Mapping[str, Mapping[str, Any]] = {}
     notes: Sequence[str] = ()
+    closest: Mapping[str, Sequence[Mapping[str, Any]]] = {}
 
 
 def write_report(
@@ -87,12 +90,14 @@ def _is_english(dataset: str) -> bool:
 
 
 def _one(run: Run, baselines: Mapping[str, Mapping[str, float]]) -> list[str]:
+    from siglip.workdir.report_closest import closest_section
     from siglip.workdir.report_findings import findings_sections
 
     notes = "".join(f"<p class='muted'>{html.escape(note)}</p>" for note in run.notes)
     return [
         _head(run), notes, _what(run.config), _results([run], baselines), _curves([run]), *findings_sections(run.findings),
-        _substituted(run.lines), *map(_funnel, run.funnels, run.funnels.values()), _config(run.config),
+        _substituted(run.lines), *map(_funnel, run.funnels, run.funnels.values()), closest_section(run.closest),
+        _config(run.config),
     ]  # fmt: skip
 
 

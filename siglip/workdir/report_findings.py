@@ -16,7 +16,7 @@ def findings_sections(findings: Mapping[str, Any]) -> list[str]:
             _found(retrieval, thumbs),
             _mistakes(retrieval, thumbs),
         ]
-    return sections + [_confusion(name, found) for name, found in findings.get("zeroshot", {}).items()]
+    return sections + [_classes(name, found) for name, found in findings.get("zeroshot", {}).items()]
 
 
 def _scores(found: Mapping[str, Any], recall: Sequence[Sequence[Any]]) -> str:
@@ -71,13 +71,25 @@ def _mistakes(found: Mapping[str, Any], thumbs: Mapping[str, str]) -> str:
     )
 
 
-def _confusion(name: str, found: Mapping[str, Any]) -> str:
+def _classes(name: str, found: Mapping[str, Any]) -> str:
     names = [(html.escape(right), html.escape(taken), count) for right, taken, count in found["worst"]]
     rows = "".join(f"<tr><td>{right}</td><td>{taken}</td><td>{count}</td></tr>" for right, taken, count in names)
     note = f"{found['images']} images; classes down, what they are taken for across"
     shown = plots.matrix(found["matrix"], "Confusion", note, labels=found["names"]) if "matrix" in found else ""
     table = f"<table><tr><th>class</th><th>taken for</th><th>images</th></tr>{rows}</table>" if rows else ""
-    return f"<h2>Confusion: {html.escape(name)}</h2><div class='plots'>{shown}<div class='scroll'>{table}</div></div>"
+    return (
+        f"<h2>Classification: {html.escape(name)}</h2><p class='muted'>Some images with the names that come first of "
+        f"{found['classes']}, and the probability of each among all of them; below, their own.</p>"
+        f"<div class='mistakes'>{''.join(map(_classified, found['examples']))}</div>"
+        f"<div class='plots'>{shown}<div class='scroll'>{table}</div></div>"
+    )
+
+
+def _classified(one: Mapping[str, Any]) -> str:
+    is_right = one["classes"][0][0] == one["right"]
+    taken = "".join(f"<span>{html.escape(name)} {share:.0%}</span><br>" for name, share in one["classes"])
+    image = f"<img class='{'hit' if is_right else ''}' alt='' src='{html.escape(one['image'])}'>"
+    return f"<div class='mistake'><div><p>{image}</p><p>{taken}</p></div><bdi>{html.escape(one['right'])}</bdi></div>"
 
 
 def _thumbnail(thumbs: Mapping[str, str], row: int, *, hit: bool) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +53,16 @@ def train(name: str, workdir: Path, src: Path) -> tuple[dict[str, np.ndarray], d
 
 
 def largest_change(before: dict[str, np.ndarray], after: dict[str, np.ndarray], tower: str) -> float:
-    return max(np.abs(after[path] - before[path]).max() for path in before if path.startswith(tower))
+    """Of what AdamW moves: one of its steps is as long as the learning rate, in every entry; Muon's are as long on average."""
+    paths = [path for path in before if path.startswith(tower) and not re.search("encoderblock|MAPHead", path)]
+    return max(np.abs(after[path] - before[path]).max() for path in paths)
 
 
 @pytest.mark.slow
 def test_siglit_trains_a_new_text_tower_on_kept_embeddings(quickstart, tmp_path):
     before, after, config = train("siglit", tmp_path, quickstart)
-    assert largest_change(before, after, "img/") == 0 and largest_change(before, after, "txt/") > 0.1
+    assert all(np.array_equal(after[path], before[path]) for path in before if path.startswith("img/"))
+    assert largest_change(before, after, "txt/") > 0.1
     assert list(tmp_path.glob("image_embeddings/*/00000.npy"))
 
 
@@ -79,7 +83,7 @@ def test_higher_resolution_takes_everything_to_a_finer_grid(quickstart, tmp_path
     assert before["img/pos_embedding"].shape == (1, 16, 128) and after["img/pos_embedding"].shape == (1, 64, 128)
     np.testing.assert_allclose(after["img/pos_embedding"][0, 0], before["img/pos_embedding"][0, 0], atol=1e-4)
     lr = config["optim"]["lr"]
-    assert lr == pytest.approx(2e-5)
+    assert lr == pytest.approx(4e-5)
     rest = {path: leaf for path, leaf in before.items() if path not in ("img/pos_embedding", "t", "b")}
     assert 0 < largest_change(rest, after, "") <= 1.02 * lr
 

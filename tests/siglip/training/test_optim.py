@@ -162,7 +162,10 @@ def test_muon_is_the_published_algorithm_at_the_size_of_adamws_updates():
 
 def test_muon_takes_each_of_stacked_blocks_alone():
     rng = np.random.default_rng(0)
-    grads = {"query": rng.standard_normal((3, 8, 2, 4), np.float32), "Dense_1": rng.standard_normal((3, 12, 8), np.float32)}
+    grads = {
+        "query": rng.standard_normal((3, 8, 2, 4), np.float32),
+        "Dense_1": rng.standard_normal((3, 12, 8), np.float32),
+    }
     stacked = {"img": {"encoderblock": {name: {"kernel": grad} for name, grad in grads.items()}}}
     alone = {"img": {f"encoderblock_{i}": {n: {"kernel": g[i]} for n, g in grads.items()} for i in range(3)}}
     found = []

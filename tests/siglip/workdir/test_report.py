@@ -1,12 +1,17 @@
 """The report: what it computes against plain float64 loops, and what it makes of other people's texts."""
 
 import math
+import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from data_pipelines.curate.closest import CLOSEST_SCHEMA
+from siglip.cli.reporting import _closest
 from siglip.evaluation import findings
-from siglip.evaluation.findings import confusion, retrieval_findings
+from siglip.evaluation.findings import classified, confusion, retrieval_findings
 from siglip.workdir import plots
 from siglip.workdir.report import Run, _chance, final_results, write_report
 
@@ -63,6 +68,21 @@ def test_confusion():
     ]
 
 
+def test_classified_images_have_the_softmax_over_all_classes():
+    rng, names = np.random.default_rng(0), ["cat", "dog", "cow", "owl"]
+    weights, labels = np.eye(4, dtype=np.float32), rng.integers(4, size=20)
+    zimg = rng.normal(size=(20, 4)).astype(np.float32)
+    examples = classified(zimg, weights, labels, names, temperature=3.0)
+    assert [one["image"] for one in examples] == [0, 2, 5, 8, 10, 13, 16, 19]
+    for one in examples:
+        odds = np.exp(3.0 * zimg[one["image"]].astype(float))
+        wanted = sorted(zip(odds / odds.sum(), names, strict=True), reverse=True)[:3]
+        assert one["right"] == names[labels[one["image"]]] and [name for name, _ in one["classes"]] == [
+            n for _, n in wanted
+        ]
+        np.testing.assert_allclose([share for _, share in one["classes"]], [share for share, _ in wanted], rtol=1e-5)
+
+
 def test_smoothing_keeps_a_line_and_halves_noise():
     line = np.arange(100.0)
     np.testing.assert_allclose(plots.smooth(line)[5:-5], line[5:-5])
@@ -70,6 +90,7 @@ def test_smoothing_keeps_a_line_and_halves_noise():
     assert plots.smooth(noise).std() < 0.5 * noise.std() and len(plots.smooth([1.0])) == 1
 
 
+EXAMPLE = {"image": "data:,", "right": "dog", "classes": [["dog", 0.75], ["<i>", 0.25]]}
 LINES = [
     {"step": 1, "train/loss": 3.0, "train/substituted/truncated": 1, "data/source_0/pairs": 100},
     {"step": 2, "train/loss": 2.0, "train/substituted/truncated": 4, "data/source_0/pairs": 200},
@@ -84,7 +105,7 @@ LINES = [
 
 def test_numbers_have_their_chance_and_standard_error_and_english_is_first(tmp_path):
     counts = {"en": {"images": 50, "described": 50, "texts": 100}, "de": {"images": 50, "described": 50, "texts": 100}}
-    zeroshot = {"things": {"images": 25, "classes": 4, "worst": [["<b>", "dog", 3]]}}
+    zeroshot = {"things": {"images": 25, "classes": 4, "worst": [["<b>", "dog", 3]], "examples": [EXAMPLE]}}
     funnel = {"pairs": 10, "kept": 7, "applied": {"bomb": 2, "<i>": 1}, "taken": {"bomb": 2, "<i>": 1}}
     found = {"retrieval": {"counts": counts, **SCORES}, "zeroshot": zeroshot}
     run = Run("<run>", LINES, {"data": "<x>"}, found, {"m.parquet": funnel}, ["left <out>"])
@@ -94,9 +115,10 @@ def test_numbers_have_their_chance_and_standard_error_and_english_is_first(tmp_p
     assert "0.360 <small>± 0.048</small>" in page  # sqrt(.36 * .64 / 100)
     assert "0.500 <small>± 0.100</small>" in page and page.index("toy-en") < page.index("toy-de")
     assert "<td>chance</td><td>0.200</td>" in page and "<td>chance</td><td>0.250</td>" in page
+    assert "<span>dog 75%</span><br><span>&lt;i&gt; 25%</span>" in page
     assert "ridge &lt;1&gt;" in page and "<td>truncated</td><td>4</td><td>2.00%</td>" in page
     assert "&lt;i&gt;</td><td>1</td><td>7</td>" in page and "7 of 10 pairs kept" in page
-    for raw in ("<run>", "<out>", "<x>", "<b></td>", "<1>", "<i></td>"):
+    for raw in ("<run>", "<out>", "<x>", "<b></td>", "<1>", "<i></td>", "<i> "):
         assert raw not in page
 
 
@@ -104,7 +126,7 @@ def test_sizes_of_one_data_set_are_not_those_of_another(tmp_path):
     sizes = {"images": 50, "described": 50, "texts": 100}
     found = {
         "retrieval": {"counts": {"en": sizes}, **SCORES},
-        "zeroshot": {"a": {"images": 25, "classes": 4, "worst": []}},
+        "zeroshot": {"a": {"images": 25, "classes": 4, "worst": [], "examples": []}},
     }
     lines = [
         {"step": 2, **{f"eval/retrieval/{name}/image_retrieval_recall@10": 0.36 for name in ("toy", "other-en")}},
@@ -130,6 +152,40 @@ def test_chance_of_several_right_ones_equals_drawing_at_random():
     assert found == pytest.approx(1 - math.comb(27, 5) / math.comb(30, 5))
     assert abs(drawn.mean() - found) < 5 * drawn.std() / math.sqrt(len(drawn))
     assert _chance("image_retrieval_recall@5", sizes) == pytest.approx(0.5) and _chance("text_median_rank", {}) is None
+
+
+def write_closest(folder, rows):
+    """closest.parquet of a curation. rows: (evaluation shard, index, distance, whether there are thumbnails)."""
+    folder.mkdir()
+    names = CLOSEST_SCHEMA.names
+    table = [
+        (shard, index, f"<{index}>", f"{folder.name}.tar", 7, "<key>", 5, distance, *(b"<&>" if shown else None,) * 2)
+        for shard, index, distance, shown in rows
+    ]
+    columns = dict(zip(names, map(list, zip(*table, strict=True)), strict=True))
+    pq.write_table(pa.table(columns, CLOSEST_SCHEMA), folder / "closest.parquet")
+    return str(folder / "manifest.parquet")
+
+
+def test_the_closest_training_images_are_those_of_all_sources(tmp_path):
+    many = [("sets/style-00.tar", n, 2.0 + n / 100, n < 12) for n in range(30)]
+    one = write_closest(tmp_path / "one", [*many, ("sets/ideas.tar", 0, 3.5, True)])
+    two = write_closest(tmp_path / "two", [("sets/style-00.tar", 20, 1.25, True), ("sets/style-01.tar", 0, 0.75, True)])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "closest.parquet").write_text("no table")
+    found = _closest([one, two, str(tmp_path / "other" / "manifest.parquet"), str(tmp_path / "none" / "m.parquet")])
+    assert {name: len(rows) for name, rows in found.items()} == {"style": 31, "ideas": 1}
+    page = write_report(tmp_path / "r.html", [Run("run", [], {}, closest=found)]).read_text()
+    assert (
+        "<td>style</td><td>31</td><td>0.75</td><td>0.90</td>" in page
+    )  # quantile .01 of 31 lies at .75 + .3 (1.25 - .75)
+    assert "<td>ideas</td><td>1</td><td>3.50</td>" in page and page.count("<td>1</td></tr>") == 1  # up to 1
+    shown = re.findall(r"title='([^']*)'></p></div><span>distance ([\d.]+), 5 bits", page)
+    distances = [float(distance) for _, distance in shown]
+    assert distances == [0.75, 1.25, *(2 + n / 100 for n in range(10)), 3.5]
+    assert [name for name, _ in shown[:3]] == ["two.tar: &lt;key&gt;"] * 2 + ["one.tar: &lt;key&gt;"]
+    assert page.count("src='data:image/jpeg;base64,PCY+'") == 2 * len(shown) and "sets/style-01.tar: &lt;0&gt;" in page
+    assert "Closest" not in write_report(tmp_path / "r.html", [Run("run", [], {})]).read_text()
 
 
 SCORES = {
