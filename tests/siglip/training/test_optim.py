@@ -147,7 +147,7 @@ def test_muon_is_the_published_algorithm_at_the_size_of_adamws_updates():
     adamw, muon = (trees.flatten(updates[name]) for name in ("adamw", "muon"))
     for path, update in muon.items():
         if "encoderblock" not in path or not path.endswith("kernel"):
-            np.testing.assert_array_equal(update, adamw[path])
+            np.testing.assert_allclose(update, adamw[path], rtol=2 * rounding(20))  # two programs
             continue
         inputs = 8  # the width, on either side of attention
         g1, g2 = (grad[path].astype(np.float64).reshape(inputs, -1) for grad in (first, second))
