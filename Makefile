@@ -35,7 +35,7 @@ $(VENV)/.interop: $(VENV)/.installed
 # Train, evaluate on what training never shows, export both towers, print one table. QUALITY=long trains for an hour.
 quickstart: $(VENV)/.installed
 	$(BIN)/siglip train configs/quickstart.py --workdir $(RUN) $(if $(STEPS),--total-steps $(STEPS) --optim.warmup-steps 1) \
-	    $(if $(filter long,$(QUALITY)),--total-steps 12000)
+	    $(if $(filter long,$(QUALITY)),--total-steps 6500)
 	test -e $(RUN)/encoder || { rm -rf $(RUN)-encoder && \
 	    $(BIN)/siglip export $(RUN) --format hf --tower both --out $(RUN)-encoder && mv $(RUN)-encoder $(RUN)/encoder; }
 	$(BIN)/siglip report $(RUN)

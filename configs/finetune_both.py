@@ -23,15 +23,15 @@ def get_config() -> TrainConfig:
         quickstart,
         init=InitConfig(src="runs/quickstart", only=("img/.*",)),
         model=SourceModel(text=quickstart.model.text, temperature_init=10.0, bias_init=quickstart.model.bias_init),
-        total_steps=600,
+        total_steps=300,
         workdir="runs/finetune_both",
         seed=1,  # the quick start's seed would draw the text tower that its image tower was trained with
         optim=replace(
             quickstart.optim,
             weight_decay_mults=(("img/.*", 0.0), (".*/kernel", 1.0)),
             lr_mults=(("img/.*", 0.1), ("t|b", 10.0)),
-            warmup_steps=50,
+            warmup_steps=30,
         ),
         eval=EvalConfig(tasks=quickstart.eval.tasks[:1]),
-        checkpoint=CheckpointConfig(every_steps=300),
+        checkpoint=CheckpointConfig(every_steps=150),
     )

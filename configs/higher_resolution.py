@@ -26,10 +26,10 @@ def get_config() -> TrainConfig:
         init=InitConfig(src="runs/quickstart"),
         data=replace(quickstart.data, tokenizer=None),
         model=SourceModel(image=SourceImage(image_size=(64, 64))),
-        total_steps=200,
+        total_steps=100,
         workdir="runs/higher_resolution",
         optim=replace(quickstart.optim, lr=quickstart.optim.lr / 100, weight_decay=0.0, warmup_steps=20),
         eval=EvalConfig(tasks=quickstart.eval.tasks[:1]),
-        checkpoint=CheckpointConfig(every_steps=100),
+        checkpoint=CheckpointConfig(every_steps=50),
         log=LogConfig(every_steps=25),
     )

@@ -32,10 +32,10 @@ def get_config() -> TrainConfig:
         init=InitConfig(src="runs/quickstart"),
         data=replace(quickstart.data, tokenizer=None, lengths=LengthConfig(patches=(16, 36, 64))),
         model=SourceModel(image=SourceImage(image_size=(64, 64), naflex=NaflexConfig(36, 64))),
-        total_steps=300,
+        total_steps=150,
         workdir="runs/naflex",
         optim=replace(quickstart.optim, lr=quickstart.optim.lr / 100, weight_decay=0.0, warmup_steps=30),
         eval=EvalConfig(tasks=quickstart.eval.tasks[:1]),
-        checkpoint=CheckpointConfig(every_steps=100),
+        checkpoint=CheckpointConfig(every_steps=50),
         log=LogConfig(every_steps=25),
     )
