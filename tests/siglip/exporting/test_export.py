@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 import tarfile
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +36,7 @@ from siglip.models.vit import PixelConfig
 from siglip.training.loop import train
 from siglip.trees import flatten
 from tests.siglip.rounding import towers_apart
+from tests.siglip.texts import plain_pieces
 from tests.siglip.tiny import random_inputs, random_params, square_model
 from tests.siglip.tiny_run import TinyBatches, tiny_config, use_devices
 
@@ -47,7 +49,7 @@ def source(tmp_path):
     """A two-tower npz in bfloat16 compute and scan layout, with a tokenizer beside it."""
     folder = tmp_path / "source"
     folder.mkdir()
-    (folder / "spiece.model").write_bytes((SAMPLE / "spiece.model").read_bytes())
+    (folder / "spiece.model").write_bytes(plain_pieces())
     return written(folder / "m.npz", square_model(image={"scan": True}, text={"vocab_size": 4000}))
 
 
@@ -59,7 +61,7 @@ def written(path, config: ModelConfig):
 def few_pieces(folder):
     """A model whose text tower has no room for the tokenizer beside it."""
     folder.mkdir()
-    (folder / "spiece.model").write_bytes((SAMPLE / "spiece.model").read_bytes())
+    (folder / "spiece.model").write_bytes(plain_pieces())
     return written(folder / "m.npz", square_model())
 
 
@@ -264,7 +266,7 @@ def test_weights_in_several_files(tmp_path, source, monkeypatch, own):
     assert sum(sizes.values()) == index["metadata"]["total_size"]
     for path, array in flatten(hugging_face.read(folder)[0]).items():
         np.testing.assert_array_equal(array, flatten(big_vision.read(source)[0])[path])
-    export(source, format="hf", out=tmp_path / "one", tower="both", shard_bytes=10**9)
+    export(source, format="hf", out=tmp_path / "one", shard_bytes=10**9)
     assert (tmp_path / "one" / "model.safetensors").exists()
 
 
@@ -423,10 +425,18 @@ def test_examples_for_transformers_run(tmp_path, real_source, monkeypatch, capsy
     assert {"image": "[1, 16, 36]", "both": "score" if length == 64 else "tensor([["}[tower] in out
 
 
-def test_the_card_of_a_run_tells_its_recipe_and_evaluation(tmp_path, monkeypatch):
-    use_devices(monkeypatch, 2)
-    workdir = tmp_path / "run"
-    train(tiny_config(workdir), TinyBatches())
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Workdir of a short run."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        use_devices(patch, 2)
+        train(tiny_config(workdir), TinyBatches())
+    return workdir
+
+
+def test_the_card_of_a_run_tells_its_recipe_and_evaluation(tmp_path, trained):
+    workdir = shutil.copytree(trained, tmp_path / "run")
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "eval/retrieval/toy/image_retrieval_recall@1": 0.125}\n')
         file.write('{"step": 9, "eval/retrieval/toy/image_retrieval_recall@1": 0.5}\n')
@@ -473,9 +483,8 @@ def test_the_image_tower_is_exported_without_reading_the_other(tmp_path, source,
     assert read and all(name.startswith("params/img/") for name in read)
 
 
-def test_a_run_whose_config_was_changed_is_named(tmp_path, monkeypatch):
-    use_devices(monkeypatch, 2)
-    train(tiny_config(tmp_path / "run"), TinyBatches())
+def test_a_run_whose_config_was_changed_is_named(tmp_path, trained):
+    shutil.copytree(trained, tmp_path / "run")
     path = tmp_path / "run" / "config.json"
     whole = json.loads(path.read_text())
     for field, value, words in (
