@@ -6,12 +6,8 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
 import textwrap
-import time
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +23,6 @@ from siglip.errors import UserError
 from siglip.models.two_tower import param_shapes
 from siglip.training.config import load_config_file
 from siglip.training.warm_start import SourceModel
-from siglip.workdir.checkpoint import read_run_params
 from siglip.workdir.metrics import read_metrics
 from tests.siglip.tiny_run import use_devices
 
@@ -386,51 +381,3 @@ def test_an_export_never_overwrites_and_leaves_nothing_when_it_fails(trained, ca
     bad = ["export", str(tmp_path / "missing.npz"), "--format", "hf", "--out", str(tmp_path / "new")]
     fails(bad, capsys, r"missing\.npz")
     assert sorted(tmp_path.iterdir()) == before
-
-
-def start_training(recipe: Path, *flags: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "siglip.cli", "train", str(recipe), *flags],
-        cwd=ROOT, env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"}, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        if (workdir / "metrics.jsonl").exists() and any(line["step"] >= step for line in read_metrics(workdir)):
-            return
-        time.sleep(0.02)
-    raise AssertionError(process.communicate()[1])
-
-
-@pytest.fixture(scope="module")
-def whole(shard, tmp_path_factory) -> Path:
-    """Workdir of a run of forty steps that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
-    process = start_training(write_recipe(folder, shard))
-    assert process.wait(300) == 0, process.stderr.read()
-    return folder / "run"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_forty_steps_are_twenty_a_kill_and_the_rest(recipe, whole, tmp_path, signum):
-    killed = start_training(recipe)
-    wait_for_step(tmp_path / "run", 20, killed)
-    killed.send_signal(signum)
-    message = killed.communicate(timeout=240)[1]
-    if signum == signal.SIGTERM:
-        assert killed.returncode == 128 + signum and "goes on from there" in message, message
-    resumed = start_training(recipe)
-    assert resumed.wait(300) == 0, resumed.stderr.read()
-
-    expected, actual = (trees.flatten(read_run_params(workdir)[0]) for workdir in (whole, tmp_path / "run"))
-    for path, leaf in expected.items():
-        np.testing.assert_array_equal(actual[path], leaf, err_msg=path)
-    losses = [
-        {line["step"]: line["train/loss"] for line in read_metrics(workdir) if "train/loss" in line}
-        for workdir in (whole, tmp_path / "run")
-    ]
-    shared = losses[0].keys() & losses[1].keys()
-    assert len(shared) >= 8 and all(losses[0][step] == losses[1][step] for step in shared)
