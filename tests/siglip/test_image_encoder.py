@@ -230,7 +230,7 @@ def test_memory_and_speed_change_neither_tokens_nor_gradients(source, scan):
     options = load_encoder(source, remat="full", attention="auto", scan=scan).unfrozen()
 
     def gradient(encoder):
-        free = jax.grad(lambda e: jnp.mean(e.tokens(images) ** 2))(encoder)
+        free = jax.jit(jax.grad(lambda e: jnp.mean(e.tokens(images) ** 2)))(encoder)
         return key_maps.unstack_blocks(trees.flatten(free.params))
 
     assert any("encoderblock/" in path for path in trees.flatten(options.params)) == scan

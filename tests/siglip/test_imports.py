@@ -48,8 +48,11 @@ def test_training_on_batches_handed_to_it(tmp_path):
     from pathlib import Path
     from siglip.workdir.metrics import read_metrics
     from siglip.training.loop import train
-    from tests.siglip.tiny_run import TinyBatches, tiny_config
+    from tests.siglip.tiny_run import TinyBatches, tiny_config, use_devices
+    import jax, pytest
 
+    jax.config.update("jax_num_cpu_devices", 8)
+    use_devices(pytest.MonkeyPatch(), 2)  # other tests' program, which is compiled once
     config = tiny_config(Path(sys.argv[1]))
     state = train(config, TinyBatches())
     assert not [name for name in BLOCKED if name in sys.modules]

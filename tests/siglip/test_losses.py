@@ -18,6 +18,7 @@ from siglip.losses import chunked_sigmoid_loss, prior_shift, sigmoid_loss, softm
 from siglip.parallel import topology
 from siglip.planning import compile
 from tests.siglip.rounding import rounding
+from tests.siglip.tiny import QUICK
 
 
 def double_loop(zimg, ztxt, t, b):
@@ -100,11 +101,11 @@ def assert_recorded(value, grads, get):
     assert_close((value, grads), expected, jax.tree.map(lambda bound: 2 * bound, bounds))
 
 
-@pytest.mark.parametrize("case", range(5))
-def test_dense_agrees_with_recorded_numbers(fixtures, case):
-    get = recorded(fixtures, case)
-    value, grads = value_and_grad(sigmoid_loss_scalar)(get("zimg"), get("ztxt"), get("t_param"), get("b"))
-    assert_recorded(value, grads, get)
+def test_dense_agrees_with_recorded_numbers(fixtures):
+    program = jax.jit(value_and_grad(sigmoid_loss_scalar))
+    for case in range(5):
+        get = recorded(fixtures, case)
+        assert_recorded(*program(get("zimg"), get("ztxt"), get("t_param"), get("b")), get)
 
 
 def sigmoid_loss_scalar(zimg, ztxt, t, b):
@@ -113,18 +114,18 @@ def sigmoid_loss_scalar(zimg, ztxt, t, b):
 
 @pytest.mark.parametrize("impl", ["all_gather", "ring"])
 @pytest.mark.parametrize("devices", [1, 2, 8])
-@pytest.mark.parametrize("case", range(5))
-def test_chunked_agrees_with_recorded_numbers(fixtures, impl, devices, case):
-    get = recorded(fixtures, case)
+def test_chunked_agrees_with_recorded_numbers(fixtures, impl, devices):
     loss = functools.partial(chunked_sigmoid_loss, mesh=mesh_of(devices), impl=impl, chunk_size=3)
-    value, grads = jax.jit(value_and_grad(loss))(get("zimg"), get("ztxt"), get("t_param"), get("b"))
-    assert_recorded(value, grads, get)
+    program = jax.jit(value_and_grad(loss))
+    for case in range(5):
+        get = recorded(fixtures, case)
+        assert_recorded(*program(get("zimg"), get("ztxt"), get("t_param"), get("b")), get)
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("impl", ["all_gather", "ring"])
 @pytest.mark.parametrize(("devices", "pairs", "chunk"), [
-    (1, 24, None), (1, 23, 5), (2, 24, 12), (2, 26, 5), (3, 24, 8), (3, 21, 2), (8, 48, 6), (8, 48, 4), (8, 8, 1), (8, 40, 64),
+    (1, 24, None), (1, 23, 5), (2, 26, 5), (3, 21, 2), (8, 48, 6), (8, 48, 4), (8, 8, 1), (8, 40, 64),
 ])  # fmt: skip
 def test_chunked_agrees_with_the_double_loop(impl, devices, pairs, chunk):
     zimg, ztxt = embeddings(pairs, 10, seed=pairs)
@@ -155,7 +156,7 @@ def test_a_batch_sharded_over_two_axes(impl):
     assert_same(jax.jit(value_and_grad(loss))(zimg, ztxt, t, b), double_loop(zimg, ztxt, t[0], b[0]))
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=6)
 @given(
     st.integers(1, 9), st.integers(1, 12), st.floats(-1, 4), st.floats(-12, 2), st.sampled_from(["all_gather", "ring"])
 )
@@ -190,7 +191,7 @@ def compile_loss(loss, pairs, width, devices, dtype=jnp.float32):
     mesh = mesh_of(devices)
     z = jax.ShapeDtypeStruct((pairs, width), dtype, sharding=jax.NamedSharding(mesh, jax.P("data")))
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    return jax.jit(value_and_grad(functools.partial(loss, mesh=mesh))).lower(z, z, scalar, scalar).compile()
+    return jax.jit(value_and_grad(functools.partial(loss, mesh=mesh))).lower(z, z, scalar, scalar).compile(QUICK)
 
 
 @pytest.mark.parametrize("impl", ["all_gather", "ring"])

@@ -1,11 +1,16 @@
 """Tiny models with every parameter random, for the tests of the towers, the formats and the exports."""
 
+import functools
+
 import jax
 import numpy as np
 
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, param_shapes
 from siglip.trees import flatten, unflatten
 
+# Options of a program that runs once or twice, where the sums are looked at and not what LLVM makes of them: it would take most
+# of the time.
+QUICK = {"xla_backend_optimization_level": 0}
 # Non-square grid and patches, pixels left over, head widths 12 and 9: nothing here is a power of two.
 ODD_IMAGE = {"variant": "mu", "width": 36, "depth": 2, "mlp_dim": 50, "num_heads": 3, "patch_size": (6, 8)}
 ODD_TEXT = {"variant": "mu", "width": 27, "depth": 2, "mlp_dim": 40, "num_heads": 3, "vocab_size": 61, "length": 7}
@@ -28,7 +33,12 @@ def random_params(config: ModelConfig, *, seed: int = 0) -> dict:
         centre = 1.0 if path.endswith("scale") else 0.0
         return (centre + rng.normal(size=leaf.shape) / np.sqrt(fan_in)).astype(np.float32)
 
-    return unflatten({path: draw(path, leaf) for path, leaf in flatten(param_shapes(config)).items()})
+    return unflatten({path: draw(path, leaf) for path, leaf in _shapes(config).items()})
+
+
+@functools.cache
+def _shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    return flatten(param_shapes(config))  # traced once: many tests draw the same model's
 
 
 def random_batch(config: ModelConfig, *, batch: int = 3) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ and tell `NFC` which characters the table composes.
 
 import base64
 import dataclasses
+import functools
 import re
 import unicodedata
 from collections import defaultdict
@@ -188,6 +189,7 @@ def _canonical(tokens: TokenConfig) -> list[dict[str, Any]]:
     return [_replace(f"[{PUNCTUATION}]", ""), _replace(spaces, " "), _replace("\\A | \\z", "")]
 
 
+@functools.cache
 def _lower(*, final_sigma: bool) -> list[dict[str, Any]]:
     """Python's `str.lower`: a map of single characters, except for the final sigma."""
     rules = lower_case_rules()

@@ -1,18 +1,23 @@
-"""How a run begins and ends among other processes: its workdir's lock, signals while data hang, a reader that goes away."""
+"""How a run begins and ends among other processes: its workdir's lock, signals, a kill, a reader that goes away."""
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_pipelines import lock
 from data_pipelines.lock import LOCK_FILE, hold
+from siglip import trees
 from siglip.cli import run
-from siglip.workdir.checkpoint import whole_steps
-from tests.siglip.cli.test_commands import fails, shard  # noqa: F401
-from tests.siglip.jobs import ANY, STEPS, Jobs, children_of
+from siglip.workdir.checkpoint import read_run_params, whole_steps
+from siglip.workdir.metrics import read_metrics
+from tests.siglip.cli.test_commands import fails, shard, write_recipe  # noqa: F401
+from tests.siglip.jobs import ANY, ROOT, STEPS, Jobs, children_of
 
 GONE_S = 40  # ten are promised on a machine that is not overloaded; other tests run beside these
 
@@ -131,3 +136,52 @@ def test_a_folder_that_another_curation_holds_is_refused(tmp_path, shard, capsys
         assert contents(out) == before
     assert run(["data", "curate", str(shard), "--out", str(out), "--workers", "1"]) == 0
     assert (out / "manifest.parquet").exists() and not (out / LOCK_FILE).exists()
+
+
+def start_training(recipe: Path, *flags: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "siglip.cli", "train", str(recipe), *flags],
+        cwd=ROOT, env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if (workdir / "metrics.jsonl").exists() and any(line["step"] >= step for line in read_metrics(workdir)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(process.communicate()[1])
+
+
+@pytest.fixture(scope="module")
+def whole(shard, tmp_path_factory) -> Path:  # noqa: F811
+    """Workdir of a run of forty steps that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = start_training(write_recipe(folder, shard))
+    assert process.wait(300) == 0, process.stderr.read()
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_forty_steps_are_twenty_a_kill_and_the_rest(shard, whole, tmp_path, signum):  # noqa: F811
+    recipe = write_recipe(tmp_path, shard)
+    killed = start_training(recipe)
+    wait_for_step(tmp_path / "run", 20, killed)
+    killed.send_signal(signum)
+    message = killed.communicate(timeout=240)[1]
+    if signum == signal.SIGTERM:
+        assert killed.returncode == 128 + signum and "goes on from there" in message, message
+    resumed = start_training(recipe)
+    assert resumed.wait(300) == 0, resumed.stderr.read()
+
+    expected, actual = (trees.flatten(read_run_params(workdir)[0]) for workdir in (whole, tmp_path / "run"))
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(actual[path], leaf, err_msg=path)
+    losses = [
+        {line["step"]: line["train/loss"] for line in read_metrics(workdir) if "train/loss" in line}
+        for workdir in (whole, tmp_path / "run")
+    ]
+    shared = losses[0].keys() & losses[1].keys()
+    assert len(shared) >= 8 and all(losses[0][step] == losses[1][step] for step in shared)

@@ -2,16 +2,15 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import json
 import re
+import shutil
 import tarfile
 from importlib import metadata
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from siglip.encoder import load
 from siglip.errors import UserError
 from siglip.exporting import export as export_module
 from siglip.exporting.export import FORMATS, export
-from siglip.exporting.verification import compare, model_outputs
+from siglip.exporting.verification import model_outputs
 from siglip.formats import big_vision, containers, hugging_face
 from siglip.formats.big_vision import image_only
 from siglip.formats.export_format import ExportFormat, ExportMismatch
@@ -32,34 +31,19 @@ from siglip.model_source import read_config
 from siglip.models.text import TokenConfig
 from siglip.models.two_tower import ModelConfig
 from siglip.models.vit import PixelConfig
-from siglip.training.loop import train
 from siglip.trees import flatten
+from tests.siglip.exporting.sources import HAS_TRANSFORMERS, samples, written
 from tests.siglip.rounding import towers_apart
+from tests.siglip.texts import plain_pieces
 from tests.siglip.tiny import random_inputs, random_params, square_model
-from tests.siglip.tiny_run import TinyBatches, tiny_config, use_devices
 
 SAMPLE = Path(__file__).parents[3] / "data_pipelines" / "sample"
-HAS_TRANSFORMERS = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-
-
-@pytest.fixture
-def source(tmp_path):
-    """A two-tower npz in bfloat16 compute and scan layout, with a tokenizer beside it."""
-    folder = tmp_path / "source"
-    folder.mkdir()
-    (folder / "spiece.model").write_bytes((SAMPLE / "spiece.model").read_bytes())
-    return written(folder / "m.npz", square_model(image={"scan": True}, text={"vocab_size": 4000}))
-
-
-def written(path, config: ModelConfig):
-    big_vision.write(path, random_params(config), config)
-    return path
 
 
 def few_pieces(folder):
     """A model whose text tower has no room for the tokenizer beside it."""
     folder.mkdir()
-    (folder / "spiece.model").write_bytes((SAMPLE / "spiece.model").read_bytes())
+    (folder / "spiece.model").write_bytes(plain_pieces())
     return written(folder / "m.npz", square_model())
 
 
@@ -105,19 +89,6 @@ def test_stacked_blocks_and_towers_without_a_head(tmp_path, source):
     np.testing.assert_allclose(model.image_tokens(images), expected, rtol=0, atol=towers_apart(model.config, expected))
 
 
-@pytest.fixture
-def real_source(tmp_path):
-    """A two-tower npz of 64 tokens that knows the shipped tokenizer."""
-    folder = tmp_path / "real"
-    folder.mkdir()
-    (folder / "spiece.model").write_bytes((SAMPLE / "spiece.model").read_bytes())
-    return written(folder / "m.npz", square_model(text={"vocab_size": 4000, "length": 64}))
-
-
-def samples(config, tokenizer):
-    return sample_inputs(TarSource(f"{SAMPLE}/emoji-heldout-*.tar"), config, tokenizer)
-
-
 @pytest.mark.parametrize("format", ["bigvision", "stablehlo"])
 def test_real_images_and_texts_are_compared_too(tmp_path, real_source, format):
     report = export(real_source, format=format, out=tmp_path / "out", tower="both", samples=samples)
@@ -158,16 +129,6 @@ def test_inputs_that_are_prepared_otherwise_are_proved_too(tmp_path):
         found = export(src, format="hf", out=out, tower="both", samples=samples).differences["sample"]
         assert found["tokens"] == 0 and found["pixels"] < 3e-7
     assert (read_config(again)[0].image.pixels, read_config(again)[0].text.tokens) == (pixels, tokens)
-
-
-@pytest.mark.interop
-@pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs torch and transformers: pip install '.[interop]'")
-def test_both_towers_without_a_tokenizer(tmp_path, monkeypatch, capsys):
-    source = written(tmp_path / "m.npz", square_model())
-    report = export(source, format="hf", out=tmp_path / "hf", tower="both", samples=samples)
-    assert "text_embedding" in report.differences["sample"] and "no tokenizer" in report.message
-    assert "use that of training" in (tmp_path / "hf" / "README.md").read_text()
-    assert "[1, 16, 36]" in run_example(tmp_path / "hf", monkeypatch, capsys)
 
 
 def test_images_that_consumers_prepare_otherwise_are_no_samples(tmp_path):
@@ -264,7 +225,7 @@ def test_weights_in_several_files(tmp_path, source, monkeypatch, own):
     assert sum(sizes.values()) == index["metadata"]["total_size"]
     for path, array in flatten(hugging_face.read(folder)[0]).items():
         np.testing.assert_array_equal(array, flatten(big_vision.read(source)[0])[path])
-    export(source, format="hf", out=tmp_path / "one", tower="both", shard_bytes=10**9)
+    export(source, format="hf", out=tmp_path / "one", shard_bytes=10**9)
     assert (tmp_path / "one" / "model.safetensors").exists()
 
 
@@ -362,88 +323,6 @@ def test_the_command_line_offers_every_format():
     assert get_args(get_type_hints(ExportArgs)["format"]) == tuple(FORMATS)
 
 
-def test_not_a_number_does_not_pass():
-    with pytest.raises(ExportMismatch, match="differs"):
-        compare({"z": np.ones(2)}, {"z": np.array([1, np.nan])})
-
-
-def test_what_the_source_lacks_or_has_in_another_shape_does_not_pass():
-    with pytest.raises(ExportMismatch, match="the export lacks image_embedding; it has nothing"):
-        compare({"image_embedding": np.ones(2), "probabilities": np.ones(1)}, {})
-    with pytest.raises(ExportMismatch, match="allowed is 1.0e-05"):
-        compare({"image_embedding": np.full(2, 50.0)}, {"image_embedding": np.full(2, 50.0001)})
-    compare({"image_tokens": np.full(2, 50.0)}, {"image_tokens": np.full(2, 50.0001)})
-    with pytest.raises(ExportMismatch, match=r"z has shape \(2,\), its source's is absent"):
-        compare({}, {"z": np.ones(2)})
-    with pytest.raises(ExportMismatch, match=r"z has shape \(2,\), its source's is \(1,\)"):
-        compare({"z": np.ones(1)}, {"z": np.ones(2)})
-    with pytest.raises(ExportMismatch, match="tokens differs"):
-        compare({"tokens": np.full(2, 900_000)}, {"tokens": np.array([900_000, 900_001])})
-
-
-def run_example(folder, monkeypatch, capsys) -> str:
-    """What the example in a model card prints."""
-    card = (folder / "README.md").read_text()
-    monkeypatch.chdir(folder)
-    capsys.readouterr()
-    with jax.numpy_rank_promotion("allow"):  # as users have it
-        exec(re.search(r"```python\n(.*?)```", card, re.S)[1], {})
-    return capsys.readouterr().out
-
-
-def test_the_model_card_says_what_to_feed_and_how_far_it_was_checked(tmp_path, source):
-    export(source, format="bigvision", out=tmp_path / "bv", tower="both", licence="apache-2.0")
-    card = (tmp_path / "bv" / "README.md").read_text()
-    parts = (
-        "width 36, depth 2", "32 x 32 px", "16 tokens (4 x 4", "exactly 7", "[-1, 1]", "| image_tokens | 0.0e+00 |",
-        "Licence: apache-2.0", "license: apache-2.0", "the source is not a training run", "None on record",
-    )  # fmt: skip
-    for part in parts:
-        assert part in card, part
-
-
-@pytest.mark.parametrize("tower", ["image", "both"])
-@pytest.mark.parametrize(
-    "format, printed",
-    [("bigvision", "(1, 16, 36)"), ("stablehlo", ""), pytest.param("savedmodel", "", marks=pytest.mark.slow)],
-)
-def test_examples_of_model_cards_run(tmp_path, real_source, monkeypatch, capsys, format, printed, tower):
-    export(real_source, format=format, out=tmp_path / "out", tower=tower, samples=samples)
-    out = run_example(tmp_path / "out", monkeypatch, capsys)
-    assert (printed or ("(1, 16, 36)" if tower == "image" else "[[0.")) in out
-
-
-@pytest.mark.interop
-@pytest.mark.parametrize("tower, length", [("image", 64), ("both", 64), ("both", 12), ("both", 77)])
-@pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs torch and transformers: pip install '.[interop]'")
-def test_examples_for_transformers_run(tmp_path, real_source, monkeypatch, capsys, tower, length):
-    written(real_source, square_model(text={"vocab_size": 4000, "length": length}))
-    export(real_source, format="hf", out=tmp_path / "out", tower=tower)
-    out = run_example(tmp_path / "out", monkeypatch, capsys)
-    assert {"image": "[1, 16, 36]", "both": "score" if length == 64 else "tensor([["}[tower] in out
-
-
-def test_the_card_of_a_run_tells_its_recipe_and_evaluation(tmp_path, monkeypatch):
-    use_devices(monkeypatch, 2)
-    workdir = tmp_path / "run"
-    train(tiny_config(workdir), TinyBatches())
-    with (workdir / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 8, "eval/retrieval/toy/image_retrieval_recall@1": 0.125}\n')
-        file.write('{"step": 9, "eval/retrieval/toy/image_retrieval_recall@1": 0.5}\n')
-    export(workdir, format="bigvision", out=tmp_path / "out")
-    card = (tmp_path / "out" / "README.md").read_text()
-    parts = (
-        "from `run`, step 8",
-        "8 of 8 steps",
-        "pairs seen",
-        "adamw, lr",
-        "| retrieval | image retrieval recall@1 |\n|---|---|\n| toy | 0.125 |",
-    )
-    for part in parts:
-        assert part in card, part
-    assert "0.500" not in card
-
-
 @pytest.mark.parametrize(
     ("src", "out"),
     [
@@ -473,9 +352,8 @@ def test_the_image_tower_is_exported_without_reading_the_other(tmp_path, source,
     assert read and all(name.startswith("params/img/") for name in read)
 
 
-def test_a_run_whose_config_was_changed_is_named(tmp_path, monkeypatch):
-    use_devices(monkeypatch, 2)
-    train(tiny_config(tmp_path / "run"), TinyBatches())
+def test_a_run_whose_config_was_changed_is_named(tmp_path, trained):
+    shutil.copytree(trained, tmp_path / "run")
     path = tmp_path / "run" / "config.json"
     whole = json.loads(path.read_text())
     for field, value, words in (

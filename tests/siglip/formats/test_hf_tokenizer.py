@@ -21,7 +21,7 @@ from siglip.formats.hf_tokenizer import convert
 from siglip.formats.hf_tokenizer.charsmap import read_charsmap, write_charsmap
 from siglip.formats.hf_tokenizer.lower_case import lower_case_rules
 from siglip.models.text import TokenConfig
-from tests.siglip.texts import HAND_PICKED, SAMPLE, SPIECE, STRINGS, captions
+from tests.siglip.texts import HAND_PICKED, SAMPLE, SPIECE, STRINGS, captions, plain_pieces
 from tests.siglip.tiny import random_params, square_model
 
 LENGTH = 64
@@ -201,8 +201,8 @@ def test_lower_case_rules_are_those_of_python():
     assert [c for c, low in rules.mapping.items() if len(low) > 1] == ["İ"]
 
 
-def test_models_that_cannot_be_expressed_are_refused(model_file):
-    proto = convert.read_sentencepiece(model_file("c4").read_bytes(), source="c4")
+def test_models_that_cannot_be_expressed_are_refused():
+    proto = convert.read_sentencepiece(plain_pieces(), source="sample")
 
     def refused(words: str, **changes: object) -> None:
         changed = type(proto)()
@@ -222,8 +222,8 @@ def test_models_that_cannot_be_expressed_are_refused(model_file):
             convert.tokenizer_json(bytes_, TokenConfig(), source="x")
 
 
-def test_a_typed_special_piece_with_no_place_to_part_it_is_refused(model_file):
-    proto = convert.read_sentencepiece(model_file("c4").read_bytes(), source="")
+def test_a_typed_special_piece_with_no_place_to_part_it_is_refused():
+    proto = convert.read_sentencepiece(plain_pieces(), source="")
     for text in ("</", "/s", "s>"):
         proto.pieces.add(piece=text, score=-9.0)
     with pytest.raises(ValueError, match="no place to part a typed '</s>'"):

@@ -1,7 +1,6 @@
 """Hugging Face folders: our own round trip always, `transformers` itself where it is installed."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import data_pipelines.sample
 from siglip.encoder import Encoder
 from siglip.formats import containers, hugging_face, key_maps
 from siglip.formats.big_vision import image_only
@@ -19,9 +17,8 @@ from siglip.models.vit import sincos2d
 from siglip.trees import flatten
 from tests.siglip.formats.test_big_vision import same
 from tests.siglip.rounding import towers_apart
+from tests.siglip.texts import plain_pieces
 from tests.siglip.tiny import random_inputs, random_params, square_model
-
-TOKENIZER = Path(data_pipelines.sample.__file__).parent / "spiece.model"
 
 
 def written(tmp_path, config: ModelConfig) -> dict:
@@ -78,14 +75,16 @@ def test_fixed_positions_become_a_table_and_no_head_the_identity(tmp_path):
 
 
 def test_files_that_a_consumer_reads(tmp_path):
-    config = square_model()
-    hugging_face.write(tmp_path, random_params(config), config, tokenizer=TOKENIZER)
-    folder, files = tmp_path, {path.name for path in tmp_path.iterdir()}
-    assert files == {
+    config, tokenizer = square_model(), tmp_path / "pieces"
+    tokenizer.write_bytes(plain_pieces())
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    hugging_face.write(folder, random_params(config), config, tokenizer=tokenizer)
+    assert {path.name for path in folder.iterdir()} == {
         "config.json", "model.safetensors", "preprocessor_config.json", "spiece.model", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip
-    assert (folder / "spiece.model").read_bytes() == TOKENIZER.read_bytes()
+    assert (folder / "spiece.model").read_bytes() == plain_pieces()
     processor = json.loads((folder / "preprocessor_config.json").read_text())
     assert processor["size"] == {"height": 32, "width": 32} and processor["resample"] == 2
     from safetensors import safe_open

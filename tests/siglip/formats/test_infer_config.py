@@ -91,7 +91,7 @@ FLAT = flatten(random_params(square_model()))
 SCAN = flatten(random_params(square_model(image={"scan": True}, text={"scan": True})))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data(), scan=st.booleans())
 def test_exactly_the_bad_keys_are_named(tmp_path_factory, data, scan):
     """A model with some arrays dropped, renamed and reshaped: those are named, all of them, and no other."""

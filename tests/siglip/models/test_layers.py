@@ -18,7 +18,7 @@ from siglip.parallel.sharding import P_BATCH, MeshConfig, ParamLayout, make_mesh
 from siglip.planning import compile
 from siglip.trees import flatten
 from tests.siglip.rounding import towers_apart
-from tests.siglip.tiny import ODD_IMAGE, ODD_TEXT, random_batch, random_params
+from tests.siglip.tiny import ODD_IMAGE, ODD_TEXT, QUICK, random_batch, random_params
 
 CONFIG = ModelConfig(ImageConfig(**ODD_IMAGE, image_size=(12, 16), pool="gap", scan=True), text=None)
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
@@ -34,13 +34,19 @@ def of_image(**fields):
     return dataclasses.replace(CONFIG, image=dataclasses.replace(CONFIG.image, **fields))
 
 
-def gradients(config, *, layout=None):
-    """(the traced program of a gradient, the compiled one, what it gives)."""
+def traced(config, *, layout=None):
+    """A gradient of a model's parameters."""
     module, batch = make_model(config, layout=layout), jax.tree.map(jnp.asarray, random_batch(config))
     loss = lambda params: module.apply({"params": params}, batch)[0][:, 0].sum()  # noqa: E731
-    traced = jax.jit(jax.grad(loss)).trace(random_params(config))
-    compiled = traced.lower().compile()
-    return str(traced.jaxpr), compiled.as_text(), flatten(compiled(random_params(config)))
+    return jax.jit(jax.grad(loss)).trace(random_params(config))
+
+
+@functools.cache
+def gradients(config, *, layout=None):
+    """(the traced program of a gradient, the compiled one, what it gives)."""
+    program = traced(config, layout=layout)
+    compiled = program.lower().compile(QUICK)
+    return str(program.jaxpr), compiled.as_text(), flatten(compiled(random_params(config)))
 
 
 def assert_same(found, expected):
@@ -56,7 +62,7 @@ def products(function, *args):
 
 def test_what_the_probe_makes_of_the_keys_is_exact_in_bfloat16():
     head, x = PoolingAttention(3, BFLOAT16), jnp.ones((2, 5, 36), BFLOAT16)
-    params = head.init(jax.random.key(0), jnp.ones((1, 1, 36)), x)
+    params = jax.eval_shape(head.init, jax.random.key(0), jnp.ones((1, 1, 36)), x)
     with jax.default_matmul_precision("bfloat16"):
         found = products(head.apply, params, jnp.ones((1, 1, 36)), x)
     exact = [eqn for eqn in found if eqn.invars[0].aval.dtype == FLOAT32]
@@ -111,7 +117,7 @@ def test_remat_by_name_keeps_what_flash_attention_gives_its_backward_pass(remat,
 
 
 def test_dots_keep_gelu_out_of_memory_and_dots_gelu_do_not_compute_it_again():
-    tanhs = {remat: gradients(of_image(remat=remat))[0].count("= tanh") for remat in ("none", "dots", "dots+gelu")}
+    tanhs = {r: str(traced(of_image(remat=r)).jaxpr).count("= tanh") for r in ("none", "dots", "dots+gelu")}
     # GELU's backward pass has a tanh of its own; "dots" computes the forward one again for Dense_1's kernel.
     assert tanhs == {"none": 2, "dots+gelu": 2, "dots": 3}
 
@@ -122,7 +128,9 @@ def test_a_bfloat16_stream_has_the_parameters_and_outputs_of_the_float32_one():
 
     def tokens(**fields):
         with jax.numpy_dtype_promotion("strict"):
-            return jax.jit(make_model(of_image(**fields)).apply)({"params": params}, batch)[2]["img/encoded"]
+            return jax.jit(make_model(of_image(**fields)).apply, compiler_options=QUICK)({"params": params}, batch)[2][
+                "img/encoded"
+            ]
 
     exact, products = tokens(), tokens(dtype="bfloat16")
     stream = tokens(dtype="bfloat16", residual_dtype="bfloat16")

@@ -15,7 +15,7 @@ from siglip.models.vit import normalize_pixels, sincos2d
 from siglip.trees import flatten, unflatten
 from tests.siglip import numpy_model
 from tests.siglip.rounding import rounding, towers_apart
-from tests.siglip.tiny import ODD_IMAGE, ODD_TEXT, random_batch, random_inputs, random_params
+from tests.siglip.tiny import ODD_IMAGE, ODD_TEXT, QUICK, random_batch, random_inputs, random_params
 
 PUBLISHED = {
     "a": ModelConfig(
@@ -54,8 +54,7 @@ def close(found, expected, config, *, passes=1):
     np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
-@pytest.mark.parametrize("name", ["a", "c"])
+@pytest.mark.parametrize("name, scan", [("a", False), ("a", True), ("c", False)])
 def test_outputs_loss_and_every_gradient_of_big_vision(fixtures, name, scan):
     stored = dict(np.load(fixtures / f"bv_tiny_{name}.npz"))
     config = in_layout(PUBLISHED[name], scan=scan)
@@ -137,7 +136,7 @@ def test_remat_computes_products_again_and_changes_no_gradient(scan, remat):
             random_params(config)
         )
         products = str(traced.jaxpr).count("dot_general[")
-        return flatten(traced.lower().compile()(random_params(config))), products
+        return flatten(traced.lower().compile(QUICK)(random_params(config))), products
 
     (plain, products), (recomputed, more_products) = grads("none"), grads(remat)
     # "full" computes all eight products of a block again but the last, the others the logits; a scan has one block, the loop two.
@@ -147,12 +146,12 @@ def test_remat_computes_products_again_and_changes_no_gradient(scan, remat):
 
 
 def test_bfloat16_keeps_parameters_residuals_and_outputs_in_float32():
-    config = in_layout(ODD[1], scan=True, dtype="bfloat16")
+    config = in_layout(ODD[1], scan=False, dtype="bfloat16")
     params, (images, ids) = random_params(config), map(jnp.asarray, random_inputs(config))
     assert {str(leaf.dtype) for leaf in flatten(param_shapes(config)).values()} == {"float32"}
     with jax.numpy_dtype_promotion("strict"):
         zimg, ztxt, out = jax.jit(make_model(config).apply)({"params": params}, {"image": images, "text": ids})
-    exact, exact_text, _ = jax.jit(make_model(in_layout(ODD[1], scan=True)).apply)(
+    exact, exact_text, _ = jax.jit(make_model(in_layout(ODD[1], scan=False)).apply)(
         {"params": params}, {"image": images, "text": ids}
     )
     assert {str(leaf.dtype) for leaf in (zimg, ztxt, *out.values())} == {"float32"}
@@ -235,8 +234,7 @@ def test_every_path_and_shape_of_a_tiny_model(layout, pool):
 def test_fresh_parameters():
     image = ImageConfig(**ODD_IMAGE, image_size=(12, 16), pool="gap", scan=True)
     config = ModelConfig(image, TextConfig(**(ODD_TEXT | {"depth": 1})), out_dim=(20, 20))
-    quick = {"xla_backend_optimization_level": 0}
-    params = jax.jit(lambda key: init_params(config, key), compiler_options=quick)(jax.random.key(0))
+    params = jax.jit(lambda key: init_params(config, key), compiler_options=QUICK)(jax.random.key(0))
     flat = flatten(params)
     assert params["t"] == pytest.approx(np.log(10)) and params["b"] == -10
     assert {str(leaf.dtype) for leaf in flat.values()} == {"float32"}
@@ -247,13 +245,18 @@ def test_fresh_parameters():
     assert float(jnp.max(jnp.abs(kernel[0] - kernel[1]))) > 0, "layers of a scan start from different numbers"
     assert float(jnp.std(flat["txt/Embed_0/embedding"])) == pytest.approx(27**-0.5, rel=0.1)
     wide = dataclasses.replace(config, text=dataclasses.replace(config.text, embed_std=2.0))
-    flat = flatten(jax.jit(lambda key: init_params(wide, key), compiler_options=quick)(jax.random.key(0)))
-    assert float(jnp.std(flat["txt/Embed_0/embedding"])) == pytest.approx(2.0, rel=0.1)
-    assert float(jnp.std(flat["txt/pos_embedding"])) == pytest.approx(27**-0.5, rel=0.15)
+
+    def table_and_positions(key):
+        params = init_params(wide, key)["txt"]
+        return params["Embed_0"]["embedding"], params["pos_embedding"]
+
+    table, positions = jax.jit(table_and_positions, compiler_options=QUICK)(jax.random.key(0))
+    assert float(jnp.std(table)) == pytest.approx(2.0, rel=0.1)
+    assert float(jnp.std(positions)) == pytest.approx(27**-0.5, rel=0.15)
 
 
 def test_a_tower_without_input_is_skipped():
-    config = ODD[0]
+    config = in_layout(ODD[0], scan=True)  # as above: compiled already
     params, (images, ids) = random_params(config), map(jnp.asarray, random_inputs(config))
     apply = jax.jit(make_model(config).apply)
     both = apply({"params": params}, {"image": images, "text": ids})

@@ -178,7 +178,7 @@ def test_processes_with_other_settings_do_not_start(jobs):
     assert not job.workdir.exists()
 
 
-@pytest.mark.parametrize("flag", ["--data.tokenizer", "--init.src"])
+@pytest.mark.parametrize("flag", ["--data.tokenizer", pytest.param("--init.src", marks=pytest.mark.slow)])
 def test_bad_input_that_only_one_process_sees_ends_all_with_2(jobs, flag):
     job = jobs.start(f"bad{flag}", processes=2, devices=1, toy=True, process1=[flag, "nix.npz"])
     first, second = job.ends_with(2)
@@ -200,6 +200,7 @@ def test_of_a_batch_that_makes_nan_the_keys_of_every_process_are_kept(jobs):
     assert kept["step"] == 6 and sorted(kept["keys"]) == sorted(sum(job.keys()[6], []))
 
 
+@pytest.mark.slow
 def test_a_step_that_only_one_process_cannot_make_ends_all_with_2(jobs):
     job = jobs.start("step", processes=2, devices=1, process1=["--loss.micro-batch-size", "3"])
     first, second = job.ends_with(2)

@@ -18,6 +18,7 @@ from siglip.training import optim
 from siglip.training.objective import LossConfig, make_objective
 from siglip.training.step import init_state, make_abstract_state, make_train_step
 from tests.siglip.rounding import rounding
+from tests.siglip.tiny import QUICK
 
 # Different sizes everywhere, so that a shape in the compiled program names its parameter.
 MODEL = ModelConfig(
@@ -70,9 +71,6 @@ def test_the_first_rule_that_matches_wins():
     assert specs(leaves, config) == expected
     assert set(specs(leaves, dataclasses.replace(config, fsdp=1)).values()) == {P()}
 
-
-# Code that runs a few times need not be fast: half the time of these tests would be LLVM's.
-QUICK = {"xla_backend_optimization_level": 0}
 
 STACK = {"img/encoderblock/a/kernel": (8, 6, 10), "img/b": (8, 64), "t": (1,)}
 
@@ -239,7 +237,7 @@ def test_every_buffer_of_the_state_is_reused(compiled):
 # The longest chain of float32 operations through SMALL, one way: a patch (192), two blocks (450 each: sums of 32 and 96
 # terms), the embedding and its norm.
 CHAIN = 1150
-LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 4)]
+LAYOUTS = [(1, 1), (2, 1), (2, 2), (8, 4)]
 
 
 @pytest.fixture(scope="module")

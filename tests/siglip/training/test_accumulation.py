@@ -19,6 +19,7 @@ from siglip.training.loop import make_program
 from siglip.training.objective import LossConfig, Objective, Parts, make_objective, make_pair_loss
 from siglip.training.step import init_state, make_abstract_state, make_train_step
 from tests.siglip.rounding import rounding
+from tests.siglip.tiny import QUICK
 from tests.siglip.tiny_run import tiny_config
 
 MODEL = ModelConfig(
@@ -36,8 +37,6 @@ PAIRS = 32
 # The longest chain of float32 operations behind an entry of a gradient of SMALL: a patch (192), forward and back through a
 # block (450 each: sums of 32 and 128 terms) and the loss (64), then a sum over 32 pairs of 6 tokens (192).
 CHAIN = 1350
-# Code that runs once need not be fast: half the time of these tests would be LLVM's.
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def batch_of(pairs=PAIRS):

@@ -71,25 +71,29 @@ def two_devices(monkeypatch):
 
 
 def test_a_run_compiles_every_length_first_and_resumes_bit_for_bit(tmp_path, caplog):
+    program = make_program(naflex_config(tmp_path))
     with caplog.at_level(logging.INFO, logger="siglip"):
-        expected = train(naflex_config(tmp_path / "whole"), PatchBatches())
+        expected = train(naflex_config(tmp_path / "whole"), PatchBatches(), program=program)
     told = [message for message in caplog.messages if message.startswith("compiled the step")]
     assert [line.split(" in ")[0] for line in told] == [
         "compiled the step for images of 4 patches (1 of 2)", "compiled the step for images of 9 patches (2 of 2)",
     ]  # fmt: skip
     with pytest.raises(Interrupted):
-        train(naflex_config(tmp_path / "run"), StopsPatches(5, 15))
-    assert_bit_equal(train(naflex_config(tmp_path / "run"), PatchBatches()), expected)
+        train(naflex_config(tmp_path / "run"), StopsPatches(5, 15), program=program)
+    assert_bit_equal(train(naflex_config(tmp_path / "run"), PatchBatches(), program=program), expected)
 
 
-def test_longer_steps_take_smaller_micro_batches_and_give_the_same(tmp_path):
+def test_longer_steps_take_smaller_micro_batches_and_give_the_same(tmp_path, monkeypatch):
+    use_devices(monkeypatch, 4)
     config = naflex_config(tmp_path, loss=LossConfig(micro_batch_size=16))
     assert micro_batch_sizes(config, devices=2) == {4: 16, 9: 4} and micro_batch_size(config, 1, devices=2) == 16
     assert micro_batch_size(naflex_config(tmp_path), 9, devices=2) is None
     batches = PatchBatches()
     batch = next(batch for batch in iter(batches.__next__, None) if batch["patches"].shape[1] == 9)
     del batch["key"]
-    found, whole = (gradients(NAFLEX, mesh_of(2), batch=batch, micro=micro) for micro in (4, None))
+    model = dataclasses.replace(NAFLEX, image=dataclasses.replace(NAFLEX.image, scan=True))
+    found = gradients(model, mesh_of(4, fsdp=2), batch=batch, micro=4)
+    whole = gradients(model, mesh_of(1), batch=batch)
     # SMALL's chain and, forward and back, the pooling's block.
     assert_equal_gradients(found, whole, chain=CHAIN + 900)
 

@@ -82,24 +82,31 @@ def test_under_fsdp_moments_are_sharded_and_the_step_compiles_once(monkeypatch):
         assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
 
 
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory):
+    """Parameters after a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_devices(patch, 1)
+        return jax.device_get(train(tiny_config(tmp_path_factory.mktemp("one")), TinyBatches()).params)
+
+
+@pytest.mark.slow  # of single steps: test_sharding.py and test_accumulation.py
 @pytest.mark.parametrize(
     "mesh, impl",
     [
-        pytest.param(MeshConfig(), "all_gather", marks=pytest.mark.slow),
+        (MeshConfig(), "all_gather"),
         (FSDP, "ring"),
-        pytest.param(MeshConfig(), "ring", marks=pytest.mark.slow),
-        pytest.param(FSDP, "all_gather", marks=pytest.mark.slow),
+        (MeshConfig(), "ring"),
+        (FSDP, "all_gather"),
     ],
 )
-def test_any_mesh_and_loss_gives_the_same_run(tmp_path, mesh, impl, monkeypatch):
-    use_devices(monkeypatch, 1)
-    expected = train(tiny_config(tmp_path / "one"), TinyBatches())
+def test_any_mesh_and_loss_gives_the_same_run(tmp_path, mesh, impl, monkeypatch, on_one_device):
     use_devices(monkeypatch, 8)
-    config = tiny_config(tmp_path / "many", mesh=mesh, loss=LossConfig(impl=impl, chunk_size=1))
+    config = tiny_config(tmp_path, mesh=mesh, loss=LossConfig(impl=impl, chunk_size=1))
     actual = train(config, TinyBatches())
     # Sums over devices are added in another order; Adam divides by the root of small second moments. The bias of a key
     # shifts all logits of a query alike: its gradient is zero but for rounding, which Adam makes as large as any other.
-    for path, leaf in trees.flatten(expected.params).items():
+    for path, leaf in trees.flatten(on_one_device).items():
         if path.endswith("key/bias"):
             continue
         np.testing.assert_allclose(trees.flatten(actual.params)[path], leaf, rtol=0, atol=2e-5, err_msg=path)
@@ -117,23 +124,22 @@ def test_the_softmax_baseline_trains(tmp_path):
 
 def test_frozen_parameters_do_not_move(tmp_path):
     config = tiny_config(tmp_path, optim=OptimConfig(lr=1e-2, warmup_steps=2, lr_mults=(("img/.*", 0.0),)))
-    with pytest.raises(Interrupted):
-        train(config, StopsAt(1, signal.SIGTERM))
-    start, _, step = read_run_params(tmp_path)  # the warm-up's first update is zero: still the initial parameters
-    assert step == 1
-    state = train(config, TinyBatches())
+    program = make_program(config)
+    start = jax.device_get(trees.flatten(program.init({}).params))
+    state = train(config, TinyBatches(), program=program)
     for path, leaf in trees.flatten(state.params).items():
-        moved = np.any(np.asarray(leaf) != trees.flatten(start)[path])
+        moved = np.any(np.asarray(leaf) != start[path])
         assert moved != path.startswith("img/"), path
 
 
 def test_the_running_average_is_evaluated_saved_and_resumed(run, tmp_path):
     evaluations = EvalConfig(tasks=(Retrieval("unused.tar", name="toy"),))
     config = dataclasses.replace(config_of(tmp_path, ema=0.5), eval=evaluations)
+    program, seen = make_program(config), []
     with pytest.raises(Interrupted):
-        train(config, StopsAt(5, signal.SIGTERM))
-    seen = []
-    state = train(config, TinyBatches(), evaluate=lambda params: seen.append(np.asarray(params["t"])[0]) or {})
+        train(config, StopsAt(5, signal.SIGTERM), program=program)
+    evaluate = lambda params: seen.append(np.asarray(params["t"])[0]) or {}  # noqa: E731
+    state = train(config, TinyBatches(), evaluate=evaluate, program=program)
     exported, _, _ = read_run_params(tmp_path)
     assert_bit_equal(exported, state.ema)
     assert np.any(exported["t"] != np.asarray(state.params["t"])) and seen == [exported["t"][0]]
@@ -170,6 +176,6 @@ def test_the_loop_reads_from_the_device_only_to_log(tmp_path, monkeypatch):
             state, _ = program.step(state, put_batch(batch, program.mesh))
     assert not reads
     with jax.transfer_guard_device_to_host("disallow"):
-        train(config, Watched())
+        train(config, Watched(), program=program)
     per_step = np.diff([*at_batch, len(reads)])
     assert not np.any(per_step[[0, 2, 4, 6]]) and np.all(per_step[[1, 3, 5]])
