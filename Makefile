@@ -40,6 +40,9 @@ quickstart: $(VENV)/.installed
 	    $(BIN)/siglip export $(RUN) --format hf --tower both --out $(RUN)-encoder && mv $(RUN)-encoder $(RUN)/encoder; }
 	$(BIN)/siglip report $(RUN)
 	@echo "encoder: $(RUN)/encoder"
+	@echo "next:    $(BIN)/siglip demo $(RUN) --data $(SAMPLE)/unseen-style.parquet      # search in the browser"
+	@echo "         $(BIN)/siglip train configs/siglit.py --init.src $(RUN)               # a new text tower on the frozen ViT"
+	@echo "         docs/your-own-data.md                                                # the same with pairs of your own"
 
 # Remakes the shipped sample from packages of public registries (the extra `sample`): shards, manifest, tokenizer.
 sample: $(VENV)/.installed

@@ -1,7 +1,7 @@
 """How fast a recipe learns from the same data in the same time: ours, ours with the softmax loss, open_clip's SigLIP training.
 
-    python benchmarks/learning.py --config configs/styles.py --seconds 330 --seeds 3 --side ours open_clip softmax
-    python benchmarks/learning.py --config configs/styles.py --seconds 330 --seeds 1 --side open_clip --lr 5e-4 1e-3 2e-3
+    python benchmarks/learning.py --config configs/quickstart.py --seconds 330 --seeds 3 --side ours open_clip softmax
+    python benchmarks/learning.py --config configs/quickstart.py --seconds 330 --seeds 1 --side open_clip --lr 5e-4 1e-3 2e-3
     python benchmarks/learning.py --seconds 10 --marks 2 --seeds 1 --side ours       # a try
 
 It needs what step_time.py needs for open_clip. Every run is a process of its own on all cores, one after the other, seed by seed.
@@ -305,7 +305,7 @@ def show(rows, args):
 def parse():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/styles.py", help="recipe file")
+    parser.add_argument("--config", default="configs/quickstart.py", help="recipe file")
     parser.add_argument("--side", nargs="+", choices=["ours", "open_clip", "softmax"], default=["ours", "open_clip"])
     parser.add_argument("--seconds", type=float, default=330, help="of training, without compilation and evaluation")
     parser.add_argument("--seeds", type=int, default=3)

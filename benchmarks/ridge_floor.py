@@ -10,7 +10,7 @@ Width and penalty are chosen by cross-validation inside the training shards; the
 The trap: splits must follow the families of ideas, or skin tones of one emoji are on both sides.
 
     cd data_pipelines/sample
-    python ../../benchmarks/ridge_floor.py --train 'emoji-*.parquet' --manifest manifest.parquet \
+    python ../../benchmarks/ridge_floor.py --train 'emoji-*.parquet' --manifest curated-emoji/manifest.parquet \
         --heldout unseen-style.parquet unseen-ideas.parquet --out floor.json
 """
 
