@@ -34,7 +34,7 @@ from data_pipelines.curate.tables import write_table
 
 CLOSEST_FILE = "closest.parquet"
 SHOWN = 12  # of an evaluation shard
-_OF_GROUP, _COMPARED = 8, 32
+_OF_GROUP, _COMPARED = 8, 16
 _COMPARED_AT_ONCE = 1 << 22
 _DECIMALS = 3  # of a distance: the last bits of a matrix product differ between machines
 

@@ -19,8 +19,8 @@ def closest_section(closest: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     shown = "".join(f"<h3>{html.escape(name)}</h3>{_pairs(found)}" for name, found in closest.items())
     return (
         "<h2>Closest training images</h2><p class='muted'>Of each evaluation image, the training image that curation kept "
-        "and that is closest to it. Up to a distance of 1 curation calls two images the same, and leaves the pair out of "
-        "training as a leak; bits are those of 63 in which the perceptual hashes differ. The evaluation image is on the left."
+        "and that is closest to it; the evaluation image is on the left. Up to a distance of 1 curation calls two images the "
+        "same: those that its search for leaks, by hash, has passed over. Bits are those of 63 in which the hashes differ."
         "</p><div class='scroll'><table><tr><th>distance</th><th>images</th>"
         f"{head}<th>up to 1</th></tr>{rows}</table></div>{shown}"
     )
