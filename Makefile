@@ -67,7 +67,8 @@ isa: $(VENV)/.installed
 	for isa in $(ISA); do \
 	    echo "--xla_cpu_max_isa=$$isa"; \
 	    OPTIMIZED=1 XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_max_isa=$$isa" \
-	        $(BIN)/python -m pytest -m 'not interop and not slow' -rs $(PARALLEL) $(NUMERICS) || exit 1; \
+	        $(BIN)/python -m pytest -m 'not interop and not slow' -rs $(PARALLEL) $(NUMERICS) \
+	        $(addprefix tests/siglip/, training/test_accumulation.py parallel/test_sharding.py) || exit 1; \
 	done
 
 isa-names:
