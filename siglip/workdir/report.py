@@ -138,7 +138,8 @@ def _what(config: Mapping[str, Any]) -> str:
             "data": "; ".join(sources),
             "training": f"{steps}, seed {config['seed']}",
             "optimiser": ", ".join(
-                f"{name} {optim[name]}" for name in ("name", "lr", "weight_decay", "schedule", "warmup_steps")
+                f"{name} {value:g}" if isinstance(value := optim[name], float) else f"{name} {value}"
+                for name in ("name", "lr", "weight_decay", "schedule", "warmup_steps")
             ),
         }
     except (KeyError, TypeError, ValueError):
@@ -148,9 +149,11 @@ def _what(config: Mapping[str, Any]) -> str:
 
 
 def _tower(config: Mapping[str, Any]) -> str:
-    """Its variant, with what overrides it."""
-    sizes = {name: config.get(name) for name in ("width", "depth", "mlp_dim", "num_heads", "patch_size")}
+    """Its variant, with what overrides it; where all is overridden, that alone."""
+    sizes = {name: config[name] for name in ("width", "depth", "mlp_dim", "num_heads", "patch_size") if name in config}
     changed = ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None)
+    if None not in sizes.values():
+        return changed
     return f"{config['variant']} with {changed}" if changed else config["variant"]
 
 
