@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from siglip import trees
+from siglip.parallel.sharding import MeshConfig, make_mesh
 from siglip.training.optim import OptimConfig, frozen_mask, make_optimizer, make_schedule
 from tests.siglip.rounding import likely_rounding, rounding
 
@@ -177,3 +178,15 @@ def test_muon_takes_each_of_stacked_blocks_alone():
             assert one.shape == grad.shape[1:]
             atol = 2 * sum(3.4445**k * likely_rounding(3 * 12) for k in range(6)) * np.max(np.abs(other))
             np.testing.assert_allclose(one, other, rtol=0, atol=atol)
+
+
+def test_muon_of_sharded_matrices_is_that_of_whole_ones():
+    rng, mesh = np.random.default_rng(0), make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    kernels = {"query": rng.standard_normal((8, 2, 4), np.float32), "Dense_0": rng.standard_normal((8, 12), np.float32)}
+    whole = {"img": {"encoderblock_0": {name: {"kernel": kernel} for name, kernel in kernels.items()}}}
+    cut = jax.device_put(whole, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp")))
+    optimizer = make_optimizer(OptimConfig("muon"), whole, total_steps=10)
+    one, other = (jax.jit(optimizer.update)(tree, optimizer.init(tree), tree)[0] for tree in (whole, cut))
+    for path, update in trees.flatten(one).items():
+        atol = 2 * sum(3.4445**k * likely_rounding(3 * 12) for k in range(6)) * np.max(np.abs(update))
+        np.testing.assert_allclose(trees.flatten(other)[path], update, rtol=0, atol=atol)

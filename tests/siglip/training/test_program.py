@@ -63,9 +63,11 @@ def test_stopped_and_resumed_is_bit_equal_to_uninterrupted(run, tmp_path):
     assert first.seen + second.seen == whole.seen
 
 
-def test_under_fsdp_moments_are_sharded_and_the_step_compiles_once(monkeypatch):
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+def test_under_fsdp_moments_are_sharded_and_the_step_compiles_once(monkeypatch, name):
     use_devices(monkeypatch, 8)
     config = tiny_config("unused", mesh=FSDP, loss=LossConfig(impl="ring", chunk_size=1))
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name=name))
     program = make_program(config)
     sharded = {
         leaf.shape for leaf in jax.tree.leaves(program.abstract_state.params) if not leaf.sharding.is_fully_replicated
