@@ -5,15 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SAMPLE := data_pipelines/sample
-RUN ?= runs/quickstart
-STEPS ?=
 QUALITY ?=
+RUN ?= runs/quickstart$(QUALITY:%=-%)
+STEPS ?=
 # Whole files go to a process each, the longest first (tests/conftest.py): what a file makes once is made once. One process more than
 # there are cores, since some tests wait. Compiled programs stay in .pytest_cache/xla.
 JOBS ?= $(shell expr `getconf _NPROCESSORS_ONLN` + 1)
 PARALLEL ?= -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 10
 # What compares numbers that floating point rounds: with XLA's optimizations. All else compiles faster without (tests/conftest.py),
-# and so does what compares one program of ours with another, on other devices or in micro-batches.
+# also where two programs of ours are compared (sharding, micro-batches): those are not in this list.
 NUMERICS := $(addprefix tests/siglip/, models training/test_optim.py test_losses.py formats/test_big_vision.py \
     evaluation/test_metrics.py evaluation/test_evaluators.py)
 # The instruction sets of this processor that XLA knows by name; none where there is no /proc/cpuinfo.
@@ -34,6 +34,7 @@ $(VENV)/.interop: $(VENV)/.installed
 
 # Train, evaluate on what training never shows, export both towers, print one table. QUALITY=long trains for an hour.
 quickstart: $(VENV)/.installed
+	$(if $(filter-out long,$(QUALITY)),$(error QUALITY=$(QUALITY) is unknown; use QUALITY=long, or leave it out))
 	$(BIN)/siglip train configs/quickstart.py --workdir $(RUN) $(if $(STEPS),--total-steps $(STEPS) --optim.warmup-steps 1) \
 	    $(if $(filter long,$(QUALITY)),--total-steps 6500)
 	test -e $(RUN)/encoder || { rm -rf $(RUN)-encoder && \

@@ -1,7 +1,7 @@
 """Pairs per second and memory of every stage of a curation, and, if the truth is known, how much of each fault it found.
 
     python benchmarks/curate.py 'noisy-*.tar' --against 'eval-*.tar' --truth truth.jsonl --out curate.json
-    python benchmarks/curate.py … --model runs/alignment --trained-on 'clean/*.tar' 'data_pipelines/sample/emoji-train-*.tar'
+    python benchmarks/curate.py … --model runs/alignment --trained-on 'clean/*.tar' 'data_pipelines/sample/emoji-*.parquet'
 
 A row of the truth: {"key", "faults": [...], "image_decodable": bool or null, "caption_matches_image": bool, "src_set", "src_key",
 "dup_group", "detail": {"of", "heldout_key"}}.

@@ -42,7 +42,7 @@ from siglip.training.config import load_config_file
 
 SETTLE_STEPS, RATE_SHARE = 5, 0.1
 EVAL_ROWS = 256
-# Else what one run compiled another would not.
+# Otherwise a run would reuse what an earlier one compiled.
 NO_CACHES = {"JAX_ENABLE_COMPILATION_CACHE": "false", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
 ROW = "{:28}{:>12}{:>15}{:>15}{:>15}{:>15}{:>8}{:>8}{:>7}{:>11}"
 

@@ -10,26 +10,49 @@ words. Your pairs need a caption (`txt`); captions in other languages, keywords 
 `keywords`, `name` in the json) are used where a pair has them.
 """
 
-from dataclasses import replace
-from pathlib import Path
-
 from data_pipelines import sample
+from data_pipelines.augment import AugmentConfig
+from data_pipelines.loader import DataConfig
 from data_pipelines.order.mixture import SourceConfig
-from siglip.training.config import EvalConfig, TrainConfig, load_config_file
+from siglip.models.text import TokenConfig
+from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
+from siglip.training.config import TrainConfig
+from siglip.training.optim import OptimConfig
+from siglip.workdir.checkpoint import CheckpointConfig
+from siglip.workdir.metrics import LogConfig
 
-QUICKSTART = Path(__file__).with_name("quickstart.py")
+LEARNING_RATE = 6e-3
 
 
 def get_config() -> TrainConfig:
-    quickstart = load_config_file(str(QUICKSTART))
     clean = (("txt", 0.6), ("captions.*", 0.2), ("keywords", 0.1), ("name", 0.1))
-    return replace(
-        quickstart,
-        data=replace(
-            quickstart.data,
+    return TrainConfig(
+        data=DataConfig(
             sources=(*sample.sources(icons=0), SourceConfig("clean/*.tar", weight=0.5, captions=clean)),
+            tokenizer=sample.TOKENIZER,
+            augment=AugmentConfig((0.82, 1.42), aspect=0.12, shift=0.1, brightness=0.15, color=0.15, flip=0.5),
+            threads=1,
         ),
-        model=replace(quickstart.model, text=replace(quickstart.model.text, length=32)),
-        eval=EvalConfig(),
+        model=ModelConfig(
+            image=ImageConfig(width=128, depth=3, mlp_dim=512, num_heads=4, patch_size=(8, 8), image_size=(32, 32)),
+            text=TextConfig(
+                width=128,
+                depth=1,
+                mlp_dim=512,
+                num_heads=4,
+                vocab_size=8000,
+                length=32,
+                tokens=TokenConfig(canonical="texts"),
+            ),
+            out_dim=(None, 128),
+            bias_init=-5.5,
+        ),
+        total_steps=650,
+        batch_size=256,
         workdir="runs/alignment",
+        optim=OptimConfig(
+            "muon", lr=LEARNING_RATE, weight_decay=0.1 * LEARNING_RATE, lr_mults=(("t|b", 10.0),), warmup_steps=60
+        ),
+        checkpoint=CheckpointConfig(every_steps=325),
+        log=LogConfig(every_steps=50),
     )

@@ -1,35 +1,44 @@
 """The last steps of a pretraining: both towers at a higher resolution, a hundredth of the learning rate, no weight decay.
 
     siglip train configs/higher_resolution.py                             after configs/quickstart.py: 32 -> 64 px
-    siglip train configs/higher_resolution.py --init.src siglip_b16_224.npz --model.image.image-size 448 448 --workdir DIR
+    siglip train configs/higher_resolution.py --init.src siglip_b16_224.npz --model.image.image-size 448 448 \\
+        --optim.name adamw --optim.lr 1e-5 --workdir DIR
 
 The published SigLIP models reached their higher resolutions like this: 5 of 45 billion examples at a hundredth of the learning
 rate, without weight decay (arXiv:2303.15343). Learned positions are resampled to the new grid; everything else is taken over,
 the tokenizer too.
+
+On pairs of your own: `--data.sources.0.shards 'pairs/*.tar' --data.sources.0.manifest None --data.sources.0.captions txt 1`.
 """
 
-from dataclasses import replace
-from pathlib import Path
-
-from siglip.training.config import EvalConfig, TrainConfig, load_config_file
+from data_pipelines import sample
+from data_pipelines.augment import AugmentConfig
+from data_pipelines.loader import DataConfig
+from siglip.evaluation.retrieval import Retrieval
+from siglip.training.config import EvalConfig, TrainConfig
+from siglip.training.optim import OptimConfig
 from siglip.training.warm_start import InitConfig, SourceImage, SourceModel
 from siglip.workdir.checkpoint import CheckpointConfig
 from siglip.workdir.metrics import LogConfig
 
-QUICKSTART = Path(__file__).with_name("quickstart.py")
+LEARNING_RATE = 6e-3 / 100
 
 
 def get_config() -> TrainConfig:
-    quickstart = load_config_file(str(QUICKSTART))
-    return replace(
-        quickstart,
+    return TrainConfig(
         init=InitConfig(src="runs/quickstart"),
-        data=replace(quickstart.data, tokenizer=None),
+        data=DataConfig(
+            sources=sample.sources(icons=0),
+            tokenizer=None,
+            augment=AugmentConfig((0.82, 1.42), aspect=0.12, shift=0.1, brightness=0.15, color=0.15, flip=0.5),
+            threads=1,
+        ),
         model=SourceModel(image=SourceImage(image_size=(64, 64))),
         total_steps=100,
+        batch_size=256,
         workdir="runs/higher_resolution",
-        optim=replace(quickstart.optim, lr=quickstart.optim.lr / 100, weight_decay=0.0, warmup_steps=20),
-        eval=EvalConfig(tasks=quickstart.eval.tasks[:1]),
+        optim=OptimConfig("muon", lr=LEARNING_RATE, weight_decay=0.0, lr_mults=(("t|b", 10.0),), warmup_steps=20),
+        eval=EvalConfig(tasks=(Retrieval(sample.path("unseen-style.parquet"), captions=sample.CAPTIONS),)),
         checkpoint=CheckpointConfig(every_steps=50),
         log=LogConfig(every_steps=25),
     )

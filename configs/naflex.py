@@ -12,30 +12,37 @@ Emoji are square, so retrieval of emoji can only show that nothing is lost. What
 and on rows of shapes is what benchmarks/naflex.py measures.
 """
 
-from dataclasses import replace
-from pathlib import Path
-
+from data_pipelines import sample
+from data_pipelines.augment import AugmentConfig
+from data_pipelines.loader import DataConfig
 from data_pipelines.order.lengths import LengthConfig
+from siglip.evaluation.retrieval import Retrieval
 from siglip.models.naflex import NaflexConfig
-from siglip.training.config import EvalConfig, TrainConfig, load_config_file
+from siglip.training.config import EvalConfig, TrainConfig
+from siglip.training.optim import OptimConfig
 from siglip.training.warm_start import InitConfig, SourceImage, SourceModel
 from siglip.workdir.checkpoint import CheckpointConfig
 from siglip.workdir.metrics import LogConfig
 
-QUICKSTART = Path(__file__).with_name("quickstart.py")
+LEARNING_RATE = 6e-3 / 100
 
 
 def get_config() -> TrainConfig:
-    quickstart = load_config_file(str(QUICKSTART))
-    return replace(
-        quickstart,
+    return TrainConfig(
         init=InitConfig(src="runs/quickstart"),
-        data=replace(quickstart.data, tokenizer=None, lengths=LengthConfig(patches=(16, 36, 64))),
-        model=SourceModel(image=SourceImage(image_size=(64, 64), naflex=NaflexConfig(36, 64))),
+        data=DataConfig(
+            sources=sample.sources(icons=0),
+            tokenizer=None,
+            augment=AugmentConfig((0.82, 1.42), aspect=0.12, shift=0.1, brightness=0.15, color=0.15, flip=0.5),
+            threads=1,
+            lengths=LengthConfig(patches=(16, 36, 64)),
+        ),
+        model=SourceModel(image=SourceImage(image_size=(64, 64), patch_dropout=0.0, naflex=NaflexConfig(36, 64))),
         total_steps=150,
+        batch_size=256,
         workdir="runs/naflex",
-        optim=replace(quickstart.optim, lr=quickstart.optim.lr / 100, weight_decay=0.0, warmup_steps=30),
-        eval=EvalConfig(tasks=quickstart.eval.tasks[:1]),
+        optim=OptimConfig("muon", lr=LEARNING_RATE, weight_decay=0.0, lr_mults=(("t|b", 10.0),), warmup_steps=30),
+        eval=EvalConfig(tasks=(Retrieval(sample.path("unseen-style.parquet"), captions=sample.CAPTIONS),)),
         checkpoint=CheckpointConfig(every_steps=50),
         log=LogConfig(every_steps=25),
     )

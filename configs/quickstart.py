@@ -2,13 +2,13 @@
 
     siglip train configs/quickstart.py
 
-A ViT of three blocks and a text tower of one learn from 24 000 drawings in many styles with names in twelve languages
-(`data_pipelines/sample`, kept by `siglip data curate`) and are evaluated on what they have never seen: the same ideas in Noto's
-style, 312 ideas in any style, and by class names: emoji by group and subgroup, flags by country, and handwritten digits,
-which are like nothing in training. Both towers can be exported to Hugging Face.
+A ViT of three blocks and a text tower of one learn from drawings in many styles with names in twelve languages (24 000 in
+`data_pipelines/sample`, kept by `siglip data curate`) and are evaluated on what they have never seen: the same ideas in Noto's
+style, 312 ideas that training has in no style, and by class names: emoji by group and subgroup, another set's flags by country,
+and handwritten digits, which are like nothing in training. Both towers can be exported to Hugging Face.
 
-Expect R@10 of .42 in English and .20 in the other languages on the unseen style (two seeds; chance is .006), .27 and .23 on unseen
-ideas (chance .03). How the settings were chosen is in docs/log.md.
+Expect R@10 of .42 in English and .20 in the other languages on the unseen style (two seeds; chance is .006), .27 and .23 on
+unseen ideas (chance .03). How the settings were chosen is in docs/log.md.
 """
 
 from pathlib import Path

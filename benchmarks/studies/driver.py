@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
+from data_pipelines import sample
 from data_pipelines.loader import make_eval_batches, make_loader
 from data_pipelines.sources.opening import open_source
 from data_pipelines.text_ops import captions_of
@@ -97,8 +98,8 @@ def training_pairs(seed: int) -> Pairs:
 
 @functools.cache
 def held_out() -> Pairs:
-    """The pairs of the recipe's first evaluation, with their English names."""
-    source = open_source(recipe().eval.tasks[0].data)
+    """Drawings of ideas that training does not have, with their English names."""
+    source = open_source(sample.path("unseen-ideas.parquet"))
     tokenizer = SentencePieceTokenizer(recipe().data.tokenizer)
     texts = [captions_of(source[i].fields, "captions.en")[0] for i in range(len(source))]
     batches = make_eval_batches(source, batch_size=len(source), image_size=model().image.image_size)

@@ -5,7 +5,8 @@
     compare    their thumbnails, as leaks are confirmed: the image at the least distance (see `pixel_match`) remains
 
 Unlike the search for leaks this one passes over no kept image and knows no threshold: a bit costs so little that every hash is
-compared with every other. It compares whole images only, and the pixels of few.
+compared with every other. It compares whole images only, and the pixels of few: where 8 images of a group, or 16 in all, have
+hashes as close as a copy's, the copy can be missed.
 """
 
 from collections.abc import Sequence

@@ -68,7 +68,7 @@ class Tolerance:
 def distances(
     part: np.ndarray, whole: np.ndarray, cut: np.ndarray, tolerance: Tolerance, *, hopeless: float = np.inf
 ) -> np.ndarray:
-    """How far pairs of thumbnails are from showing the same image, which up to 1 they do. -> float32 [n]
+    """How far apart pairs of thumbnails are; 1 or less means the same image. -> float32 [n]
 
     Args:
       part, whole: uint8 [n, 64, 64, 3]; `part` may be a crop of `whole`, or slightly the other way round.

@@ -15,7 +15,7 @@ _ICONS = (("txt", 0.5), ("keywords", 0.2), ("txt+keywords", 0.3))
 
 
 def path(name: str) -> str:
-    """Of a file of the sample."""
+    """The path of a file of the sample."""
     return str(Path(__file__).parent / name)
 
 

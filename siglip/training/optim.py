@@ -47,13 +47,14 @@ class OptimConfig:
     """The optimizer, its schedule and what they apply to.
 
     Attributes:
+        name: "muon" is for the matrices of blocks and pooling heads; all other parameters are AdamW's then.
         lr: peak learning rate.
         weight_decay: fraction of a kernel removed per step at the schedule's peak (not multiplied by lr; see above).
         weight_decay_mults: (pattern, factor) pairs; parameters that no pattern matches do not decay.
         lr_mults: (pattern, factor) pairs; 0 freezes; parameters that no pattern matches keep 1.
         b1: decay of the first moment (of Muon's matrices it is 0.95, with Nesterov's step).
         b2: decay of the second moment (Adafactor: its cap).
-        momentum_dtype: storage of the first moment; None takes bfloat16 for adafactor and float32 for adamw.
+        momentum_dtype: storage of the first moment; None takes bfloat16 for adafactor and float32 for the others.
         clip_norm: largest global norm of the gradient; 0 does not clip.
         schedule: shape after the warm-up. "rsqrt" is 1/sqrt(1 + steps/timescale) and ends in a linear cool-down.
         warmup_steps: linear from 0; the first update is exactly zero.

@@ -19,8 +19,8 @@ def closest_section(closest: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     shown = "".join(f"<h3>{html.escape(name)}</h3>{_pairs(found)}" for name, found in closest.items())
     return (
         "<h2>Closest training images</h2><p class='muted'>Of each evaluation image, the training image that curation kept "
-        "and that is closest to it; the evaluation image is on the left. Up to a distance of 1 curation calls two images the "
-        "same: those that its search for leaks, by hash, has passed over. Bits are those of 63 in which the hashes differ."
+        "and that is closest to it; the evaluation image is on the left. Curation calls images at a distance of 1 or less the "
+        "same; pairs listed here at 1 or less were missed by its search by hash. Bits are those of 63 in which hashes differ."
         "</p><div class='scroll'><table><tr><th>distance</th><th>images</th>"
         f"{head}<th>up to 1</th></tr>{rows}</table></div>{shown}"
     )

@@ -79,7 +79,7 @@ def _classes(name: str, found: Mapping[str, Any]) -> str:
     table = f"<table><tr><th>class</th><th>taken for</th><th>images</th></tr>{rows}</table>" if rows else ""
     return (
         f"<h2>Classification: {html.escape(name)}</h2><p class='muted'>Some images with the names that come first of "
-        f"{found['classes']}, and the probability of each among all of them; below, their own.</p>"
+        f"{found['classes']}, and the probability of each among all of them; the right name is below each image.</p>"
         f"<div class='mistakes'>{''.join(map(_classified, found['examples']))}</div>"
         f"<div class='plots'>{shown}<div class='scroll'>{table}</div></div>"
     )

@@ -16,6 +16,8 @@ from data_pipelines.sample.packages import PACKAGES, Package
 from data_pipelines.sources.opening import open_source
 from tests.data_pipelines.shards import SAMPLE
 
+EVALUATED = ("unseen-style.parquet", "unseen-ideas.parquet", "flags.parquet")
+
 TRAIN = [*sorted(SAMPLE.glob("emoji-*.parquet")), *sorted(SAMPLE.glob("icons-*.parquet"))]
 PERMISSIVE = {"Apache-2.0", "MIT", "ISC", "Unicode-3.0", "CC-PDDC"}
 MAX_SHIPPED_BYTES = 25_000_000
@@ -52,6 +54,19 @@ def test_training_pairs_show_no_idea_and_no_style_of_the_evaluation():
     assert not any(
         {"megaphone"} <= words(f"{pair.fields['txt']} {pair.fields['keywords']}") for pair in open_source(str(icons))
     )
+
+
+@pytest.mark.parametrize("kind", ["emoji", "icons"])
+def test_every_evaluation_image_has_a_closest_one_among_the_kept(kind):
+    closest, manifest = (
+        pq.read_table(SAMPLE / f"curated-{kind}" / f"{name}.parquet") for name in ("closest", "manifest")
+    )
+    places = zip(closest["eval_shard"].to_pylist(), closest["eval_index"].to_pylist(), strict=True)
+    sizes = {name: pq.read_metadata(SAMPLE / name).num_rows for name in EVALUATED}
+    assert sorted(places) == sorted((name, index) for name, size in sizes.items() for index in range(size))
+    rows = zip(*(manifest[name].to_pylist() for name in ("shard", "index", "keep")), strict=True)
+    kept = {(shard, index) for shard, index, keep in rows if keep}
+    assert set(zip(closest["shard"].to_pylist(), closest["index"].to_pylist(), strict=True)) <= kept
 
 
 @pytest.mark.parametrize(
