@@ -11,9 +11,10 @@ and optimizer on random pairs that are in memory before the clock starts. Each s
 sides then run N steps in turn, in another order each time, since other work slows one side or the other; on an accelerator, whose
 memory two processes cannot share, they run one after the other. A ratio above 1 is faster than open_clip.
 
-Ours is the jitted step of `siglip train` on uint8 images. Theirs is CustomTextCLIP + SigLipLoss with fused AdamW
-(whatever the recipe's optimizer) on normalised float images, under autocast for bfloat16. Both have
-the same batch, widths, depths, heads, kept patches, tanh GELU, unmasked texts and gradient clipping. MFU counts each side's own matrix products once (siglip/training/flops.py).
+Ours is the jitted step of `siglip train` on uint8 images. Theirs is CustomTextCLIP + SigLipLoss with fused AdamW (whatever the
+recipe's optimizer) on normalised float images, under autocast for bfloat16. Both have the same batch, widths, depths, heads,
+kept patches, tanh GELU, unmasked texts and gradient clipping. MFU counts each side's own matrix products once
+(siglip/training/flops.py).
 
 The models differ: their image tower has a class token, no bias in the patch embedding, an attention pool with LayerNorms on the
 query and after it but *no* MLP, and a projection without bias; ours pools with an MLP and projects if the recipe does. They pool

@@ -75,7 +75,7 @@ def find_close(join: JoinTask, group: int) -> None:
     for shard in work.layout.members(group):
         table = read_images(work.layout.tables[shard], ["hashes"], min_side_px=MIN_HASHED_PX)
         kept = pq.read_table(join.final(shard), columns=["keep"])["keep"].to_numpy()
-        table = table.filter(pa.array(kept[table["index"].to_numpy()]))
+        table = table.filter(pa.array(kept[table["index"].to_numpy()], pa.bool_()))
         hashes.append(hashes_of(table["hashes"], len(CROPS))[:, 0])
         index = table["index"].to_numpy()
         places.append(np.stack([np.full(len(index), shard, np.int32), index], axis=1))
