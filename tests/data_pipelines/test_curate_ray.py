@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed"),
 ]
 ROOT = Path(__file__).parents[2]
-WRITTEN = ("manifest.parquet", "funnel.json", "report.html")
+WRITTEN = ("manifest.parquet", "closest.parquet", "funnel.json", "report.html")
 
 
 @pytest.fixture(scope="module")
