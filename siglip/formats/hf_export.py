@@ -63,7 +63,7 @@ from transformers import pipeline
 
 classify = pipeline("zero-shot-image-classification", model=".")
 image = Image.new("RGB", (640, 480), "red")
-print(classify(image, candidate_labels=["a red wall", "two cats"], tokenizer_kwargs={"max_length": TEXT_LENGTH}))
+print(classify(image, candidate_labels=["a red wall", "two cats"]))
 """
 _EXAMPLE_BOTH = """
 import torch
@@ -166,12 +166,13 @@ def _preprocessed(folder: Path, inputs: Inputs, config: PixelConfig) -> Outputs:
 
 
 def _length_note(config: ModelConfig) -> list[str]:
-    """transformers' zero-shot pipeline makes texts 64 tokens long unless it is told otherwise."""
+    """transformers' zero-shot pipeline makes texts 64 tokens long; only version 4 can be told otherwise."""
     if config.text is None or config.text.length == _PIPELINE_LENGTH:
         return []
     return [
-        f"texts have {config.text.length} tokens: call pipeline('zero-shot-image-classification') with "
-        f"`tokenizer_kwargs={{'max_length': {config.text.length}}}`, or it makes {_PIPELINE_LENGTH} of them"
+        f"texts have {config.text.length} tokens, of which pipeline('zero-shot-image-classification') makes {_PIPELINE_LENGTH}: "
+        f"in transformers 4 call it with `tokenizer_kwargs={{'max_length': {config.text.length}}}`; version 5 ignores that, so "
+        "call the tokenizer and the model directly"
     ]
 
 
@@ -194,8 +195,8 @@ def _one_column(config: ModelConfig) -> list[str]:
 
 def _example(config: ModelConfig, has_tokenizer: bool) -> str:
     naflex = config.image.naflex is not None
-    code = (_EXAMPLE_BOTH if naflex else _EXAMPLE_PIPELINE) if config.text and has_tokenizer else _EXAMPLE_IMAGES
-    code = code.replace("TEXT_LENGTH", str(config.text.length)) if config.text else code
+    both = _EXAMPLE_BOTH if naflex or _length_note(config) else _EXAMPLE_PIPELINE
+    code = both if config.text and has_tokenizer else _EXAMPLE_IMAGES
     code = re.sub("Siglip(Vision)?Model", r"Siglip2\1Model", code) if naflex else code
     return in_folder("transformers torch pillow", code)
 

@@ -173,7 +173,7 @@ def test_without_transformers_it_says_so(tmp_path, source, monkeypatch):
     without_transformers(monkeypatch)
     report = export(source, format="hf", out=tmp_path / "hf", tower="both")
     assert not report.verified and "pip install" in report.message and "\n" not in report.message
-    assert "`tokenizer_kwargs={'max_length': 7}`, or it makes 64 of them" in report.message
+    assert "call it with `tokenizer_kwargs={'max_length': 7}`" in report.message
     card = (tmp_path / "hf" / "README.md").read_text()
     assert f"Read back by siglip-stage0 {siglip.__version__} alone, not by transformers, and" in card
 
