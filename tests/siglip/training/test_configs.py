@@ -22,7 +22,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 def smoke(name: str, workdir: Path, src: Path | None = None) -> TrainConfig:
-    """A shipped recipe, whole but for its length and its evaluation."""
+    """A shipped recipe, whole but for its length, its batch and its evaluation."""
     config = load_config_file(str(CONFIGS / f"{name}.py"))
     init = config.init if src is None else dataclasses.replace(config.init, src=str(src))
     data = config.data
@@ -33,6 +33,7 @@ def smoke(name: str, workdir: Path, src: Path | None = None) -> TrainConfig:
     seed = config.seed if src is None else config.seed + 1
     return dataclasses.replace(
         config, seed=seed, workdir=str(workdir), init=init, data=data, optim=optim, eval=EvalConfig(), total_steps=2,
+        batch_size=32,
         log=LogConfig(every_steps=1, progress=False),
     )  # fmt: skip
 
