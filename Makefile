@@ -32,13 +32,15 @@ $(VENV)/.interop: $(VENV)/.installed
 	$(PIP) install -c constraints.txt -e '.[test,interop]'
 	touch $@
 
-# Train, evaluate on what training never shows, export both towers, print one table. QUALITY=long trains for an hour.
+# Train, evaluate on what training never shows, export both towers, print the tables. QUALITY=long trains for an hour.
 quickstart: $(VENV)/.installed
 	$(if $(filter-out long,$(QUALITY)),$(error QUALITY=$(QUALITY) is unknown; use QUALITY=long, or leave it out))
-	$(BIN)/siglip train configs/quickstart.py --workdir $(RUN) $(if $(STEPS),--total-steps $(STEPS) --optim.warmup-steps 1) \
-	    $(if $(filter long,$(QUALITY)),--total-steps 6500)
-	test -e $(RUN)/encoder || { rm -rf $(RUN)-encoder && \
-	    $(BIN)/siglip export $(RUN) --format hf --tower both --out $(RUN)-encoder && mv $(RUN)-encoder $(RUN)/encoder; }
+	$(BIN)/siglip train configs/quickstart.py --workdir $(RUN) \
+	    $(if $(STEPS),--total-steps $(STEPS) --optim.warmup-steps 1,$(if $(QUALITY),--total-steps 6500))
+	rm -rf $(RUN)-encoder
+	$(BIN)/siglip export $(RUN) --format hf --tower both --out $(RUN)-encoder
+	rm -rf $(RUN)/encoder
+	mv $(RUN)-encoder $(RUN)/encoder
 	$(BIN)/siglip report $(RUN)
 	@echo "encoder: $(RUN)/encoder"
 	@echo "next:    $(BIN)/siglip demo $(RUN) --data $(SAMPLE)/unseen-style.parquet      # search in the browser"

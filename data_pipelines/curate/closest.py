@@ -147,7 +147,7 @@ def read_closest(folder: Path) -> list[dict]:
     """The rows of the closest.parquet in a folder; none where there is no such file, or another one."""
     try:
         return pq.read_table(folder / CLOSEST_FILE).cast(CLOSEST_SCHEMA).to_pylist()
-    except (OSError, ValueError):
+    except (OSError, ValueError, pa.ArrowException):
         return []
 
 

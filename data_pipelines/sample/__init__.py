@@ -1,7 +1,9 @@
 """The small real corpus of the quick start: drawings in many styles, with names in twelve languages; LICENSE says whose they are.
 
-DataConfig(sources=sample.sources(), tokenizer=sample.TOKENIZER)
-Retrieval(sample.path("unseen-style.parquet"), captions=sample.CAPTIONS)
+    DataConfig(sources=sample.sources(), tokenizer=sample.TOKENIZER)
+    Retrieval(sample.path("unseen-style.parquet"), captions=sample.CAPTIONS)
+
+docs/data.md says what is in it; build.py makes it anew.
 """
 
 from pathlib import Path

@@ -29,9 +29,9 @@ from PIL import Image
 
 from data_pipelines.atomic import new_file
 from data_pipelines.errors import UserError
-from data_pipelines.sample import drawings
+from data_pipelines.sample import LANGUAGES, drawings
 from data_pipelines.sample.drawings import Drawing
-from data_pipelines.sample.ideas import EVALUATION_LANGUAGES, LANGUAGES, Ideas, family, unseen, words
+from data_pipelines.sample.ideas import EVALUATION_LANGUAGES, Ideas, family, unseen, words
 
 HELD_STYLE, HELD_FLAGS = "noto", "flagpack"
 _ROWS_PER_GROUP = 500

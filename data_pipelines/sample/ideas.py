@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from data_pipelines.sample import packages
+from data_pipelines.sample import LANGUAGES, packages
 
-LANGUAGES = ("en", "ar", "de", "es", "fr", "hi", "ja", "ru", "sw", "te", "th", "zh")
 # Those of Crossmodal-3600 (arXiv:2205.12522); CLDR's qu is its quz.
 EVALUATION_LANGUAGES = (
     *LANGUAGES, "bn", "cs", "da", "el", "fa", "fi", "fil", "he", "hr", "hu", "id", "it", "ko", "mi", "nl", "no", "pl", "pt",

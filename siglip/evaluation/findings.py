@@ -148,7 +148,7 @@ def classified(
 ) -> list[dict[str, Any]]:
     """A few images spread over the set, with the classes that come first and the softmax of their logits over all classes."""
     examples = []
-    for row in np.unique(np.linspace(0, len(zimg) - 1, _CLASSIFIED).astype(int)).tolist():
+    for row in np.linspace(0, len(zimg) - 1, min(_CLASSIFIED, len(zimg))).astype(int).tolist():
         logits = temperature * (weights @ zimg[row])
         shares = np.exp(logits - logits.max())
         shares /= shares.sum()

@@ -39,7 +39,7 @@ ADAFACTOR_MIN_DIM = 32
 ADAFACTOR_DECAY = 0.8
 # The root mean square of AdamW's updates, which Muon's get (arXiv 2502.16982, section 2.2), and the matrices that are Muon's.
 MUON_RMS = 0.2
-_MUON_KERNEL = re.compile(r".*/(encoderblock\w*|MAPHead_\d+)/(.*)/kernel")
+_MUON_KERNEL = re.compile(r".*/(encoderblock\w*|MAPHead_\d+)/.*/kernel")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,9 +55,11 @@ def thumbnails(files: list[bytes]) -> tuple[np.ndarray, list[int]]:
     return np.stack([read_thumbnail(one.thumbnail) for one in found]), [int(one.hashes[0]) for one in found]
 
 
-@pytest.mark.parametrize("groups", [1, 3])
-def test_the_closest_kept_image_is_that_of_a_loop_over_all_pairs(files, tmp_path, groups):
-    manifest, rows = curated(files, tmp_path, groups)
+@pytest.mark.parametrize(("groups", "compared"), [(1, 16), (3, 16), (3, 2)])
+def test_the_closest_kept_image_is_that_of_a_loop_over_all_pairs(files, tmp_path, groups, compared):
+    """Over those pairs, that is, whose hashes differ in the fewest bits."""
+    with mock.patch.object(closest, "_COMPARED", compared):
+        manifest, rows = curated(files, tmp_path, groups)
     assert [row["reason"] for row in manifest if not row["keep"]] == ["eval_leak", "not_an_image"]
     kept = [number for number, row in enumerate(manifest) if row["keep"]]
     images, hashes = thumbnails([files[number] for number in kept])
@@ -69,10 +71,12 @@ def test_the_closest_kept_image_is_that_of_a_loop_over_all_pairs(files, tmp_path
     for number, row in enumerate(rows):
         same = np.broadcast_to(held[number], images.shape)
         apart = distances(images, same, np.zeros((len(images), 4), np.float32), TOLERANCE)
+        bits = [bin(held_hashes[number] ^ own).count("1") for own in hashes]
+        apart[sorted(range(len(kept)), key=lambda n: (bits[n], n))[compared:]] = np.inf
         found = manifest[kept[int(np.argmin(apart))]]
         assert (row["shard"], row["index"], row["key"]) == (found["shard"], found["index"], found["key"])
         assert abs(row["distance"] - apart.min()) <= 0.0006  # rounded to .001; the last bits depend on the batch
-        assert row["bits"] == bin(held_hashes[number] ^ hashes[int(np.argmin(apart))]).count("1")
+        assert row["bits"] == bits[int(np.argmin(apart))]
         assert row["distance"] > 1  # else it would be a leak
     assert rows[1]["index"] + 5 * int(Path(rows[1]["shard"]).stem) == 7  # what is like it, not a stranger
     assert rows[1]["distance"] == min(row["distance"] for row in rows)
@@ -105,6 +109,27 @@ def test_thumbnails_are_those_of_the_closest_of_each_shard(files, tmp_path):
         held = HELD[shown[0]["eval_index"] + 2 * (name == "held-1.tar")]
         np.testing.assert_array_equal(pictures, thumbnails([files[number], held])[0])
     assert all((row["thumbnail"] is None) == (row["eval_thumbnail"] is None) for row in rows)
+
+
+def test_evaluation_shards_without_an_image(files, tmp_path):
+    name = shard(tmp_path / "a.tar", files[:5])
+    held = [shard(tmp_path / "broken.tar", [b"no image"]), shard(tmp_path / "held.tar", [b"no image", HELD[0]])]
+    for against, count in ((held, 1), (held[:1], 0)):
+        curate(name, tmp_path / "out", config=CurateConfig(), engine=LocalEngine(1), against=against)
+        rows = pq.read_table(tmp_path / "out" / "closest.parquet").to_pylist()
+        assert [(Path(row["eval_shard"]).name, row["eval_index"]) for row in rows] == [("held.tar", 1)] * count
+
+
+def test_a_damaged_file_has_no_rows(files, tmp_path):
+    curated(files, tmp_path, 1)
+    path = tmp_path / "out" / "closest.parquet"
+    whole = path.read_bytes()
+    assert len(closest.read_closest(path.parent)) == len(HELD)
+    for damaged in (b"", whole[:-9], whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        assert closest.read_closest(path.parent) == []
+    pq.write_table(pq.read_table(tmp_path / "out" / "manifest.parquet"), path)
+    assert closest.read_closest(path.parent) == []
 
 
 def test_nothing_kept_and_nothing_protected(tmp_path):

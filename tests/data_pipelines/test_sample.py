@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines.errors import UserError
-from data_pipelines.sample import packages
-from data_pipelines.sample.ideas import EVALUATION_LANGUAGES, LANGUAGES, family, unseen, words
+from data_pipelines.sample import LANGUAGES, packages
+from data_pipelines.sample.ideas import EVALUATION_LANGUAGES, family, unseen, words
 from data_pipelines.sample.packages import PACKAGES, Package
 from data_pipelines.sources.opening import open_source
 from tests.data_pipelines.shards import SAMPLE
