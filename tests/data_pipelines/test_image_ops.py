@@ -47,14 +47,6 @@ def without(library: str):
         setattr(image_ops, library, kept)
 
 
-def outcome(decode, data: bytes) -> tuple:
-    try:
-        shown = np.asarray(decode(data, max_pixels=LIMIT))
-        return shown.shape, shown.tobytes()
-    except DecodeError as error:
-        return error.reason, None
-
-
 def chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
@@ -267,68 +259,12 @@ def test_a_wide_box_of_a_large_image_needs_no_giant_canvas(monkeypatch):
     assert np.abs(whole.astype(int) - reduced).max() <= 12 and np.abs(whole.astype(int) - reduced).mean() < 1
 
 
-JPEG_OPTIONS = [
-    {"subsampling": 0},
-    {"subsampling": 1},
-    {"subsampling": 2},
-    {"progressive": True, "subsampling": 2},
-    {"quality": 20, "optimize": True},
-    {"quality": 100, "keep_rgb": True},
-    {"restart_marker_blocks": 2},
-]
-
-
 def painting(height: int, width: int, seed: int = 0) -> Image.Image:
     """Shades and edges in colour."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
     picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     picture.paste((255, 0, 40), (width // 4, height // 3, width // 2, height // 2))
     return picture
-
-
-JPEG_KINDS = [(options, mode) for mode in ("RGB", "L", "CMYK") for options in JPEG_OPTIONS]
-JPEG_KINDS = [kind for kind in JPEG_KINDS if kind[1] == "RGB" or "keep_rgb" not in kind[0]]
-
-
-@pytest.mark.parametrize("options, mode", JPEG_KINDS, ids=str)
-@pytest.mark.parametrize("size", [(1, 1), (17, 31), (120, 161)])
-def test_both_decoders_give_the_same_pixels(options, mode, size):
-    data = encode(painting(*size).convert(mode), "JPEG", **options)
-    with without("simplejpeg"):
-        pillows = decoded(data)
-    assert (decoded(data) == pillows).all()
-    assert image_ops._plain_jpeg_size(data) == (None if "keep_rgb" in options or mode == "CMYK" else size[::-1])
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.sampled_from(JPEG_OPTIONS[:4]),
-    st.sampled_from(["RGB", "L"]),
-    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
-    st.one_of(st.just(1.0), st.floats(0, 1)),
-    st.binary(max_size=4),
-)
-def test_a_damaged_jpeg_ends_alike_with_both_decoders(options, mode, flips, cut, trailer):
-    data = bytearray(encode(painting(24, 40).convert(mode), "JPEG", **options))
-    for place, value in flips:
-        data[int(place * (len(data) - 1))] = value
-    data = bytes(data[: int(cut * len(data))]) + trailer
-    ours = [outcome(decode, data) for decode in (decode_image, decode_pixels)]
-    with without("simplejpeg"):
-        assert ours == [outcome(decode_image, data)] * 2
-
-
-def test_a_jpeg_bomb_is_refused_before_allocating():
-    data = encode(NOISE, "JPEG")
-    frame = data.index(b"\xff\xc0")
-    data = data[: frame + 5] + struct.pack(">HH", 60_000, 1000) + data[frame + 9 :]
-    tracemalloc.start()
-    for decode in (decode_image, decode_pixels):
-        with pytest.raises(DecodeError, match="bomb: 1000 x 60000 px, limit 33554432"):
-            decode(data, max_pixels=1 << 25)
-    peak_bytes = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak_bytes < 1 << 20
 
 
 sizes = st.integers(1, 150)
@@ -378,29 +314,6 @@ def test_a_machine_without_the_fast_libraries_decodes_too():
     assert done.stdout == b"(2, 3, 3)\n"
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_large_jpeg_is_decoded_smaller_and_upright(orientation):
-    y, x = np.mgrid[:240, :321] / 321
-    image = (255 * np.stack([x, y, 0.5 + 0.5 * np.sin(9 * x)], axis=-1)).astype(np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encode(image, "JPEG", quality=95, **({"exif": exif} if orientation > 1 else {}))
-    full = image_ops.decode_pixels(data, max_pixels=1 << 20)
-    for min_size_px, factor in (
-        ((60, 60), 4),
-        ((61, 30), 2 if full.shape[0] == 240 else 4),
-        ((121, 161), 1),
-        ((1, 1), 8),
-    ):
-        small = image_ops.decode_pixels(data, max_pixels=1 << 20, min_size_px=min_size_px)
-        assert small.shape == (round(full.shape[0] / factor), round(full.shape[1] / factor), 3)
-        size = (24, 32)
-        off = image_ops.resize(small, size).astype(int) - image_ops.resize(full, size)
-        assert np.abs(off).max() <= (0 if factor == 1 else 16) and np.abs(off).mean() <= 2
-    with pytest.raises(image_ops.DecodeError, match="bomb"):
-        image_ops.decode_pixels(data, max_pixels=240 * 321 - 1, min_size_px=(1, 1))
-
-
 def with_texts(data: bytes, *, behind: bool) -> bytes:
     """A PNG with chunks that Pillow refuses to read: texts of 2 MiB and a profile, before its pixels or behind them."""
     text = zlib.compress(bytes(1 << 21))
@@ -429,24 +342,6 @@ def test_long_texts_and_profiles_of_a_png_do_not_matter(behind):
     with pytest.raises(DecodeError) as error:
         decode_image(with_texts(encode(painting(20, 30)), behind=False)[:-60], max_pixels=LIMIT)
     assert error.value.reason in ("truncated", "corrupt_image")
-
-
-def many_scans(data: bytes, scans: int) -> bytes:
-    """A progressive JPEG whose last scan comes again and again."""
-    last = data.rindex(b"\xff\xda")
-    return data[:last] + (data[last:-2]) * scans + data[-2:]
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("exif", [b"", b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"])
-def test_a_jpeg_of_a_thousand_scans_is_refused_before_decoding(mode, exif):
-    large = encode(Image.new(mode, (2000, 1500), 77), "JPEG", progressive=True, exif=exif)
-    assert decode_pixels(many_scans(large, 3), max_pixels=1 << 22).shape == (1500, 2000, 3)
-    for decode in (decode_image, decode_pixels):
-        with pytest.raises(DecodeError, match=r"bomb: 2000 x 1500 px in 1\d\d\d scans"):
-            decode(many_scans(large, 1000), max_pixels=1 << 22)
-    small = encode(Image.new(mode, (20, 20), 77), "JPEG", progressive=True, exif=exif)
-    assert decode_pixels(many_scans(small, 1000), max_pixels=LIMIT).shape == (20, 20, 3)
 
 
 @pytest.mark.parametrize("size", [(1, (1 << 16) + 1), ((1 << 16) + 1, 1)])

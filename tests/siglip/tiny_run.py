@@ -15,10 +15,11 @@ from jax.sharding import NamedSharding
 
 from data_pipelines.loader import DataConfig
 from data_pipelines.order.mixture import SourceConfig
+from siglip.evaluation.retrieval import Retrieval
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.parallel.sharding import P_REPLICATED, make_mesh
-from siglip.training.config import TrainConfig
-from siglip.training.loop import Program
+from siglip.training.config import EvalConfig, TrainConfig
+from siglip.training.loop import Program, train
 from siglip.training.optim import OptimConfig
 from siglip.training.step import TrainState
 from siglip.workdir.metrics import LogConfig
@@ -129,3 +130,19 @@ class StopsAt(TinyBatches):
 def assert_bit_equal(a: Any, b: Any) -> None:
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def train_toy(config, batches, **kwargs):
+    """The loop itself around a program that compiles at once."""
+    return train(config, batches, program=toy_program(config), **kwargs)
+
+
+def with_task(**kwargs):
+    """Settings of a run that has one evaluation, whose scores the test hands in."""
+    return {"eval": EvalConfig(tasks=(Retrieval("unused.tar", name="toy"),), **kwargs)}
+
+
+def scored(scores):
+    """An `evaluate` that gives these scores, one a call."""
+    scores = iter(scores)
+    return lambda params: {"eval/retrieval/toy/score": next(scores)}

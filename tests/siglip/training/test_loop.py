@@ -3,7 +3,6 @@
 import dataclasses
 import gzip
 import json
-import math
 import os
 import re
 import signal
@@ -23,7 +22,16 @@ from siglip.training.loop import Interrupted, NonFiniteLoss, train
 from siglip.training.optim import OptimConfig
 from siglip.workdir.checkpoint import CheckpointConfig, read_run_params
 from siglip.workdir.metrics import PROFILE_FOLDER, LogConfig, read_metrics
-from tests.siglip.tiny_run import StopsAt, TinyBatches, assert_bit_equal, tiny_config, toy_program, use_devices
+from tests.siglip.tiny_run import (
+    StopsAt,
+    TinyBatches,
+    assert_bit_equal,
+    tiny_config,
+    toy_program,
+    train_toy,
+    use_devices,
+    with_task,
+)
 
 FSDP = MeshConfig(fsdp=4, fsdp_min_size_bytes=1024)
 
@@ -32,11 +40,6 @@ FSDP = MeshConfig(fsdp=4, fsdp_min_size_bytes=1024)
 def two_devices(monkeypatch):
     """Two devices show all that eight would, in a fraction of the time."""
     use_devices(monkeypatch, 2)
-
-
-def train_toy(config, batches, **kwargs):
-    """The loop itself around a program that compiles at once."""
-    return train(config, batches, program=toy_program(config), **kwargs)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -52,10 +55,6 @@ def test_stopped_and_resumed_is_bit_equal_to_uninterrupted(tmp_path, signum):
     assert first.seen + second.seen == whole.seen
     steps = [line["step"] for line in read_metrics(tmp_path / "b") if "train/loss" in line]
     assert steps == sorted(set(steps)) and steps[-1] == 8
-
-
-def with_task(**kwargs):
-    return {"eval": EvalConfig(tasks=(Retrieval("unused.tar", name="toy"),), **kwargs)}
 
 
 def test_a_signal_during_an_evaluation_saves_and_the_run_goes_on(tmp_path):
@@ -306,56 +305,6 @@ def test_data_that_end_early_fail_the_run(tmp_path):
 
     with pytest.raises(RunFailed, match="the data ended before step 4 of 8"):
         train_toy(tiny_config(tmp_path), Short())
-
-
-def best_config(workdir, **kwargs):
-    checkpoint = CheckpointConfig(every_steps=100, keep=1, best_metric="eval/retrieval/toy/score")
-    return tiny_config(workdir, checkpoint=checkpoint, **with_task(every_steps=2), **kwargs)
-
-
-def scored(scores):
-    scores = iter(scores)
-    return lambda params: {"eval/retrieval/toy/score": next(scores)}
-
-
-def kept(workdir):
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-
-
-def test_the_best_checkpoint_survives_a_preemption_at_its_evaluation(tmp_path):
-    # Stopped at step 4, before its evaluation; the next start makes it up: 0.9 is the best there will be.
-    config = best_config(tmp_path)
-    with pytest.raises(Interrupted, match="at step 4"):
-        train_toy(config, StopsAt(4, signal.SIGTERM), evaluate=scored([0.1]))
-    with pytest.raises(Interrupted, match="at step 7"):
-        train_toy(config, StopsAt(7, signal.SIGTERM), evaluate=scored([0.9, 0.5]))
-    assert kept(tmp_path) == [4, 7]  # 0.5 at step 6 was no new best
-    train_toy(config, TinyBatches(), evaluate=scored([0.6]))
-    assert kept(tmp_path) == [4, 8]  # nor is 0.6, as a start after that one knows
-
-
-def test_a_run_that_no_longer_improves_ends_and_stays_ended(tmp_path, caplog):
-    caplog.set_level("INFO", logger="siglip")
-    config = best_config(tmp_path)
-    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, patience=2))
-    train_toy(config, TinyBatches(), evaluate=scored([0.5, math.nan, 0.5]))  # a fourth evaluation would have no score
-    assert kept(tmp_path) == [2, 6] and "was not higher for 2 evaluations" in caplog.text
-    batches = TinyBatches()
-    train_toy(config, batches, evaluate=scored([]))  # the same command again has nothing to do
-    assert kept(tmp_path) == [2, 6] and not batches.seen
-    more = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, patience=4))
-    train_toy(more, TinyBatches(), evaluate=scored([0.9]))
-    assert kept(tmp_path) == [8]
-    with pytest.raises(ValueError, match="patience=1 must be at least 0, and needs checkpoint.best_metric"):
-        CheckpointConfig(patience=1)
-
-
-def test_an_evaluation_made_up_for_that_is_not_the_best_marks_nothing(tmp_path):
-    config = best_config(tmp_path)
-    with pytest.raises(Interrupted, match="at step 4"):
-        train_toy(config, StopsAt(4, signal.SIGTERM), evaluate=scored([0.9]))
-    train_toy(config, TinyBatches(), evaluate=scored([0.5, 0.6, 0.7]))
-    assert kept(tmp_path) == [2, 8]
 
 
 def test_a_lost_process_is_told_with_how_to_go_on(tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ from siglip.training import signals
 from siglip.training.loop import Interrupted, train
 from siglip.workdir.checkpoint import read_run_params
 from siglip.workdir.metrics import read_metrics
-from tests.siglip.tiny_run import TinyBatches, tiny_config, toy_program
-from tests.siglip.training.test_loop import StopsAt, scored, train_toy, two_devices, with_task  # noqa: F401
+from tests.siglip.tiny_run import StopsAt, TinyBatches, scored, tiny_config, toy_program, train_toy, with_task
+from tests.siglip.training.test_loop import two_devices  # noqa: F401
 
 
 def test_an_evaluation_that_never_ends_is_left_after_a_signal_and_made_up_for(tmp_path, monkeypatch):

@@ -1,0 +1,57 @@
+"""Which checkpoint is the best, when it is marked, and when a run that no longer improves ends."""
+
+import dataclasses
+import math
+import signal
+
+import pytest
+
+from siglip.training.loop import Interrupted
+from siglip.workdir.checkpoint import CheckpointConfig
+from tests.siglip.tiny_run import StopsAt, TinyBatches, scored, tiny_config, train_toy, with_task
+from tests.siglip.training.test_loop import two_devices  # noqa: F401
+
+
+def best_config(workdir, **kwargs):
+    checkpoint = CheckpointConfig(every_steps=100, keep=1, best_metric="eval/retrieval/toy/score")
+    return tiny_config(workdir, checkpoint=checkpoint, **with_task(every_steps=2), **kwargs)
+
+
+def kept(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def test_the_best_checkpoint_survives_a_preemption_at_its_evaluation(tmp_path):
+    # Stopped at step 4, before its evaluation; the next start makes it up: 0.9 is the best there will be.
+    config = best_config(tmp_path)
+    with pytest.raises(Interrupted, match="at step 4"):
+        train_toy(config, StopsAt(4, signal.SIGTERM), evaluate=scored([0.1]))
+    with pytest.raises(Interrupted, match="at step 7"):
+        train_toy(config, StopsAt(7, signal.SIGTERM), evaluate=scored([0.9, 0.5]))
+    assert kept(tmp_path) == [4, 7]  # 0.5 at step 6 was no new best
+    train_toy(config, TinyBatches(), evaluate=scored([0.6]))
+    assert kept(tmp_path) == [4, 8]  # nor is 0.6, as a start after that one knows
+
+
+def test_a_run_that_no_longer_improves_ends_and_stays_ended(tmp_path, caplog):
+    caplog.set_level("INFO", logger="siglip")
+    config = best_config(tmp_path)
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, patience=2))
+    train_toy(config, TinyBatches(), evaluate=scored([0.5, math.nan, 0.5]))  # a fourth evaluation would have no score
+    assert kept(tmp_path) == [2, 6] and "was not higher for 2 evaluations" in caplog.text
+    batches = TinyBatches()
+    train_toy(config, batches, evaluate=scored([]))  # the same command again has nothing to do
+    assert kept(tmp_path) == [2, 6] and not batches.seen
+    more = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, patience=4))
+    train_toy(more, TinyBatches(), evaluate=scored([0.9]))
+    assert kept(tmp_path) == [8]
+    with pytest.raises(ValueError, match="patience=1 must be at least 0, and needs checkpoint.best_metric"):
+        CheckpointConfig(patience=1)
+
+
+def test_an_evaluation_made_up_for_that_is_not_the_best_marks_nothing(tmp_path):
+    config = best_config(tmp_path)
+    with pytest.raises(Interrupted, match="at step 4"):
+        train_toy(config, StopsAt(4, signal.SIGTERM), evaluate=scored([0.9]))
+    train_toy(config, TinyBatches(), evaluate=scored([0.5, 0.6, 0.7]))
+    assert kept(tmp_path) == [2, 8]
