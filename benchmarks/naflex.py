@@ -152,11 +152,11 @@ def time_of_a_token(*, turns: int = 15, rows: int = 2) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=64)
     options = parser.parse_args()
     data, config = (make_set(TRAIN, 0), make_set(HELD_OUT, 1)), model_config()
-    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, 2e-3, options.steps // 10, options.steps))
+    optimizer = optax.contrib.muon(optax.warmup_cosine_decay_schedule(0, 5e-3, options.steps // 10, options.steps))
     program = make_step(config, optimizer), config, optimizer
     found: dict[str, list] = {"naflex": [], "squash": []}
     for seed in range(options.seeds):
