@@ -68,7 +68,7 @@ def train(
         batches: this process's share of each batch: image uint8 [bl, h, w, 3], patches uint8 [bl, n, p] with grid int32 [bl, 2],
             or zimg float32 [bl, e]; text int32 [bl, l], key list[str].
         prepare: makes `batches` ready, where that takes the parameters that training starts with.
-        evaluate: run every `config.eval.every_steps` and at the end.
+        evaluate: run at the steps that `config.eval` says, and at the end.
         tokenizer: content of the SentencePiece model, kept in the workdir for evaluation and export.
         program: what is trained; None: the two towers of `config`.
 

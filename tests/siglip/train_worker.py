@@ -2,11 +2,11 @@
 
     SIGLIP_TEST_RECORD=FILE SIGLIP_TEST_AT=STEP:EVENT python -m tests.siglip.train_worker train …
 
-FILE gets a JSON line [step, keys] for every batch and ["read", key] for every training pair that is read. EVENT: "hold"
-touches FILE.holding and sleeps for ever, "missing" raises what a lost file does, "bug" what a mistake does, "poison" gives the
-batch tokens out of range, which embed as NaN, a number is a signal that the process sends itself. STEP may be "evaluating" or
-"evaluated": EVENT then comes before an evaluation's first forward pass, or when its results are there. SIGLIP_TEST_STEP_S:
-every batch takes so long. SIGLIP_TEST_TOY=1: a linear toy is trained in place of the two towers.
+FILE gets a JSON line [step, keys, patches of an image] for every batch and ["read", key] for every training pair that is
+read. EVENT: "hold" touches FILE.holding and sleeps for ever, "missing" raises what a lost file does, "bug" what a mistake does,
+"poison" gives the batch tokens out of range, which embed as NaN, a number is a signal that the process sends itself. STEP may
+be "evaluating" or "evaluated": EVENT then comes before an evaluation's first forward pass, or when its results are there.
+SIGLIP_TEST_STEP_S: every batch takes so long. SIGLIP_TEST_TOY=1: a linear toy is trained in place of the two towers.
 """
 
 import json
@@ -39,7 +39,8 @@ def record(path: Path, at: str) -> None:
         batch = hand_out(self)
         if at == f"{step}:poison":
             batch["text"] = np.full_like(batch["text"], 1 << 20)
-        file.write(json.dumps([step, batch["key"]]) + "\n")
+        length = batch["patches"].shape[1] if "patches" in batch else None
+        file.write(json.dumps([step, batch["key"], length]) + "\n")
         return batch
 
     def read_and_tell(self: TarSource, index: int):
@@ -47,10 +48,10 @@ def record(path: Path, at: str) -> None:
         file.write(json.dumps(["read", pair.key]) + "\n")
         return pair
 
-    def evaluate_and_fail(tasks: TimedTasks, embedder: Embedder) -> list:
+    def evaluate_and_fail(tasks: TimedTasks, embedder: Embedder, due: list[int]) -> list:
         if event_step == "evaluating":
             happen(event, path)
-        results = evaluate(tasks, embedder)
+        results = evaluate(tasks, embedder, due)
         if event_step == "evaluated":
             happen(event, path)
         return results
