@@ -20,7 +20,7 @@ from siglip.cli.evaluation import first_values, format_table, make_embedder, set
 from siglip.cli.frozen_images import make_prepare
 from siglip.errors import UserError
 from siglip.evaluation.results import Result
-from siglip.evaluation.suite import Task, TimedTasks, check_sizes, named_metrics, task_classes
+from siglip.evaluation.suite import Task, TimedTasks, named_metrics, task_classes
 from siglip.models.two_tower import TextConfig
 from siglip.parallel import launch, sharding
 from siglip.training.config import TrainConfig, load_config_file, resolve
@@ -169,7 +169,6 @@ def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer, result
 
     Their files are opened now: a missing one must not wait for the end of training to be found.
     """
-    check_sizes(config.eval.tasks, naflex=config.model.image.naflex is not None)
     tasks = [complete(task) for task in config.eval.tasks]
     for task in tasks:
         task.check(first_values)

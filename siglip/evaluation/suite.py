@@ -6,7 +6,6 @@ name into `Task`: `siglip eval --task`, the config and its flags, config.json an
 - `data`: shards; `name` of their data set, or None; `dataset`: that name, or one taken from the shards;
 - `task`: its kind, a Literal of one value, by which config.json tells the classes apart; `BENCHMARK_TASK`, CLIP_benchmark's;
 - `EMBEDS_TEXTS`: whether the model must have a text tower and a tokenizer;
-- `NEEDS_ONE_SIZE` = True, if it cannot take the images of a NaFlex model;
 - `check(first_values)`: finds what is wrong with the files before a model is run;
 - `run(embedder)`: a list of `Result`; called by all processes, with the same result in all of them.
 """
@@ -63,16 +62,6 @@ def check_names(tasks: Sequence[Task]) -> None:
     for prefix, count in Counter(metric_prefix(task, task.dataset) for task in tasks).items():
         if count > 1:
             raise UserError(f"{count} evaluations have the metrics {prefix}/…; give each of them a name of its own")
-
-
-def check_sizes(tasks: Sequence[Task], *, naflex: bool) -> None:
-    """Raises UserError if the model is NaFlex and an evaluation needs images of one size."""
-    for task in tasks:
-        if naflex and getattr(task, "NEEDS_ONE_SIZE", False):
-            raise UserError(
-                f"{task.task} needs images of one size, which a NaFlex model does not have; evaluate an export of it: "
-                "siglip export SRC --image-size N"
-            )
 
 
 def run_tasks(tasks: Sequence[Task], embedder: Embedder) -> list[Result]:
