@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -116,19 +116,29 @@ class Labelled(NamedTuple):
     names: list[Any]
 
 
-def labelled_features(
-    embedder: Embedder, data: str, label: str, *, feature: Feature, names: Sequence[Any] | None = None
-) -> Labelled:
-    """The features and labels of every image that has one.
+class Probe(Protocol):
+    """A task that is fitted on the features of labelled images."""
 
-    Args:
-        names: the labels of the training set; None: this is it.
+    data: str
+    train: str
+    label: str
+    feature: Feature
+
+
+def train_and_test(embedder: Embedder, task: Probe) -> tuple[Labelled, Labelled]:
+    """The features and labels of every image of the training set and of the data that has one.
 
     Raises:
         UserError: no image has a label, features are not finite, or a label is not in the training set.
     """
-    images = embedder.embed_shards(data, (label,), feature=feature)
-    return keep_labelled(images.zimg, images.keys, images.values[label], data=data, label=label, names=names)
+
+    def read(data: str, names: Sequence[Any] | None) -> Labelled:
+        images = embedder.embed_shards(data, (task.label,), feature=task.feature)
+        values = images.values[task.label]
+        return keep_labelled(images.zimg, images.keys, values, data=data, label=task.label, names=names)
+
+    train = read(task.train, None)
+    return train, read(task.data, train.names)
 
 
 def keep_labelled(
@@ -140,7 +150,11 @@ def keep_labelled(
     label: str,
     names: Sequence[Any] | None = None,
 ) -> Labelled:
-    """Of some images, rows of `features`, those with one label each, and their numbers; see `labelled_features`."""
+    """Of some images, rows of `features`, those with one label each, and their numbers; see `train_and_test`.
+
+    Args:
+        names: the labels of the training set; None: this is it.
+    """
     several = next((key for key, own in zip(keys, values, strict=True) if len(own) > 1), None)
     if several is not None:
         raise UserError(f"image {several} of {data} has several labels in {label!r}; a probe takes one per image")

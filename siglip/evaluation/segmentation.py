@@ -10,7 +10,7 @@ the resolution of each image: a mask is cut into patches as its image is, and lo
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from siglip.array_types import Array, Float, Int, UInt8
+from siglip.array_types import Array, Bool, Float, Int, UInt8
 from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder, FirstValues
 from siglip.evaluation.frozen_tokens import (
@@ -116,13 +116,10 @@ class Segmentation:
         predict = lambda params, batch: jnp.argmax(head(params, batch), axis=-1).astype(jnp.uint8)  # noqa: E731
 
         def count() -> np.ndarray:
-            confusion = np.zeros((classes, classes), np.int64)
+            confusion, valid = np.zeros((classes, classes), np.int64), valid_of(arrays)
             for rows, predicted in apply_head(predict, params, {k: a for k, a in arrays.items() if k != "mask"}):
-                for one, mask in zip(
-                    predicted, _masks({name: array[rows] for name, array in arrays.items()}), strict=True
-                ):
-                    own = one.reshape(-1)[: mask.size].reshape(1, 1, -1), mask.reshape(1, 1, -1)
-                    confusion += confusion_of(*own, classes=classes, ignore=self.ignore)
+                own = (_without_padding(values, valid, rows) for values in (predicted, arrays["mask"][rows]))
+                confusion += confusion_of(*own, classes=classes, ignore=self.ignore)
             return confusion
 
         confusion = in_all_or_none(count, bad_input=(UserError,))
@@ -133,9 +130,9 @@ class Segmentation:
 
     def _classes(self, arrays: Mapping[str, np.ndarray]) -> int:
         """One more than the largest class of the training masks."""
-        present = np.zeros(_MAX_CLASSES + 1, bool)
-        for mask in _masks(arrays):
-            present[np.unique(mask)] = True
+        present, valid = np.zeros(_MAX_CLASSES + 1, bool), valid_of(arrays)
+        for n, mask in enumerate(arrays["mask"]):
+            present[np.unique(_without_padding(mask[None], valid, slice(n, n + 1)))] = True
         present = np.any(gather_records([present.tolist()]), axis=0)
         present[[value for value in self.ignore if 0 <= value <= _MAX_CLASSES]] = False
         if present.sum() < 2:
@@ -145,12 +142,11 @@ class Segmentation:
         return int(np.flatnonzero(present)[-1]) + 1
 
 
-def _masks(arrays: Mapping[str, np.ndarray]) -> Iterator[UInt8[np.ndarray, "..."]]:
-    """The mask of each image, without padding."""
-    valid = valid_of(arrays)
-    return (
-        iter(arrays["mask"]) if valid is None else (own[keep] for own, keep in zip(arrays["mask"], valid, strict=True))
-    )
+def _without_padding(
+    pixels: UInt8[np.ndarray, "b h w"], valid: Bool[np.ndarray, "n patches"] | None, rows: slice
+) -> UInt8[np.ndarray, "c h w"]:
+    """Of some rows; of patches all that are none of padding, side by side."""
+    return pixels if valid is None else pixels[valid[rows]][None]
 
 
 def pixel_logits(
