@@ -73,7 +73,7 @@ class FewShot:
 
     def run(self, embedder: Embedder) -> list[Result]:
         """One result. Raises UserError where labels are missing or differ from those of the training set."""
-        train, test = train_and_test(embedder, self)
+        train, test = train_and_test(embedder, self.train, self.data, self.label, feature=self.feature)
         metrics = {}
         for shots in self.shots:
             found = {}

@@ -67,7 +67,7 @@ class Knn:
 
     def run(self, embedder: Embedder) -> list[Result]:
         """One result. Raises UserError where labels are missing or differ from those of the training set."""
-        train, test = train_and_test(embedder, self)
+        train, test = train_and_test(embedder, self.train, self.data, self.label, feature=self.feature)
         votes = {"k": self.k, "temperature": self.temperature}
         predicted = knn_classes(train.features, train.labels, test.features, **votes)
         return [Result(self, self.dataset, "", accuracies(predicted, test.labels, "knn_", f"_{self.feature}"))]

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -116,29 +116,21 @@ class Labelled(NamedTuple):
     names: list[Any]
 
 
-class Probe(Protocol):
-    """A task that is fitted on the features of labelled images."""
-
-    data: str
-    train: str
-    label: str
-    feature: Feature
-
-
-def train_and_test(embedder: Embedder, task: Probe) -> tuple[Labelled, Labelled]:
-    """The features and labels of every image of the training set and of the data that has one.
+def train_and_test(
+    embedder: Embedder, train: str, test: str, label: str, *, feature: Feature
+) -> tuple[Labelled, Labelled]:
+    """The features and labels of every image of both sets that has one.
 
     Raises:
         UserError: no image has a label, features are not finite, or a label is not in the training set.
     """
 
     def read(data: str, names: Sequence[Any] | None) -> Labelled:
-        images = embedder.embed_shards(data, (task.label,), feature=task.feature)
-        values = images.values[task.label]
-        return keep_labelled(images.zimg, images.keys, values, data=data, label=task.label, names=names)
+        images = embedder.embed_shards(data, (label,), feature=feature)
+        return keep_labelled(images.zimg, images.keys, images.values[label], data=data, label=label, names=names)
 
-    train = read(task.train, None)
-    return train, read(task.data, train.names)
+    fitted = read(train, None)
+    return fitted, read(test, fitted.names)
 
 
 def keep_labelled(

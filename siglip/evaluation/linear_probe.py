@@ -87,7 +87,7 @@ class LinearProbe:
 
     def run(self, embedder: Embedder) -> list[Result]:
         """One result. Raises UserError where labels are missing or differ from those of the training set."""
-        train, test = train_and_test(embedder, self)
+        train, test = train_and_test(embedder, self.train, self.data, self.label, feature=self.feature)
         if self.l2_normalise:
             train, test = (
                 own._replace(features=own.features / np.linalg.norm(own.features, axis=1, keepdims=True))

@@ -6,14 +6,17 @@ FILE gets a JSON line [step, keys, patches of an image] for every batch and ["re
 read. EVENT: "hold" touches FILE.holding and sleeps for ever, "missing" raises what a lost file does, "bug" what a mistake does,
 "poison" gives the batch tokens out of range, which embed as NaN, a number is a signal that the process sends itself. STEP may
 be "evaluating" or "evaluated": EVENT then comes before an evaluation's first forward pass, or when its results are there.
+"compiling:late" compiles a NaFlex run's programs a while later than others.
 SIGLIP_TEST_STEP_S: every batch takes so long. SIGLIP_TEST_TOY=1: a linear toy is trained in place of the two towers.
 """
 
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from data_pipelines.loader import Loader
@@ -23,6 +26,8 @@ from siglip.evaluation.embed import Embedder
 from siglip.evaluation.suite import TimedTasks
 from siglip.training import loop
 from tests.siglip.tiny_run import toy_program
+
+LATE_S = 40  # Gloo waits for 30
 
 
 def record(path: Path, at: str) -> None:
@@ -56,9 +61,21 @@ def record(path: Path, at: str) -> None:
             happen(event, path)
         return results
 
+    if event_step == "compiling":
+        jax.stages.Lowered.compile = compile_late(jax.stages.Lowered.compile)
     evaluate = TimedTasks.run
     TimedTasks.run = evaluate_and_fail
     Loader.__next__, TarSource.__getitem__ = hand_out_and_tell, read_and_tell
+
+
+def compile_late(compile: Callable) -> Callable:
+    def compile_later(self: jax.stages.Lowered, *args, **kwargs):
+        time.sleep(0 if compiled else LATE_S)
+        compiled.append(1)
+        return compile(self, *args, **kwargs)
+
+    compiled = []
+    return compile_later
 
 
 def happen(event: str, path: Path) -> None:

@@ -42,7 +42,7 @@ def whole(jobs):
 def test_a_run_is_killed_and_goes_on_and_then_in_another_layout(jobs, whole, before, after):
     (first_layout, first_flags), (second_layout, second_flags) = LAYOUTS[before], LAYOUTS[after]
     name, last = f"from-{first_layout['processes']}", first_layout["processes"] - 1
-    killed = jobs.start(name, *first_flags, **first_layout, at={last: "8:hold"})
+    killed = jobs.start(name, *first_flags, **first_layout, at={0: "compiling:late", last: "8:hold"})
     killed.kill(last, saved=4)
     lost = losses(killed.workdir)
     assert max(lost) > 4
