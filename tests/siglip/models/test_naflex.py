@@ -150,7 +150,7 @@ def test_256_patches_of_square_images_are_what_the_fixed_tower_makes_of_them():
     fixed = dataclasses.replace(config, image=dataclasses.replace(image, naflex=None))
     params = on_device(random_params(config))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
-    batch = batch_of(pixels, length=260, patch=(4, 4), filler=77)
+    batch = batch_of(pixels.astype(np.float32), length=260, patch=(4, 4), filler=77)
     batch["patches"] = batch["patches"].astype(np.uint8)
     apply = lambda config, batch: jax.jit(make_model(config).apply, compiler_options=QUICK)({"params": params}, batch)  # noqa: E731
     expected, _, there = apply(fixed, {"image": pixels})
