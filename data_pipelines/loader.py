@@ -347,7 +347,7 @@ def make_eval_batches(
       threads: in each process; None for as many as there are cores.
       fields: which fields of the pairs to carry along; None for all.
       corruption: name and severity of what is done to every image.
-      mask: field of a segmentation mask; batches then hold "mask", uint8 [b, h, w], too.
+      mask: field of a segmentation mask; batches then hold "mask", uint8 [b, h, w], too; of patches [b, n, p_h p_w].
 
     Raises:
       UserError: batch_size is below 1, or there is a mask and images are not resized whole.
@@ -364,12 +364,10 @@ def make_eval_batches(
     share = range(process_index, len(source), process_count)
     ranges = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
     kept = None if fields is None else frozenset(fields)
-    if patches is not None and (corruption is not None or mask is not None or protocol != "squash"):
-        raise UserError(
-            "corruptions, masks and pixels=square875 or aspect75 need images of one size; this model is NaFlex"
-        )
+    if patches is not None and protocol != "squash":
+        raise UserError(f"pixels={protocol} needs images of one size; this model is NaFlex")
     pixels = patches or Pixels(tuple(image_size), resample=resample, protocol=protocol, exact=True)
-    masks = None if mask is None else Mask(tuple(image_size), mask)
+    masks = None if mask is None else Mask(pixels, mask)
     images = ImagesInOrder(source, ranges, batch_size, pixels, ImageDecoder(max_image_pixels), kept, corruption, masks)
     return EvalBatches(images, workers, threads)
 

@@ -14,7 +14,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +28,8 @@ from data_pipelines import image_ops
 from data_pipelines.curate.config import NO_IMAGE
 from data_pipelines.curate.layout import Work
 from data_pipelines.errors import UserError
+from data_pipelines.samples.patches import Patches
+from data_pipelines.samples.pixels import Pixels
 from data_pipelines.sources.blocks import InOrder
 from data_pipelines.sources.opening import open_source
 
@@ -39,13 +41,15 @@ _HALF = 16
 
 
 class Scorer(Protocol):
-    """A two-tower model. Embeddings are float32 [n, e] of unit length; `fingerprint` identifies the weights."""
+    """A two-tower model. Embeddings are float32 [n, e] of unit length; `fingerprint` identifies the weights.
 
-    image_size: tuple[int, int]
-    resample: image_ops.Resample
+    `pixels` makes of an image what `embed_images` takes n of: {"image": uint8 [n, h, w, 3]}, or {"patches", "grid"}.
+    """
+
+    pixels: Pixels | Patches
     fingerprint: str
 
-    def embed_images(self, images: np.ndarray) -> np.ndarray: ...
+    def embed_images(self, images: Mapping[str, np.ndarray]) -> np.ndarray: ...
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray: ...
 
@@ -70,21 +74,22 @@ def decodable(table: Path) -> np.ndarray:
 
 def _images(
     scorer: Scorer, table: Path, shard: str, max_pixels: int, image: str | None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of (row numbers [n], uint8 [n, h, w, 3]); all batches of a shard but the last have the same size."""
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Batches of (row numbers [n], images as the scorer takes them); all batches of a shard but the last have the same size."""
     rows = decodable(table).tolist()
     if not rows:
         return
     source = InOrder(open_source(shard, image=image, fields=()))
 
-    def load(row: int) -> np.ndarray:
+    def load(row: int) -> dict[str, np.ndarray]:
         decoded = image_ops.decode_image(source[row].image, max_pixels=max_pixels)
-        return image_ops.resize(decoded, scorer.image_size, resample=scorer.resample)
+        return scorer.pixels.pack(scorer.pixels.draw(decoded))
 
     with ThreadPoolExecutor() as threads:
         for start in range(0, len(rows), _BATCH):
             some = rows[start : start + _BATCH]
-            yield np.array(some), np.stack(list(threads.map(load, some)))
+            made = list(threads.map(load, some))
+            yield np.array(some), {name: np.stack([own[name] for own in made]) for name in made[0]}
 
 
 def scores_path(work: Work, shard: int) -> Path:

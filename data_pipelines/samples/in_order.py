@@ -68,14 +68,15 @@ class ImagesInOrder:
         try:
             read = read_pair(self.source, index)
             pair = to_sample_pair(read, 0, index, self.decoder)
-            made = self.pixels.make(pair, None) | (self.mask.make(pair, None) if self.mask else {})
+            image = self.pixels.draw(pair.pixels)
+            mask = self.mask.make(pair, None) if self.mask else {}
         except BrokenPair as error:
             for array in arrays.values():
                 array[row] = 0
             return RowNote(row, index, error.reason)
         if self.corruption is not None:
-            made["image"] = corrupt(made["image"], *self.corruption, key=pair.key)
-        for name, values in made.items():
+            image = corrupt(image, *self.corruption, key=pair.key)
+        for name, values in (self.pixels.pack(image) | mask).items():
             arrays[name][row] = values
         wanted = self.fields
         fields = {name: v for name, v in pair.fields.items() if wanted is None or name.partition(".")[0] in wanted}

@@ -66,11 +66,19 @@ class Patches:
             return dataclasses.replace(self, length=self._square_length, size_px=self.square_px, **fixed)
         return dataclasses.replace(self, length=length, **fixed)
 
-    def make(self, pair: SamplePair, rng: Rng) -> dict[str, np.ndarray]:
-        def size_of(size_px: tuple[float, float]) -> tuple[int, int]:
-            return self.size_px or fit_size(size_px, self.patch_px, self.length)
+    def make(self, pair: SamplePair, rng: Rng | None) -> dict[str, np.ndarray]:
+        return self.pack(self.draw(pair.pixels, rng))
 
-        image = draw_image(pair.pixels, self.augment, size_of, rng, resample=self.resample, exact=self.exact)
+    def size_of(self, size_px: tuple[float, float]) -> tuple[int, int]:
+        """(h, w) of an image, or of what is cut out of one -> (h, w) of what is cut into patches."""
+        return self.size_px or fit_size(size_px, self.patch_px, self.length)
+
+    def draw(self, pixels: np.ndarray, rng: Rng | None = None) -> np.ndarray:
+        """As `Pixels.draw`: whole patches."""
+        return draw_image(pixels, self.augment, self.size_of, rng, resample=self.resample, exact=self.exact)
+
+    def pack(self, image: np.ndarray) -> dict[str, np.ndarray]:
+        """As `Pixels.pack`."""
         patches, grid = cut_patches(image, self.patch_px, self.length)
         return {"patches": patches, "grid": grid}
 

@@ -44,18 +44,26 @@ class Pixels:
         smallest = self.augment.scale[0] * math.exp(-self.augment.aspect / 2)
         return math.ceil(self.size_px[0] / smallest), math.ceil(self.size_px[1] / smallest)
 
-    def make(self, pair: SamplePair, rng: Rng) -> dict[str, np.ndarray]:
+    def make(self, pair: SamplePair, rng: Rng | None) -> dict[str, np.ndarray]:
+        return self.pack(self.draw(pair.pixels, rng))
+
+    def draw(self, pixels: np.ndarray, rng: Rng | None = None) -> np.ndarray:
+        """uint8 [h, w, 3] of a decoded image as the model is to see it. rng: None without augmentation."""
         options = {"resample": self.resample, "exact": self.exact}
         if self.augment is None:
-            return {"image": image_ops.resize_and_crop(pair.pixels, self.size_px, self.protocol, **options)}
-        return {"image": draw_image(pair.pixels, self.augment, lambda _: self.size_px, rng, **options)}
+            return image_ops.resize_and_crop(pixels, self.size_px, self.protocol, **options)
+        return draw_image(pixels, self.augment, lambda _: self.size_px, rng, **options)
+
+    def pack(self, image: np.ndarray) -> dict[str, np.ndarray]:
+        """The arrays of what `draw` gave."""
+        return {"image": image}
 
 
 def draw_image(
     pixels: np.ndarray,
     config: AugmentConfig | None,
     size_of: Callable[[tuple[float, float]], tuple[int, int]],
-    rng: Rng,
+    rng: Rng | None,
     *,
     resample: image_ops.Resample,
     exact: bool,

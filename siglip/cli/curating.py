@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from data_pipelines.curate.ray_engine import RayEngine
 from data_pipelines.curate.run import FUNNEL_FILE, curate
 from data_pipelines.curate.stats import describe
 from data_pipelines.lock import hold
+from data_pipelines.samples.patches import Patches
+from data_pipelines.samples.pixels import Pixels
 from data_pipelines.sources.files import expand_shards
 from data_pipelines.sources.opening import check_columns
 from siglip.cli.arguments import find_flag, parse
@@ -172,24 +175,24 @@ class ModelScorer:
 
         self._made_from = (src, tokenizer, batch_size)
         embedder = embedder_of(src, tokenizer=tokenizer, batch_size=batch_size)
-        if embedder.max_patches is not None:
-            raise UserError(
-                f"{src} is a NaFlex model, and scores compare images of one size; name an export of it with --image-size"
-            )
-        self.embed_images = lambda images: embedder.embed_images({"image": images})
-        self.embed_texts = embedder.embed_texts
-        self.image_size, self.resample = embedder.image_size, embedder.resample
-        # What the probe, which is not resized, cannot tell. Nothing for "bilinear", as in older manifests.
-        resized = b"" if self.resample == "bilinear" else self.resample.encode()
-        self.fingerprint = hashlib.sha256(self._probe().tobytes() + resized).hexdigest()
+        self.embed_images, self.embed_texts = embedder.embed_images, embedder.embed_texts
+        resample, max_patches = embedder.resample, embedder.max_patches
+        if max_patches is None:
+            self.pixels = Pixels(embedder.image_size, resample=resample)
+        else:
+            self.pixels = Patches(embedder.patch_px, max_patches, resample=resample)
+        # What the probe, one square image, cannot tell. Nothing for "bilinear" and one size, as in older manifests.
+        told = ("" if resample == "bilinear" else resample) + (f" {max_patches} patches" if max_patches else "")
+        self.fingerprint = hashlib.sha256(self._probe(embedder.image_size).tobytes() + told.encode()).hexdigest()
 
     def __reduce__(self):
         return _unpickled_scorer, (*self._made_from, self.fingerprint)
 
-    def _probe(self) -> np.ndarray:
+    def _probe(self, size: tuple[int, int]) -> np.ndarray:
         """What the model makes of a fixed image and text: other weights, another answer."""
-        ramp = np.arange(int(np.prod(self.image_size)) * 3, dtype=np.uint32).astype(np.uint8)
-        return np.concatenate([self.embed_images(ramp.reshape(1, *self.image_size, 3)), self.embed_texts(["a probe"])])
+        ramp = np.arange(math.prod(size) * 3, dtype=np.uint32).astype(np.uint8).reshape(*size, 3)
+        image = {name: array[None] for name, array in self.pixels.pack(self.pixels.draw(ramp)).items()}
+        return np.concatenate([self.embed_images(image), self.embed_texts(["a probe"])])
 
 
 @functools.lru_cache(1)

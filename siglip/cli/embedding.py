@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -54,7 +55,8 @@ class EmbedArgs(ModelArgs):
             FILE.keys.txt, or a folder of Parquet files.
         image_column: the column that holds the image; without one it is found.
         captions: the field of shards whose texts are embedded in place of the images ("txt", "captions.de").
-        tokens: the tokens before pooling, after the last LayerNorm, in place of one embedding.
+        tokens: the tokens before pooling, after the last LayerNorm, in place of one embedding. A NaFlex model's are padded:
+            the column `grid` (FILE.grid.npy) holds the patches of each image, down and across.
         dtype: float32, float16 or bfloat16; without it float32 for embeddings, float16 for tokens.
         tokenizer: SentencePiece model for texts, when SRC does not bring one.
     """
@@ -91,7 +93,7 @@ def embed_command(args: list[str]) -> None:
         texts = is_text_file or options.captions is not None
         embedder, config, model = _load(options, texts=texts, dtype=dtype)
         job = _text_job(options.data, embedder) if is_text_file else _shard_job(options, embedder)
-        files = _open_files(options, job, config, model, dtype=dtype, rows_per_pass=embedder.rows * jax.process_count())
+        files = _open_files(options, job, config, model, dtype=dtype, embedder=embedder)
         broken = _compute(job, files, dtype)
         if files is None:
             return
@@ -102,16 +104,19 @@ def embed_command(args: list[str]) -> None:
 
 
 def _open_files(
-    options: EmbedArgs, job: _Job, config: ModelConfig, model: str, *, dtype: str, rows_per_pass: int
+    options: EmbedArgs, job: _Job, config: ModelConfig, model: str, *, dtype: str, embedder: Embedder
 ) -> PartFiles | None:
     """The parts, in process 0, which writes them. Raises UserError in every process."""
     texts = job.what == "texts"
-    row_shape = _token_shape(config, texts=texts) if options.tokens else (config.embedding_dims[texts],)
+    row_shape = (config.embedding_dims[texts],)
+    if options.tokens:
+        row_shape = _token_shape(config, texts=texts, max_patches=embedder.max_patches)
     about = {
         "model": model, "data": job.data, "what": job.what, "image_column": options.image_column,
         "captions": options.captions, "tokens": options.tokens, "dtype": dtype,
         **({} if options.max_patches is None else {"max_patches": options.max_patches}),
     }  # fmt: skip
+    rows_per_pass = embedder.rows * jax.process_count()
     sizes = {"rows": job.rows, "part_rows": _part_rows(row_shape, dtype, rows_per_pass=rows_per_pass)}
     make = functools.partial(PartFiles, Path(options.out), about=about, **sizes)
     return launch.in_all_or_none(lambda: make() if jax.process_index() == 0 else None, bad_input=BAD_INPUT)
@@ -127,11 +132,6 @@ def _load(options: EmbedArgs, *, texts: bool, dtype: str) -> tuple[Embedder, Mod
         raise UserError("the model brings no tokenizer; name its SentencePiece model with --tokenizer FILE")
     if not texts and not options.tokens and config.image.pool == "none":
         raise UserError("this image tower has no pooling, so an image has no embedding; add --tokens for its tokens")
-    if not texts and options.tokens and config.image.naflex is not None:
-        raise UserError(
-            "images have different numbers of tokens in a NaFlex model, so --tokens has no array for them; export it with "
-            "--image-size, or call siglip.load(SRC).image_tokens"
-        )
     mesh = sharding.make_mesh(sharding.MeshConfig())
     params = jax.device_put(params, NamedSharding(mesh, sharding.P_REPLICATED))
     pieces = tokenizer_of(Path(tokenizer), config.text) if texts else None
@@ -147,11 +147,11 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _token_shape(config: ModelConfig, *, texts: bool) -> tuple[int, int]:
+def _token_shape(config: ModelConfig, *, texts: bool, max_patches: int | None) -> tuple[int, int]:
     if texts:
         return config.text.length, config.text.spec.width
-    down, across = config.image.grid
-    return down * across + (config.image.pool == "tok"), config.image.spec.width
+    patches = max_patches or math.prod(config.image.grid)
+    return patches + (config.image.pool == "tok"), config.image.spec.width
 
 
 def _part_rows(row_shape: Sequence[int], dtype: str, *, rows_per_pass: int) -> int:
@@ -187,7 +187,8 @@ def _shard_job(options: EmbedArgs, embedder: Embedder) -> _Job:
 
     def embed_images(rows: range) -> tuple[Part, Counter]:
         found, broken = embedder.embed_batches(*embedder.read(Stretch(source, rows), ()))
-        return Part(found.keys, None, found.zimg), Counter(broken)
+        grid = np.asarray(found.grids, np.int32).reshape(-1, 2) if options.tokens and found.grids is not None else None
+        return Part(found.keys, None, found.zimg, grid), Counter(broken)
 
     def embed_captions(rows: range) -> tuple[Part, Counter]:
         found = [(pair.key, text) for pair in map(source.__getitem__, rows) for text in captions_of(pair.fields, field)]

@@ -5,6 +5,8 @@
     FILE.parquet   columns key, embedding (a fixed-size list, of lists for tokens), text
     DIR            part-00000.parquet, part-00001.parquet, …, with the same columns
 
+A NaFlex model's tokens are padded: `grid` [n, 2], for an .npy in FILE.grid.npy, holds the patches of each image, down and across.
+
 The parts of a file are kept in a hidden folder beside it until it is whole; a folder keeps them for good.
 
 The trap: parts of another model or other data look like any others. `_about.json` says what they are of.
@@ -28,11 +30,17 @@ _ABOUT = "_about.json"
 
 
 class Part(NamedTuple):
-    """Some rows: what they are of, and their embeddings [n, …]. texts: None where images were embedded."""
+    """Some rows: what they are of, and their embeddings [n, …].
+
+    Attributes:
+        texts: None where images were embedded.
+        grid: int32 [n, 2], where `z` are tokens of images and padded.
+    """
 
     keys: list[str]
     texts: list[str] | None
     z: np.ndarray
+    grid: np.ndarray | None = None
 
 
 def check_out(out: Path, *, dtype: str) -> None:
@@ -102,8 +110,9 @@ class PartFiles:
             if self._ending == ".parquet":
                 _write_parquet(file, iter([part]))
             else:
-                texts = {} if part.texts is None else {"text": np.asarray(part.texts, np.str_)}
-                np.savez(file, key=np.asarray(part.keys, np.str_), embedding=_plain(part.z), **texts)
+                more = {} if part.texts is None else {"text": np.asarray(part.texts, np.str_)}
+                more |= {} if part.grid is None else {"grid": part.grid}
+                np.savez(file, key=np.asarray(part.keys, np.str_), embedding=_plain(part.z), **more)
 
     def _parts(self) -> Iterator[Part]:
         for path in self._paths:
@@ -112,7 +121,7 @@ class PartFiles:
                 continue
             with np.load(path) as file:
                 texts = file["text"].tolist() if "text" in file else None
-                yield Part(file["key"].tolist(), texts, file["embedding"])
+                yield Part(file["key"].tolist(), texts, file["embedding"], file.get("grid"))
 
     def join(self) -> int:
         """Makes the file of its parts, one in memory at a time, and removes them. -> its rows"""
@@ -127,6 +136,9 @@ class PartFiles:
         if self._out.suffix == ".npy":
             lines = (" ".join(key.splitlines()) + "\n" for part in self._parts() for key in part.keys)
             write_atomically(self._out.with_suffix(".keys.txt"), "".join(lines))
+            if (grid := self._grid()) is not None:
+                with new_file(self._out.with_suffix(".grid.npy")) as partial, partial.open("wb") as file:
+                    np.save(file, grid)
         with new_file(self._out) as partial, partial.open("wb") as file:
             if self._out.suffix == ".parquet":
                 _write_parquet(file, self._parts())
@@ -137,15 +149,20 @@ class PartFiles:
         shutil.rmtree(self.folder)
         return count
 
+    def _grid(self) -> np.ndarray | None:
+        grids = [part.grid for part in self._parts()]
+        return None if grids[0] is None else np.concatenate(grids)
+
     def _write_npz(self, file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> None:
         keys, texts = [], []
         for part in self._parts():
             keys, texts = keys + part.keys, texts + (part.texts or [])
-        names = {"key": keys} | ({"text": texts} if texts else {})
+        arrays = {"key": np.asarray(keys, np.str_)} | ({"text": np.asarray(texts, np.str_)} if texts else {})
+        arrays |= {} if (grid := self._grid()) is None else {"grid": grid}
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for name, values in names.items():
+            for name, values in arrays.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.asarray(values, np.str_))
+                    np.lib.format.write_array(member, values)
             with archive.open("embedding.npy", "w", force_zip64=True) as member:
                 _write_array(member, self._parts(), shape, dtype)
 
@@ -173,6 +190,8 @@ def _write_parquet(file: BinaryIO, parts: Iterator[Part]) -> None:
             vectors = pa.FixedSizeListArray.from_arrays(vectors, size)
         columns = {"key": pa.array(part.keys, pa.string()), "embedding": vectors}
         columns |= {} if part.texts is None else {"text": pa.array(part.texts, pa.string())}
+        if part.grid is not None:
+            columns["grid"] = pa.FixedSizeListArray.from_arrays(pa.array(part.grid.reshape(-1)), 2)
         table = pa.table(columns)
         writer = writer or pq.ParquetWriter(file, table.schema, compression="none", use_dictionary=False)
         writer.write_table(table)
@@ -187,4 +206,7 @@ def _read_parquet(path: Path) -> Part:
     while hasattr(vectors.type, "list_size"):
         shape, vectors = [*shape, vectors.type.list_size], vectors.flatten()
     texts = table["text"].to_pylist() if "text" in table.column_names else None
-    return Part(table["key"].to_pylist(), texts, vectors.to_numpy().reshape(-1, *shape))
+    grid = None
+    if "grid" in table.column_names:
+        grid = table["grid"].combine_chunks().flatten().to_numpy().reshape(-1, 2)
+    return Part(table["key"].to_pylist(), texts, vectors.to_numpy().reshape(-1, *shape), grid)

@@ -23,7 +23,7 @@ from siglip.cli.arguments import find_flag, parse
 from siglip.cli.data_sets import complete, protocol
 from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder, Params, Value, embeddings, rows_per_process
-from siglip.evaluation.suite import check_sizes, run_tasks, task_classes
+from siglip.evaluation.suite import run_tasks, task_classes
 from siglip.model_source import read_model
 from siglip.models.two_tower import ModelConfig, blank_images
 from siglip.parallel import launch, sharding
@@ -213,7 +213,7 @@ def make_embedder(
 
     return Embedder(
         functools.partial(embeddings, config, params),
-        mesh=mesh, rows=rows, image_size=image_size, resample=resample, max_patches=max_patches,
+        mesh=mesh, rows=rows, image_size=image_size, patch_px=image.patch, resample=resample, max_patches=max_patches,
         no_images=blank_images(image, 0, patches=max_patches),
         canonical_prompts=config.text is not None and config.text.tokens.canonical != "none",
         tokenize=tokenize, read=read, values_of=values_of, at_length=at_length, **_scale_of(params, config),
@@ -270,7 +270,6 @@ def eval_command(args: list[str]) -> None:
         settings["max_patches"] = next(iter(options.max_patches), None)
         embedder = embedder_of(options.src, tokenizer=options.tokenizer, with_texts=texts, **settings)
         others = [embedder.with_max_patches(n) for n in options.max_patches[1:]]
-        check_sizes([options.task], naflex=embedder.max_patches is not None)
         task = complete(options.task, image_column=options.image_column)
         task.check(functools.partial(first_values, image_column=options.image_column))
         found = [(one, result) for one in (embedder, *others) for result in run_tasks([task], one)]

@@ -24,7 +24,7 @@ from siglip.cli.evaluation import ModelArgs, first_values, make_embedder, read_f
 from siglip.errors import RunFailed, UserError
 from siglip.evaluation.embed import Embedder
 from siglip.evaluation.results import Result
-from siglip.evaluation.suite import check_sizes, run_tasks
+from siglip.evaluation.suite import run_tasks
 from siglip.evaluation.suite_file import Entry, Suite, metric_of, read_suite
 from siglip.evaluation.text_cache import caching, digest, digest_params
 from siglip.parallel import launch, sharding
@@ -121,7 +121,6 @@ def _prepare(entry: Entry, embedder_for: Callable[..., Embedder]) -> tuple[Any, 
 
     def prepare():
         embedder = embedder_for(pixels=entry.pixels, image_column=entry.image_column)
-        check_sizes([entry.task], naflex=embedder.max_patches is not None)
         task = dataclasses.replace(complete(entry.task, image_column=entry.image_column), name=entry.task.dataset)
         task.check(functools.partial(first_values, image_column=entry.image_column))
         return task, embedder

@@ -20,7 +20,7 @@ from siglip.cli.evaluation import first_values, format_table, make_embedder, set
 from siglip.cli.frozen_images import make_prepare
 from siglip.errors import UserError
 from siglip.evaluation.results import Result
-from siglip.evaluation.suite import Task, TimedTasks, check_sizes, named_metrics, task_classes
+from siglip.evaluation.suite import Task, TimedTasks, named_metrics, task_classes
 from siglip.models.two_tower import TextConfig
 from siglip.parallel import launch, sharding
 from siglip.training.config import TrainConfig, load_config_file, resolve
@@ -165,25 +165,26 @@ def load_tokenizer(path: str, text: TextConfig, *, may_be_smaller: bool) -> Sent
 
 
 def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer, results: list[Result]) -> Evaluate:
-    """All of the config's evaluation tasks as one function of the parameters; `results` then holds what it last found.
+    """The config's evaluation tasks as one function of the parameters and the step; `results` then holds what it last found.
 
     Their files are opened now: a missing one must not wait for the end of training to be found.
     """
-    check_sizes(config.eval.tasks, naflex=config.model.image.naflex is not None)
     tasks = [complete(task) for task in config.eval.tasks]
     for task in tasks:
         task.check(first_values)
     mesh, settings = sharding.make_mesh(config.mesh), settings_of(config.eval)
     tasks, kept, tower = TimedTasks(tasks, config.eval.max_s), {}, None
 
-    def evaluate(params):
+    def evaluate(params, step):
         nonlocal tower
+        last = step == config.total_steps
+        due = [n for n, every in enumerate(config.eval.cadences) if last or (every and step % every == 0)]
         now = checksums(params["txt"])
         if now != tower:  # a text tower that stands still embeds each text once in the whole run
             kept.clear()
         tower = now
         embedder = make_embedder(params, config.model, mesh=mesh, tokenizer=tokenizer, **settings)
-        results[:] = tasks.run(dataclasses.replace(embedder, text_embeddings=kept))
+        results[:] = tasks.run(dataclasses.replace(embedder, text_embeddings=kept), due)
         return named_metrics(results)
 
     return evaluate

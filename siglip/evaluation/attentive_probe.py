@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from siglip.array_types import Array, Float
+from siglip.array_types import Array, Bool, Float
 from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder, FirstValues
 from siglip.evaluation.frozen_tokens import (
@@ -24,6 +24,7 @@ from siglip.evaluation.frozen_tokens import (
     read_tokens,
     standardised,
     train_head,
+    valid_of,
 )
 from siglip.evaluation.labels import check_labels, keep_labelled
 from siglip.evaluation.metrics import accuracies
@@ -64,7 +65,6 @@ class AttentiveProbe:
 
     BENCHMARK_TASK: ClassVar[str] = "attentive_probe"
     EMBEDS_TEXTS: ClassVar[bool] = False
-    NEEDS_ONE_SIZE: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -91,36 +91,40 @@ class AttentiveProbe:
             fits = next(n for n in range(min(self.heads, width), 0, -1) if width % n == 0)
             raise UserError(f"attentive_probe: heads={self.heads} does not divide the width {width}; use {fits}")
         names = sorted({own[0] for own in gather_records([v[0] for v in train.values]) if len(own) == 1}, key=str)
-        tokens, labels = self._labelled(train, names, self.train)
-        mean, std = channel_statistics(tokens)
+        arrays = self._labelled(train, names, self.train)
+        mean, std = channel_statistics(arrays)
         params = first_params(width, len(names), seed=self.seed) | {"mean": mean, "std": std}
-        images = sum(gather_records([len(labels)]))
+        images = sum(gather_records([len(arrays["label"])]))
+
+        def head(params, batch):
+            return attentive_logits(params, batch["tokens"], valid_of(batch), heads=self.heads)
 
         def loss(params, batch, key):
-            logits = attentive_logits(params, batch["tokens"], heads=self.heads)
+            logits = head(params, batch)
             return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
         params = train_head(
-            params, loss, {"tokens": tokens, "label": labels}, steps=max(1, images * self.epochs // self.images_per_step),
+            params, loss, arrays, steps=max(1, images * self.epochs // self.images_per_step),
             batch_size=self.images_per_step, learning_rate=self.learning_rate, weight_decay=self.weight_decay,
             seed=self.seed, mesh=embedder.mesh,
         )  # fmt: skip
-        tokens, labels = self._labelled(read_tokens(embedder, self.data, (self.label,)), names, self.data)
-        scored = apply_head(lambda params, x: attentive_logits(params, x, heads=self.heads), params, tokens)
+        arrays = self._labelled(read_tokens(embedder, self.data, (self.label,)), names, self.data)
+        scored = apply_head(head, params, arrays)
         predicted = [np.argmax(logits, axis=1).astype(np.int32) for _, logits in scored]
         predicted = gather_rows(np.concatenate([np.zeros(0, np.int32), *predicted]))
-        metrics = accuracies(predicted, gather_rows(labels), "ap_", "_tokens")
+        metrics = accuracies(predicted, gather_rows(arrays["label"]), "ap_", "_tokens")
         return [Result(self, self.dataset, "", metrics)]
 
-    def _labelled(self, found: FrozenTokens, names: list, data: str) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, labels) of this process's images that have a label."""
+    def _labelled(self, found: FrozenTokens, names: list, data: str) -> dict[str, np.ndarray]:
+        """The arrays of this process's images that have a label, and "label"."""
         values = [own[0] for own in found.values]
         rows = np.arange(len(values))
         keep = functools.partial(keep_labelled, data=data, label=self.label, names=names)
         kept = in_all_or_none(lambda: keep(rows, found.keys, values), bad_input=(UserError,))
-        tokens = found.arrays["tokens"]
-        tokens = tokens if len(kept.features) == len(tokens) else tokens[kept.features]
-        return tokens, kept.labels.astype(np.int32)
+        arrays = found.arrays
+        if len(kept.features) < len(rows):
+            arrays = {name: array[kept.features] for name, array in arrays.items()}
+        return arrays | {"label": kept.labels.astype(np.int32)}
 
 
 def first_params(width: int, classes: int, *, seed: int) -> dict[str, np.ndarray]:
@@ -135,12 +139,15 @@ def first_params(width: int, classes: int, *, seed: int) -> dict[str, np.ndarray
     }
 
 
-def attentive_logits(params, tokens: Float[Array, "b n d"], *, heads: int) -> Float[Array, "b k"]:
-    """The probe's equation; `params` hold the training set's "mean" and "std" too."""
+def attentive_logits(
+    params, tokens: Float[Array, "b n d"], valid: Bool[Array, "b n"] | None = None, *, heads: int
+) -> Float[Array, "b k"]:
+    """The probe's equation; `params` hold the training set's "mean" and "std" too. valid: False where a token is padding."""
     x = standardised(params, tokens)
     query, keys, values = (
         z.reshape(*z.shape[:-1], heads, -1) for z in (params["query"], x @ params["key"], x @ params["value"])
     )
-    weights = jax.nn.softmax(jnp.einsum("hd,bnhd->bnh", query, keys) * query.shape[-1] ** -0.5, axis=1)
+    scores = jnp.einsum("hd,bnhd->bnh", query, keys) * query.shape[-1] ** -0.5
+    weights = jax.nn.softmax(scores, axis=1, where=None if valid is None else valid[..., None])
     pooled = jnp.einsum("bnh,bnhd->bhd", weights, values).reshape(len(x), -1)
     return pooled @ params["kernel"] + params["bias"][None]

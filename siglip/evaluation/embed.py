@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -33,7 +34,8 @@ _FEW = 8  # so many inputs may happen to be copies of one
 
 Params = Mapping[str, Any]
 # What is read of the image tower. map: the pooled vector before the head, big_vision's `pre_logits`; patch_mean: the mean of the
-# patches after the last LayerNorm; head: after the head, not normalised; embedding: that, normalised; tokens: [n, patches, d].
+# patches after the last LayerNorm; head: after the head, not normalised; embedding: that, normalised; tokens: [n, patches, d],
+# those of a NaFlex model padded.
 Feature = Literal["embedding", "map", "patch_mean", "head", "tokens"]
 Value = str | int | float
 # (shards, fields) -> what the fields of the first pair that has one hold; a missing field holds nothing.
@@ -46,6 +48,7 @@ class EmbeddedImages(NamedTuple):
     Attributes:
         zimg: embeddings, or another feature of the image tower.
         index: place of each image in the shards. keys: its name.
+        grids: patches (down, across) of each image of a NaFlex model; else None.
         values: for each field asked for, what it holds for each image: texts and numbers, none where it is missing.
     """
 
@@ -53,6 +56,7 @@ class EmbeddedImages(NamedTuple):
     index: list[int]
     keys: list[str]
     values: dict[str, list[list[Value]]]
+    grids: list[list[int]] | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("model", "feature"))
@@ -62,7 +66,7 @@ def embeddings(
     """{"image": uint8 [b, h, w, 3]}, {"patches", "grid"} or {"text": int32 [b, l]} -> L2-normalised; a new shape compiles once.
 
     Args:
-        feature: of images, what is read instead of the embedding.
+        feature: of images, what is read instead of the embedding. Tokens that are padding are zeros.
     """
     zimg, ztxt, out = make_model(model).apply({"params": params}, batch)
     if feature == "embedding":
@@ -72,19 +76,25 @@ def embeddings(
     if feature == "head":
         return zimg * out["img/norm"]
     first = 1 if model.image.pool == "tok" else 0
-    patches, mask = out["img/encoded"][:, first:], out.get("img/mask")
+    patches, mask = _tokens(out)[:, first:], out.get("img/mask")
     if feature == "tokens":
         return patches
     return patches.mean(axis=1, where=None if mask is None else mask[:, first:, None])
+
+
+def _tokens(out: Mapping[str, Array]) -> Float[Array, "b n d"]:
+    """After the last LayerNorm; zeros where they are padding."""
+    tokens, mask = out["img/encoded"], out.get("img/mask")
+    return tokens if mask is None else jnp.where(mask[..., None], tokens, 0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def token_embeddings(
     model: ModelConfig, dtype: str | None, params: Params, batch: Mapping[str, Array]
 ) -> Float[Array, "b n d"]:
-    """As `embeddings`, but the tokens after the last LayerNorm and before pooling."""
+    """As `embeddings`, but the tokens after the last LayerNorm and before pooling; zeros where they are padding."""
     *_, out = make_model(model).apply({"params": params}, batch)
-    return out["txt/encoded" if "text" in batch else "img/encoded"].astype(dtype)
+    return (out["txt/encoded"] if "text" in batch else _tokens(out)).astype(dtype)
 
 
 def rows_per_process(batch_size: int, mesh: Mesh) -> int:
@@ -120,7 +130,7 @@ class Embedder:
         embed: `embeddings` with a model and its parameters, where `feature` may be given; or `token_embeddings`: then rows are
             [n, d] instead of [e].
         rows: rows of this process in each forward pass, as `rows_per_process` says.
-        image_size: (height, width) in pixels. no_images: an empty batch, as `read` gives it.
+        image_size, patch_px: (height, width) in pixels of an image and of a patch. no_images: an empty batch, as `read` gives it.
         max_patches: of an image, for a NaFlex model; None for images of one size.
         resample: the filter with which the model's images are resized.
         canonical_prompts: whether the model's own pipeline removes the punctuation of class prompts.
@@ -139,6 +149,7 @@ class Embedder:
     mesh: Mesh
     rows: int
     image_size: tuple[int, int]
+    patch_px: tuple[int, int]
     no_images: Mapping[str, np.ndarray]
     resample: str
     canonical_prompts: bool
@@ -156,16 +167,7 @@ class Embedder:
         return dataclasses.replace(self.at_length(max_patches), text_embeddings=self.text_embeddings)
 
     def embed_images(self, batch: Mapping[str, Any], *, feature: Feature = "embedding") -> Float[np.ndarray, "n ..."]:
-        """Embeddings of this process's images, in a batch as `read` gives it; all processes must bring as many batches.
-
-        Raises:
-            UserError: tokens of a NaFlex model, which are not a grid of all images.
-        """
-        if self.max_patches is not None and feature == "tokens":
-            raise UserError(
-                "this task reads a grid of tokens that all images share, which a NaFlex model does not have; evaluate an export "
-                "of it for images of one size: siglip export SRC --image-size N"
-            )
+        """Embeddings of this process's images, in a batch as `read` gives it; all processes must bring as many batches."""
         embed = self.embed if feature == "embedding" else functools.partial(self.embed, feature=feature)
         return embed_rows(embed, image_arrays(batch), mesh=self.mesh, rows_per_pass=self.rows)
 
@@ -222,14 +224,16 @@ class Embedder:
             batch = next(batches, nothing)
             z.append(self.embed_images(batch, feature=feature))
             values = [[self.values_of(record, field) for field in fields] for record in batch["fields"]]
-            records += zip(batch["index"], batch["key"], values, strict=True)
+            grids = np.asarray(batch["grid"]).tolist() if "grid" in batch else [None] * len(values)
+            records += zip(batch["index"], batch["key"], values, grids, strict=True)
         next(batches, None)  # what comes last may have to be counted as broken
         counts = sum(map(Counter, gather_records([dict(images.counts)])), Counter())
         records = gather_records(records)
-        order = np.argsort([index for index, _, _ in records]).astype(int)
-        index, keys, values = ([records[i][column] for i in order] for column in range(3))
+        order = np.argsort([index for index, *_ in records]).astype(int)
+        index, keys, values, grids = ([records[i][column] for i in order] for column in range(4))
         columns = {field: [own[n] for own in values] for n, field in enumerate(fields)}
-        return EmbeddedImages(gather_rows(np.concatenate(z))[order], index, keys, columns), counts
+        grids = None if self.max_patches is None else grids
+        return EmbeddedImages(gather_rows(np.concatenate(z))[order], index, keys, columns, grids), counts
 
 
 def _warn_if_collapsed(z: Float[np.ndarray, "n ..."], what: str, tower: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from siglip.array_types import Float, Int
 from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder, Feature, FirstValues
-from siglip.evaluation.labels import check_labels, labelled_features
+from siglip.evaluation.labels import check_labels, train_and_test
 from siglip.evaluation.results import Result, check_name, dataset_name
 
 _CONSTANT = 100.0  # beside the features: it is a bias that is hardly regularised
@@ -73,8 +73,7 @@ class FewShot:
 
     def run(self, embedder: Embedder) -> list[Result]:
         """One result. Raises UserError where labels are missing or differ from those of the training set."""
-        train = labelled_features(embedder, self.train, self.label, feature=self.feature)
-        test = labelled_features(embedder, self.data, self.label, feature=self.feature, names=train.names)
+        train, test = train_and_test(embedder, self.train, self.data, self.label, feature=self.feature)
         metrics = {}
         for shots in self.shots:
             found = {}

@@ -2,9 +2,11 @@
 
 Each process keeps the tokens of its share of the images in a temporary file, as float16; a head sees batches of all processes.
 Tokens are standardised by the training set's mean and std of each channel: what a BatchNorm without parameters converges to when
-its input does not change.
+its input does not change. Those of a NaFlex model are padded, and "grid" says how far they go: see `valid_of`.
 """
 
+import collections
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +35,8 @@ class FrozenTokens(NamedTuple):
     """This process's share of some images.
 
     Attributes:
-        arrays: "tokens" float16 [n, patches, d], and "mask" uint8 [n, h, w] where it was asked for; in files.
+        arrays: "tokens" float16 [n, patches, d], and "mask" uint8 [n, h, w] where it was asked for; in files. Of a NaFlex model
+            "grid" int32 [n, 2], patches (down, across), too, and "mask" [n, patches, p_h p_w].
         keys: names of the images.
         values: what the fields asked for hold.
     """
@@ -54,18 +57,20 @@ def read_tokens(embedder: Embedder, data: str, fields: Sequence[str] = (), *, ma
     """
     pairs, images = embedder.read(data, fields, **({} if mask is None else {"mask": mask}))
     nothing = {**embedder.no_images, "key": [], "fields": []}
-    nothing |= {} if mask is None else {"mask": np.zeros((0, *embedder.image_size), np.uint8)}
-    files = {name: tempfile.TemporaryFile() for name in ("tokens", *(["mask"] if mask else []))}
+    if mask is not None:
+        size = (embedder.max_patches, math.prod(embedder.patch_px)) if embedder.max_patches else embedder.image_size
+        nothing["mask"] = np.zeros((0, *size), np.uint8)
+    files = collections.defaultdict(tempfile.TemporaryFile)
     shapes: dict[str, tuple] = {}
     batches, keys, values, finite = iter(images), [], [], True
     for _ in range(-(-pairs // (embedder.rows * jax.process_count()))):
         batch = next(batches, nothing)
         tokens = embedder.embed_images(batch, feature="tokens")
         finite &= bool(np.isfinite(tokens).all())
-        for name, rows in (("tokens", tokens.astype(np.float16)), ("mask", batch.get("mask"))):
-            if rows is not None:
-                files[name].write(rows.tobytes())
-                shapes[name] = (rows.dtype, rows.shape[1:])
+        kept = {name: batch[name] for name in ("mask", "grid") if name in batch}
+        for name, rows in (kept | {"tokens": tokens.astype(np.float16)}).items():
+            files[name].write(rows.tobytes())
+            shapes[name] = (rows.dtype, rows.shape[1:])
         keys += batch["key"]
         values += [[embedder.values_of(record, field) for field in fields] for record in batch["fields"]]
     next(batches, None)
@@ -83,12 +88,24 @@ def read_tokens(embedder: Embedder, data: str, fields: Sequence[str] = (), *, ma
     return FrozenTokens(arrays, keys, values)
 
 
-def channel_statistics(tokens: np.ndarray) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:
+def valid_of(arrays: Mapping[str, Any]) -> Any:
+    """bool [b, n], False at padding, of a batch with "tokens" and "grid"; None without a "grid": there is no padding then.
+
+    A row of zeros, which fills up a batch, is an image of one patch.
+    """
+    if "grid" not in arrays:
+        return None
+    return np.arange(arrays["tokens"].shape[1])[None] < arrays["grid"].clip(1).prod(axis=1)[:, None]
+
+
+def channel_statistics(arrays: Arrays) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:
     """(mean, std) of each channel over all tokens of all images of all processes."""
-    width = tokens.shape[-1]
+    width = arrays["tokens"].shape[-1]
     sums = np.zeros((3, width))
-    for start in range(0, len(tokens), _BLOCK):
-        block = tokens[start : start + _BLOCK].astype(np.float64).reshape(-1, width)
+    for start in range(0, len(arrays["tokens"]), _BLOCK):
+        some = {name: array[start : start + _BLOCK] for name, array in arrays.items()}
+        block, valid = some["tokens"].astype(np.float64), valid_of(some)
+        block = block.reshape(-1, width) if valid is None else block[valid]
         sums += np.stack([np.full(width, len(block)), block.sum(axis=0), (block**2).sum(axis=0)])
     count, total, squares = gather_rows(sums[None].astype(np.float32)).astype(np.float64).sum(axis=0)
     mean = total / count
@@ -140,14 +157,16 @@ def train_head(
 
 
 def apply_head(
-    head: Callable[[Params, Array], Any], params: Params, tokens: np.ndarray
+    head: Callable[[Params, Mapping[str, Array]], Any], params: Params, arrays: Arrays
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields (rows, `head(params, tokens of the rows)`) of this process's images; one shape is compiled."""
-    compiled = jax.jit(head)
-    for start in range(0, len(tokens), _BLOCK):
-        block = _widened(tokens[start : start + _BLOCK])
-        padded = np.pad(block, [(0, _BLOCK - len(block)), (0, 0), (0, 0)])
-        yield slice(start, start + len(block)), np.asarray(compiled(params, padded))[: len(block)]
+    """Yields (rows, `head(params, rows of the arrays)`) of this process's images; one shape is compiled."""
+    compiled, count = jax.jit(head), len(arrays["tokens"])
+    for start in range(0, count, _BLOCK):
+        some = {name: _widened(array[start : start + _BLOCK]) for name, array in arrays.items()}
+        rows = slice(start, min(start + _BLOCK, count))
+        fill = _BLOCK - (rows.stop - rows.start)
+        padded = {name: np.pad(array, [(0, fill), *[(0, 0)] * (array.ndim - 1)]) for name, array in some.items()}
+        yield rows, np.asarray(compiled(params, padded))[: rows.stop - rows.start]
 
 
 def _widened(rows: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from siglip.array_types import Array, Float, Int
 from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder, Feature, FirstValues
-from siglip.evaluation.labels import check_labels, labelled_features
+from siglip.evaluation.labels import check_labels, train_and_test
 from siglip.evaluation.metrics import accuracies
 from siglip.evaluation.results import Result, check_name, dataset_name
 from siglip.parallel.collectives import gather_rows
@@ -67,8 +67,7 @@ class Knn:
 
     def run(self, embedder: Embedder) -> list[Result]:
         """One result. Raises UserError where labels are missing or differ from those of the training set."""
-        train = labelled_features(embedder, self.train, self.label, feature=self.feature)
-        test = labelled_features(embedder, self.data, self.label, feature=self.feature, names=train.names)
+        train, test = train_and_test(embedder, self.train, self.data, self.label, feature=self.feature)
         votes = {"k": self.k, "temperature": self.temperature}
         predicted = knn_classes(train.features, train.labels, test.features, **votes)
         return [Result(self, self.dataset, "", accuracies(predicted, test.labels, "knn_", f"_{self.feature}"))]

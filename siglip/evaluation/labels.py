@@ -116,19 +116,21 @@ class Labelled(NamedTuple):
     names: list[Any]
 
 
-def labelled_features(
-    embedder: Embedder, data: str, label: str, *, feature: Feature, names: Sequence[Any] | None = None
-) -> Labelled:
-    """The features and labels of every image that has one.
-
-    Args:
-        names: the labels of the training set; None: this is it.
+def train_and_test(
+    embedder: Embedder, train: str, test: str, label: str, *, feature: Feature
+) -> tuple[Labelled, Labelled]:
+    """The features and labels of every image of both sets that has one.
 
     Raises:
         UserError: no image has a label, features are not finite, or a label is not in the training set.
     """
-    images = embedder.embed_shards(data, (label,), feature=feature)
-    return keep_labelled(images.zimg, images.keys, images.values[label], data=data, label=label, names=names)
+
+    def read(data: str, names: Sequence[Any] | None) -> Labelled:
+        images = embedder.embed_shards(data, (label,), feature=feature)
+        return keep_labelled(images.zimg, images.keys, images.values[label], data=data, label=label, names=names)
+
+    fitted = read(train, None)
+    return fitted, read(test, fitted.names)
 
 
 def keep_labelled(
@@ -140,7 +142,11 @@ def keep_labelled(
     label: str,
     names: Sequence[Any] | None = None,
 ) -> Labelled:
-    """Of some images, rows of `features`, those with one label each, and their numbers; see `labelled_features`."""
+    """Of some images, rows of `features`, those with one label each, and their numbers; see `train_and_test`.
+
+    Args:
+        names: the labels of the training set; None: this is it.
+    """
     several = next((key for key, own in zip(keys, values, strict=True) if len(own) > 1), None)
     if several is not None:
         raise UserError(f"image {several} of {data} has several labels in {label!r}; a probe takes one per image")

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from siglip.array_types import Array, Float, Int
 from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder, Feature, FirstValues
-from siglip.evaluation.labels import Labelled, check_labels, labelled_features
+from siglip.evaluation.labels import Labelled, check_labels, train_and_test
 from siglip.evaluation.metrics import accuracies
 from siglip.evaluation.results import Result, check_name, dataset_name
 from siglip.parallel import sharding
@@ -87,8 +87,7 @@ class LinearProbe:
 
     def run(self, embedder: Embedder) -> list[Result]:
         """One result. Raises UserError where labels are missing or differ from those of the training set."""
-        train = labelled_features(embedder, self.train, self.label, feature=self.feature)
-        test = labelled_features(embedder, self.data, self.label, feature=self.feature, names=train.names)
+        train, test = train_and_test(embedder, self.train, self.data, self.label, feature=self.feature)
         if self.l2_normalise:
             train, test = (
                 own._replace(features=own.features / np.linalg.norm(own.features, axis=1, keepdims=True))

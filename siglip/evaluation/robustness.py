@@ -56,7 +56,6 @@ class Robustness:
 
     BENCHMARK_TASK: ClassVar[str] = "robustness"
     EMBEDS_TEXTS: ClassVar[bool] = True
-    NEEDS_ONE_SIZE: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_name(self.name)

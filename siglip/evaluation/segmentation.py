@@ -4,11 +4,13 @@
 
 One confusion matrix over all images; classes that occur neither in the masks nor in the predictions are left out. DINOv2 and
 DINOv3 train on crops at several scales and slide a window over large images; here tokens are computed once for each image at the
-model's resolution, and masks are resized to it without mixing classes: numbers are lower than theirs.
+model's resolution, and masks are resized to it without mixing classes: numbers are lower than theirs. Of a NaFlex model that is
+the resolution of each image: a mask is cut into patches as its image is, and logits are resized within its grid of tokens.
 """
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import jax
@@ -16,10 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from siglip.array_types import Array, Float, Int, UInt8
+from siglip.array_types import Array, Bool, Float, Int, UInt8
 from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder, FirstValues
-from siglip.evaluation.frozen_tokens import apply_head, channel_statistics, read_tokens, standardised, train_head
+from siglip.evaluation.frozen_tokens import (
+    apply_head,
+    channel_statistics,
+    read_tokens,
+    standardised,
+    train_head,
+    valid_of,
+)
 from siglip.evaluation.results import Result, check_name, dataset_name
 from siglip.parallel.collectives import gather_records, gather_rows
 from siglip.parallel.launch import in_all_or_none
@@ -61,7 +70,6 @@ class Segmentation:
 
     BENCHMARK_TASK: ClassVar[str] = "linear_segmentation"
     EMBEDS_TEXTS: ClassVar[bool] = False
-    NEEDS_ONE_SIZE: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -86,33 +94,32 @@ class Segmentation:
 
     def run(self, embedder: Embedder) -> list[Result]:
         """One result. Raises UserError where no mask can be read, or masks hold one class alone."""
-        train = read_tokens(embedder, self.train, mask=self.mask)
-        tokens, masks = train.arrays["tokens"], train.arrays["mask"]
-        classes = self._classes(masks)
-        grid = _grid(embedder.image_size, tokens.shape[1])
-        mean, std = channel_statistics(tokens)
-        width, size = tokens.shape[-1], embedder.image_size
+        arrays = read_tokens(embedder, self.train, mask=self.mask).arrays
+        classes = self._classes(arrays)
+        mean, std = channel_statistics(arrays)
+        width = arrays["tokens"].shape[-1]
         params = {"kernel": np.zeros((width, classes), np.float32), "bias": np.zeros(classes, np.float32)}
+        head = functools.partial(pixel_logits, size=embedder.image_size, patch_px=embedder.patch_px)
 
         def loss(params, batch, key):
-            logits = pixel_logits(params, batch["tokens"], key, grid=grid, size=size, dropout=self.dropout)
-            known = ~jnp.isin(batch["mask"], jnp.asarray(self.ignore, jnp.uint8))
+            logits = head(params, batch, key, dropout=self.dropout)
+            known, valid = ~jnp.isin(batch["mask"], jnp.asarray(self.ignore, jnp.uint8)), valid_of(batch)
+            known = known if valid is None else known & valid[..., None]
             each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(known, batch["mask"], 0))
             return (each * known).sum() / jnp.maximum(known.sum(), 1)
 
         params = train_head(
-            params | {"mean": mean, "std": std}, loss, {"tokens": tokens, "mask": masks}, steps=self.steps,
-            batch_size=self.images_per_step, learning_rate=self.learning_rate, weight_decay=self.weight_decay,
-            seed=self.seed, mesh=embedder.mesh,
+            params | {"mean": mean, "std": std}, loss, arrays, steps=self.steps, batch_size=self.images_per_step,
+            learning_rate=self.learning_rate, weight_decay=self.weight_decay, seed=self.seed, mesh=embedder.mesh,
         )  # fmt: skip
-        test = read_tokens(embedder, self.data, mask=self.mask)
-        head = functools.partial(pixel_logits, grid=grid, size=size)
-        predict = lambda params, x: jnp.argmax(head(params, x), axis=-1).astype(jnp.uint8)  # noqa: E731
+        arrays = read_tokens(embedder, self.data, mask=self.mask).arrays
+        predict = lambda params, batch: jnp.argmax(head(params, batch), axis=-1).astype(jnp.uint8)  # noqa: E731
 
         def count() -> np.ndarray:
-            confusion = np.zeros((classes, classes), np.int64)
-            for rows, predicted in apply_head(predict, params, test.arrays["tokens"]):
-                confusion += confusion_of(predicted, test.arrays["mask"][rows], classes=classes, ignore=self.ignore)
+            confusion, valid = np.zeros((classes, classes), np.int64), valid_of(arrays)
+            for rows, predicted in apply_head(predict, params, {k: a for k, a in arrays.items() if k != "mask"}):
+                own = (_without_padding(values, valid, rows) for values in (predicted, arrays["mask"][rows]))
+                confusion += confusion_of(*own, classes=classes, ignore=self.ignore)
             return confusion
 
         confusion = in_all_or_none(count, bad_input=(UserError,))
@@ -121,11 +128,11 @@ class Segmentation:
         high, low = gather_rows(halves[None]).astype(np.int64).sum(axis=0)
         return [Result(self, self.dataset, "", segmentation_metrics((high << 24) + low))]
 
-    def _classes(self, masks: UInt8[np.ndarray, "n h w"]) -> int:
+    def _classes(self, arrays: Mapping[str, np.ndarray]) -> int:
         """One more than the largest class of the training masks."""
-        present = np.zeros(_MAX_CLASSES + 1, bool)
-        for mask in masks:
-            present[np.unique(mask)] = True
+        present, valid = np.zeros(_MAX_CLASSES + 1, bool), valid_of(arrays)
+        for n, mask in enumerate(arrays["mask"]):
+            present[np.unique(_without_padding(mask[None], valid, slice(n, n + 1)))] = True
         present = np.any(gather_records([present.tolist()]), axis=0)
         present[[value for value in self.ignore if 0 <= value <= _MAX_CLASSES]] = False
         if present.sum() < 2:
@@ -135,22 +142,57 @@ class Segmentation:
         return int(np.flatnonzero(present)[-1]) + 1
 
 
+def _without_padding(
+    pixels: UInt8[np.ndarray, "b h w"], valid: Bool[np.ndarray, "n patches"] | None, rows: slice
+) -> UInt8[np.ndarray, "c h w"]:
+    """Of some rows; of patches all that are none of padding, side by side."""
+    return pixels if valid is None else pixels[valid[rows]][None]
+
+
 def pixel_logits(
     params,
-    tokens: Float[Array, "b n d"],
+    batch: Mapping[str, Array],
     key: Array | None = None,
     *,
-    grid: tuple[int, int],
     size: tuple[int, int],
+    patch_px: tuple[int, int],
     dropout: float = 0.0,
-) -> Float[Array, "b h w k"]:
-    """Of every pixel. key: of the dropout; None: none."""
-    x = standardised(params, tokens)
+) -> Float[Array, "b h w k"] | Float[Array, "b n p k"]:
+    """Of every pixel: patch by patch where the batch has a "grid", else of images of one `size`. key: of the dropout, or None."""
+    x = standardised(params, batch["tokens"])
     if key is not None and dropout:
         kept = jax.random.bernoulli(key, 1 - dropout, (len(x), 1, x.shape[-1]))
         x = jnp.where(kept, x / (1 - dropout), 0)
-    logits = (x @ params["kernel"] + params["bias"][None, None]).reshape(len(x), *grid, -1)
-    return jax.image.resize(logits, (len(x), *size, logits.shape[-1]), "bilinear")
+    logits = x @ params["kernel"] + params["bias"][None, None]
+    if "grid" in batch:
+        return resize_in_patches(logits, batch["grid"], patch_px)
+    grid = (side // patch for side, patch in zip(size, patch_px, strict=True))
+    return jax.image.resize(logits.reshape(len(x), *grid, -1), (len(x), *size, logits.shape[-1]), "bilinear")
+
+
+def resize_in_patches(
+    x: Float[Array, "b n k"], grid: Int[Array, "b 2"], patch_px: tuple[int, int]
+) -> Float[Array, "b n p k"]:
+    """A value for each patch of images of several grids -> for each pixel of the patches, bilinear.
+
+    Between the middles of patches lie at most their neighbours; beyond the outermost, values go on as they are.
+    """
+    b, n, k = x.shape
+    down, across = (side[:, None] for side in grid.clip(1).T)
+    place = jnp.arange(n)[None]
+    steps = jnp.arange(-1, 2)[None, None]
+    row = jnp.clip((place // across)[..., None] + steps, 0, down[..., None] - 1)
+    column = jnp.clip((place % across)[..., None] + steps, 0, across[..., None] - 1)
+    places = (row[..., :, None] * across[..., None, None] + column[..., None, :]).reshape(b, n * 9, 1)
+    near = jnp.take_along_axis(x, places, axis=1).reshape(b, n, 3, 3, k)
+    down_weights, across_weights = map(_neighbour_weights, patch_px)
+    return jnp.einsum("bnyxk,iy,jx->bnijk", near, down_weights, across_weights).reshape(b, n, -1, k)
+
+
+def _neighbour_weights(pixels: int) -> Float[np.ndarray, "pixels 3"]:
+    """Of the patch before, the patch itself and the one after, for each pixel of a patch."""
+    at = (np.arange(pixels) + 0.5) / pixels - 0.5
+    return np.stack([np.maximum(-at, 0), 1 - abs(at), np.maximum(at, 0)], axis=1).astype(np.float32)
 
 
 def confusion_of(
@@ -184,9 +226,3 @@ def segmentation_metrics(confusion: Int[np.ndarray, "k k"]) -> dict[str, float]:
     union = confusion.sum(axis=0) + confusion.sum(axis=1) - hits
     iou = hits[union > 0] / union[union > 0]
     return {"mean_iou_tokens": float(np.mean(iou)), "pixel_acc_tokens": float(hits.sum() / confusion.sum())}
-
-
-def _grid(size: tuple[int, int], patches: int) -> tuple[int, int]:
-    """(down, across) of the patches of an image, which are as tall as wide or as the image's sides have it."""
-    fitting = [(n, patches // n) for n in range(1, patches + 1) if patches % n == 0]
-    return min(fitting, key=lambda grid: abs(grid[0] * size[1] - grid[1] * size[0]))

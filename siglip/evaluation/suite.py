@@ -6,12 +6,10 @@ name into `Task`: `siglip eval --task`, the config and its flags, config.json an
 - `data`: shards; `name` of their data set, or None; `dataset`: that name, or one taken from the shards;
 - `task`: its kind, a Literal of one value, by which config.json tells the classes apart; `BENCHMARK_TASK`, CLIP_benchmark's;
 - `EMBEDS_TEXTS`: whether the model must have a text tower and a tokenizer;
-- `NEEDS_ONE_SIZE` = True, if it cannot take the images of a NaFlex model;
 - `check(first_values)`: finds what is wrong with the files before a model is run;
 - `run(embedder)`: a list of `Result`; called by all processes, with the same result in all of them.
 """
 
-import collections
 import dataclasses
 import logging
 import time
@@ -39,6 +37,7 @@ from siglip.evaluation.selection import Selection
 from siglip.evaluation.verification import Verification
 from siglip.evaluation.zeroshot import ZeroShot
 from siglip.parallel.collectives import gather_records
+from siglip.trees import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -65,16 +64,6 @@ def check_names(tasks: Sequence[Task]) -> None:
             raise UserError(f"{count} evaluations have the metrics {prefix}/…; give each of them a name of its own")
 
 
-def check_sizes(tasks: Sequence[Task], *, naflex: bool) -> None:
-    """Raises UserError if the model is NaFlex and an evaluation needs images of one size."""
-    for task in tasks:
-        if naflex and getattr(task, "NEEDS_ONE_SIZE", False):
-            raise UserError(
-                f"{task.task} needs images of one size, which a NaFlex model does not have; evaluate an export of it: "
-                "siglip export SRC --image-size N"
-            )
-
-
 def run_tasks(tasks: Sequence[Task], embedder: Embedder) -> list[Result]:
     """Runs one task after the other; every process gets all results. Raises UserError as the tasks' `run` do."""
     # In a training run a mesh is set: a program for one of its devices would be refused.
@@ -85,24 +74,31 @@ def run_tasks(tasks: Sequence[Task], embedder: Embedder) -> list[Result]:
 class TimedTasks:
     """Evaluations of a training run within a time: those that are not begun in it come first the next time.
 
-    The first task always runs: that of `checkpoint.best_metric` belongs there.
+    The first task never waits: that of `checkpoint.best_metric` belongs there.
     """
 
     def __init__(self, tasks: Sequence[Task], max_s: float) -> None:
-        self._first, self._others, self._max_s = tasks[:1], collections.deque(tasks[1:]), max_s
+        self._tasks, self._max_s, self._waiting = tasks, max_s, []
 
-    def run(self, embedder: Embedder) -> list[Result]:
-        """As `run_tasks`; process 0's clock counts for all. Raises UserError as the tasks' `run` do."""
-        start, results = time.monotonic(), run_tasks(self._first, embedder)
-        for turn in range(len(self._others)):
-            late = self._max_s > 0 and time.monotonic() - start >= self._max_s
-            if gather_records([late])[0]:
-                if jax.process_index() == 0:
-                    told = "eval.max_s=%g is used up: %d evaluations wait for the next time, first %s"
-                    logger.info(told, self._max_s, len(self._others) - turn, self._others[0].dataset)
-                break
-            results += run_tasks([self._others[0]], embedder)
-            self._others.rotate(-1)
+    def run(self, embedder: Embedder, due: Sequence[int]) -> list[Result]:
+        """As `run_tasks`, those whose turn it is and those that wait; at least one.
+
+        Args:
+            due: places of tasks.
+
+        Raises:
+            UserError: as the tasks' `run` do.
+        """
+        first, others = [n for n in due if n == 0], [n for n in (*self._waiting, *due) if n]
+        self._waiting = [*first, *dict.fromkeys(others)]
+        start, results, late = time.monotonic(), [], False
+        while self._waiting and not late:
+            results += run_tasks([self._tasks[self._waiting.pop(0)]], embedder)
+            # Process 0's clock counts for all.
+            late = gather_records([0 < self._max_s <= time.monotonic() - start])[0]
+        if self._waiting and jax.process_index() == 0:
+            told = "eval.max_s=%g is used up: %d evaluations wait for the next time, first %s"
+            logger.info(told, self._max_s, len(self._waiting), self._tasks[self._waiting[0]].dataset)
         return results
 
 
@@ -122,6 +118,7 @@ class EvalConfig:
     Attributes:
         tasks: what is evaluated; metrics are called eval/<task>/<name>/<metric>.
         every_steps: steps between evaluations; 0 evaluates at the end only.
+        every_steps_of: the same of single tasks, by the beginning of their metrics: (("zeroshot/imagenet-val", 20000), …).
         max_s: seconds after which no further task is begun; those left out come first the next time. The first task always runs.
             0: no limit.
         batch_size: images or texts per forward pass, over all devices and hosts.
@@ -131,6 +128,7 @@ class EvalConfig:
 
     tasks: tuple[Task, ...] = ()
     every_steps: int = 0
+    every_steps_of: tuple[tuple[str, int], ...] = ()
     max_s: float = 0.0
     batch_size: int = 256
     threads: int = 0
@@ -141,3 +139,21 @@ class EvalConfig:
             if getattr(self, name) < least:
                 raise UserError(f"eval.{name}={getattr(self, name)} must be at least {least}")
         check_names(self.tasks)
+        known = {prefix.removeprefix("eval/") for prefix in self.prefixes}
+        for name, steps in self.every_steps_of:
+            if name not in known:
+                hint = did_you_mean(name, known) or f"; there are {', '.join(sorted(known)) or 'none'}"
+                raise UserError(f"eval.every_steps_of names {name!r}, which is not an evaluation of this run{hint}")
+            if steps < 0:
+                raise UserError(f"eval.every_steps_of: {steps} steps of {name} must be at least 0")
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """The beginning of the names of each task's metrics."""
+        return tuple(metric_prefix(task, task.dataset) for task in self.tasks)
+
+    @property
+    def cadences(self) -> tuple[int, ...]:
+        """Steps between the evaluations of each task; 0 evaluates it at the end only."""
+        own = dict(self.every_steps_of)
+        return tuple(own.get(prefix.removeprefix("eval/"), self.every_steps) for prefix in self.prefixes)

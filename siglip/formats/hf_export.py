@@ -112,10 +112,7 @@ def _torch_outputs(model: Any, inputs: Inputs, config: PixelConfig) -> Outputs:
     import torch
 
     images, mask = inputs.images, None
-    values = images.patches if isinstance(images, Patches) else images
-    if not config.has_default_range:
-        colours = np.asarray(values).reshape(*values.shape[:2], -1, 3)
-        values = (((colours + 1) / 2 - config.mean) / config.std).astype(np.float32).reshape(values.shape)
+    values = config.scaled(np.asarray(images.patches if isinstance(images, Patches) else images))
     if isinstance(images, Patches):
         mask = torch.from_numpy(np.arange(values.shape[1]) < np.asarray(images.lengths)[:, None])
         pixels = {"pixel_values": torch.from_numpy(np.array(values)), "pixel_attention_mask": mask.int()}
@@ -151,10 +148,7 @@ def _preprocessed(folder: Path, inputs: Inputs, config: PixelConfig) -> Outputs:
         made = AutoImageProcessor.from_pretrained(folder, **by_pillow)(images, return_tensors="np")
         is_naflex, pixels = isinstance(inputs.images, Patches), np.asarray(made["pixel_values"], np.float32)
         pixels = pixels if is_naflex else pixels.transpose(0, 2, 3, 1)
-        if not config.has_default_range:
-            colours = pixels.reshape(*pixels.shape[:2], -1, 3)
-            pixels = (2 * (colours * np.float64(config.std) + config.mean) - 1).astype(np.float32).reshape(pixels.shape)
-        outputs["pixels"] = pixels
+        outputs["pixels"] = pixels = config.unscaled(pixels)
         if is_naflex:
             patches = Patches(pixels, np.asarray(made["spatial_shapes"], np.int32)).without_padding()
             outputs |= {"pixels": patches.patches, "grid": patches.grid}

@@ -53,6 +53,21 @@ class PixelConfig:
         """Whether the tower's input is just the range from -1 to 1."""
         return {*self.mean, *self.std} == {0.5}
 
+    def scaled(self, pixels: Float[Array | np.ndarray, "..."]) -> Float[Array | np.ndarray, "..."]:
+        """-1 … 1, of images or of patches with red, green and blue in turn on the last axis -> what the tower was trained on."""
+        if self.has_default_range:
+            return pixels
+        colours = (pixels.reshape(*pixels.shape[:-1], -1, 3) + 1) / 2
+        mean, std = (np.array(values, np.float32, ndmin=colours.ndim) for values in (self.mean, self.std))
+        return ((colours - mean) / std).reshape(pixels.shape)
+
+    def unscaled(self, pixels: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+        """The inverse of `scaled`."""
+        if self.has_default_range:
+            return pixels
+        colours = pixels.reshape(*pixels.shape[:-1], -1, 3) * np.float64(self.std) + self.mean
+        return (2 * colours - 1).astype(np.float32).reshape(pixels.shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageConfig:
@@ -226,10 +241,7 @@ class ViT(nn.Module):
         _check_input(image, config)
         pixels = image.patches if isinstance(image, Patches) else image
         pixels = normalize_pixels(pixels) if pixels.dtype == jnp.uint8 else pixels
-        if not config.pixels.has_default_range:
-            mean, std = (jnp.array(values, jnp.float32, ndmin=4) for values in (config.pixels.mean, config.pixels.std))
-            channels = pixels.reshape(*pixels.shape[:2], -1, 3)
-            pixels = (((channels + 1) / 2 - mean) / std).reshape(pixels.shape)
+        pixels = config.pixels.scaled(pixels)
         if isinstance(image, Patches):
             n = pixels.shape[1]
             # Whatever stands after an image's patches, NaN even, goes no further than this.

@@ -18,7 +18,7 @@ from data_pipelines import errors as data_errors
 from data_pipelines.loader import DataConfig
 from siglip import trees
 from siglip.errors import UserError
-from siglip.evaluation.suite import EvalConfig, metric_prefix
+from siglip.evaluation.suite import EvalConfig
 from siglip.models.two_tower import ModelConfig
 from siglip.parallel.launch import DistributedConfig
 from siglip.parallel.sharding import MeshConfig
@@ -70,10 +70,10 @@ class TrainConfig:
         check_terms(self.terms)
         if self.init.src is None:
             self._check_without_source()
-        best, tasks = self.checkpoint.best_metric, [metric_prefix(task, task.dataset) for task in self.eval.tasks]
-        if best is not None and not best.startswith(tuple(tasks)):
+        best, tasks = self.checkpoint.best_metric, self.eval.prefixes
+        if best is not None and not best.startswith(tasks):
             raise UserError(
-                f"checkpoint.best_metric={best!r} belongs to no evaluation task; there are {tasks or 'none'}"
+                f"checkpoint.best_metric={best!r} belongs to no evaluation task; there are {list(tasks) or 'none'}"
             )
 
     def _check_without_source(self) -> None:

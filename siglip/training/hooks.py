@@ -31,8 +31,8 @@ from siglip.workdir.metrics import PROFILE_FOLDER, MetricsWriter, Progress, Thro
 _AFTER_FAILURE_S = 10
 _EVALUATION_S = 86400  # how long the others wait for the slowest one
 
-# Called with the parameters; returns {"eval/<task>/<name>/<metric>": value}.
-Evaluate = Callable[[Mapping[str, Any]], Mapping[str, float]]
+# Called with the parameters and the step; returns {"eval/<task>/<name>/<metric>": value} of the tasks that are due.
+Evaluate = Callable[[Mapping[str, Any], int], Mapping[str, float]]
 
 
 @runtime_checkable
@@ -165,7 +165,9 @@ class RunHooks:
 
     def _eval_due(self, step: int) -> bool:
         config = self._config
-        return self._evaluate is not None and (step == config.total_steps or _due(step, config.eval.every_steps))
+        cadences = config.eval.cadences or (config.eval.every_steps,)
+        due = step == config.total_steps or any(_due(step, every) for every in cadences)
+        return self._evaluate is not None and due
 
     def _log(self, step: int) -> None:
         values = self._losses.check() | self.throughput.read()
@@ -195,7 +197,8 @@ class RunHooks:
 
     def _new_best(self, results: Mapping[str, float]) -> float | None:
         name = self._config.checkpoint.best_metric
-        if name is not None and name not in results:
+        ran = tuple(prefix for prefix in self._config.eval.prefixes if any(one.startswith(prefix) for one in results))
+        if name is not None and name not in results and name.startswith(ran):
             warnings.warn(
                 f"checkpoint.best_metric={name!r} was not evaluated; there are {sorted(results)}", stacklevel=2
             )
@@ -212,7 +215,7 @@ class RunHooks:
         assert self._evaluate is not None
         results, failure = {}, None
         try:
-            results = dict(self._evaluate(state.eval_params))
+            results = dict(self._evaluate(state.eval_params, step))
         except WaitedTooLong as waited:
             self.save(step, state)
             raise Interrupted(waited.signum, step, self._workdir) from None

@@ -29,7 +29,7 @@ from siglip.training import flops, optim, warm_start
 from siglip.training.config import BAD_INPUT, TrainConfig, from_json, resolve, to_json
 from siglip.training.divergence import NonFiniteLoss
 from siglip.training.hooks import Batches, Evaluate, RunHooks
-from siglip.training.lengths import StepOfLength, compile_lengths, micro_batch_sizes
+from siglip.training.lengths import Step, StepOfLength, compile_lengths, micro_batch_sizes
 from siglip.training.objective import all_param_shapes, make_objective
 from siglip.training.signals import Interrupted, LeftAlone, SignalFlag, WaitedTooLong
 from siglip.training.step import TrainState, init_state, make_abstract_state, make_train_step
@@ -38,6 +38,7 @@ from siglip.workdir.files import CONFIG_FILE, check_same_run, open_workdir, read
 
 logger = logging.getLogger(__name__)
 
+_COMPILED_S = 86400  # that the others may take for longer; a process that is lost ends them at once
 _NO_DATA_S = 2  # between the moments at which processes find out that no data come: all got the signal together
 
 # Called once before the first step, with the step behind it, the parameters, and SignalFlag.stop_now.
@@ -68,7 +69,7 @@ def train(
         batches: this process's share of each batch: image uint8 [bl, h, w, 3], patches uint8 [bl, n, p] with grid int32 [bl, 2],
             or zimg float32 [bl, e]; text int32 [bl, l], key list[str].
         prepare: makes `batches` ready, where that takes the parameters that training starts with.
-        evaluate: run every `config.eval.every_steps` and at the end.
+        evaluate: run at the steps that `config.eval` says, and at the end.
         tokenizer: content of the SentencePiece model, kept in the workdir for evaluation and export.
         program: what is trained; None: the two towers of `config`.
 
@@ -170,7 +171,10 @@ def _steps(
             hooks.save(step - 1, state)
             raise Interrupted(signals.received, step - 1, workdir) from None
         keys = list(batch.pop("key", ()))
-        with signals.nothing_to_save() if step == start_step + 1 else contextlib.nullcontext():
+        first = step == start_step + 1
+        with signals.nothing_to_save() if first else contextlib.nullcontext():
+            if first and jax.process_count() > 1:
+                run_step = _compiled_by_all(run_step, state, sharding.put_batch(batch, program.mesh), step)
             state, metrics = run_step(state, sharding.put_batch(batch, program.mesh))
         # The device always has the next step waiting, and never more: every waiting step holds its batch in its memory.
         jax.block_until_ready(before)
@@ -185,6 +189,17 @@ def _steps(
         told = "%s was not higher for %d evaluations: the run ends before its step %d; the best checkpoint is kept"
         logger.info(told, config.checkpoint.best_metric, config.checkpoint.patience, config.total_steps)
     return state
+
+
+def _compiled_by_all(run_step: Step, state: TrainState, batch: Mapping[str, Any], step: int) -> Step:
+    """The program of `step`, once all processes have it.
+
+    Its first collective waits for the others for half a minute, and they may compile for longer: a new host has nothing cached.
+    """
+    if not isinstance(run_step, StepOfLength):
+        run_step = run_step.lower(state, batch).compile()
+    wait_for_all(f"compiled for step {step}", timeout_s=_COMPILED_S)
+    return run_step
 
 
 def make_program(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Program:

@@ -7,6 +7,7 @@ from PIL import Image
 from data_pipelines.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from data_pipelines.samples.masks import Mask
 from data_pipelines.samples.pairs import BrokenPair, SamplePair
+from data_pipelines.samples.pixels import Pixels
 
 
 def an_image(seed=0, size=(40, 48)):
@@ -67,7 +68,7 @@ def test_masks_keep_their_classes():
     Image.fromarray(mask).save(file, "PNG")
 
     def read(value, size=(4, 4)):
-        return Mask(size, "mask").make(SamplePair(0, 0, "k", {"mask": value}, ()), None)["mask"]
+        return Mask(Pixels(size), "mask").make(SamplePair(0, 0, "k", {"mask": value}, ()), None)["mask"]
 
     expected = np.kron(np.array([[1, 7], [200, 255]]), np.ones((2, 2)))
     for value in (file.getvalue(), {"bytes": file.getvalue(), "path": None}):

@@ -9,6 +9,7 @@ import pytest
 from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.curate.run import curate
+from data_pipelines.samples.pixels import Pixels
 from data_pipelines.sources.webdataset import TarSource
 from tests.data_pipelines.shards import SAMPLE, encode, write_pairs, write_tar
 
@@ -16,12 +17,11 @@ from tests.data_pipelines.shards import SAMPLE, encode, write_pairs, write_tar
 class ColourScorer:
     """Embeds a image by its colour, a caption by the number in it: a model whose scores can be worked out by hand."""
 
-    image_size = (4, 4)
-    resample = "bilinear"
+    pixels = Pixels((4, 4))
     fingerprint = "colour"
 
     def embed_images(self, images):
-        angle = images[:, 0, 0, 0].astype(np.float32) / 64
+        angle = images["image"][:, 0, 0, 0].astype(np.float32) / 64
         return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
     def embed_texts(self, texts):
@@ -42,7 +42,7 @@ def test_scores_shares_and_leaks_by_embedding(tmp_path):
     scored = ColourScorer()
     for number, row in enumerate(rows):
         image = np.full((1, 4, 4, 3), number, np.uint8)
-        expected = scored.embed_images(image) @ scored.embed_texts([row["caption"]]).T
+        expected = scored.embed_images({"image": image}) @ scored.embed_texts([row["caption"]]).T
         assert row["score"] == pytest.approx(expected.item(), abs=1e-6)
     assert ["eval_leak_embedding" in row["reasons"] for row in rows[-3:]] == [False, True, True]
     for language in {row["language"] for row in rows}:
@@ -56,7 +56,7 @@ class Undiscerning(ColourScorer):
     """To whom all images are alike."""
 
     def embed_images(self, images):
-        return super().embed_images(np.zeros_like(images))
+        return super().embed_images({"image": np.zeros_like(images["image"])})
 
 
 def test_an_embedding_proposes_a_leak_and_pixels_decide(tmp_path):

@@ -19,6 +19,7 @@ from data_pipelines.curate.ray_engine import RayEngine
 from data_pipelines.curate.run import curate
 from data_pipelines.curate.scoring import closest
 from data_pipelines.errors import UserError
+from data_pipelines.samples.pixels import Pixels
 from tests.data_pipelines import ray_cluster
 from tests.data_pipelines.noisy import make_corpus
 
@@ -54,12 +55,11 @@ def corpus(tmp_path_factory):
 class Brightness:
     """Embeds pictures by how bright they are, captions by how long: scores of every value, made without a model."""
 
-    image_size = (8, 8)
-    resample = "bilinear"
+    pixels = Pixels((8, 8))
     fingerprint = "brightness"
 
     def embed_images(self, images):
-        return _unit(images.reshape(len(images), -1).mean(1, dtype=np.float32) / 255)
+        return _unit(images["image"].mean((1, 2, 3), dtype=np.float32) / 255)
 
     def embed_texts(self, texts):
         return _unit(np.array([len(text) for text in texts], np.float32) / 20)

@@ -30,16 +30,19 @@ LOSS_RTOL = 2e-6
 RECIPE = f"""
     from data_pipelines.augment import AugmentConfig
     from data_pipelines.loader import DataConfig
+    from data_pipelines.order.lengths import LengthConfig
     from data_pipelines.order.mixture import SourceConfig
     from siglip.workdir.checkpoint import CheckpointConfig
     from siglip.evaluation.retrieval import Retrieval
     from siglip.training.config import EvalConfig, TrainConfig
     from siglip.parallel.launch import DistributedConfig
     from siglip.workdir.metrics import LogConfig
+    from siglip.models.naflex import NaflexConfig
     from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
     from siglip.training.optim import OptimConfig
     from siglip.parallel.sharding import MeshConfig
 
+    EVALUATE, NAFLEX = {{evaluate}}, NaflexConfig(4, 9) if {{naflex}} else None
     TASK = Retrieval("{SAMPLE}/emoji-heldout-00000.tar", captions=("captions.en", "captions.de"), name="toy")
 
     def get_config():
@@ -47,11 +50,12 @@ RECIPE = f"""
             data=DataConfig(
                 sources=(SourceConfig("{SAMPLE}/emoji-train-00000.tar", captions=(("captions.*", 1.0),)),),
                 tokenizer="{SAMPLE}/spiece.model",
-                augment=AugmentConfig(scale=(0.8, 1.2), shift=0.1),
+                augment=AugmentConfig(scale=(0.8, 1.2), aspect=1.0 if NAFLEX else 0.0, shift=0.1),
+                lengths=LengthConfig((4, 9), start=0.25) if NAFLEX else None,
                 prefetch=2,
             ),
             model=ModelConfig(
-                image=ImageConfig(variant="mu", patch_size=(8, 8), image_size=(16, 16)),
+                image=ImageConfig(variant="mu", patch_size=(8, 8), image_size=(16, 16), naflex=NAFLEX),
                 text=TextConfig(variant="mu", vocab_size=4000, length=8),
                 out_dim=(None, 32),
             ),
@@ -71,10 +75,10 @@ RECIPE = f"""
 class Jobs:
     """Starts jobs whose files all lie in `folder`; kills what is left of them at the end."""
 
-    def __init__(self, folder: Path, *, evaluate: bool) -> None:
+    def __init__(self, folder: Path, *, evaluate: bool, naflex: bool = False) -> None:
         self.folder = folder
         self.recipe = folder / "recipe.py"
-        self.recipe.write_text(f"EVALUATE = {evaluate}\n" + textwrap.dedent(RECIPE))
+        self.recipe.write_text(textwrap.dedent(RECIPE.format(evaluate=evaluate, naflex=naflex)))
         self._started: list[subprocess.Popen] = []
 
     def start(
@@ -181,7 +185,7 @@ class Job:
 
     def wait_until(self, index: int, over: Callable[[], bool]) -> None:
         """While a process runs; never for ever."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 480
         while not over():
             assert self.processes[index].poll() is None and time.monotonic() < deadline, self.output(index).read_text()
             time.sleep(0.05)
@@ -203,14 +207,21 @@ class Job:
         """Step -> the keys that each process was handed."""
         steps: dict[int, list[list[str]]] = {}
         for index in range(self._count):
-            for step, keys in self._lines(index):
+            for step, keys, *_ in self._lines(index):
                 if step != "read":
                     steps.setdefault(step, []).append(keys)
         return steps
 
+    def lengths(self) -> dict[int, int]:
+        """Step -> how many patches the images of a NaFlex run have; the same in every process."""
+        lines = [line for index in range(self._count) for line in self._lines(index) if line[0] != "read"]
+        found = {(step, length) for step, _, length in lines}
+        assert len(found) == len(dict(found)), found
+        return dict(found)
+
     def reads(self) -> list[set[str]]:
         """The keys of the training pairs that each process read; those of the evaluation start with 21."""
-        reads = [{key for step, key in self._lines(index) if step == "read"} for index in range(self._count)]
+        reads = [{key for step, key, *_ in self._lines(index) if step == "read"} for index in range(self._count)]
         return [{key for key in own if key.startswith("20")} for own in reads]
 
     def _lines(self, index: int) -> list:

@@ -2,18 +2,21 @@
 
     SIGLIP_TEST_RECORD=FILE SIGLIP_TEST_AT=STEP:EVENT python -m tests.siglip.train_worker train …
 
-FILE gets a JSON line [step, keys] for every batch and ["read", key] for every training pair that is read. EVENT: "hold"
-touches FILE.holding and sleeps for ever, "missing" raises what a lost file does, "bug" what a mistake does, "poison" gives the
-batch tokens out of range, which embed as NaN, a number is a signal that the process sends itself. STEP may be "evaluating" or
-"evaluated": EVENT then comes before an evaluation's first forward pass, or when its results are there. SIGLIP_TEST_STEP_S:
-every batch takes so long. SIGLIP_TEST_TOY=1: a linear toy is trained in place of the two towers.
+FILE gets a JSON line [step, keys, patches of an image] for every batch and ["read", key] for every training pair that is
+read. EVENT: "hold" touches FILE.holding and sleeps for ever, "missing" raises what a lost file does, "bug" what a mistake does,
+"poison" gives the batch tokens out of range, which embed as NaN, a number is a signal that the process sends itself. STEP may
+be "evaluating" or "evaluated": EVENT then comes before an evaluation's first forward pass, or when its results are there.
+"compiling:late" compiles a NaFlex run's programs a while later than others.
+SIGLIP_TEST_STEP_S: every batch takes so long. SIGLIP_TEST_TOY=1: a linear toy is trained in place of the two towers.
 """
 
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from data_pipelines.loader import Loader
@@ -23,6 +26,8 @@ from siglip.evaluation.embed import Embedder
 from siglip.evaluation.suite import TimedTasks
 from siglip.training import loop
 from tests.siglip.tiny_run import toy_program
+
+LATE_S = 40  # Gloo waits for 30
 
 
 def record(path: Path, at: str) -> None:
@@ -39,7 +44,8 @@ def record(path: Path, at: str) -> None:
         batch = hand_out(self)
         if at == f"{step}:poison":
             batch["text"] = np.full_like(batch["text"], 1 << 20)
-        file.write(json.dumps([step, batch["key"]]) + "\n")
+        length = batch["patches"].shape[1] if "patches" in batch else None
+        file.write(json.dumps([step, batch["key"], length]) + "\n")
         return batch
 
     def read_and_tell(self: TarSource, index: int):
@@ -47,17 +53,29 @@ def record(path: Path, at: str) -> None:
         file.write(json.dumps(["read", pair.key]) + "\n")
         return pair
 
-    def evaluate_and_fail(tasks: TimedTasks, embedder: Embedder) -> list:
+    def evaluate_and_fail(tasks: TimedTasks, embedder: Embedder, due: list[int]) -> list:
         if event_step == "evaluating":
             happen(event, path)
-        results = evaluate(tasks, embedder)
+        results = evaluate(tasks, embedder, due)
         if event_step == "evaluated":
             happen(event, path)
         return results
 
+    if event_step == "compiling":
+        jax.stages.Lowered.compile = compile_late(jax.stages.Lowered.compile)
     evaluate = TimedTasks.run
     TimedTasks.run = evaluate_and_fail
     Loader.__next__, TarSource.__getitem__ = hand_out_and_tell, read_and_tell
+
+
+def compile_late(compile: Callable) -> Callable:
+    def compile_later(self: jax.stages.Lowered, *args, **kwargs):
+        time.sleep(0 if compiled else LATE_S)
+        compiled.append(1)
+        return compile(self, *args, **kwargs)
+
+    compiled = []
+    return compile_later
 
 
 def happen(event: str, path: Path) -> None:

@@ -333,8 +333,15 @@ def test_a_workdir_of_another_config_and_one_that_is_a_file(trained, recipe, cap
 def test_an_evaluation_is_added_by_a_flag_and_the_last_one_is_printed(recipe, shard, capsys, tmp_path, monkeypatch):
     use_devices(monkeypatch, 2)
     added = f"retrieval --data '{shard}' --captions captions.fr --name french"
-    assert run(["train", str(recipe), *STEPS, "--eval.add", added]) == 0
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    own = ["--eval.every-steps-of", "retrieval/french", "5"]
+    assert run(["train", str(recipe), *STEPS, "--eval.add", added, *own]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = {
+        name: [line["step"] for line in lines if any(key.startswith(f"eval/retrieval/{name}") for key in line)]
+        for name in ("toy", "french")
+    }
+    assert steps == {"toy": [8], "french": [5, 8]}
+    last = lines[-1]
     told = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
     names = ["retrieval/toy-en", "retrieval/toy-de", "retrieval/toy-mean", "retrieval/french"]
     assert list(told) == names

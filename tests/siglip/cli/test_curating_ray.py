@@ -41,7 +41,7 @@ def test_a_scorer_travels_as_what_it_was_made_from(weights):
     arrived = pickle.loads(data)
     assert arrived is pickle.loads(data)  # the second task of a process finds the model loaded
     assert arrived.fingerprint == scorer.fingerprint
-    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    images = {"image": np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)}
     np.testing.assert_array_equal(arrived.embed_images(images), scorer.embed_images(images))
 
 

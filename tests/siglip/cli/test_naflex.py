@@ -5,11 +5,15 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+import siglip
 from siglip.cli import run
 from siglip.workdir.metrics import read_metrics
+from tests.data_pipelines.shards import encode, write_tar
 from tests.siglip.cli.test_commands import RECIPE, SAMPLE, fails, shard  # noqa: F401
+from tests.siglip.rounding import towers_apart
 from tests.siglip.tiny_run import use_devices
 
 IMPORTS = """
@@ -90,14 +94,60 @@ def test_mistakes(trained, recipe, shard, tmp_path, capsys):  # noqa: F811
     fails(["eval", str(trained), *task, "--max-patches", "0"], capsys, "--max-patches=0 must lie in 1 … 9, the longest")
     fails(["eval", str(trained), *task, "--max-patches", "4", "10"], capsys, "--max-patches=10 must lie in 1 … 9")
     fails(["eval", str(trained), *task, "--pixels", "square875"], capsys, "square875 is for images of one size")
-    classes = ["--data", str(shard), "--classes", "imagenet"]
-    for name in ("robustness", "segmentation", "attentive_probe"):
-        args = ["--train", str(shard)] if name != "robustness" else classes[2:]
-        fails(["eval", str(trained), "--task", name, *classes[:2], *args], capsys, f"{name} needs images of one size")
-    out = ["--out", str(tmp_path / "x")]
-    fails(["embed", str(trained), "--data", str(shard), *out, "--tokens"], capsys, "different numbers of tokens")
     new = ["--workdir", str(tmp_path / "new")]
     wrong = ["--data.lengths.patches", "4", "10"]
     fails(["train", str(recipe), *new, *wrong], capsys, "data.lengths.patches=10 must lie in 1 … 9")
     fails(["train", str(recipe), *new, "--data.jpeg-scaling", "True"], capsys, "data.jpeg_scaling needs images of one")
-    assert not (tmp_path / "new").exists() and not (tmp_path / "x").exists()
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def long_images(tmp_path_factory) -> tuple[Path, list[np.ndarray]]:
+    """A shard of noise, wide, tall and square, and its images."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((24, 72), (64, 16), (40, 40), (9, 80))]
+    members = {f"{n}.png": encode(image) for n, image in enumerate(images)}
+    members |= {f"{n}.txt": f"caption number {n}".encode() for n in range(len(images))}
+    return write_tar(tmp_path_factory.mktemp("long") / "long.tar", members), images
+
+
+@pytest.mark.parametrize("out", ["z.npz", "z.npy", "z.parquet"])
+def test_tokens_are_padded_and_come_with_their_grids(trained, long_images, tmp_path, out):
+    path, images = long_images
+    args = ["embed", str(trained), "--data", str(path), "--tokens", "--dtype", "float32", "--max-patches", "9"]
+    assert run([*args, "--out", str(tmp_path / out)]) == 0
+    if out == "z.npy":
+        tokens, grid = np.load(tmp_path / out), np.load(tmp_path / "z.grid.npy")
+    elif out == "z.npz":
+        tokens, grid = (np.load(tmp_path / out)[name] for name in ("embedding", "grid"))
+    else:
+        table = pq.read_table(tmp_path / out)
+        tokens, grid = (np.array(table[name].to_pylist(), np.float32) for name in ("embedding", "grid"))
+    model = siglip.load(trained)
+    expected, mask = map(np.asarray, model.image_tokens(images, max_patches=9))
+    assert tokens.shape == expected.shape == (4, 9, 32) and not mask.all() and not tokens[~mask].any()
+    np.testing.assert_array_equal(grid, model.pixels(images, max_patches=9).grid)
+    np.testing.assert_allclose(tokens[mask], expected[mask], atol=2 * towers_apart(model.config, expected))
+
+
+@pytest.mark.slow
+def test_pairs_are_scored_for_curation(trained, long_images, tmp_path):
+    path, images = long_images
+    flags = [
+        "--model",
+        str(trained),
+        "--min-score",
+        "-1",
+        "--min-side-px",
+        "1",
+        "--max-aspect",
+        "100",
+        "--workers",
+        "1",
+    ]
+    assert run(["data", "curate", str(path), "--out", str(tmp_path / "out"), *flags]) == 0
+    rows = pq.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
+    model = siglip.load(trained)
+    zimg, ztxt = model.embed_images(images), model.embed_texts([row["caption"] for row in rows])
+    expected = (np.asarray(zimg) * np.asarray(ztxt)).sum(axis=1)
+    np.testing.assert_allclose([row["score"] for row in rows], expected, rtol=0, atol=2 * towers_apart(model.config))

@@ -216,6 +216,7 @@ def test_all_devices_work_and_one_shape_is_compiled(src, monkeypatch):
         mesh=mesh,
         rows=embed.rows_per_process(13, mesh),
         image_size=(2, 2),
+        patch_px=(1, 1),
         no_images={"image": np.zeros((0, 2, 2, 3), np.uint8)},
         resample="bilinear",
         canonical_prompts=True,

@@ -351,10 +351,16 @@ def test_evaluations_that_are_not_begun_in_time_come_first_the_next_time(embedde
     tasks = TimedTasks([Slow("x.tar", name=name) for name in "abcd"], max_s=2.0)
     for expected in ("ab", "ac", "ad", "ab"):
         ran.clear()
-        tasks.run(embedder)
+        tasks.run(embedder, range(4))
         assert "".join(ran) == expected
     ran.clear()
-    TimedTasks([Slow("x.tar", name=name) for name in "abcd"], max_s=0.0).run(embedder)
+    tasks.run(embedder, [2])  # d waits since the last time, and c is due again
+    assert "".join(ran) == "cd"
+    for due, expected in (([3], "d"), ([0, 3], "ad"), ([], "")):
+        ran.clear()
+        tasks.run(embedder, due)
+        assert "".join(ran) == expected
+    TimedTasks([Slow("x.tar", name=name) for name in "abcd"], max_s=0.0).run(embedder, range(4))
     assert "".join(ran) == "abcd"
 
 

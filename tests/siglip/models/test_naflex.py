@@ -143,6 +143,22 @@ def test_square_images_at_the_table_s_own_grid_are_the_fixed_tower(dtype):
     np.testing.assert_array_equal(here["img/with_posemb"], there["img/with_posemb"])
 
 
+def test_256_patches_of_square_images_are_what_the_fixed_tower_makes_of_them():
+    """SigLIP 2's table; uint8 pixels, and a batch that is longer than its images."""
+    image = ImageConfig(**IMAGE | {"patch_size": (4, 4)}, image_size=(64, 64), naflex=NaflexConfig(256, 1024))
+    config = ModelConfig(image, text=None, out_dim=(20, None))
+    fixed = dataclasses.replace(config, image=dataclasses.replace(image, naflex=None))
+    params = on_device(random_params(config))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    batch = batch_of(pixels.astype(np.float32), length=260, patch=(4, 4), filler=77)
+    batch["patches"] = batch["patches"].astype(np.uint8)
+    apply = lambda config, batch: jax.jit(make_model(config).apply, compiler_options=QUICK)({"params": params}, batch)  # noqa: E731
+    expected, _, there = apply(fixed, {"image": pixels})
+    found, _, here = apply(config, batch)
+    for own, other in ((found, expected), (here["img/encoded"][:, :256], there["img/encoded"])):
+        assert np.abs(own - other).max() <= 1e-5 * np.abs(other).max()
+
+
 def test_uint8_patches_are_normalised_and_have_the_model_s_range():
     config = naflex_model()
     pixels = dataclasses.replace(config.image.pixels, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))

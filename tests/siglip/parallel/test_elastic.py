@@ -1,4 +1,8 @@
-"""A run goes on with other hosts, devices, FSDP and data workers: the same pairs in the same steps, the same losses."""
+"""A run goes on with other hosts, devices, FSDP and data workers: the same pairs in the same steps, the same losses.
+
+The towers are trained on images of one size in the first steps and then as NaFlex; the toy on images of one size alone, as the
+towers of test_processes.py.
+"""
 
 import signal
 
@@ -19,7 +23,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    jobs = Jobs(tmp_path_factory.mktemp("elastic"), evaluate=False)
+    jobs = Jobs(tmp_path_factory.mktemp("elastic"), evaluate=False, naflex=True)
     yield jobs
     jobs.close()
 
@@ -27,37 +31,55 @@ def jobs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(jobs):
     """Never interrupted, on one device."""
-    return jobs.run("whole", processes=1, devices=1)
+    whole = jobs.run("whole", processes=1, devices=1)
+    lengths = whole.lengths()
+    assert [lengths[step] for step in (1, 2, 3)] == [4] * 3 and set(lengths.values()) == {4, 9}
+    return whole
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before, after", [tuple(LAYOUTS), tuple(reversed(LAYOUTS))])
-def test_a_run_goes_on_in_another_layout(jobs, whole, before, after):
+def test_a_run_is_killed_and_goes_on_and_then_in_another_layout(jobs, whole, before, after):
     (first_layout, first_flags), (second_layout, second_flags) = LAYOUTS[before], LAYOUTS[after]
-    name = f"from-{first_layout['processes']}"
-    first = jobs.start(name, *first_flags, **first_layout, at={0: f"6:{signal.SIGTERM}"}, step_s=1.0)
+    name, last = f"from-{first_layout['processes']}", first_layout["processes"] - 1
+    killed = jobs.start(name, *first_flags, **first_layout, at={0: "compiling:late", last: "8:hold"})
+    killed.kill(last, saved=4)
+    lost = losses(killed.workdir)
+    assert max(lost) > 4
+    first = jobs.start(name, *first_flags, **first_layout, at={0: f"8:{signal.SIGTERM}"}, step_s=1.0)
     first.ends_with(128 + signal.SIGTERM)
     step = read_run_params(first.workdir)[2]
-    assert 6 <= step < STEPS
+    assert 8 <= step < STEPS
+    again = losses(first.workdir)
+    assert {n: again[n] for n in lost} == lost  # in the same layout to the last bit
     second = jobs.run(name, *second_flags, **second_layout)
 
-    first_keys, second_keys, expected = first.keys(), second.keys(), whole.keys()
-    assert min(second_keys) == step + 1 and max(second_keys) == STEPS
-    for n in expected:
-        shares = first_keys[n] if n <= step else second_keys[n]
-        assert sorted(sum(shares, [])) == sorted(sum(expected[n], [])), n
+    expected = whole.keys()
+    for job, steps in ((killed, range(1, 8)), (first, range(5, step + 1)), (second, range(step + 1, STEPS + 1))):
+        keys, lengths = job.keys(), job.lengths()
+        assert min(keys) == steps.start and max(keys) >= steps[-1]
+        for n in steps:
+            assert sorted(sum(keys[n], [])) == sorted(sum(expected[n], [])), n
+            assert lengths[n] == whole.lengths()[n]
     np.testing.assert_allclose(
         list(losses(first.workdir).values()), list(losses(whole.workdir).values()), rtol=LOSS_RTOL
     )
 
 
+@pytest.fixture
+def toys(tmp_path):
+    jobs = Jobs(tmp_path, evaluate=False)
+    yield jobs
+    jobs.close()
+
+
 @pytest.mark.slow
-def test_four_processes_go_on_as_two_and_as_four_again(jobs):
-    whole = jobs.run("toy-whole", processes=1, devices=1, toy=True)
+def test_four_processes_go_on_as_two_and_as_four_again(toys):
+    whole = toys.run("toy-whole", processes=1, devices=1, toy=True)
     steps, parts = [0], []
     for processes, devices, stop_at in ((4, 1, 2), (2, 2, 7), (4, 1, None)):
         at = {} if stop_at is None else {1: f"{stop_at}:{int(signal.SIGTERM)}"}
-        part = jobs.start("toy", processes=processes, devices=devices, toy=True, step_s=1.5, at=at)
+        part = toys.start("toy", processes=processes, devices=devices, toy=True, step_s=1.5, at=at)
         part.ends_with(0 if stop_at is None else 128 + signal.SIGTERM)
         steps.append(read_run_params(part.workdir)[2])
         parts.append(part.keys())

@@ -6,8 +6,10 @@ import signal
 
 import pytest
 
+from siglip.evaluation.retrieval import Retrieval
 from siglip.training.loop import Interrupted
 from siglip.workdir.checkpoint import CheckpointConfig
+from siglip.workdir.metrics import read_metrics
 from tests.siglip.tiny_run import StopsAt, TinyBatches, scored, tiny_config, train_toy, with_task
 from tests.siglip.training.test_loop import two_devices  # noqa: F401
 
@@ -55,3 +57,34 @@ def test_an_evaluation_made_up_for_that_is_not_the_best_marks_nothing(tmp_path):
         train_toy(config, StopsAt(4, signal.SIGTERM), evaluate=scored([0.9]))
     train_toy(config, TinyBatches(), evaluate=scored([0.5, 0.6, 0.7]))
     assert kept(tmp_path) == [2, 8]
+
+
+def test_only_evaluations_that_have_the_metric_count(tmp_path, recwarn):
+    """Another task is evaluated in every step, the metric's in every third and at the end."""
+    other = Retrieval("unused.tar", name="other")
+    evals = with_task(every_steps=1, every_steps_of=(("retrieval/toy", 3),))["eval"]
+    checkpoint = CheckpointConfig(every_steps=100, keep=1, best_metric="eval/retrieval/toy/score", patience=2)
+    config = tiny_config(tmp_path, eval=dataclasses.replace(evals, tasks=(other, *evals.tasks)), checkpoint=checkpoint)
+    assert config.eval.cadences == (1, 3)
+    scores = {3: 0.5, 6: 0.4, 8: 0.45}
+
+    def evaluate(params, step):
+        own = {"eval/retrieval/toy/score": scores[step]} if step in scores else {}
+        return {"eval/retrieval/other/score": 1 - step / 10} | own
+
+    train_toy(config, TinyBatches(), evaluate=evaluate)  # patience 2 would end it at step 5 if all evaluations counted
+    assert kept(tmp_path) == [3, 8]
+    steps = {line["step"] for line in read_metrics(tmp_path) if "eval/retrieval/other/score" in line}
+    assert steps == set(range(1, 9)) and not [one for one in recwarn if "best_metric" in str(one.message)]
+
+
+@pytest.mark.parametrize(
+    "pairs, words",
+    [
+        ((("retrieval/toi", 3),), "'retrieval/toi', which .* did you mean 'retrieval/toy'"),
+        ((("retrieval/toy", -1),), "-1 steps of retrieval/toy must be at least 0"),
+    ],
+)
+def test_cadences_of_tasks_that_cannot_be(pairs, words):
+    with pytest.raises(ValueError, match=words):
+        with_task(every_steps_of=pairs)
