@@ -1,7 +1,5 @@
 """Tiny models with every parameter random, for the tests of the towers, the formats and the exports."""
 
-import functools
-
 import jax
 import numpy as np
 
@@ -33,12 +31,7 @@ def random_params(config: ModelConfig, *, seed: int = 0) -> dict:
         centre = 1.0 if path.endswith("scale") else 0.0
         return (centre + rng.normal(size=leaf.shape) / np.sqrt(fan_in)).astype(np.float32)
 
-    return unflatten({path: draw(path, leaf) for path, leaf in _shapes(config).items()})
-
-
-@functools.cache
-def _shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    return flatten(param_shapes(config))  # traced once: many tests draw the same model's
+    return unflatten({path: draw(path, leaf) for path, leaf in flatten(param_shapes(config)).items()})
 
 
 def random_batch(config: ModelConfig, *, batch: int = 3) -> dict[str, np.ndarray]:

@@ -8,13 +8,12 @@ import pytest
 from siglip.workdir.checkpoint import read_run_params
 from tests.siglip.jobs import LOSS_RTOL, STEPS, Jobs, losses
 
-LAYOUTS = {
-    "one host, replicated": (dict(processes=1, devices=8), ("--data.threads", "2")),
-    "two hosts, sharded": (
-        dict(processes=2, devices=2),
-        ("--mesh.fsdp", "2", "--data.workers", "1", "--data.threads", "1", "--data.prefetch", "3"),
-    ),
-}
+ONE_REPLICATED = dict(processes=1, devices=8), ("--data.threads", "2")
+TWO_SHARDED = (
+    dict(processes=2, devices=2),
+    ("--mesh.fsdp", "2", "--data.workers", "1", "--data.threads", "1", "--data.prefetch", "3"),
+)
+TWO, FOUR = (dict(processes=2, devices=2), ()), (dict(processes=4, devices=1), ())
 
 
 @pytest.fixture(scope="module")
@@ -24,48 +23,27 @@ def jobs(tmp_path_factory):
     jobs.close()
 
 
-@pytest.fixture(scope="module")
-def whole(jobs):
-    """Never interrupted, on one device."""
-    return jobs.run("whole", processes=1, devices=1)
-
-
+# Of the toy: a sum of 8 x 16 positive numbers in any order, 127 roundings of 2**-24.
 @pytest.mark.slow
-@pytest.mark.parametrize("before, after", [tuple(LAYOUTS), tuple(reversed(LAYOUTS))])
-def test_a_run_goes_on_in_another_layout(jobs, whole, before, after):
-    (first_layout, first_flags), (second_layout, second_flags) = LAYOUTS[before], LAYOUTS[after]
-    name = f"from-{first_layout['processes']}"
-    first = jobs.start(name, *first_flags, **first_layout, at={0: f"6:{signal.SIGTERM}"}, step_s=1.0)
-    first.ends_with(128 + signal.SIGTERM)
-    step = read_run_params(first.workdir)[2]
-    assert 6 <= step < STEPS
-    second = jobs.run(name, *second_flags, **second_layout)
-
-    first_keys, second_keys, expected = first.keys(), second.keys(), whole.keys()
-    assert min(second_keys) == step + 1 and max(second_keys) == STEPS
-    for n in expected:
-        shares = first_keys[n] if n <= step else second_keys[n]
-        assert sorted(sum(shares, [])) == sorted(sum(expected[n], [])), n
-    np.testing.assert_allclose(
-        list(losses(first.workdir).values()), list(losses(whole.workdir).values()), rtol=LOSS_RTOL
-    )
-
-
-@pytest.mark.slow
-def test_four_processes_go_on_as_two_and_as_four_again(jobs):
-    whole = jobs.run("toy-whole", processes=1, devices=1, toy=True)
-    steps, parts = [0], []
-    for processes, devices, stop_at in ((4, 1, 2), (2, 2, 7), (4, 1, None)):
-        at = {} if stop_at is None else {1: f"{stop_at}:{int(signal.SIGTERM)}"}
-        part = jobs.start("toy", processes=processes, devices=devices, toy=True, step_s=1.5, at=at)
+@pytest.mark.parametrize(
+    "name, layouts, loss_rtol",
+    [("towers", (ONE_REPLICATED, TWO_SHARDED, ONE_REPLICATED), LOSS_RTOL), ("toy", (FOUR, TWO), 127 * 2**-24)],
+)
+def test_a_run_goes_on_in_other_layouts(jobs, name, layouts, loss_rtol):
+    toy = name == "toy"
+    whole = jobs.run(f"{name}-whole", processes=1, devices=1, toy=toy)
+    steps, parts, stops = [0], [], [2, 7][: len(layouts) - 1]
+    for (layout, flags), stop_at in zip(layouts, [*stops, None], strict=True):
+        at = {} if stop_at is None else {layout["processes"] - 1: f"{stop_at}:{int(signal.SIGTERM)}"}
+        part = jobs.start(name, *flags, **layout, toy=toy, step_s=1.5, at=at)
         part.ends_with(0 if stop_at is None else 128 + signal.SIGTERM)
         steps.append(read_run_params(part.workdir)[2])
         parts.append(part.keys())
-    assert 0 < steps[1] < 7 <= steps[2] < steps[3] == STEPS
+        assert min(parts[-1]) == steps[-2] + 1 and (stop_at or STEPS) <= steps[-1]
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS
     for n, expected in whole.keys().items():
         (shares,) = [part[n] for part, end in zip(parts, steps[1:], strict=True) if n in part and n <= end][:1]
         assert sorted(sum(shares, [])) == sorted(sum(expected, [])), n
-    # A sum of 8 x 16 positive numbers in any order: 127 roundings of 2**-24.
     expected, actual = losses(whole.workdir), losses(part.workdir)
     assert list(actual) == list(expected)
-    np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=127 * 2**-24)
+    np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=loss_rtol)
