@@ -23,6 +23,6 @@ fi
 export PYTHONPATH="$overlay${PYTHONPATH:+:$PYTHONPATH}"
 "$python" -c 'import torch, transformers; assert transformers.__version__ == "5.23.0", transformers.__version__'
 exec "$python" -m pytest -m interop -rs \
-  tests/siglip/formats/test_hugging_face.py tests/siglip/formats/test_pali_gemma.py tests/siglip/exporting/test_export.py \
-  tests/siglip/exporting/test_model_card.py \
+  tests/siglip/formats/test_hugging_face.py tests/siglip/formats/test_hf_naflex.py tests/siglip/formats/test_pali_gemma.py \
+  tests/siglip/exporting/test_export.py tests/siglip/exporting/test_model_card.py \
   tests/siglip/formats/test_hf_tokenizer.py tests/examples/test_hf_paligemma.py "${@:2}"
