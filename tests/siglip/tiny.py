@@ -41,7 +41,7 @@ def random_batch(config: ModelConfig, *, batch: int = 3) -> dict[str, np.ndarray
 
 
 def random_inputs(config: ModelConfig, *, batch: int = 3) -> tuple[np.ndarray, np.ndarray | None]:
-    """Pictures in [-1, 1] and token ids."""
+    """Images in [-1, 1] and token ids."""
     rng, text = np.random.default_rng(1), config.text
     images = rng.uniform(-1, 1, (batch, *config.image.image_size, 3)).astype(np.float32)
     return images, text and rng.integers(text.vocab_size, size=(batch, text.length), dtype=np.int32)
