@@ -12,6 +12,8 @@ STEPS ?=
 # there are cores, since some tests wait. Compiled programs stay in .pytest_cache/xla.
 JOBS ?= $(shell expr `getconf _NPROCESSORS_ONLN` + 1)
 PARALLEL ?= -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 10
+# The workers and the processes that tests start find our modules compiled, also where the shell says that Python writes no bytecode.
+test slow isa interop interop5 aot newest: export PYTHONDONTWRITEBYTECODE :=
 # What compares numbers that floating point rounds: with XLA's optimizations. All else compiles faster without (tests/conftest.py),
 # also where two programs of ours are compared (sharding, micro-batches): those are not in this list.
 NUMERICS := $(addprefix tests/siglip/, models training/test_optim.py test_losses.py formats/test_big_vision.py \

@@ -26,6 +26,7 @@ from siglip.models.text import TextConfig, TextTransformer
 from siglip.models.variants import check_size
 from siglip.models.vit import ImageConfig, ViT
 from siglip.parallel.sharding import ParamLayout
+from siglip.trees import flatten, unflatten
 
 logger = logging.getLogger(__name__)
 
@@ -188,5 +189,10 @@ def init_params(config: ModelConfig, rng: Array) -> dict[str, Any]:
 
 
 def param_shapes(config: ModelConfig) -> dict[str, Any]:
-    """The same tree with `jax.ShapeDtypeStruct` leaves; nothing is computed or allocated."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    """The same tree with `jax.ShapeDtypeStruct` leaves; nothing is computed or allocated, and a model is traced once."""
+    return unflatten(_flat_shapes(config))
+
+
+@functools.lru_cache(maxsize=64)
+def _flat_shapes(config: ModelConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
+    return flatten(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))

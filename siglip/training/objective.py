@@ -23,7 +23,7 @@ from jax import lax
 from siglip.array_types import Array, Float, Int
 from siglip.errors import UserError
 from siglip.losses import Impl, chunked_sigmoid_loss, softmax_loss
-from siglip.models.two_tower import MODEL_PARTS, ModelConfig, init_params, make_model
+from siglip.models.two_tower import MODEL_PARTS, ModelConfig, init_params, make_model, param_shapes
 from siglip.parallel.sharding import BATCH_AXES, ParamLayout
 
 # What a run reports as train/<name>; a term is reported under its name too.
@@ -201,14 +201,17 @@ def make_pair_loss(
 
 def init_all_params(model: ModelConfig, terms: Sequence[Term], key: Array) -> dict[str, Any]:
     """Fresh parameters of the model and, beside it, of the terms that have some. A term changes nobody else's draws."""
-    params = init_params(model, key)
+    return init_params(model, key) | _init_terms(model, terms, key)
+
+
+def _init_terms(model: ModelConfig, terms: Sequence[Term], key: Array) -> dict[str, Any]:
     own = {term.name: dict(term.init(model, jax.random.fold_in(key, _number(term.name)))) for term in terms}
-    return params | {name: tree for name, tree in own.items() if tree}
+    return {name: tree for name, tree in own.items() if tree}
 
 
 def all_param_shapes(model: ModelConfig, terms: Sequence[Term]) -> dict[str, Any]:
     """The tree of `init_all_params` with `jax.ShapeDtypeStruct` leaves; nothing is computed or allocated."""
-    return jax.eval_shape(lambda: init_all_params(model, terms, jax.random.key(0)))
+    return param_shapes(model) | jax.eval_shape(lambda: _init_terms(model, terms, jax.random.key(0)))
 
 
 def check_terms(terms: Sequence[Term]) -> None:

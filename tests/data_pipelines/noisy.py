@@ -39,7 +39,7 @@ def make_corpus(folder: Path) -> Corpus:
     sample = _distinct(TarSource(SAMPLE / "emoji-train-00000.tar"))
     held = _distinct(TarSource(SAMPLE / "emoji-heldout-00000.tar"))
     pairs: list[tuple[dict[str, bytes], str, str | None]] = []
-    clean = [_members(picture, caption) for picture, caption in sample[:70]]
+    clean = [_members(image, caption) for image, caption in sample[:70]]
     pairs += [(members, "clean", None) for members in clean]
     rest = iter(sample[70:])
     for fault, spoil in _SPOILED.items():
@@ -78,9 +78,9 @@ def _distinct(source: TarSource) -> list[tuple[Image.Image, str]]:
     return list(found.values())
 
 
-def _members(picture: Image.Image, caption: str) -> dict[str, bytes]:
+def _members(image: Image.Image, caption: str) -> dict[str, bytes]:
     return {
-        "jpg": encode(picture, "JPEG", quality=92),
+        "jpg": encode(image, "JPEG", quality=92),
         "json": json.dumps({"caption": caption}).encode(),
         "txt": caption.encode(),
     }
@@ -89,27 +89,27 @@ def _members(picture: Image.Image, caption: str) -> dict[str, bytes]:
 _COPIES = ("duplicate_bytes", "rescaled", "rejpeg", "cropped")
 
 
-def _copy(picture: Image.Image, caption: str, number: int) -> dict[str, bytes]:
+def _copy(image: Image.Image, caption: str, number: int) -> dict[str, bytes]:
     """A copy as the web makes them: the same bytes, smaller, compressed again, or cut."""
-    members = _members(picture, caption)
+    members = _members(image, caption)
     way = _COPIES[number % 4]
     if way == "rescaled":
-        members["jpg"] = encode(picture.resize((51, 55), Image.Resampling.BICUBIC), "JPEG", quality=85)
+        members["jpg"] = encode(image.resize((51, 55), Image.Resampling.BICUBIC), "JPEG", quality=85)
     elif way == "rejpeg":
-        members["jpg"] = encode(picture, "JPEG", quality=45)
+        members["jpg"] = encode(image, "JPEG", quality=45)
     elif way == "cropped":
         left, top = number % 5, (number + 3) % 5
-        members["jpg"] = encode(picture.crop((left, top, 68 + number % 4, 69)), "JPEG", quality=85)
+        members["jpg"] = encode(image.crop((left, top, 68 + number % 4, 69)), "JPEG", quality=85)
     return members
 
 
 def _with(**changed):
     """A way to spoil a pair: members replaced, or left out where None."""
 
-    def spoil(picture: Image.Image, caption: str, number: int) -> dict[str, bytes]:
-        members = _members(picture, caption)
+    def spoil(image: Image.Image, caption: str, number: int) -> dict[str, bytes]:
+        members = _members(image, caption)
         for name, value in changed.items():
-            value = value(members, picture, number) if callable(value) else value
+            value = value(members, image, number) if callable(value) else value
             members[name] = value
         return {name: data for name, data in members.items() if data is not None}
 
@@ -117,21 +117,21 @@ def _with(**changed):
 
 
 def _text(choices: tuple[str, ...]):
-    return _with(txt=lambda members, picture, n: choices[n % len(choices)].encode())
+    return _with(txt=lambda members, image, n: choices[n % len(choices)].encode())
 
 
-def _gif(members: dict, picture: Image.Image, number: int) -> bytes:
-    return encode(picture, "GIF", save_all=True, append_images=[picture.rotate(90)])
+def _gif(members: dict, image: Image.Image, number: int) -> bytes:
+    return encode(image, "GIF", save_all=True, append_images=[image.rotate(90)])
 
 
-def _bomb(members: dict, picture: Image.Image, number: int) -> bytes:
+def _bomb(members: dict, image: Image.Image, number: int) -> bytes:
     return encode(Image.new("1", (9000 + 4000 * number, 9000)), "PNG")
 
 
 _SPOILED = {
     "empty_image": _with(jpg=b""),
     "not_an_image": _with(jpg=b"<!DOCTYPE html><title>403 Forbidden</title>"),
-    "truncated": _with(jpg=lambda members, picture, n: members["jpg"][: len(members["jpg"]) * (5 + n) // 10]),
+    "truncated": _with(jpg=lambda members, image, n: members["jpg"][: len(members["jpg"]) * (5 + n) // 10]),
     "bomb": _with(jpg=_bomb),
     "animated": _with(jpg=_gif),
     "missing_image": _with(jpg=None),
@@ -147,6 +147,6 @@ _SPOILED = {
     "mojibake": _text(tuple(text.encode().decode("latin-1") for text in MOJIBAKE)),
     "too_long": _text(("a dog and a cat and " * 20,)),
     "too_short": _text(("a",)),
-    "too_small": _with(jpg=lambda members, picture, n: encode(picture.resize((1 + n, 1)), "PNG")),
-    "extreme_aspect": _with(jpg=lambda members, picture, n: encode(picture.resize((400, 12 + n)), "JPEG")),
+    "too_small": _with(jpg=lambda members, image, n: encode(image.resize((1 + n, 1)), "PNG")),
+    "extreme_aspect": _with(jpg=lambda members, image, n: encode(image.resize((400, 12 + n)), "JPEG")),
 }

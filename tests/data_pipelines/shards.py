@@ -23,8 +23,8 @@ def quadrants(size_px: int = 16) -> np.ndarray:
 
 def encode(image: np.ndarray | Image.Image, format: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    picture.save(file, format, **options)
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(file, format, **options)
     return file.getvalue()
 
 

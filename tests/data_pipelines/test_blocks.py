@@ -134,8 +134,8 @@ def test_a_manifest_and_blocks(server):
 
 
 def test_members_that_lie_apart_or_are_few_come_in_long_reads(server):
-    picture = b"picture" * 100
-    members = [(f"{number:03d}.jpg", picture) for number in range(40)]
+    image = b"picture" * 100
+    members = [(f"{number:03d}.jpg", image) for number in range(40)]
     members += [
         (f"{number:03d}.{part}", f"{number} {part}".encode()) for number in range(40) for part in ("txt", "2.txt")
     ]

@@ -21,7 +21,7 @@ from tests.data_pipelines.shards import SPIECE, encode, quadrants, write_tar
 from tests.data_pipelines.streams import SHAPES
 from tests.data_pipelines.test_tf_examples import framed
 
-PICTURE = encode(quadrants())
+IMAGE = encode(quadrants())
 LATIN = "un café".encode("latin-1")
 
 
@@ -58,7 +58,7 @@ def bad_parquet(path, text: bytes):
     raw = pa.array(captions, pa.binary())
     strings = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
     columns = {
-        "image": pa.array([PICTURE] * 10),
+        "image": pa.array([IMAGE] * 10),
         "txt": strings,
         "captions": pa.StructArray.from_arrays([strings, pa.array(["de"] * 10)], ["en", "de"]),
         "list": pa.ListArray.from_arrays(list(range(11)), strings),
@@ -74,7 +74,7 @@ def test_a_parquet_text_that_is_not_utf_8_costs_its_pair_alone(tmp_path):
     source = open_source(bad_parquet(tmp_path / "a.parquet", LATIN), fields=["txt", "captions", "list"])
     pairs = list(source)
     assert [pair.problems for pair in pairs] == [("invalid_utf8",) if n == 2 else () for n in range(10)]
-    assert pairs[2].fields == {"captions": {"en": None, "de": "de"}, "list": [None]} and pairs[2].image == PICTURE
+    assert pairs[2].fields == {"captions": {"en": None, "de": "de"}, "list": [None]} and pairs[2].image == IMAGE
     repaired = open_source(bad_parquet(tmp_path / "b.parquet", b"caf\xed\xa0\xbd"), fields=["txt"])[2]
     assert (repaired.fields, repaired.problems) == ({"txt": "caf"}, ("control_chars",))
 
@@ -90,15 +90,15 @@ def test_columns_that_nobody_asks_for_do_not_matter(tmp_path):
 
 def lists_and_records(folder):
     """The same pairs as JSONL, tar and TFRecord; the json of the second pair holds half an emoji in every field."""
-    (folder / "1.png").write_bytes(PICTURE)
+    (folder / "1.png").write_bytes(IMAGE)
     meta = [json.dumps({"caption": f"a dog {n}", "keywords": ["x"]}).encode() for n in range(20)]
     meta[1] = rb'{"caption": "a dog \ud83d", "keywords": ["\udead", "x"], "key": "k\ud83d"}'
     rows = [line[:-1] + b', "image": "1.png"}' for line in meta]
     (folder / "a.jsonl").write_bytes(b"\n".join(rows))
-    records = [framed(examples.serialize({"image": [PICTURE], "json": [line]})) for line in meta]
+    records = [framed(examples.serialize({"image": [IMAGE], "json": [line]})) for line in meta]
     (folder / "a.tfrecord").write_bytes(b"".join(records))
     write_tar(
-        folder / "a.tar", [(f"{n:02}.{ext}", d) for n in range(20) for ext, d in (("png", PICTURE), ("json", meta[n]))]
+        folder / "a.tar", [(f"{n:02}.{ext}", d) for n in range(20) for ext, d in (("png", IMAGE), ("json", meta[n]))]
     )
     return [str(folder / name) for name in ("a.jsonl", "a.tfrecord", "a.tar")]
 
@@ -123,20 +123,20 @@ def test_a_tokenizer_is_trained_on_texts_of_any_origin(tmp_path):
 
 
 def test_labels_of_any_length(tmp_path):
-    members = {f"{n}.{ext}": data for n in range(3) for ext, data in (("png", PICTURE), ("cls", str(n).encode()))}
+    members = {f"{n}.{ext}": data for n in range(3) for ext, data in (("png", IMAGE), ("cls", str(n).encode()))}
     members["1.cls"] = b"9" * 5000
     pairs = list(open_source(write_tar(tmp_path / "a.tar", members)))
     assert [pair.fields for pair in pairs] == [{"cls": 0}, {}, {"cls": 2}]
     assert pairs[1].problems == ("invalid_cls",)
     with ArrayRecordWriter(tmp_path / "a.array_record") as shard:
-        for pair in (pairs[0], type(pairs[0])("k", PICTURE, {"cls": 1 << 80})):
+        for pair in (pairs[0], type(pairs[0])("k", IMAGE, {"cls": 1 << 80})):
             shard.write(pair)
     assert [pair.fields["cls"] for pair in open_source(tmp_path / "a.array_record")] == [0, str(1 << 80)]
 
 
 @pytest.mark.parametrize("name", ["captions.en", "meta.caption", "image.size", "image"])
 def test_columns_with_dots(tmp_path, name):
-    columns = {"other": ["x"] * 9, "picture": pa.array([PICTURE] * 9), name: [f"caption {n}" for n in range(9)]}
+    columns = {"other": ["x"] * 9, "picture": pa.array([IMAGE] * 9), name: [f"caption {n}" for n in range(9)]}
     nested = pa.array([{"en": n, "x": {"y": n}} for n in range(9)])
     pq.write_table(pa.table(columns | {"meta": nested}), tmp_path / "a.parquet", row_group_size=3)
     for fields in (None, [name.partition(".")[0]]):
@@ -148,7 +148,7 @@ def test_a_tokenizer_is_trained_without_what_cannot_be_read(tmp_path, caplog):
     path, data = tmp_path / "a.tfrecord", []
     for n in range(30):
         data.append(
-            bytearray(framed(examples.serialize({"image": [PICTURE], "txt": [f"a dog {n}" if n != 3 else LATIN]})))
+            bytearray(framed(examples.serialize({"image": [IMAGE], "txt": [f"a dog {n}" if n != 3 else LATIN]})))
         )
     data[7][-20] ^= 1
     path.write_bytes(b"".join(data))

@@ -111,10 +111,10 @@ def test_offsets_point_at_the_files(curated):
     row = next(row for row in rows.values() if row["keep"])
     with open(row["shard"], "rb") as shard:
         shard.seek(row["image_offset"])
-        picture = decode_image(shard.read(row["image_bytes"]), max_pixels=1 << 20)
+        image = decode_image(shard.read(row["image_bytes"]), max_pixels=1 << 20)
         shard.seek(row["json_offset"])
         assert "caption" in json.loads(shard.read(row["json_bytes"]))
-    assert picture.size == (row["width"], row["height"]) and row["format"] == "JPEG"
+    assert image.size == (row["width"], row["height"]) and row["format"] == "JPEG"
 
 
 def test_shards_that_are_cut_or_empty(corpus, curated):
@@ -228,8 +228,8 @@ def test_nothing_readable(tmp_path):
 
 
 def test_other_formats_and_fields(tmp_path):
-    pictures = [encode(np.full((16, 16, 3), 40 * n, np.uint8)) for n in range(4)]
-    images = pa.array([{"bytes": data, "path": f"{n}.png"} for n, data in enumerate([*pictures[:3], b"<html>"])])
+    encoded = [encode(np.full((16, 16, 3), 40 * n, np.uint8)) for n in range(4)]
+    images = pa.array([{"bytes": data, "path": f"{n}.png"} for n, data in enumerate([*encoded[:3], b"<html>"])])
     captions = ["a red car", "<b>a dog</b>", "two cats", "a bird"]
     pq.write_table(pa.table({"image": images, "caption": captions}), tmp_path / "a.parquet")
     run = lambda **changes: curate(  # noqa: E731

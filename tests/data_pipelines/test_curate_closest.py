@@ -19,21 +19,21 @@ from data_pipelines.curate.run import curate
 from tests.data_pipelines.shards import encode
 from tests.data_pipelines.test_curate_copies import drawings, shard
 
-HELD = [encode(picture, "PNG") for picture in drawings(5, seed=4)]
+HELD = [encode(image, "PNG") for image in drawings(5, seed=4)]
 TOLERANCE = Tolerance(0.25, 60.0, spot_share=0.03, grey=True)  # what docs/data.md says of leaks
 
 
 def like(file: bytes) -> bytes:
     """The same drawing with a disc over a part of it: another image, but closer to it than any stranger."""
-    picture = Image.open(io.BytesIO(file)).convert("RGB")
-    picture.paste((20, 200, 90), (34, 34, 62, 62))
-    return encode(picture, "JPEG", quality=90)
+    image = Image.open(io.BytesIO(file)).convert("RGB")
+    image.paste((20, 200, 90), (34, 34, 62, 62))
+    return encode(image, "JPEG", quality=90)
 
 
 @pytest.fixture(scope="module")
 def files() -> list[bytes]:
     """Strangers, a copy of one evaluation image (a leak), and a drawing that is like another."""
-    strangers = [encode(picture, "JPEG") for picture in drawings(12, seed=5)]
+    strangers = [encode(image, "JPEG") for image in drawings(12, seed=5)]
     copy = encode(Image.open(io.BytesIO(HELD[3])), "JPEG", quality=70)
     return [*strangers[:6], copy, like(HELD[1]), *strangers[6:], b"no image"]
 
@@ -105,9 +105,9 @@ def test_thumbnails_are_those_of_the_closest_of_each_shard(files, tmp_path):
         shown = [row for row in own if row["thumbnail"] is not None]
         assert shown == [min(own, key=lambda row: row["distance"])]
         number = shown[0]["index"] + 5 * int(Path(shown[0]["shard"]).stem)
-        pictures = [read_thumbnail(shown[0][name]) for name in ("thumbnail", "eval_thumbnail")]
+        images = [read_thumbnail(shown[0][name]) for name in ("thumbnail", "eval_thumbnail")]
         held = HELD[shown[0]["eval_index"] + 2 * (name == "held-1.tar")]
-        np.testing.assert_array_equal(pictures, thumbnails([files[number], held])[0])
+        np.testing.assert_array_equal(images, thumbnails([files[number], held])[0])
     assert all((row["thumbnail"] is None) == (row["eval_thumbnail"] is None) for row in rows)
 
 

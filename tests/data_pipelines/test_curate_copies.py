@@ -18,30 +18,30 @@ from tests.data_pipelines.shards import encode, write_tar
 
 
 def drawings(count: int, *, seed: int = 0) -> list[Image.Image]:
-    """Pictures of 96 px that have nothing in common: shapes of any colour on any ground."""
+    """Images of 96 px that have nothing in common: shapes of any colour on any ground."""
     rng, found = np.random.default_rng(seed), []
     for _ in range(count):
-        picture = Image.new("RGB", (96, 96), tuple(rng.integers(120, 240, 3).tolist()))
-        draw = ImageDraw.Draw(picture)
+        image = Image.new("RGB", (96, 96), tuple(rng.integers(120, 240, 3).tolist()))
+        draw = ImageDraw.Draw(image)
         for _ in range(9):
             x, y = rng.integers(0, 70, 2).tolist()
             shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
             shape((x, y, *(rng.integers(8, 40, 2) + (x, y)).tolist()), fill=tuple(rng.integers(20, 240, 3).tolist()))
-        found.append(picture)
+        found.append(image)
     return found
 
 
 def placeholders(count: int) -> list[bytes]:
     """One image as many servers give it: other noise, another quality, every tenth smaller."""
     rng = np.random.default_rng(1)
-    picture = Image.new("RGB", (128, 128), (230, 230, 230))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (128, 128), (230, 230, 230))
+    draw = ImageDraw.Draw(image)
     draw.ellipse((30, 20, 98, 88), fill=(150, 150, 150))
     draw.text((20, 100), "image not available", fill=(60, 60, 60))
     found = []
     for number in range(count):
         noise = rng.integers(-3, 4, (128, 128, 3))
-        noisy = Image.fromarray(np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8))
+        noisy = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
         side = 128 if number % 10 else 100
         found.append(encode(noisy.resize((side, side)), "JPEG", quality=int(rng.integers(60, 95))))
     return found
@@ -65,48 +65,48 @@ def curated(files: list[bytes], folder: Path, *, against: list[bytes] = ()) -> l
     return rows_of(folder / "out")
 
 
-def cut(picture: Image.Image, top: float, bottom: float, left: float, right: float) -> Image.Image:
-    width, height = picture.size
+def cut(image: Image.Image, top: float, bottom: float, left: float, right: float) -> Image.Image:
+    width, height = image.size
     box = (left * width, top * height, (1 - right) * width, (1 - bottom) * height)
-    return picture.crop(tuple(round(edge) for edge in box))
+    return image.crop(tuple(round(edge) for edge in box))
 
 
-def framed(picture: Image.Image) -> Image.Image:
+def framed(image: Image.Image) -> Image.Image:
     frame = Image.new("RGB", (106, 106))
-    frame.paste(picture, (5, 5))
+    frame.paste(image, (5, 5))
     return frame
 
 
-def marked(picture: Image.Image) -> Image.Image:
-    copy = picture.copy()
+def marked(image: Image.Image) -> Image.Image:
+    copy = image.copy()
     copy.paste((200, 200, 200), (0, 90, 32, 96))
     return copy
 
 
 NEAR = {
-    "cut of all sides": lambda picture: cut(picture, 0.1, 0.09, 0.08, 0.1),
-    "cut more": lambda picture: cut(picture, 0.11, 0.11, 0.11, 0.11),
-    "cut of one side": lambda picture: cut(picture, 0, 0, 0, 0.12),
-    "darker": lambda picture: ImageEnhance.Brightness(picture).enhance(0.88),
-    "brighter": lambda picture: ImageEnhance.Brightness(picture).enhance(1.12),
+    "cut of all sides": lambda image: cut(image, 0.1, 0.09, 0.08, 0.1),
+    "cut more": lambda image: cut(image, 0.11, 0.11, 0.11, 0.11),
+    "cut of one side": lambda image: cut(image, 0, 0, 0, 0.12),
+    "darker": lambda image: ImageEnhance.Brightness(image).enhance(0.88),
+    "brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.12),
     "framed": framed,
-    "small": lambda picture: picture.resize((56, 56)),
+    "small": lambda image: image.resize((56, 56)),
 }
 LEAKED = NEAR | {
-    "grey": lambda picture: picture.convert("L"),
+    "grey": lambda image: image.convert("L"),
     "marked": marked,
-    "cut and small": lambda picture: cut(picture, 0.05, 0.05, 0.05, 0.05).resize((52, 52)),
+    "cut and small": lambda image: cut(image, 0.05, 0.05, 0.05, 0.05).resize((52, 52)),
 }
 
 
 @pytest.mark.slow
 def test_changed_copies_are_found_and_strangers_and_other_colours_are_not(tmp_path):
     originals = drawings(7 * 8)
-    files = [encode(picture, "JPEG", quality=92) for picture in originals]
+    files = [encode(image, "JPEG", quality=92) for image in originals]
     kinds = [kind for kind in NEAR for _ in range(8)]
-    copies = [encode(NEAR[kind](picture), "JPEG", quality=85) for kind, picture in zip(kinds, originals, strict=True)]
-    recoloured = [encode(Image.merge("RGB", picture.split()[::-1]), "JPEG") for picture in drawings(20, seed=1)]
-    strangers = [encode(picture, "JPEG") for picture in drawings(20, seed=1)]
+    copies = [encode(NEAR[kind](image), "JPEG", quality=85) for kind, image in zip(kinds, originals, strict=True)]
+    recoloured = [encode(Image.merge("RGB", image.split()[::-1]), "JPEG") for image in drawings(20, seed=1)]
+    strangers = [encode(image, "JPEG") for image in drawings(20, seed=1)]
     rows = curated(files + copies + recoloured + strangers, tmp_path)
     count = len(files)
     names = {f"{row['shard']}#{row['index']}": row["index"] for row in rows}
@@ -121,8 +121,8 @@ def test_changed_leaks_are_found_and_strangers_are_not(tmp_path):
     held = drawings(40, seed=2)
     kinds = [kind for kind in LEAKED for _ in range(4)]
     leaks = [encode(LEAKED[kind](held[n]), "JPEG", quality=60) for n, kind in enumerate(kinds)]
-    strangers = [encode(picture, "JPEG") for picture in drawings(40, seed=3)]
-    rows = curated(leaks + strangers, tmp_path, against=[encode(picture, "PNG") for picture in held])
+    strangers = [encode(image, "JPEG") for image in drawings(40, seed=3)]
+    rows = curated(leaks + strangers, tmp_path, against=[encode(image, "PNG") for image in held])
     assert not any("eval_leak" in row["reasons"] for row in rows[len(leaks) :])
     missed = [kind for row, kind in zip(rows, kinds, strict=False) if "eval_leak" not in row["reasons"]]
     assert len(missed) <= 1, missed
@@ -134,7 +134,7 @@ def test_changed_leaks_are_found_and_strangers_are_not(tmp_path):
 def test_a_crowd_of_look_alikes_costs_a_few_comparisons_each(tmp_path):
     count = 800
     with mock.patch.object(pixel_match, "same_image", side_effect=pixel_match.same_image) as compare:
-        rows = curated([encode(picture) for picture in drawings(5)] + placeholders(count), tmp_path)
+        rows = curated([encode(image) for image in drawings(5)] + placeholders(count), tmp_path)
     assert sum(len(call.args[0]) for call in compare.call_args_list) < 1.1 * count
     assert [row["index"] for row in rows if row["keep"]] == [0, 1, 2, 3, 4, 6]  # 5 is one of the small ones
     assert {row["duplicate_of"] for row in rows[7:]} == {f"{tmp_path / 'a.tar'}#6"}

@@ -35,12 +35,12 @@ with LocalEngine(2) as engine:
 
 
 def write_shard(path: Path, number: int, bomb: bytes) -> None:
-    """Pictures that are all different, a bomb of 600 megapixels among every hundred, a image of 12 in each shard."""
+    """Images that are all different, a bomb of 600 megapixels among every hundred, an image of 12 in each shard."""
     rng, members = np.random.default_rng(number), {}
     for row in range(PAIRS_PER_SHARD):
         small = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
-        picture = small.resize((4000, 3000) if row == 7 else (64, 64))
-        members[f"{number:03d}{row:05d}.jpg"] = bomb if row % 100 == 50 else encode(picture, "JPEG")
+        image = small.resize((4000, 3000) if row == 7 else (64, 64))
+        members[f"{number:03d}{row:05d}.jpg"] = bomb if row % 100 == 50 else encode(image, "JPEG")
         members[f"{number:03d}{row:05d}.txt"] = f"a picture of the number {number * PAIRS_PER_SHARD + row}".encode()
     write_tar(path, members)
 

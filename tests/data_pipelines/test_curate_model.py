@@ -31,7 +31,7 @@ class ColourScorer:
 
 def test_scores_shares_and_leaks_by_embedding(tmp_path):
     members = {}
-    for number in range(40):  # every fourth caption belongs to another picture
+    for number in range(40):  # every fourth caption belongs to another image
         members[f"{number:06d}.png"] = encode(np.full((4, 4, 3), number, np.uint8))
         members[f"{number:06d}.txt"] = f"caption {number if number % 4 else number + 50}".encode()
     shards = str(write_tar(tmp_path / "a.tar", members))

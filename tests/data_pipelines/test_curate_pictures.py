@@ -23,12 +23,12 @@ def photos() -> list[Image.Image]:
     return [Image.open(io.BytesIO(source[index].image)).convert("RGB") for index in range(0, 900, 30)]
 
 
-def describe(picture: Image.Image, **options) -> image_hashes.ImageInfo:
-    return examine(encode(picture, "JPEG", **({"quality": 90} | options)), max_pixels=LIMIT)
+def describe(image: Image.Image, **options) -> image_hashes.ImageInfo:
+    return examine(encode(image, "JPEG", **({"quality": 90} | options)), max_pixels=LIMIT)
 
 
 def thumbnails(shown: list[image_hashes.ImageInfo]) -> np.ndarray:
-    return np.stack([read_thumbnail(picture.thumbnail) for picture in shown])
+    return np.stack([read_thumbnail(image.thumbnail) for image in shown])
 
 
 def test_hashes_are_those_of_cropped_images(photos):
@@ -70,7 +70,7 @@ def test_copies_are_the_same_and_others_are_not(photos):
     cut = np.zeros((len(photos), 4), np.float32)
     found = []
     for copy in copies.values():
-        shown = thumbnails([describe(picture, quality=70) for picture in copy])
+        shown = thumbnails([describe(image, quality=70) for image in copy])
         found.append(same_image(shown, whole, cut, TOLERANCE))
         found.append(same_image(whole, shown, cut, TOLERANCE))
         assert not same_image(shown, np.roll(whole, 1, axis=0), cut, TOLERANCE).any()
@@ -118,20 +118,20 @@ def test_files_that_show_nothing():
 
 
 def test_formats_sizes_and_animations():
-    picture = Image.fromarray(quadrants(32))
-    still, moving = encode(picture, "GIF"), encode(picture, "GIF", save_all=True, append_images=[picture.rotate(90)])
+    image = Image.fromarray(quadrants(32))
+    still, moving = encode(image, "GIF"), encode(image, "GIF", save_all=True, append_images=[image.rotate(90)])
     assert not examine(still, max_pixels=LIMIT).animated and examine(moving, max_pixels=LIMIT).animated
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = examine(encode(picture.resize((40, 20)), "JPEG", exif=exif), max_pixels=LIMIT)
+    turned = examine(encode(image.resize((40, 20)), "JPEG", exif=exif), max_pixels=LIMIT)
     assert (turned.format, turned.width, turned.height) == ("JPEG", 20, 40)
 
 
 def test_pixels_are_one_hash_in_any_lossless_file():
-    picture = Image.fromarray(quadrants(32))
-    same = {examine(encode(picture, kind), max_pixels=LIMIT).pixels for kind in ("PNG", "BMP", "GIF")}
+    image = Image.fromarray(quadrants(32))
+    same = {examine(encode(image, kind), max_pixels=LIMIT).pixels for kind in ("PNG", "BMP", "GIF")}
     assert len(same) == 1
     assert examine(encode(np.zeros((2, 8, 3), np.uint8)), max_pixels=LIMIT).pixels != (
         examine(encode(np.zeros((8, 2, 3), np.uint8)), max_pixels=LIMIT).pixels
     )
-    assert len(examine(encode(picture), max_pixels=LIMIT, crops=EVAL_CROPS).hashes) == 81
+    assert len(examine(encode(image), max_pixels=LIMIT, crops=EVAL_CROPS).hashes) == 81

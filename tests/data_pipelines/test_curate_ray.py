@@ -53,7 +53,7 @@ def corpus(tmp_path_factory):
 
 
 class Brightness:
-    """Embeds pictures by how bright they are, captions by how long: scores of every value, made without a model."""
+    """Embeds images by how bright they are, captions by how long: scores of every value, made without a model."""
 
     pixels = Pixels((8, 8))
     fingerprint = "brightness"
@@ -90,7 +90,7 @@ def test_a_cluster_writes_the_same_bytes(corpus, engine, tmp_path):
     assert funnel["kept"] > 5
 
 
-def test_the_closest_picture_does_not_depend_on_how_the_product_is_shared_out():
+def test_the_closest_image_does_not_depend_on_how_the_product_is_shared_out():
     random = np.random.default_rng(0)
     against = random.normal(size=(700, 48)).astype(np.float32)
     zimg = np.concatenate([against[:40], random.normal(size=(500, 48)).astype(np.float32)])

@@ -1,4 +1,4 @@
-"""Embeddings on disk: whole parts or none, and a stream that is the same with them as with pictures."""
+"""Embeddings on disk: whole parts or none, and a stream that is the same with them as with images."""
 
 import json
 import os
@@ -88,16 +88,16 @@ BROKEN = {3: b"no picture", 7: encode(np.zeros((4, 4, 3), np.uint8))[:30], 11: b
 
 @pytest.fixture
 def config(tmp_path) -> DataConfig:
-    """Two sources; four pictures of the first are broken."""
+    """Two sources; four images of the first are broken."""
     write_pairs(tmp_path / "a.tar", 29, broken=BROKEN)
     write_pairs(tmp_path / "b.tar", 10, first=100)
     sources = tuple(SourceConfig(str(tmp_path / name), weight) for name, weight in (("a.tar", 2.0), ("b.tar", 1.0)))
     return DataConfig(sources, SPIECE)
 
 
-def first_pixels(pictures: np.ndarray) -> np.ndarray:
-    """An embedding that tells which picture it is of."""
-    return pictures[:, 0, 0].astype(np.float32)
+def first_pixels(images: np.ndarray) -> np.ndarray:
+    """An embedding that tells which image it is of."""
+    return images[:, 0, 0].astype(np.float32)
 
 
 def compute(loader, folder: Path, *, rows: int, part_pairs: int = 8) -> list[ImageEmbeddings]:
@@ -123,27 +123,27 @@ def take(loader, count: int) -> list[dict]:
     return batches
 
 
-def assert_same_stream(with_pictures: list[dict], with_embeddings: list[dict]) -> None:
-    for one, other in zip(with_pictures, with_embeddings, strict=True):
+def assert_same_stream(with_images: list[dict], with_embeddings: list[dict]) -> None:
+    for one, other in zip(with_images, with_embeddings, strict=True):
         assert one["key"] == other["key"] and "image" not in other
         np.testing.assert_array_equal(one["text"], other["text"])
         np.testing.assert_array_equal(first_pixels(one["image"]), other["zimg"])
 
 
-def test_the_same_pairs_captions_and_substitutes_as_with_pictures(config, tmp_path):
-    pictures, embeddings = make_loader(config, **SHAPES), make_loader(config, **SHAPES)
+def test_the_same_pairs_captions_and_substitutes_as_with_images(config, tmp_path):
+    images, embeddings = make_loader(config, **SHAPES), make_loader(config, **SHAPES)
     stores = compute(embeddings, tmp_path / "store", rows=3)
     assert stores[0].count_broken() == {"not_an_image": 1, "corrupt_image": 1, "empty_image": 1, "missing_image": 1}
     embeddings.use_image_embeddings(stores)
-    assert_same_stream(take(pictures, 12), take(embeddings, 12))
-    assert pictures.counts == embeddings.counts and sum(pictures.counts.values()) > 4
+    assert_same_stream(take(images, 12), take(embeddings, 12))
+    assert images.counts == embeddings.counts and sum(images.counts.values()) > 4
     # The position is the same one: either goes on from where the other stopped.
     later = make_loader(config, **SHAPES)
-    later.restore(json.loads(json.dumps(pictures.state())))
+    later.restore(json.loads(json.dumps(images.state())))
     assert_same_stream(take(later, 3), take(embeddings, 3))
 
 
-def test_no_picture_is_decoded(config, tmp_path, monkeypatch):
+def test_no_image_is_decoded(config, tmp_path, monkeypatch):
     from data_pipelines.samples.pairs import ImageDecoder
 
     loader = make_loader(config, **SHAPES)

@@ -23,10 +23,10 @@ LIMIT = 1 << 20
 
 
 def decoded(data: bytes) -> np.ndarray:
-    picture = decode_image(data, max_pixels=LIMIT)
-    assert picture.mode == "RGB"
-    assert (decode_pixels(data, max_pixels=LIMIT) == np.asarray(picture)).all()
-    return np.asarray(picture)
+    image = decode_image(data, max_pixels=LIMIT)
+    assert image.mode == "RGB"
+    assert (decode_pixels(data, max_pixels=LIMIT) == np.asarray(image)).all()
+    return np.asarray(image)
 
 
 def png(width: int, height: int, *, bits: int, color_type: int, rows: bytes, extra: bytes = b"") -> bytes:
@@ -140,10 +140,10 @@ def test_grey_with_alpha_over_white():
 
 @pytest.mark.parametrize("transparency", [1, b"\xff\x00\x80"])
 def test_palette_with_transparency(transparency):
-    picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
-    picture.putpalette([255, 0, 0, 9, 9, 9, 0, 0, 255])
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    image.putpalette([255, 0, 0, 9, 9, 9, 0, 0, 255])
     third = [0, 0, 255] if transparency == 1 else [127, 127, 255]
-    assert decoded(encode(picture, transparency=transparency))[0].tolist() == [[255, 0, 0], [255] * 3, third]
+    assert decoded(encode(image, transparency=transparency))[0].tolist() == [[255, 0, 0], [255] * 3, third]
 
 
 def test_rgb_with_a_transparent_colour():
@@ -245,8 +245,8 @@ def test_a_box_that_reaches_outside_brings_in_white():
 
 
 def test_the_whole_box_is_the_plain_resize():
-    picture = Image.fromarray(NOISE)
-    assert (resize(picture, (20, 30)) == resize(picture, (20, 30), box=(0.0, 0.0, 64.0, 64.0))).all()
+    image = Image.fromarray(NOISE)
+    assert (resize(image, (20, 30)) == resize(image, (20, 30), box=(0.0, 0.0, 64.0, 64.0))).all()
 
 
 def test_a_wide_box_of_a_large_image_needs_no_giant_canvas(monkeypatch):
@@ -262,9 +262,9 @@ def test_a_wide_box_of_a_large_image_needs_no_giant_canvas(monkeypatch):
 def painting(height: int, width: int, seed: int = 0) -> Image.Image:
     """Shades and edges in colour."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
-    picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-    picture.paste((255, 0, 40), (width // 4, height // 3, width // 2, height // 2))
-    return picture
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    image.paste((255, 0, 40), (width // 4, height // 3, width // 2, height // 2))
+    return image
 
 
 sizes = st.integers(1, 150)
@@ -273,25 +273,25 @@ edges = st.floats(-0.6, 1.6)
 
 @settings(max_examples=150, deadline=None)
 @given(st.tuples(sizes, sizes), st.tuples(sizes, sizes), st.lists(edges, min_size=4, max_size=4), st.booleans())
-def test_resize_is_pillows_within_a_level_almost_everywhere(picture_size, size_px, box, whole):
-    picture = painting(*picture_size)
-    width, height = picture.size
+def test_resize_is_pillows_within_a_level_almost_everywhere(image_size, size_px, box, whole):
+    image = painting(*image_size)
+    width, height = image.size
     left, right = sorted((box[0] * width, box[1] * width))
     top, bottom = sorted((box[2] * height, box[3] * height))
     box = None if whole or right - left < 0.1 or bottom - top < 0.1 else (left, top, right, bottom)
-    ours = resize(picture, size_px, box=box, exact=False)
-    pillows = resize(picture, size_px, box=box)
+    ours = resize(image, size_px, box=box, exact=False)
+    pillows = resize(image, size_px, box=box)
     with without("cykooz_resizer"):
-        np.testing.assert_array_equal(resize(picture, size_px, box=box, exact=False), pillows)
+        np.testing.assert_array_equal(resize(image, size_px, box=box, exact=False), pillows)
     assert ours.shape == pillows.shape == (*size_px, 3)
     off = np.abs(ours.astype(int) - pillows)
     assert off.max() <= 2 and (off > 1).sum() <= max(1, off.size // 1000)
 
 
 def test_resize_of_a_large_image_is_pillows():
-    picture = painting(2500, 2600)  # More than one block of Pillow's memory.
-    ours = resize(picture, (224, 224), box=(3.3, 100.7, 2600.0, 2400.2), exact=False)
-    assert np.abs(ours.astype(int) - resize(picture, (224, 224), box=(3.3, 100.7, 2600.0, 2400.2))).max() <= 1
+    image = painting(2500, 2600)  # More than one block of Pillow's memory.
+    ours = resize(image, (224, 224), box=(3.3, 100.7, 2600.0, 2400.2), exact=False)
+    assert np.abs(ours.astype(int) - resize(image, (224, 224), box=(3.3, 100.7, 2600.0, 2400.2))).max() <= 1
 
 
 @settings(max_examples=300, deadline=None)

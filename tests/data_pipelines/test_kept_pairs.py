@@ -147,14 +147,14 @@ def test_a_damaged_page_is_told_with_the_name(corpus):
         KeptPairs(TarSource(folder / "*.tar"), manifest)
 
 
-def test_other_pictures_under_the_same_names_and_keys(tmp_path):
+def test_other_images_under_the_same_names_and_keys(tmp_path):
     """img2dataset calls the first shard of every set 00000.tar and its first pair 000000000."""
     for name, start in (("ours", 100), ("theirs", 200), ("longer", 200)):
         (tmp_path / name).mkdir()
         members = {}
         for number in range(5):
-            picture = encode(np.full((4, 4, 3), start + number, np.uint8))
-            members[f"{number:09d}.png"] = picture + bytes(9999 if name == "longer" else 0)
+            image = encode(np.full((4, 4, 3), start + number, np.uint8))
+            members[f"{number:09d}.png"] = image + bytes(9999 if name == "longer" else 0)
             members[f"{number:09d}.txt"] = b"a caption"
         write_tar(tmp_path / name / "00000.tar", members)
     made_of = tmp_path / "made_of"

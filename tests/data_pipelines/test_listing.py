@@ -20,13 +20,13 @@ from tests.data_pipelines.http_server import serving
 from tests.data_pipelines.shards import SPIECE, encode, quadrants
 from tests.data_pipelines.streams import SHAPES
 
-PICTURE = encode(quadrants())
+IMAGE = encode(quadrants())
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
 
 
 def test_a_list_of_each_kind(tmp_path):
     (tmp_path / "cats").mkdir()
-    (tmp_path / "cats" / "1.png").write_bytes(PICTURE)
+    (tmp_path / "cats" / "1.png").write_bytes(IMAGE)
     (tmp_path / "2.png").write_bytes(b"second")
     rows = [
         {"file_name": "cats/1.png", "caption": 'a cat, "asleep"\nat home', "lang": "ü"},
@@ -44,7 +44,7 @@ def test_a_list_of_each_kind(tmp_path):
     for name in ("a.csv", "a.tsv", "a.jsonl"):
         source = pickle.loads(pickle.dumps(open_source(tmp_path / name, fields=["caption"])))
         pairs = list(source)
-        assert [pair.image for pair in pairs] == [PICTURE, b"second", b"second", None, None]
+        assert [pair.image for pair in pairs] == [IMAGE, b"second", b"second", None, None]
         assert [pair.problems for pair in pairs] == [(), (), (), ("missing_image",), ("missing_image",)]
         assert [pair.key for pair in pairs] == [row["file_name"] for row in rows]
         assert [dict(pair.fields) for pair in pairs] == [
@@ -79,20 +79,20 @@ def test_rows_are_found_wherever_they_end(tmp_path_factory, table, line_end, win
 
 
 def test_broken_rows_are_stated_not_raised(tmp_path):
-    (tmp_path / "1.png").write_bytes(PICTURE)
+    (tmp_path / "1.png").write_bytes(IMAGE)
     (tmp_path / "a.jsonl").write_bytes(b'{"image": "1.png", "txt": "a"}\n{"image": \n[1]\n{"image": 3}\n{"txt": "b"}\n')
     pairs = list(open_source(tmp_path / "a.jsonl"))
-    assert [pair.image for pair in pairs] == [PICTURE, None, None, None, None]
+    assert [pair.image for pair in pairs] == [IMAGE, None, None, None, None]
     assert [pair.problems for pair in pairs] == [(), ("invalid_json",), ("invalid_json",), (), ()]
     (tmp_path / "b.jsonl").write_bytes(b'{"image": \n[1]\n{"image": "1.png", "txt": "a"}\n')
     assert [pair.problems for pair in open_source(tmp_path / "b.jsonl")] == [("invalid_json",)] * 2 + [()]
     (tmp_path / "a.csv").write_bytes(b"image,txt\n1.png\n1.png,a,b\n\n1.png,\xff\xe9\n1.png,c,\n")
     pairs = list(open_source(tmp_path / "a.csv"))
     assert [(pair.image, pair.fields.get("txt"), pair.problems) for pair in pairs] == [
-        (PICTURE, None, ()),
+        (IMAGE, None, ()),
         (None, None, ("invalid_csv",)),
-        (PICTURE, None, ("invalid_utf8",)),
-        (PICTURE, "c", ()),
+        (IMAGE, None, ("invalid_utf8",)),
+        (IMAGE, "c", ()),
     ]
 
 
@@ -124,16 +124,16 @@ def test_a_list_over_http_names_images_beside_it(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "served" / "set"
     folder.mkdir(parents=True)
-    (folder / "1.png").write_bytes(PICTURE)
+    (folder / "1.png").write_bytes(IMAGE)
     with serving(tmp_path / "served") as server:
         (folder / "a.csv").write_text(f"image,txt\n1.png,a\n{server.url}/set/1.png,b\nnone.png,c\n")
         pairs = list(open_source(f"{server.url}/set/a.csv"))
-    assert [pair.image for pair in pairs] == [PICTURE, PICTURE, None]
+    assert [pair.image for pair in pairs] == [IMAGE, IMAGE, None]
     assert pairs[2].problems == ("missing_image",)
 
 
 def test_random_access_from_threads(tmp_path):
-    (tmp_path / "1.png").write_bytes(PICTURE)
+    (tmp_path / "1.png").write_bytes(IMAGE)
     (tmp_path / "a.csv").write_text("image,txt\n" + "".join(f"1.png,caption {n}\n" for n in range(500)))
     source = open_source(tmp_path / "a.csv")
     order = [7 * n % 500 for n in range(2000)]
@@ -160,7 +160,7 @@ def test_rows_that_name_devices_pipes_or_endless_files_have_no_image(tmp_path):
 
 
 def test_a_comma_without_quotes_never_cuts_a_caption(tmp_path):
-    (tmp_path / "1.png").write_bytes(PICTURE)
+    (tmp_path / "1.png").write_bytes(IMAGE)
     for name, separator in (("a.csv", ","), ("a.tsv", "\t")):
         rows = [f"1.png{separator}a dog{separator} asleep", *[f"1.png{separator}a cat"] * 3]
         (tmp_path / name).write_text(f"image{separator}txt\n" + "\n".join(rows))

@@ -41,7 +41,7 @@ def test_an_epoch_holds_every_pair_once(shards):
     assert len(set(keys[:42])) == len(set(keys[42:])) == 42 and keys[:42] != keys[42:]
 
 
-def test_picture_and_caption_stay_together(shards):
+def test_image_and_caption_stay_together(shards):
     batches, _ = take(config_of(shards / "*.tar"), 5)
     source = {pair.key: pair for pair in TarSource(str(shards / "*.tar"))}
     tokenizer = SentencePieceTokenizer(SPIECE)

@@ -45,11 +45,11 @@ def test_texts_go_round_and_none_keeps_its_own(size, share, seed, batch):
         assert ((shown != np.array(positions)) == moved).all()
 
 
-def test_pictures_and_tokens_of_noise():
-    picture = noise.random_image(5, (30, 40), seed=0)
-    assert picture.shape == (30, 40, 3) and picture.dtype == np.uint8 and 120 < picture.mean() < 135
-    assert (picture == noise.random_image(5, (30, 40), seed=0)).all()
-    assert (picture != noise.random_image(6, (30, 40), seed=0)).any()
+def test_images_and_tokens_of_noise():
+    image = noise.random_image(5, (30, 40), seed=0)
+    assert image.shape == (30, 40, 3) and image.dtype == np.uint8 and 120 < image.mean() < 135
+    assert (image == noise.random_image(5, (30, 40), seed=0)).all()
+    assert (image != noise.random_image(6, (30, 40), seed=0)).any()
     tokenizer = SentencePieceTokenizer(Path(sample.__file__).parent / "spiece.model")
     drawn = [noise.random_ids(n, 16, vocab_size=1000, seed=0) for n in range(3000)]
     tokens = np.stack([tokenizer.padded(ids, 16) for ids in drawn])

@@ -87,7 +87,7 @@ def test_neighbours_cost_one_read_and_other_columns_none(tmp_path, reads):
     reads.clear()
     assert [source[number].fields["caption"] for number in range(10, 20)] == [f"caption {n}" for n in range(10, 20)]
     footer, group = reads
-    # Pictures and captions of ten rows; the embeddings lie behind them and stay on disk.
+    # Images and captions of ten rows; the embeddings lie behind them and stay on disk.
     assert 10 * 3000 <= group[1] < 10 * (3000 + 1000) < 10 * (3000 + 2000)
     reads.clear()
     assert source[15].image == bytes([15]) * 3000 and not reads

@@ -23,7 +23,7 @@ from data_pipelines.sources.writing import ArrayRecordWriter, TarWriter
 from tests.data_pipelines.http_server import serving
 from tests.data_pipelines.shards import SAMPLE, encode, quadrants, write_tar
 
-PICTURE = encode(quadrants())
+IMAGE = encode(quadrants())
 FEATURES = st.dictionaries(
     st.text(max_size=5),
     st.lists(st.binary(max_size=9))
@@ -43,7 +43,7 @@ def framed(record: bytes) -> bytes:
 
 
 def record(number: int, **more) -> bytes:
-    features = {"image": [PICTURE], "caption": [f"caption {number}"], "id": [number], **more}
+    features = {"image": [IMAGE], "caption": [f"caption {number}"], "id": [number], **more}
     return examples.serialize(features)
 
 
@@ -55,7 +55,7 @@ def write_records(path: Path, count: int, *, first: int = 0) -> Path:
 def write_array(path: Path, count: int) -> Path:
     with ArrayRecordWriter(path) as shard:
         for number in range(count):
-            shard.write(Pair(f"k{number}", PICTURE, {"txt": f"caption {number}"}))
+            shard.write(Pair(f"k{number}", IMAGE, {"txt": f"caption {number}"}))
     return path
 
 
@@ -80,7 +80,7 @@ def test_records_by_tensorflow(tmp_path):
         return train.Feature(float_list=train.FloatList(value=values))
 
     rows = [
-        {"image": [PICTURE], "captions/text": [b"a", "ü".encode()], "label": [-3], "scores": [0.5, 2.0],
+        {"image": [IMAGE], "captions/text": [b"a", "ü".encode()], "label": [-3], "scores": [0.5, 2.0],
          "image/filename": [b"x.png"]},
         {"image": [b""], "label": [2**62], "image/filename": [b"y.png"]},
     ]  # fmt: skip
@@ -93,7 +93,7 @@ def test_records_by_tensorflow(tmp_path):
             )
     first, second = TFRecordSource(path)
     assert first == Pair(
-        "x.png", PICTURE, {"captions/text": ["a", "ü"], "label": -3, "scores": [0.5, 2.0], "image/filename": "x.png"}
+        "x.png", IMAGE, {"captions/text": ["a", "ü"], "label": -3, "scores": [0.5, 2.0], "image/filename": "x.png"}
     )
     assert second == Pair("y.png", b"", {"label": 2**62, "image/filename": "y.png"})
     parsed = train.Example.FromString(examples.serialize(rows[0]))
@@ -108,7 +108,7 @@ def test_an_array_record_file_replaced_under_a_source_stops_the_run(tmp_path):
     assert second[0].key == "k0"
     with ArrayRecordWriter(paths[0]) as shard:  # as large as before
         for number in range(3, 6):
-            shard.write(Pair(f"k{number}", PICTURE, {"txt": f"caption {number}"}))
+            shard.write(Pair(f"k{number}", IMAGE, {"txt": f"caption {number}"}))
     write_array(paths[1], 4)
     with pytest.raises(ShardLost, match="a.array_record' was replaced while it was in use; start again"):
         first[0]
@@ -125,7 +125,7 @@ def test_tfrecords_at_random(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         pairs = list(pool.map(source.__getitem__, order))
     assert [(pair.key, pair.image, dict(pair.fields)) for pair in pairs] == [
-        (str(n), PICTURE, {"caption": f"caption {n}", "id": n}) for n in order
+        (str(n), IMAGE, {"caption": f"caption {n}", "id": n}) for n in order
     ]
     assert source.columns == ("caption", "id", "image")
 
@@ -174,7 +174,7 @@ def test_bad_tfrecords(tmp_path):
 
 
 def test_features_by_name(tmp_path):
-    rows = {"photo": [PICTURE], "mask": [PICTURE], "text": [b"\xff"], "json": [b'{"n": 1, "text": "repaired"}']}
+    rows = {"photo": [IMAGE], "mask": [IMAGE], "text": [b"\xff"], "json": [b'{"n": 1, "text": "repaired"}']}
     (tmp_path / "a.tfrecord").write_bytes(framed(examples.serialize(rows)))
     with pytest.raises(ValueError, match="no column with images"):
         open_source(tmp_path / "a.tfrecord")
@@ -183,7 +183,7 @@ def test_features_by_name(tmp_path):
     ):
         open_source(tmp_path / "a.tfrecord", image="foto")
     (pair,) = open_source(tmp_path / "a.tfrecord", image="photo", fields=["text", "n"])
-    assert (pair.image, pair.fields, pair.problems) == (PICTURE, {"n": 1, "text": "repaired"}, ("invalid_utf8",))
+    assert (pair.image, pair.fields, pair.problems) == (IMAGE, {"n": 1, "text": "repaired"}, ("invalid_utf8",))
     assert pair.key == "a.tfrecord/0"
 
 
@@ -195,9 +195,7 @@ def write_tfds(folder: Path, splits: dict[str, list[int]]) -> Path:
     (folder / "features.json").write_text(json.dumps({"featuresDict": {"features": features}}))
     for name, counts in splits.items():
         for shard, count in enumerate(counts):
-            data = [
-                framed(examples.serialize({"picture": [PICTURE], "image": ["text"], "n": [n]})) for n in range(count)
-            ]
+            data = [framed(examples.serialize({"picture": [IMAGE], "image": ["text"], "n": [n]})) for n in range(count)]
             (folder / f"set-{name}.tfrecord-{shard:05d}-of-{len(counts):05d}").write_bytes(b"".join(data))
     return folder
 
@@ -205,7 +203,7 @@ def write_tfds(folder: Path, splits: dict[str, list[int]]) -> Path:
 def test_tfds_folders(tmp_path):
     source = open_source(write_tfds(tmp_path / "one", {"train": [3, 2]}))
     assert [pair.fields for pair in source] == [{"image": "text", "n": n} for n in (0, 1, 2, 0, 1)]
-    assert {pair.image for pair in source} == {PICTURE}
+    assert {pair.image for pair in source} == {IMAGE}
     two = write_tfds(tmp_path / "two", {"train": [3], "test": [2]})
     with pytest.raises(ValueError, match="holds the splits train, test; name one: .*#train"):
         open_source(two)
@@ -225,9 +223,9 @@ def test_tfds_folders(tmp_path):
 def test_what_is_written_reads_back(tmp_path, writer, name):
     pairs = [
         *TarSource(SAMPLE / "emoji-heldout-00000.tar"),
-        Pair("d/1", PICTURE, {"txt": ["a", "b", "ü"], "cls": 3, "nested": {"x": [1, None]}}),
+        Pair("d/1", IMAGE, {"txt": ["a", "b", "ü"], "cls": 3, "nested": {"x": [1, None]}}),
         Pair("d/2", None, {"txt": "no picture"}),
-        Pair("d/3", PICTURE, {"cls": "cat"}),
+        Pair("d/3", IMAGE, {"cls": "cat"}),
     ]
     for path in (tmp_path / name, tmp_path / f"again-{name}"):
         with writer(path) as shard:
@@ -243,7 +241,7 @@ def test_what_is_written_reads_back(tmp_path, writer, name):
 def test_nothing_stays_of_a_shard_that_failed(tmp_path, writer):
     (tmp_path / "a").write_bytes(b"before")
     with pytest.raises(RuntimeError, match="stop"), writer(tmp_path / "a") as shard:
-        shard.write(Pair("1", PICTURE, {}))
+        shard.write(Pair("1", IMAGE, {}))
         raise RuntimeError("stop")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"before")]
 
@@ -337,7 +335,7 @@ def test_a_damaged_first_record_costs_itself_alone(tmp_path):
         source = open_source(tmp_path / name)
         with pytest.raises(OSError, match="record 0 of shard"):
             source[0]
-        assert source[1].image == PICTURE
+        assert source[1].image == IMAGE
 
 
 @pytest.mark.parametrize(
@@ -366,4 +364,4 @@ def test_odd_features_are_no_images(tmp_path):
     folder = write_tfds(tmp_path / "set", {"train": [2]})
     features = {"n": 3, "text": "an image", "picture": {"image": {}}}
     (folder / "features.json").write_text(json.dumps({"featuresDict": {"features": features}}))
-    assert open_source(folder)[0].image == PICTURE
+    assert open_source(folder)[0].image == IMAGE

@@ -70,7 +70,7 @@ def test_images_are_resized_as_the_encoders_were():
     assert np.abs(found["bilinear"].astype(int) - found["bicubic"]).max() > 5
 
 
-def pictures(captioner, count=8):
+def random_images(captioner, count=8):
     size = captioner.encoder.spec.image_size
     return np.random.default_rng(0).integers(0, 256, (count, *size, 3), dtype=np.uint8)
 
@@ -86,7 +86,7 @@ def same_bits(one, other):
 
 def test_at_the_start_the_image_is_not_seen(source, stage_1):
     start, suffix = model.init_captioner(siglip.load_encoder(source), TINY, seed=0), random_suffix(8)
-    images = pictures(start)
+    images = random_images(start)
     scores = jax.jit(model.suffix_logits)
     np.testing.assert_array_equal(
         scores(start, images, prompt(), suffix), scores(start, images[::-1].copy(), prompt(), suffix)
@@ -110,7 +110,7 @@ def test_stage_2_trains_the_encoder_at_a_higher_resolution(source, stage_1, mesh
     stage = StageConfig(steps=6, lr=1e-3, warmup_steps=1, encoder_lr=1e-3, encoder_warmup_steps=5)
     assert larger.spec.tokens == 36
     after, more = trained(captioner, stage, mesh)
-    # More image tokens than ever, of a larger picture, and it goes on where it was.
+    # More image tokens than ever, of a larger image, and it goes on where it was.
     assert np.mean(more) < losses[0] - 2
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after.encoder.params, larger.params)
     moved.pop("MAPHead_0")  # behind the tokens
@@ -120,7 +120,7 @@ def test_stage_2_trains_the_encoder_at_a_higher_resolution(source, stage_1, mesh
 def test_the_encoders_learning_rate_has_a_warm_up_of_its_own(source, stage_1):
     captioner = dataclasses.replace(stage_1[0], encoder=siglip.load_encoder(source, frozen=False))
     gradients = jax.jit(jax.grad(model.caption_loss))
-    images, suffix = pictures(captioner), random_suffix(8)
+    images, suffix = random_images(captioner), random_suffix(8)
 
     def drift(warmup_steps):
         """How far the encoder is from where it was, after each of four steps."""
@@ -171,7 +171,7 @@ def test_greedy_writing_is_teacher_forcing(stage_1):
 
 def test_the_loss_is_of_the_suffix_up_to_its_first_end(stage_1):
     captioner, _ = stage_1
-    images, suffix = pictures(captioner, 2), random_suffix(2)
+    images, suffix = random_images(captioner, 2), random_suffix(2)
     suffix[0, 4] = suffix[0, 7] = model.END
     scores = np.asarray(model.suffix_logits(captioner, images, prompt(), suffix), np.float64)
     nats = np.log(np.exp(scores).sum(-1)) - np.take_along_axis(scores, suffix[..., None], -1)[..., 0]
@@ -249,7 +249,7 @@ def test_saved_and_loaded(stage_1, tmp_path):
     again, words = saved.load_captioner(tmp_path / "out")
     assert words == PROMPT and same_bits(again.encoder.params, captioner.encoder.params)
     assert same_bits((again.connector, again.decoder), (captioner.connector, captioner.decoder))
-    images = pictures(captioner, 2)
+    images = random_images(captioner, 2)
     scores = [np.asarray(model.suffix_logits(c, images, prompt(), random_suffix(2))) for c in (again, captioner)]
     np.testing.assert_allclose(*scores, rtol=0, atol=1e-5)
     # The tower is a SRC again.

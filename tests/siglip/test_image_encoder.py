@@ -213,7 +213,7 @@ def test_bfloat16_products_keep_float32_tokens(source):
     assert coarse.dtype == jnp.float32 and 1e-4 < np.abs(coarse - exact).max() < 0.2
 
 
-def test_pictures_that_do_not_fit_are_named(source):
+def test_images_that_do_not_fit_are_named(source):
     encoder = load_encoder(source)
     with pytest.raises(ValueError, match=r"shape \(2, 16, 16, 3\) but the model takes \[b, 32, 32, 3\]"):
         encoder.tokens(np.zeros((2, 16, 16, 3), np.float32))

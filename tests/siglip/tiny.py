@@ -1,7 +1,5 @@
 """Tiny models with every parameter random, for the tests of the towers, the formats and the exports."""
 
-import functools
-
 import jax
 import numpy as np
 
@@ -33,12 +31,7 @@ def random_params(config: ModelConfig, *, seed: int = 0) -> dict:
         centre = 1.0 if path.endswith("scale") else 0.0
         return (centre + rng.normal(size=leaf.shape) / np.sqrt(fan_in)).astype(np.float32)
 
-    return unflatten({path: draw(path, leaf) for path, leaf in _shapes(config).items()})
-
-
-@functools.cache
-def _shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    return flatten(param_shapes(config))  # traced once: many tests draw the same model's
+    return unflatten({path: draw(path, leaf) for path, leaf in flatten(param_shapes(config)).items()})
 
 
 def random_batch(config: ModelConfig, *, batch: int = 3) -> dict[str, np.ndarray]:
@@ -48,7 +41,7 @@ def random_batch(config: ModelConfig, *, batch: int = 3) -> dict[str, np.ndarray
 
 
 def random_inputs(config: ModelConfig, *, batch: int = 3) -> tuple[np.ndarray, np.ndarray | None]:
-    """Pictures in [-1, 1] and token ids."""
+    """Images in [-1, 1] and token ids."""
     rng, text = np.random.default_rng(1), config.text
     images = rng.uniform(-1, 1, (batch, *config.image.image_size, 3)).astype(np.float32)
     return images, text and rng.integers(text.vocab_size, size=(batch, text.length), dtype=np.int32)

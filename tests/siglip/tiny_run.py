@@ -92,7 +92,7 @@ class TinyBatches:
         keys = [f"{self.position}-{i}" for i in range(self.batch_size)]
         self.position += 1
         self.seen += keys
-        # Every picture is one grey level and its caption spells that level: learnable in a few steps.
+        # Every image is one grey level and its caption spells that level: learnable in a few steps.
         level = rng.integers(0, 50, self.batch_size)
         image = np.broadcast_to((level * 5).astype(np.uint8)[:, None, None, None], (self.batch_size, 16, 16, 3))
         return {

@@ -22,10 +22,11 @@ from siglip.cli.exporting import ExportArgs
 from siglip.cli.reporting import _without_languages
 from siglip.errors import UserError
 from siglip.models.two_tower import param_shapes
+from siglip.training import loop
 from siglip.training.config import load_config_file
 from siglip.training.warm_start import SourceModel
 from siglip.workdir.metrics import read_metrics
-from tests.siglip.tiny_run import use_devices
+from tests.siglip.tiny_run import toy_program, use_devices
 
 ROOT = Path(__file__).parents[3]
 SAMPLE = ROOT / "data_pipelines" / "sample"
@@ -373,7 +374,8 @@ def test_where_and_how_fast_a_run_computes_may_change_between_starts(trained, re
 
 def test_weights_and_places_of_sources_may_change_between_starts(shard, recipe, tmp_path, capsys, monkeypatch):
     """Positions 0 to 31 are dealt out 1:1, those up to 63 3:1, so the first source gives 16 + 24 pairs."""
-    use_devices(monkeypatch, 2)
+    monkeypatch.setattr(loop, "make_program", toy_program)
+    monkeypatch.setattr(training, "make_evaluate", lambda *_: None)
     assert run(["data", "curate", str(shard), "--out", str(tmp_path / "curated"), "--workers", "1"]) == 0
     manifest, sources = tmp_path / "curated" / "manifest.parquet", "(SourceConfig(SHARD, captions="
     more = f'SourceConfig(SHARD, manifest="{manifest}", captions=(("captions.en", 1.0),)), '

@@ -51,14 +51,14 @@ def test_perfect_and_collapsed_encoders():
 
 
 def test_median_rank_by_hand():
-    # Similarities of caption j to pictures 0, 1, 2: its own picture is first, second, third.
+    # Similarities of caption j to images 0, 1, 2: its own image is first, second, third.
     ztxt = np.array([[3.0, 2, 1], [3, 2, 1], [3, 2, 1]])
     metrics = retrieval(np.eye(3), ztxt, np.arange(3))
     assert metrics["image_retrieval_median_rank"] == 2
     assert metrics["image_retrieval_recall@1"] == pytest.approx(1 / 3)
 
 
-def test_a_caption_without_a_picture_is_an_error():
+def test_a_caption_without_a_image_is_an_error():
     with pytest.raises(ValueError, match="must name one of 2 images"):
         retrieval(np.eye(2), np.eye(2), np.array([0, 2]))
 

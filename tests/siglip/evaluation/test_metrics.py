@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from siglip.evaluation.fewshot import draw_shots, ridge_classes
 from siglip.evaluation.frozen_tokens import standardised, train_head
+from siglip.evaluation.groups import group_gaps
 from siglip.evaluation.knn import knn_classes
 from siglip.evaluation.labels import multi_hot, read_label_map, read_subset
 from siglip.evaluation.linear_probe import fit_logistic
@@ -19,6 +20,7 @@ from siglip.evaluation.metrics import (
     roc_auc,
 )
 from siglip.evaluation.ranking import rank_both_ways
+from siglip.evaluation.segmentation import confusion_of, segmentation_metrics
 from siglip.evaluation.selection import selection
 from siglip.evaluation.verification import draw_pairs, verification
 from siglip.parallel import sharding
@@ -283,3 +285,24 @@ def test_the_linear_probe_is_at_the_minimum():
         # `_GRADIENT` is that of the mean over 60 images.
         assert abs(gradient).max() < 60 * 1e-8 and abs(error.sum(0)).max() < 60 * 1e-8
         assert not weights[5].any() and np.mean(np.argmax(scores, 1) == labels) > 0.8
+
+
+def test_intersection_over_union_by_hand():
+    mask = np.array([[[0, 0], [1, 255]]], np.uint8)
+    predicted = np.array([[[0, 1], [1, 1]]], np.uint8)
+    confusion = confusion_of(predicted, mask, classes=3)
+    assert confusion.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
+    # Class 0: one hit of two; class 1: one of two; class 2 is nowhere.
+    assert segmentation_metrics(confusion) == {"mean_iou_tokens": 0.5, "pixel_acc_tokens": pytest.approx(2 / 3)}
+    with pytest.raises(ValueError, match="class 4, but those of training end at 2"):
+        confusion_of(predicted, np.full_like(mask, 4), classes=3)
+
+
+def test_gaps_between_groups_by_hand():
+    predicted, labels = np.array([0, 0, 1, 1, 1, 1, 0]), np.array([0, 1, 1, 0, 1, 1, 1])
+    found = group_gaps(predicted, labels, ["a"] * 4 + ["b"] * 2 + ["c"], min_images=2)
+    assert found["acc1_a"] == 0.5 and found["acc1_b"] == 1 and found["n_c"] == 1
+    assert found["acc1_worst_group"] == 0.5 and found["acc1_gap"] == 0.5  # c is too small to be the worst
+    assert found["acc1_gap_se"] == pytest.approx(np.sqrt(0.25 / 4)) and found["demographic_parity_gap"] == 0.5
+    with pytest.raises(ValueError, match="1 groups have 3 images or more"):
+        group_gaps(predicted, labels, ["a"] * 4 + ["b"] * 2 + ["c"], min_images=3)

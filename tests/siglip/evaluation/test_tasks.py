@@ -19,12 +19,12 @@ from siglip.evaluation.attentive_probe import AttentiveProbe
 from siglip.evaluation.class_files import Classes
 from siglip.evaluation.embed import EmbeddedImages, Embedder
 from siglip.evaluation.fewshot import FewShot
-from siglip.evaluation.groups import Groups, group_gaps
+from siglip.evaluation.groups import Groups
 from siglip.evaluation.knn import Knn
 from siglip.evaluation.linear_probe import LinearProbe
 from siglip.evaluation.retrieval import Retrieval
 from siglip.evaluation.robustness import Robustness
-from siglip.evaluation.segmentation import Segmentation, confusion_of, segmentation_metrics
+from siglip.evaluation.segmentation import Segmentation
 from siglip.evaluation.selection import Selection
 from siglip.evaluation.suite import TimedTasks
 from siglip.evaluation.text_cache import caching
@@ -170,17 +170,6 @@ def test_a_probe_needs_neither_text_tower_nor_tokenizer(src, train, test, tmp_pa
     assert "the model has no text tower" in capsys.readouterr().err
 
 
-def test_intersection_over_union_by_hand():
-    mask = np.array([[[0, 0], [1, 255]]], np.uint8)
-    predicted = np.array([[[0, 1], [1, 1]]], np.uint8)
-    confusion = confusion_of(predicted, mask, classes=3)
-    assert confusion.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
-    # Class 0: one hit of two; class 1: one of two; class 2 is nowhere.
-    assert segmentation_metrics(confusion) == {"mean_iou_tokens": 0.5, "pixel_acc_tokens": pytest.approx(2 / 3)}
-    with pytest.raises(ValueError, match="class 4, but those of training end at 2"):
-        confusion_of(predicted, np.full_like(mask, 4), classes=3)
-
-
 def test_corrupted_images_and_groups(embedder, test, classes):
     task = Robustness(test, classes, corruptions=("gaussian_noise", "jpeg_compression"), severities=(1, 5))
     found = metrics_of(task, embedder)
@@ -197,16 +186,6 @@ def test_corrupted_images_and_groups(embedder, test, classes):
     diverged = dataclasses.replace(embedder, embed=lambda batch: jnp.full((16, 24), jnp.nan), text_embeddings={})
     with pytest.raises(ValueError, match="some embeddings are not finite"):
         Groups(test, "place", classes, min_images=5).run(diverged)
-
-
-def test_gaps_between_groups_by_hand():
-    predicted, labels = np.array([0, 0, 1, 1, 1, 1, 0]), np.array([0, 1, 1, 0, 1, 1, 1])
-    found = group_gaps(predicted, labels, ["a"] * 4 + ["b"] * 2 + ["c"], min_images=2)
-    assert found["acc1_a"] == 0.5 and found["acc1_b"] == 1 and found["n_c"] == 1
-    assert found["acc1_worst_group"] == 0.5 and found["acc1_gap"] == 0.5  # c is too small to be the worst
-    assert found["acc1_gap_se"] == pytest.approx(np.sqrt(0.25 / 4)) and found["demographic_parity_gap"] == 0.5
-    with pytest.raises(ValueError, match="1 groups have 3 images or more"):
-        group_gaps(predicted, labels, ["a"] * 4 + ["b"] * 2 + ["c"], min_images=3)
 
 
 def test_several_labels_are_ranked_and_subsets_and_maps_take_part(embedder, test, classes, tmp_path, caplog):

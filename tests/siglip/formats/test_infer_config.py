@@ -1,6 +1,7 @@
 """Shapes to architectures: every published size, and files with arrays that are lost, misnamed or misshapen."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -87,15 +88,16 @@ def broken(tmp_path, flat: dict) -> str:
     return str(error.value)
 
 
-FLAT = flatten(random_params(square_model()))
-SCAN = flatten(random_params(square_model(image={"scan": True}, text={"scan": True})))
+@functools.cache
+def flat_params(scan: bool) -> dict:
+    return flatten(random_params(square_model(image={"scan": scan}, text={"scan": scan})))
 
 
 @settings(max_examples=20, deadline=None)
 @given(data=st.data(), scan=st.booleans())
 def test_exactly_the_bad_keys_are_named(tmp_path_factory, data, scan):
     """A model with some arrays dropped, renamed and reshaped: those are named, all of them, and no other."""
-    flat = dict(SCAN if scan else FLAT)
+    flat = dict(flat_params(scan))
     # A head, positions or one of a layer's halves that are gone altogether make another model, a smaller one.
     paths = sorted(path for path in flat if path not in ("t", "b"))
     chosen = data.draw(st.lists(st.sampled_from(paths), min_size=1, max_size=5, unique=True))
@@ -116,7 +118,8 @@ def test_exactly_the_bad_keys_are_named(tmp_path_factory, data, scan):
     words = {word.strip(",;?'") for word in message.split()}
     for path in expected:
         assert path in words, (path, message)
-    named = {word for word in words if word in FLAT or word in SCAN or word.endswith("_x")}
+    known = flat_params(True).keys() | flat_params(False)
+    named = {word for word in words if word in known or word.endswith("_x")}
     hinted = {word.strip("'?;,") for word in told.split() if word.startswith("'")}
     assert named - hinted <= expected, message
 
@@ -130,7 +133,7 @@ def test_missing_layers_are_one_item_each(tmp_path):
 
 
 def test_a_stray_layer_number_is_no_deep_model(tmp_path):
-    flat = dict(FLAT)
+    flat = dict(flat_params(False))
     flat["img/Transformer/encoderblock_999999999/LayerNorm_0/bias"] = np.zeros(36, np.float32)
     message = broken(tmp_path, flat)
     assert "has unknown img/Transformer/encoderblock_999999999/LayerNorm_0/bias; did you mean" in message

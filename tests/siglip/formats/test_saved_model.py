@@ -29,11 +29,15 @@ from tests.siglip.tiny import random_params, square_model
 # Importing TensorFlow alone takes longer than a fast test may.
 pytestmark = pytest.mark.slow
 
-tf = pytest.importorskip("tensorflow")
-tf_text = pytest.importorskip("tensorflow_text")
-
 SIZE, LENGTH = (32, 40), 16
 TEXTS = [text for text in HAND_PICKED if "\x00" not in text][:20] + captions(every=3000)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tf():
+    """TensorFlow, once a test runs: at the top of this file, every worker would import it to collect the tests."""
+    pytest.importorskip("tensorflow_text")
+    return pytest.importorskip("tensorflow")
 
 
 def config():
@@ -148,7 +152,7 @@ def test_the_image_tower_alone(tmp_path, files, pool):
     np.testing.assert_allclose(found["image_tokens"], np.asarray(expected), rtol=0, atol=atol)
 
 
-def test_damaged_images_are_errors_that_say_so(written, files):
+def test_damaged_images_are_errors_that_say_so(tf, written, files):
     run = tf.saved_model.load(str(written[0])).signatures["pixels"]
     cases = ((b"", "neither JPEG"), (b"hello", "neither JPEG"), (files[0][:-300], "Invalid JPEG data"))
     for data, words in cases:
@@ -175,8 +179,10 @@ TOKENS = [
 
 
 @pytest.fixture(scope="module", params=TOKENS, ids=["siglip", "siglip2", "canonical", "bare"])
-def tokenize(request):
+def tokenize(request, tf):
     """(the graph's ids, ours)."""
+    import tensorflow_text as tf_text
+
     pieces = tf_text.SentencepieceTokenizer(model=SPIECE.read_bytes(), out_type=tf.int32)
     config = TextConfig(length=64, tokens=request.param)
     graph = tf.function(
@@ -184,13 +190,13 @@ def tokenize(request):
         autograph=False,
         input_signature=[tf.TensorSpec([None], tf.string)],
     )
-    return graph, SentencePieceTokenizer(SPIECE, **vars(request.param))
+    ids = lambda texts: graph(tf.constant([text.encode() for text in texts], tf.string)).numpy()  # noqa: E731
+    return ids, SentencePieceTokenizer(SPIECE, **vars(request.param))
 
 
 def check_tokens(both, texts: list[str]) -> None:
     tokenize, ours = both
-    found = tokenize(tf.constant([text.encode() for text in texts], tf.string)).numpy()
-    np.testing.assert_array_equal(found, np.stack([ours.encode(text, 64) for text in texts]))
+    np.testing.assert_array_equal(tokenize(texts), np.stack([ours.encode(text, 64) for text in texts]))
 
 
 def test_ids_in_the_graph(tokenize):
@@ -203,14 +209,14 @@ def test_ids_of_any_text_in_the_graph(tokenize, texts):
     check_tokens(tokenize, texts)
 
 
-def test_lower_case_of_every_character_in_the_graph():
+def test_lower_case_of_every_character_in_the_graph(tf):
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     found = tf_tokens.lower(tf.constant([c.encode() for c in characters])).numpy()
     assert [c for c, low in zip(characters, found, strict=True) if c.lower().encode() != low] == []
 
 
 @pytest.fixture(scope="module")
-def pixels():
+def pixels(tf):
     """(file, size, filter) -> the graph's pixels; traced once for each size and filter."""
     traced = {}
 
@@ -317,7 +323,7 @@ def test_resizing_is_pillows_to_the_bit(pixels, height, width, size, resample):
     np.testing.assert_array_equal(pixels(file, size, resample), resized(file, size, resample))
 
 
-def test_what_the_docstring_refuses_is_refused(pixels):
+def test_what_the_docstring_refuses_is_refused(tf, pixels):
     for file in (saved(image(9, 9).quantize(16), "BMP"), saved(image(9, 9), "AVIF"), saved(image(9, 9), "TIFF")):
         with pytest.raises(tf.errors.InvalidArgumentError, match="neither JPEG, PNG, WebP, GIF nor BMP of 24 bits"):
             pixels(file, (24, 30))

@@ -69,7 +69,7 @@ def test_smaller_patches_are_the_least_squares_fit():
     with jax.enable_x64(True):
         basis = np.eye(48).reshape(48, 8, 6, 1)
         resize = np.asarray(jax.image.resize(basis, (48, *new, 1), "linear", antialias=True)).reshape(48, 20)
-    # The kernel that minimises the squared difference over pictures of white noise.
+    # The kernel that minimises the squared difference over images of white noise.
     expected = np.linalg.lstsq(resize, kernel.reshape(48), rcond=None)[0]
     found = resample_patches(kernel.astype(np.float32), new).ravel()
     # As above: rounded twice.

@@ -1,7 +1,6 @@
 """A loss term with a head of its own, added from outside: everything here would be one file, its head another."""
 
 import dataclasses
-import functools
 import signal
 from typing import Literal
 
@@ -21,7 +20,7 @@ from siglip.models.variants import Variant
 from siglip.parallel.sharding import MeshConfig, ParamLayout, make_mesh, put_batch
 from siglip.training.accumulation import make_value_and_grad
 from siglip.training.loop import make_program, train
-from siglip.training.objective import LossConfig, Term, all_param_shapes, init_all_params, make_objective
+from siglip.training.objective import LossConfig, Term, all_param_shapes, make_objective
 from siglip.training.optim import OptimConfig
 from siglip.training.signals import Interrupted
 from siglip.training.step import init_state, make_abstract_state
@@ -99,9 +98,11 @@ def program():
         return make_program(config_of("unused", LATE))
 
 
-@functools.cache
-def fresh_params(terms):
-    return flat(jax.jit(lambda: init_all_params(MODEL, terms, jax.random.key(0)))())
+@pytest.fixture(scope="module")
+def fresh(program):
+    """The parameters that a run with the term starts with."""
+    with jax.set_mesh(program.mesh):
+        return flat(program.init({}).params)
 
 
 @pytest.fixture(scope="module")
@@ -126,14 +127,13 @@ def test_a_term_counts_from_its_start_and_is_in_the_metrics_by_name(run):
 
 
 @pytest.mark.parametrize("stop", [3, 5])
-def test_a_checkpoint_restores_across_the_start_of_a_term_bit_for_bit(run, program, stop, tmp_path, monkeypatch):
+def test_a_checkpoint_restores_across_the_start_of_a_term_bit_for_bit(run, program, fresh, stop, tmp_path, monkeypatch):
     use_devices(monkeypatch, 1)
     config = config_of(tmp_path, LATE)
     with pytest.raises(Interrupted):
         train(config, Stops(stop - 1), program=program)
     saved, _, step = read_run_params(tmp_path)
     assert step == stop
-    fresh = fresh_params(LATE)
     moved = {path for path, leaf in trees.flatten(saved).items() if np.any(leaf != fresh[path])}
     # Before its start nothing of a term moves, by weight decay either.
     assert any(path.startswith("colour/") for path in moved) == (stop > 4)
@@ -143,14 +143,17 @@ def test_a_checkpoint_restores_across_the_start_of_a_term_bit_for_bit(run, progr
         np.testing.assert_array_equal(leaf, expected)
 
 
-def test_a_term_that_waits_changes_no_other_parameter(run, tmp_path, monkeypatch):
+def test_a_term_that_waits_changes_no_other_parameter(run, fresh, tmp_path, monkeypatch):
     use_devices(monkeypatch, 1)
-    plain, both = fresh_params(()), fresh_params(LATE)
-    assert {path for path in both if path not in plain} == {path for path in both if path.startswith("colour/")}
-    for path, leaf in plain.items():
-        np.testing.assert_array_equal(both[path], leaf)
     config = config_of(tmp_path, ())
-    train(dataclasses.replace(config, log=dataclasses.replace(config.log, every_steps=1)), TinyBatches())
+    program = make_program(config)
+    with jax.set_mesh(program.mesh):
+        plain = flat(program.init({}).params)
+    assert {path for path in fresh if path not in plain} == {path for path in fresh if path.startswith("colour/")}
+    for path, leaf in plain.items():
+        np.testing.assert_array_equal(fresh[path], leaf)
+    config = dataclasses.replace(config, log=dataclasses.replace(config.log, every_steps=1))
+    train(config, TinyBatches(), program=program)
     for with_term, without in zip(read_metrics(run[0])[:5], read_metrics(tmp_path)[:5], strict=True):
         # The state before step 5 is that of four steps without the term; the program is another one, so float32 rounds
         # differently, and Adam passes on a relative error of 2^-23 a step.
@@ -166,7 +169,7 @@ def test_what_is_loaded_and_exported_is_the_model_alone(run, tmp_path):
         assert stored.files and not any("colour" in name for name in stored.files)
 
 
-def test_another_run_starts_from_the_model_and_draws_the_terms_afresh(run):
+def test_another_run_starts_from_the_model_and_draws_the_terms_afresh(run, fresh):
     found = read_initial(InitConfig(str(run[0])), MODEL)
     assert found.keys() == trees.flatten(param_shapes(MODEL)).keys()
     optimizer, mesh_config = optax.sgd(0.1), MeshConfig(data=1)
@@ -174,13 +177,12 @@ def test_another_run_starts_from_the_model_and_draws_the_terms_afresh(run):
     abstract = make_abstract_state(MODEL, optimizer, mesh=mesh, mesh_config=mesh_config, terms=LATE)
     given = put(found, abstract.params)
     start = flat(init_state(MODEL, optimizer, abstract_state=abstract, seed=0, terms=LATE, given=given).params)
-    trained, drawn = flat(run[1].params), fresh_params(LATE)
+    trained, drawn = flat(run[1].params), fresh
     for path, leaf in start.items():
         np.testing.assert_array_equal(leaf, (drawn if path.startswith("colour/") else trained)[path])
 
 
-@functools.cache
-def gradients(devices, fsdp, micro_batch_size):
+def gradients(params, devices, fsdp):
     terms = (dataclasses.replace(LATE[0], start=0.0),)
     mesh_config = MeshConfig(fsdp=fsdp, fsdp_min_size_bytes=1024)
     mesh = make_mesh(mesh_config, jax.devices()[:devices])
@@ -191,19 +193,18 @@ def gradients(devices, fsdp, micro_batch_size):
         make_objective(MODEL, LossConfig(), layout=layout, terms=terms, total_steps=8),
         frozen=jax.tree.map(lambda _: False, shapes),
         layout=layout,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=None,
     )
-    params = jax.jit(lambda: init_all_params(MODEL, terms, jax.random.key(0)))()
-    params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, shapes))
+    params = jax.device_put(trees.unflatten(params), jax.tree.map(lambda leaf: leaf.sharding, shapes))
     batch = {name: rows for name, rows in next(ColourBatches()).items() if name != "key"}
     loss, metrics, grads = jax.jit(value_and_grad)(params, put_batch(batch, mesh), jax.random.key(1), jnp.int32(0))
     return float(loss), jax.device_get(metrics), flat(grads)
 
 
-def test_a_term_and_its_head_on_a_mesh_that_shards_them(monkeypatch):
+def test_a_term_and_its_head_on_a_mesh_that_shards_them(fresh):
     """Dropout of the term draws by the whole batch, so the mesh does not matter; micro-batches are in test_accumulation."""
-    loss, metrics, grads = gradients(1, 1, None)
-    found_loss, found_metrics, found = gradients(4, 2, None)
+    loss, metrics, grads = gradients(fresh, 1, 1)
+    found_loss, found_metrics, found = gradients(fresh, 4, 2)
     assert found_loss == pytest.approx(loss, rel=3e-6)
     assert found_metrics["colour"] == pytest.approx(metrics["colour"], rel=3e-6)
     assert np.any(grads["colour/head/kernel"])

@@ -36,12 +36,20 @@ def two_devices(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def program():
+    """Of tiny_run.MODEL, wherever its run starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_devices(patch, 2)
+        return make_program(tiny_config("unused"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, program):
     """Workdir of a short run of tiny_run.MODEL."""
     workdir = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         use_devices(patch, 2)
-        train(tiny_config(workdir), TinyBatches(), tokenizer=TOKENIZER)
+        train(tiny_config(workdir), TinyBatches(), tokenizer=TOKENIZER, program=program)
     return workdir
 
 
@@ -72,9 +80,9 @@ def params_of(src):
     return flat_params(siglip.load(str(src)).params)
 
 
-def test_a_run_starts_with_all_of_its_source_and_steps_anew(trained, tmp_path, caplog):
+def test_a_run_starts_with_all_of_its_source_and_steps_anew(trained, program, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "siglip"):
-        train_until(tiny_config(tmp_path, init=InitConfig(str(trained))), 1)
+        train_until(tiny_config(tmp_path, init=InitConfig(str(trained))), 1, program)
     params, _, step = read_run_params(tmp_path)
     # The first update of a warm-up is exactly zero: what is saved is what training started with.
     assert_equal(flat_params(params), params_of(trained))
@@ -206,17 +214,17 @@ def test_parameters_arrive_sharded(trained, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_that_has_a_checkpoint_needs_its_source_no_more(trained, tmp_path):
+def test_a_run_that_has_a_checkpoint_needs_its_source_no_more(trained, program, tmp_path):
     shutil.copytree(trained, tmp_path / "src")
     model = SourceModel(text=SourceText(dropout=0.0))
 
     def config(steps):
         return tiny_config(tmp_path / "run", model=model, init=InitConfig(str(tmp_path / "src")), total_steps=steps)
 
-    train_until(config(8), 4)
+    train_until(config(8), 4, program)
     shutil.rmtree(tmp_path / "src")
     resumed = train(config(8), TinyBatches())
-    whole = train(tiny_config(tmp_path / "whole", init=InitConfig(str(trained))), TinyBatches())
+    whole = train(tiny_config(tmp_path / "whole", init=InitConfig(str(trained))), TinyBatches(), program=program)
     assert_equal(flat_params(resumed.params), flat_params(whole.params))
     with pytest.raises(ValueError, match=r"belongs to another run: init.skip.0 is 'absent' there and 't' here"):
         train(dataclasses.replace(config(8), init=InitConfig(str(tmp_path / "src"), skip=("t",))), TinyBatches())
@@ -225,7 +233,7 @@ def test_a_run_that_has_a_checkpoint_needs_its_source_no_more(trained, tmp_path)
     assert not (tmp_path / "new").exists()
 
 
-def train_until(config, stop_at):
+def train_until(config, stop_at, program):
     """Trains and saves at every step, until batch `stop_at` does not come."""
 
     class Ends(TinyBatches):
@@ -235,7 +243,7 @@ def train_until(config, stop_at):
             return super().__next__()
 
     with pytest.raises(KeyError, match="the end"):
-        train(dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=1)), Ends())
+        train(dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=1)), Ends(), program=program)
 
 
 def refused(init, model=MODEL, *, match, tokenizer=None):
