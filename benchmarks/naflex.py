@@ -1,6 +1,6 @@
 """What keeping the aspect ratio gains: NaFlex against squashing, at equal tokens; and what a token costs beside a fixed tower's.
 
-    python benchmarks/naflex.py                      # the table, and benchmarks/results/naflex.json
+    python benchmarks/naflex.py                      # the table, and benchmarks/results/naflex.json and .png: half an hour
     python benchmarks/naflex.py --seeds 1 --steps 50 # a try
 
 Images are made here: lines of four words (about 5.6:1), four coloured shapes in a row or a column (4:1, 1:4) or in a square.
@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from PIL import Image, ImageDraw, ImageFont
 
+from data_pipelines.patch_ops import fit_size
 from data_pipelines.samples.pairs import SamplePair
 from data_pipelines.samples.patches import Patches
 from siglip.losses import sigmoid_loss
@@ -149,6 +150,26 @@ def time_of_a_token(*, turns: int = 15, rows: int = 2) -> float:
     return least[1] / least[0]
 
 
+def plot(accuracy: dict) -> None:
+    """An image of each kind as both ways see it, and its accuracies."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(3, len(KINDS), figsize=(9, 5.5), layout="constrained")
+    for column, kind in enumerate(KINDS):
+        image = Image.fromarray(draw(kind, np.random.default_rng(3))[0])
+        wide = fit_size(image.size[::-1], (PATCH_PX, PATCH_PX), SIDE * SIDE)
+        for row, (way, (high, across)) in enumerate({"NaFlex": wide, "squash": (SIDE * PATCH_PX,) * 2}.items()):
+            axes[row, column].imshow(image.resize((across, high), Image.Resampling.BILINEAR), interpolation="nearest")
+            axes[row, column].set(xticks=[], yticks=[], title=f"{kind}, {way}: {across} × {high} px")
+        means, errors = zip(*accuracy[kind].values(), strict=True)
+        axes[2, column].bar(list(accuracy[kind]), means, yerr=errors, color=["tab:blue", "tab:gray"], capsize=4)
+        axes[2, column].set(ylim=(0, 1), ylabel="finds its own caption of 256" if column == 0 else "")
+    figure.savefig(RESULTS.with_suffix(".png"), dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
@@ -177,6 +198,7 @@ def main() -> None:
     print(f"valid tokens of {SIDE * SIDE}: {fill}; time of a step, NaFlex / one size: {ratio:.3f}")
     result = vars(options) | {"accuracy": table, "runs": found, "fill": fill, "time": ratio}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    plot(table)
 
 
 if __name__ == "__main__":
