@@ -100,7 +100,7 @@ def test_naflex_folders_that_cannot_be_read(tmp_path, file, changes, words):
 @pytest.mark.interop
 @pytest.mark.parametrize("text", [True, False], ids=["both", "image"])
 def test_transformers_computes_the_same_of_a_naflex_model(tmp_path, text):
-    """Wide, tall, one row, one patch, beyond the 64 patches on a side where other ports end; padded, and exactly full.
+    """Wide, tall, square, one row, one patch, beyond the 64 patches on a side where other ports end; padded, and exactly full.
 
     No column of several patches: torch 2.14's antialiased resize to one column is wrong on a CPU, by the size of its values, in
     float64 too; big_vision's, Pillow's and ours are not (tests/siglip/models/test_naflex.py).
@@ -111,7 +111,10 @@ def test_transformers_computes_the_same_of_a_naflex_model(tmp_path, text):
     model, loading = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     assert type(model).__name__ == ("Siglip2Model" if text else "Siglip2VisionModel")
-    for grids, length in (([(3, 3), (5, 2), (1, 9)], 10), ([(1, 80), (40, 2), (8, 10), (1, 1)], 90), ([(4, 16)], 64)):
+    cases = [([(3, 3), (5, 2), (1, 9)], 10), ([(1, 80), (40, 2), (8, 10), (1, 1)], 90), ([(4, 16)], 64)]
+    # SigLIP 2's usual lengths, and the longest.
+    cases += [([(16, 16), (9, 28)], 256), ([(32, 32), (18, 56)], 1024)]
+    for grids, length in cases:
         patches = rng.uniform(-1, 1, (len(grids), length, 768)).astype(np.float32)
         lengths = np.prod(grids, axis=1)
         mask = np.arange(length) < lengths[:, None]
