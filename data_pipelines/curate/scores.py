@@ -82,7 +82,7 @@ def _images(
     source = InOrder(open_source(shard, image=image, fields=()))
 
     def load(row: int) -> dict[str, np.ndarray]:
-        decoded = image_ops.decode_image(source[row].image, max_pixels=max_pixels)
+        decoded = image_ops.decode_pixels(source[row].image, max_pixels=max_pixels)
         return scorer.pixels.pack(scorer.pixels.draw(decoded))
 
     with ThreadPoolExecutor() as threads:

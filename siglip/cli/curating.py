@@ -178,9 +178,9 @@ class ModelScorer:
         self.embed_images, self.embed_texts = embedder.embed_images, embedder.embed_texts
         resample, max_patches = embedder.resample, embedder.max_patches
         if max_patches is None:
-            self.pixels = Pixels(embedder.image_size, resample=resample)
+            self.pixels = Pixels(embedder.image_size, resample=resample, exact=True)
         else:
-            self.pixels = Patches(embedder.patch_px, max_patches, resample=resample)
+            self.pixels = Patches(embedder.patch_px, max_patches, resample=resample, exact=True)
         # What the probe, one square image, cannot tell. Nothing for "bilinear" and one size, as in older manifests.
         told = ("" if resample == "bilinear" else resample) + (f" {max_patches} patches" if max_patches else "")
         self.fingerprint = hashlib.sha256(self._probe(embedder.image_size).tobytes() + told.encode()).hexdigest()

@@ -144,7 +144,7 @@ class Segmentation:
 
 def _without_padding(
     pixels: UInt8[np.ndarray, "b h w"], valid: Bool[np.ndarray, "n patches"] | None, rows: slice
-) -> UInt8[np.ndarray, "c h w"]:
+) -> UInt8[np.ndarray, "_ _ _"]:
     """Of some rows; of patches all that are none of padding, side by side."""
     return pixels if valid is None else pixels[valid[rows]][None]
 
