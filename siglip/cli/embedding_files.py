@@ -136,8 +136,11 @@ class PartFiles:
         if self._out.suffix == ".npy":
             lines = (" ".join(key.splitlines()) + "\n" for part in self._parts() for key in part.keys)
             write_atomically(self._out.with_suffix(".keys.txt"), "".join(lines))
-            if (grid := self._grid()) is not None:
-                with new_file(self._out.with_suffix(".grid.npy")) as partial, partial.open("wb") as file:
+            grids = self._out.with_suffix(".grid.npy")
+            if (grid := self._grid()) is None:
+                grids.unlink(missing_ok=True)  # of tokens that had this name before
+            else:
+                with new_file(grids) as partial, partial.open("wb") as file:
                     np.save(file, grid)
         with new_file(self._out) as partial, partial.open("wb") as file:
             if self._out.suffix == ".parquet":
