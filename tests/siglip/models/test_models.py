@@ -54,7 +54,7 @@ def close(found, expected, config, *, passes=1):
     np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("name, scan", [("a", False), ("a", True), ("c", False)])
+@pytest.mark.parametrize("name, scan", [pytest.param("a", False, marks=pytest.mark.slow), ("a", True), ("c", False)])
 def test_outputs_loss_and_every_gradient_of_big_vision(fixtures, name, scan):
     stored = dict(np.load(fixtures / f"bv_tiny_{name}.npz"))
     config = in_layout(PUBLISHED[name], scan=scan)

@@ -107,7 +107,11 @@ def test_every_image_is_what_it_is_alone_in_float64(pool, scan):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"scan": True, "remat": "full"}, {"pool": "gap", "remat": "dots"}], ids=["scan", "loop"]
+    "fields",
+    [
+        pytest.param({"scan": True, "remat": "full"}, id="scan"),
+        pytest.param({"pool": "gap", "remat": "dots"}, id="loop", marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_are_the_sum_of_those_of_each_image_alone(fields):
     config = naflex_model(**fields)

@@ -83,6 +83,7 @@ def test_a_run_compiles_every_length_first_and_resumes_bit_for_bit(tmp_path, cap
     assert_bit_equal(train(naflex_config(tmp_path / "run"), PatchBatches(), program=program), expected)
 
 
+@pytest.mark.slow
 def test_longer_steps_take_smaller_micro_batches_and_give_the_same(tmp_path, monkeypatch):
     use_devices(monkeypatch, 4)
     config = naflex_config(tmp_path, loss=LossConfig(micro_batch_size=16))
