@@ -1,7 +1,7 @@
 """What keeping the aspect ratio gains: NaFlex against squashing, at equal tokens; and what a token costs beside a fixed tower's.
 
     python benchmarks/naflex.py                      # the table, and benchmarks/results/naflex.json and .png: half an hour
-    python benchmarks/naflex.py --seeds 1 --steps 50 # a try
+    python benchmarks/naflex.py --seeds 1 --steps 50 --out naflex.json     # a try
 
 Images are made here: lines of four words (about 5.6:1), four coloured shapes in a row or a column (4:1, 1:4) or in a square.
 A caption names the four in reading order. Both ways train one and the same NaFlex tower on the same pairs in the same order; one
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from PIL import Image, ImageDraw, ImageFont
@@ -150,13 +151,8 @@ def time_of_a_token(*, turns: int = 15, rows: int = 2) -> float:
     return least[1] / least[0]
 
 
-def plot(accuracy: dict) -> None:
+def plot(accuracy: dict, path: Path) -> None:
     """An image of each kind as both ways see it, and its accuracies."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     figure, axes = plt.subplots(3, len(KINDS), figsize=(9, 5.5), layout="constrained")
     for column, kind in enumerate(KINDS):
         image = Image.fromarray(draw(kind, np.random.default_rng(3))[0])
@@ -167,7 +163,7 @@ def plot(accuracy: dict) -> None:
         means, errors = zip(*accuracy[kind].values(), strict=True)
         axes[2, column].bar(list(accuracy[kind]), means, yerr=errors, color=["tab:blue", "tab:gray"], capsize=4)
         axes[2, column].set(ylim=(0, 1), ylabel="finds its own caption of 256" if column == 0 else "")
-    figure.savefig(RESULTS.with_suffix(".png"), dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -175,6 +171,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON; the picture gets its name")
     options = parser.parse_args()
     data, config = (make_set(TRAIN, 0), make_set(HELD_OUT, 1)), model_config()
     optimizer = optax.contrib.muon(optax.warmup_cosine_decay_schedule(0, 5e-3, options.steps // 10, options.steps))
@@ -196,9 +193,10 @@ def main() -> None:
     fill = {way: float(data[0][f"{way}/grid"].prod(axis=1).mean() / SIDE**2) for way in found}
     ratio = time_of_a_token()
     print(f"valid tokens of {SIDE * SIDE}: {fill}; time of a step, NaFlex / one size: {ratio:.3f}")
-    result = vars(options) | {"accuracy": table, "runs": found, "fill": fill, "time": ratio}
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    plot(table)
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    result = settings | {"accuracy": table, "runs": found, "fill": fill, "time": ratio}
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    plot(table, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

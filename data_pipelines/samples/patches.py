@@ -74,7 +74,7 @@ class Patches:
         return self.size_px or fit_size(size_px, self.patch_px, self.length)
 
     def draw(self, pixels: np.ndarray, rng: Rng | None = None) -> np.ndarray:
-        """As `Pixels.draw`: whole patches."""
+        """As `Pixels.draw`; the sides are whole patches."""
         return draw_image(pixels, self.augment, self.size_of, rng, resample=self.resample, exact=self.exact)
 
     def pack(self, image: np.ndarray) -> dict[str, np.ndarray]:

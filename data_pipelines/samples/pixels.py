@@ -55,7 +55,7 @@ class Pixels:
         return draw_image(pixels, self.augment, lambda _: self.size_px, rng, **options)
 
     def pack(self, image: np.ndarray) -> dict[str, np.ndarray]:
-        """The arrays of what `draw` gave."""
+        """What `draw` gave, as the arrays of a sample."""
         return {"image": image}
 
 

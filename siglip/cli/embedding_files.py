@@ -47,6 +47,8 @@ def check_out(out: Path, *, dtype: str) -> None:
     """Raises UserError for an ending, a folder or a type of numbers that cannot be written."""
     if out.suffix not in ("", *ENDINGS) and not out.is_dir():
         raise UserError(f"--out {out} must end in .npz, .npy or .parquet, or be a folder, without an ending")
+    if out.name.endswith(".grid.npy"):
+        raise UserError(f"--out {out}: names that end in .grid.npy are for the grids beside an .npy; choose another")
     if out.suffix in ENDINGS and out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file, or a folder without that ending")
     if out.is_dir() and any(out.iterdir()) and not (out / _ABOUT).exists():
@@ -153,7 +155,11 @@ class PartFiles:
         return count
 
     def _grid(self) -> np.ndarray | None:
-        grids = [part.grid for part in self._parts()]
+        """Of parts that are .npz: of these only what is asked for is read."""
+        grids = []
+        for path in self._paths:
+            with np.load(path) as file:
+                grids.append(file.get("grid"))
         return None if grids[0] is None else np.concatenate(grids)
 
     def _write_npz(self, file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> None:

@@ -184,7 +184,7 @@ def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer, result
             kept.clear()
         tower = now
         embedder = make_embedder(params, config.model, mesh=mesh, tokenizer=tokenizer, **settings)
-        results[:] = tasks.run(dataclasses.replace(embedder, text_embeddings=kept), due)
+        results[:] = tasks.run(dataclasses.replace(embedder, text_embeddings=kept), due, last=last)
         return named_metrics(results)
 
     return evaluate

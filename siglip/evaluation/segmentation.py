@@ -145,7 +145,7 @@ class Segmentation:
 def _without_padding(
     pixels: UInt8[np.ndarray, "b h w"], valid: Bool[np.ndarray, "n patches"] | None, rows: slice
 ) -> UInt8[np.ndarray, "_ _ _"]:
-    """Of some rows; of patches all that are none of padding, side by side."""
+    """The pixels of some rows; where they are patches, those of all that are not padding, side by side."""
     return pixels if valid is None else pixels[valid[rows]][None]
 
 
@@ -158,7 +158,10 @@ def pixel_logits(
     patch_px: tuple[int, int],
     dropout: float = 0.0,
 ) -> Float[Array, "b h w k"] | Float[Array, "b n p k"]:
-    """Of every pixel: patch by patch where the batch has a "grid", else of images of one `size`. key: of the dropout, or None."""
+    """Logits of every pixel: patch by patch where the batch has a "grid", else of images of one `size`.
+
+    key: of the dropout; None: none.
+    """
     x = standardised(params, batch["tokens"])
     if key is not None and dropout:
         kept = jax.random.bernoulli(key, 1 - dropout, (len(x), 1, x.shape[-1]))
@@ -190,7 +193,7 @@ def resize_in_patches(
 
 
 def _neighbour_weights(pixels: int) -> Float[np.ndarray, "pixels 3"]:
-    """Of the patch before, the patch itself and the one after, for each pixel of a patch."""
+    """For each pixel of a patch, the weights of the patch before, of its own and of the one after."""
     at = (np.arange(pixels) + 0.5) / pixels - 0.5
     return np.stack([np.maximum(-at, 0), 1 - abs(at), np.maximum(at, 0)], axis=1).astype(np.float32)
 

@@ -74,17 +74,18 @@ def run_tasks(tasks: Sequence[Task], embedder: Embedder) -> list[Result]:
 class TimedTasks:
     """Evaluations of a training run within a time: those that are not begun in it come first the next time.
 
-    The first task never waits: that of `checkpoint.best_metric` belongs there.
+    The first task, when due, never waits: that of `checkpoint.best_metric` belongs there. A restart forgets which tasks wait.
     """
 
     def __init__(self, tasks: Sequence[Task], max_s: float) -> None:
         self._tasks, self._max_s, self._waiting = tasks, max_s, []
 
-    def run(self, embedder: Embedder, due: Sequence[int]) -> list[Result]:
+    def run(self, embedder: Embedder, due: Sequence[int], *, last: bool = False) -> list[Result]:
         """As `run_tasks`, those whose turn it is and those that wait; at least one.
 
         Args:
-            due: places of tasks.
+            due: indices into `tasks`.
+            last: no evaluation comes after this one, so nothing waits.
 
         Raises:
             UserError: as the tasks' `run` do.
@@ -95,7 +96,7 @@ class TimedTasks:
         while self._waiting and not late:
             results += run_tasks([self._tasks[self._waiting.pop(0)]], embedder)
             # Process 0's clock counts for all.
-            late = gather_records([0 < self._max_s <= time.monotonic() - start])[0]
+            late = not last and gather_records([0 < self._max_s <= time.monotonic() - start])[0]
         if self._waiting and jax.process_index() == 0:
             told = "eval.max_s=%g is used up: %d evaluations wait for the next time, first %s"
             logger.info(told, self._max_s, len(self._waiting), self._tasks[self._waiting[0]].dataset)
@@ -118,9 +119,10 @@ class EvalConfig:
     Attributes:
         tasks: what is evaluated; metrics are called eval/<task>/<name>/<metric>.
         every_steps: steps between evaluations; 0 evaluates at the end only.
-        every_steps_of: the same of single tasks, by the beginning of their metrics: (("zeroshot/imagenet-val", 20000), …).
-        max_s: seconds after which no further task is begun; those left out come first the next time. The first task always runs.
-            0: no limit.
+        every_steps_of: steps between evaluations of single tasks, by the beginning of their metrics:
+            (("zeroshot/imagenet-val", 20000), …); 0 evaluates them at the end only.
+        max_s: seconds after which no further task is begun; those left out come first the next time. The first task, when due,
+            never waits, and at the end none does. 0: no limit.
         batch_size: images or texts per forward pass, over all devices and hosts.
         threads: threads per process that decode images; 0 takes one per core that the process may use.
         workers: processes per process that decode images; with 0, threads alone do it.
@@ -140,7 +142,10 @@ class EvalConfig:
                 raise UserError(f"eval.{name}={getattr(self, name)} must be at least {least}")
         check_names(self.tasks)
         known = {prefix.removeprefix("eval/") for prefix in self.prefixes}
+        names = [name for name, _ in self.every_steps_of]
         for name, steps in self.every_steps_of:
+            if names.count(name) > 1:
+                raise UserError(f"eval.every_steps_of names {name!r} more than once; name it once")
             if name not in known:
                 hint = did_you_mean(name, known) or f"; there are {', '.join(sorted(known)) or 'none'}"
                 raise UserError(f"eval.every_steps_of names {name!r}, which is not an evaluation of this run{hint}")
@@ -151,6 +156,10 @@ class EvalConfig:
     def prefixes(self) -> tuple[str, ...]:
         """The beginning of the names of each task's metrics."""
         return tuple(metric_prefix(task, task.dataset) for task in self.tasks)
+
+    def prefix_of(self, metric: str) -> str | None:
+        """The task that a metric is of: one name may begin with another."""
+        return max(filter(metric.startswith, self.prefixes), key=len, default=None)
 
     @property
     def cadences(self) -> tuple[int, ...]:

@@ -196,9 +196,8 @@ class RunHooks:
         return best
 
     def _new_best(self, results: Mapping[str, float]) -> float | None:
-        name = self._config.checkpoint.best_metric
-        ran = tuple(prefix for prefix in self._config.eval.prefixes if any(one.startswith(prefix) for one in results))
-        if name is not None and name not in results and name.startswith(ran):
+        name, prefix_of = self._config.checkpoint.best_metric, self._config.eval.prefix_of
+        if name is not None and name not in results and prefix_of(name) in map(prefix_of, results):
             warnings.warn(
                 f"checkpoint.best_metric={name!r} was not evaluated; there are {sorted(results)}", stacklevel=2
             )

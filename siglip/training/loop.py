@@ -173,9 +173,11 @@ def _steps(
         keys = list(batch.pop("key", ()))
         first = step == start_step + 1
         with signals.nothing_to_save() if first else contextlib.nullcontext():
+            on_devices = sharding.put_batch(batch, program.mesh)
             if first and jax.process_count() > 1:
-                run_step = _compiled_by_all(run_step, state, sharding.put_batch(batch, program.mesh), step)
-            state, metrics = run_step(state, sharding.put_batch(batch, program.mesh))
+                run_step = _compiled_by_all(run_step, state, on_devices, step)
+            state, metrics = run_step(state, on_devices)
+            del on_devices
         # The device always has the next step waiting, and never more: every waiting step holds its batch in its memory.
         jax.block_until_ready(before)
         before = metrics

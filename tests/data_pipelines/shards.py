@@ -14,7 +14,7 @@ SPIECE = str(SAMPLE / "spiece.model")
 
 
 def quadrants(size_px: int = 16) -> np.ndarray:
-    """Red, green / blue, black: a image with no symmetry. uint8 [size, size, 3]."""
+    """Red, green / blue, black: an image with no symmetry. uint8 [size, size, 3]."""
     half = size_px // 2
     image = np.zeros((size_px, size_px, 3), np.uint8)
     image[:half, :half, 0] = image[:half, half:, 1] = image[half:, :half, 2] = 255

@@ -15,7 +15,7 @@ from tests.data_pipelines.shards import SAMPLE, encode, write_pairs, write_tar
 
 
 class ColourScorer:
-    """Embeds a image by its colour, a caption by the number in it: a model whose scores can be worked out by hand."""
+    """Embeds an image by its colour, a caption by the number in it: a model whose scores can be worked out by hand."""
 
     pixels = Pixels((4, 4))
     fingerprint = "colour"

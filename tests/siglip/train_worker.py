@@ -53,10 +53,10 @@ def record(path: Path, at: str) -> None:
         file.write(json.dumps(["read", pair.key]) + "\n")
         return pair
 
-    def evaluate_and_fail(tasks: TimedTasks, embedder: Embedder, due: list[int]) -> list:
+    def evaluate_and_fail(tasks: TimedTasks, embedder: Embedder, due: list[int], **options) -> list:
         if event_step == "evaluating":
             happen(event, path)
-        results = evaluate(tasks, embedder, due)
+        results = evaluate(tasks, embedder, due, **options)
         if event_step == "evaluated":
             happen(event, path)
         return results

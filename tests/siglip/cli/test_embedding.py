@@ -205,6 +205,7 @@ def test_parts_of_something_else_are_not_taken(folder, expected, tmp_path, monke
         (("toy.parquet", "parts", "--tokens"), "other settings; name a new one"),
         (("toy.parquet", "parts", "--image-column", "image"), "other settings; name a new one"),
         (("toy.tar", "."), "has other files; name a new one"),
+        (("toy.tar", "z.grid.npy"), "names that end in .grid.npy are for the grids beside an .npy"),
         (("toy.tar", "z.csv"), "must end in .npz, .npy or .parquet, or be a folder"),
         (("toy.tar", "no/z.npz"), "of --out does not exist; make it first"),
         (("toy.tar", "z.parquet", "--dtype", "bfloat16"), "Parquet has no bfloat16; use --dtype float16"),

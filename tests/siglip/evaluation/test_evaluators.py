@@ -58,7 +58,7 @@ def test_median_rank_by_hand():
     assert metrics["image_retrieval_recall@1"] == pytest.approx(1 / 3)
 
 
-def test_a_caption_without_a_image_is_an_error():
+def test_a_caption_without_an_image_is_an_error():
     with pytest.raises(ValueError, match="must name one of 2 images"):
         retrieval(np.eye(2), np.eye(2), np.array([0, 2]))
 

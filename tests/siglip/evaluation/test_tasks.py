@@ -335,10 +335,11 @@ def test_evaluations_that_are_not_begun_in_time_come_first_the_next_time(embedde
     ran.clear()
     tasks.run(embedder, [2])  # d waits since the last time, and c is due again
     assert "".join(ran) == "cd"
-    for due, expected in (([3], "d"), ([0, 3], "ad"), ([], "")):
+    for due, expected, last in (([3], "d", False), ([0, 3], "ad", False), ([], "", False), (range(4), "abcd", True)):
         ran.clear()
-        tasks.run(embedder, due)
+        tasks.run(embedder, due, last=last)
         assert "".join(ran) == expected
+    ran.clear()
     TimedTasks([Slow("x.tar", name=name) for name in "abcd"], max_s=0.0).run(embedder, range(4))
     assert "".join(ran) == "abcd"
 

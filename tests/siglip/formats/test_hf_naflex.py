@@ -106,7 +106,7 @@ def test_transformers_computes_the_same_of_a_naflex_model(tmp_path, text):
     float64 too; big_vision's, Pillow's and ours are not (tests/siglip/models/test_naflex.py).
     """
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    config = naflex_model(text=text, width=48, num_heads=4)
+    config = naflex_model(text=text, width=48, num_heads=4, naflex=NaflexConfig(40, 1024))
     params, rng = written(tmp_path, config), np.random.default_rng(0)
     model, loading = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]

@@ -36,7 +36,6 @@ def test_both_towers_there_and_back(tmp_path, scan):
 
 
 def test_vision_tower_alone_in_both_key_layouts(tmp_path):
-
     config = image_only(square_model(image={"pool": "none"}))
     params = written(tmp_path, config)
     same(hugging_face.read(tmp_path)[0], params)
@@ -48,7 +47,6 @@ def test_vision_tower_alone_in_both_key_layouts(tmp_path):
 
 
 def test_shards_and_reduced_precision(tmp_path):
-
     params = written(tmp_path, square_model())
     state = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -187,7 +185,6 @@ def test_configs_that_cannot_be_read(tmp_path, tree, words):
 
 
 def test_every_bad_key_is_named_at_once(tmp_path):
-
     written(tmp_path, square_model(image={"depth": 5}))
     state = load_file(tmp_path / "model.safetensors")
     state = {key: array for key, array in state.items() if "vision_model.encoder.layers.3." not in key}
@@ -301,7 +298,6 @@ def test_what_transformers_saves_is_read(tmp_path, kind):
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
 def test_keys_as_wrappers_of_torch_write_them(tmp_path, prefix):
-
     params = written(tmp_path, square_model())
     state = load_file(tmp_path / "model.safetensors")
     save_file({prefix + key: array for key, array in state.items()}, tmp_path / "model.safetensors")
@@ -318,7 +314,6 @@ def test_the_image_tower_alone_reads_nothing_else(tmp_path, monkeypatch):
 
 
 def test_an_image_classifier_is_read_without_its_classifier(tmp_path):
-
     config = square_model()
     params = written(tmp_path, config)
     state = {key: a for key, a in load_file(tmp_path / "model.safetensors").items() if key.startswith("vision_model.")}

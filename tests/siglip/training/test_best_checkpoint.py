@@ -61,7 +61,7 @@ def test_an_evaluation_made_up_for_that_is_not_the_best_marks_nothing(tmp_path):
 
 def test_only_evaluations_that_have_the_metric_count(tmp_path, recwarn):
     """Another task is evaluated in every step, the metric's in every third and at the end."""
-    other = Retrieval("unused.tar", name="other")
+    other = Retrieval("unused.tar", name="toy-v2")  # its name begins with the other one's
     evals = with_task(every_steps=1, every_steps_of=(("retrieval/toy", 3),))["eval"]
     checkpoint = CheckpointConfig(every_steps=100, keep=1, best_metric="eval/retrieval/toy/score", patience=2)
     config = tiny_config(tmp_path, eval=dataclasses.replace(evals, tasks=(other, *evals.tasks)), checkpoint=checkpoint)
@@ -70,11 +70,11 @@ def test_only_evaluations_that_have_the_metric_count(tmp_path, recwarn):
 
     def evaluate(params, step):
         own = {"eval/retrieval/toy/score": scores[step]} if step in scores else {}
-        return {"eval/retrieval/other/score": 1 - step / 10} | own
+        return {"eval/retrieval/toy-v2/score": 1 - step / 10} | own
 
     train_toy(config, TinyBatches(), evaluate=evaluate)  # patience 2 would end it at step 5 if all evaluations counted
     assert kept(tmp_path) == [3, 8]
-    steps = {line["step"] for line in read_metrics(tmp_path) if "eval/retrieval/other/score" in line}
+    steps = {line["step"] for line in read_metrics(tmp_path) if "eval/retrieval/toy-v2/score" in line}
     assert steps == set(range(1, 9)) and not [one for one in recwarn if "best_metric" in str(one.message)]
 
 
@@ -83,6 +83,7 @@ def test_only_evaluations_that_have_the_metric_count(tmp_path, recwarn):
     [
         ((("retrieval/toi", 3),), "'retrieval/toi', which .* did you mean 'retrieval/toy'"),
         ((("retrieval/toy", -1),), "-1 steps of retrieval/toy must be at least 0"),
+        ((("retrieval/toy", 1), ("retrieval/toy", 2)), "names 'retrieval/toy' more than once"),
     ],
 )
 def test_cadences_of_tasks_that_cannot_be(pairs, words):

@@ -100,8 +100,8 @@ def test_kept_patches_are_embedded_as_without_dropping():
     some = apply({"params": params}, {"image": images}, train=True, rngs={"dropout": jax.random.key(0)})[2][
         "img/with_posemb"
     ]
-    for image in range(3):
-        distance = np.abs(np.asarray(some)[image][:, None] - every[image][None]).max(-1)
+    for n in range(3):
+        distance = np.abs(np.asarray(some)[n][:, None] - every[n][None]).max(-1)
         assert np.all(distance.min(1) < 1e-6) and len(set(distance.argmin(1))) == 4
 
 
