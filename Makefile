@@ -64,15 +64,15 @@ sample: $(VENV)/.installed
 	    --vocab-size 8000 --repeat captions.en 4
 
 test: $(VENV)/.installed
-	OPTIMIZED=1 $(BIN)/python -m pytest -m 'not slow' -rs $(PARALLEL) $(NUMERICS)
-	$(BIN)/python -m pytest -m 'not slow' -rs $(PARALLEL) $(addprefix --ignore=,$(NUMERICS))
+	OPTIMIZED=1 $(BIN)/python -m pytest -m 'not slow and not interop' -rs $(PARALLEL) $(NUMERICS)
+	$(BIN)/python -m pytest -m 'not slow and not interop' -rs $(PARALLEL) $(addprefix --ignore=,$(NUMERICS))
 
 # Every instruction set adds numbers in an order of its own: tests of numbers must hold for each.
 isa: $(VENV)/.installed
 	for isa in $(ISA); do \
 	    echo "--xla_cpu_max_isa=$$isa"; \
 	    OPTIMIZED=1 XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_max_isa=$$isa" \
-	        $(BIN)/python -m pytest -m 'not interop and not slow' -rs $(PARALLEL) $(NUMERICS) \
+	        $(BIN)/python -m pytest -m 'not slow and not interop' -rs $(PARALLEL) $(NUMERICS) \
 	        $(addprefix tests/siglip/, training/test_accumulation.py parallel/test_sharding.py) || exit 1; \
 	done
 
@@ -80,8 +80,8 @@ isa-names:
 	@echo $(ISA)
 
 slow: $(VENV)/.installed
-	OPTIMIZED=1 $(BIN)/python -m pytest -m slow -rs $(PARALLEL) $(NUMERICS)
-	$(BIN)/python -m pytest -m slow -rs $(PARALLEL) $(addprefix --ignore=,$(NUMERICS))
+	OPTIMIZED=1 $(BIN)/python -m pytest -m 'slow and not interop' -rs $(PARALLEL) $(NUMERICS)
+	$(BIN)/python -m pytest -m 'slow and not interop' -rs $(PARALLEL) $(addprefix --ignore=,$(NUMERICS))
 
 # What needs torch and transformers, exports read back by their users; and libtpu, programs compiled for a pod.
 interop: $(VENV)/.interop

@@ -14,7 +14,7 @@ if [ ! -e "$env/.installed" ]; then
   touch "$env/.installed"
 fi
 "$env/bin/python" -m pip list --disable-pip-version-check 2>/dev/null | grep -E '^(jax|flax|optax|orbax-checkpoint|grain|tensorflow|numpy) '
-"$env/bin/python" -m pytest -m 'not slow' "${@:2}"
+"$env/bin/python" -m pytest -m 'not slow and not interop' "${@:2}"
 run=$(mktemp -d)
 trap 'rm -rf "$run"' EXIT
 "$env/bin/siglip" train configs/quickstart.py --workdir "$run/run" --total-steps 20 --optim.warmup-steps 1
