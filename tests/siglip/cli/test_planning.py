@@ -67,9 +67,8 @@ from siglip import cli
 assert [cli.run(["plan", sys.argv[1], "--topology", topology, "--compile"]) for topology in sys.argv[2:]] == [2, 2]
 """
     command = [sys.executable, "-c", program, QUICKSTART, "h100:8", "v5e:2x2"]
-    env = {
-        name: value for name, value in os.environ.items() if name != "TPU_LIBRARY_PATH"
-    }  # jax has set it where there is one
+    # jax has said where libtpu lies, if there is one.
+    env = {name: value for name, value in os.environ.items() if name != "TPU_LIBRARY_PATH"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     gpu, tpu = done.stderr.splitlines()

@@ -29,29 +29,28 @@ def jobs(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_goes_on_after_a_kill_and_in_other_layouts(jobs):
-    """One host, two with FSDP, of which one is killed, the same two again, and one."""
+    """One host that is stopped, two with FSDP, of which one is killed, twice, and one host again."""
     whole = jobs.run("whole", processes=1, devices=1)
     lengths = whole.lengths()
     assert [lengths[step] for step in (1, 2, 3)] == [4] * 3 and set(lengths.values()) == {4, 9}
 
-    def stopped(layout, flags, stop_at):
-        part = jobs.start("towers", *flags, **layout, at={0: f"{stop_at}:{int(signal.SIGTERM)}"}, step_s=1.0)
-        part.ends_with(128 + signal.SIGTERM)
-        return part, read_run_params(part.workdir)[2]
-
-    first, one = stopped(*ONE_REPLICATED, 2)
+    layout, flags = ONE_REPLICATED
+    first = jobs.start("towers", *flags, **layout, at={0: f"2:{int(signal.SIGTERM)}"}, step_s=1.0)
+    first.ends_with(128 + signal.SIGTERM)
+    one = read_run_params(first.workdir)[2]
+    assert 2 <= one < 4
     layout, flags = TWO_SHARDED
     killed = jobs.start("towers", *flags, **layout, at={0: "compiling:late", 1: "8:hold"})
     killed.kill(1, saved=4)
     lost = losses(killed.workdir)
     assert max(lost) > 4
-    second, two = stopped(layout, flags, 8)
+    second = jobs.start("towers", *flags, **layout, at={1: "10:hold"})
+    second.kill(1, saved=8)
     again = losses(second.workdir)
-    assert 2 <= one < 4 and 8 <= two < STEPS
     assert {n: again[n] for n in lost} == lost  # in the same layout to the last bit
     third = jobs.run("towers", *ONE_REPLICATED[1], **ONE_REPLICATED[0])
 
-    parts = (first, 0, one), (killed, one, 7), (second, 4, two), (third, two, STEPS)
+    parts = (first, 0, one), (killed, one, 7), (second, 4, 8), (third, 8, STEPS)
     for part, before, end in parts:
         keys, found = part.keys(), part.lengths()
         assert min(keys) == before + 1 and max(keys) >= end
