@@ -1,14 +1,14 @@
-"""Where the time of a training picture goes, and our loader beside others: images per CPU second and per second of wall time.
+"""Where the time of a training image goes, and our loader beside others: images per CPU second and per second of wall time.
 
     python benchmarks/input_pipeline.py --out benchmarks/results/input_pipeline.json     # ours and tf.data
     python -m pip install webdataset                                                      # with it and torch, that loader too
 
 Pictures of 640 x 480 px are painted (noise with the spectrum of photographs), stored as JPEGs of about 60 KB with captions in tar
 shards and read from the page cache; every loader makes uint8 batches at --image-size from the same shards. All peers decode
-whole pictures and reduce them with antialias, bilinear: that is the work, and a loader that skips it is another loader.
+whole images and reduce them with antialias, bilinear: that is the work, and a loader that skips it is another loader.
 
 decode ceiling   the fastest decoder alone, one thread, into memory that is there already (simplejpeg)
-stages           what our loader does to a batch, each alone, in CPU microseconds per picture
+stages           what our loader does to a batch, each alone, in CPU microseconds per image
 remote           streams from a server with latency, alone with --only remote: see remote_reads.py
 memory           a large first batch, and the peak memory of all processes, alone with --only memory: see first_batch.py
 loaders          --turns rounds through all of them, in a new order each time; medians. Every loader runs in a process of its own;
@@ -53,12 +53,12 @@ def paint(seed: int) -> np.ndarray:
     frequency[0, 0] = 1
     layers = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((3, HEIGHT, WIDTH))) / frequency**1.6, s=(HEIGHT, WIDTH))
     layers /= layers.std(axis=(1, 2), keepdims=True)
-    picture = 0.85 * layers[:1] + 0.35 * layers
-    return np.clip(128 + 60 * picture, 0, 255).astype(np.uint8).transpose(1, 2, 0)
+    mixed = 0.85 * layers[:1] + 0.35 * layers
+    return np.clip(128 + 60 * mixed, 0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
 def make_shards(folder: pathlib.Path, pairs: int) -> list[str]:
-    """Four shards; each picture is there four times under four names, painting takes longer than decoding."""
+    """Four shards; each image is there four times under four names, painting takes longer than decoding."""
     from PIL import Image
 
     files = []
@@ -95,7 +95,7 @@ def cpu_us(function, items, *, turns: int) -> float:
 
 
 def ceiling_us(files: list[bytes], turns: int) -> float:
-    """CPU time of decoding one picture and nothing else."""
+    """CPU time of decoding one image and nothing else."""
     import simplejpeg
 
     out = np.empty((HEIGHT, WIDTH, 3), np.uint8)
@@ -103,7 +103,7 @@ def ceiling_us(files: list[bytes], turns: int) -> float:
 
 
 def stages(shards: list[str], args) -> dict[str, float]:
-    """CPU microseconds per picture of each step of ours, and of other ways to do it."""
+    """CPU microseconds per image of each step of ours, and of other ways to do it."""
     import simplejpeg
     from PIL import Image
 
@@ -116,15 +116,15 @@ def stages(shards: list[str], args) -> dict[str, float]:
     records = list(range(0, len(source), max(1, len(source) // 64)))
     pairs = [source[record] for record in records]
     files, size = [pair.image for pair in pairs], (args.image_size,) * 2
-    pictures = [image_ops.decode_image(file, max_pixels=1 << 24) for file in files]
-    pixels = [np.asarray(picture) for picture in pictures]
+    images = [image_ops.decode_image(file, max_pixels=1 << 24) for file in files]
+    pixels = [np.asarray(image) for image in images]
     small = [image_ops.resize(array, size) for array in pixels]
 
     def pillow_decode(file):
         Image.open(io.BytesIO(file)).load()
 
-    def pillow_resize(picture):
-        return np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
+    def pillow_resize(image):
+        return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
 
     def batch(_):
         images = np.empty((len(small), *small[0].shape), np.uint8)
@@ -137,13 +137,13 @@ def stages(shards: list[str], args) -> dict[str, float]:
         "decode (Pillow)": (pillow_decode, files),
         "decode (simplejpeg, new memory)": (simplejpeg.decode_jpeg, files),
         "resize (ours)": (lambda array: image_ops.resize(array, size, exact=False), pixels),
-        "resize (Pillow)": (pillow_resize, pictures),
+        "resize (Pillow)": (pillow_resize, images),
         "tokenize": (lambda pair: tokenizer.encode(pair.fields["txt"], TEXT_LENGTH), pairs),
         "batch": (batch, [None]),
     }
     results = {name: cpu_us(function, items, turns=args.turns) for name, (function, items) in timed.items()}
     results["batch"] /= len(small)
-    off = [np.abs(mine.astype(int) - pillow_resize(picture)) for mine, picture in zip(small, pictures, strict=True)]
+    off = [np.abs(mine.astype(int) - pillow_resize(image)) for mine, image in zip(small, images, strict=True)]
     results["pixels more than 1/255 off Pillow's, %"] = float(np.mean(np.stack(off) > 1) * 100)
     return results
 
@@ -156,7 +156,7 @@ def ours(shards, args, *, workers, threads):
     from data_pipelines.order.mixture import SourceConfig
 
     sources = (SourceConfig(shards[0].replace("00000", "{00000..00003}")),)
-    # Without a cache: every picture is read and decoded, as in the first epoch of a large set.
+    # Without a cache: every image is read and decoded, as in the first epoch of a large set.
     config = DataConfig(sources, str(SPIECE), workers=workers, threads=threads, cache_bytes=0)
     size = (args.image_size,) * 2
     return make_loader(config, batch_size=args.batch_size, image_size=size, text_length=TEXT_LENGTH, seed=0)
@@ -173,8 +173,8 @@ def webdataset_loader(shards, args, *, workers):
     tokenizer, size = SentencePieceTokenizer(str(SPIECE)), (args.image_size,) * 2
 
     def prepare(sample):
-        picture, caption = sample
-        image = np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
+        image, caption = sample
+        image = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
         return image, tokenizer.encode(caption, TEXT_LENGTH)
 
     dataset = (
@@ -353,7 +353,7 @@ def measure(names: list[str], shards: list[str], args) -> dict:
     }
     return {
         "machine": {"cores": os.cpu_count(), "load": os.getloadavg()[0], "python": sys.version.split()[0]},
-        "picture": {"px": [HEIGHT, WIDTH], "bytes": int(np.mean([len(file) for file in files])), "to": args.image_size},
+        "image": {"px": [HEIGHT, WIDTH], "bytes": int(np.mean([len(file) for file in files])), "to": args.image_size},
         "ceiling_images_per_cpu_s": 1e6 / ceiling_us(files, 2 * args.turns),
         "stages_cpu_us": stages(shards, args),
         "loaders": loaders,
@@ -362,7 +362,7 @@ def measure(names: list[str], shards: list[str], args) -> dict:
 
 def print_table(results: dict) -> None:
     ceiling = results["ceiling_images_per_cpu_s"]
-    print(f"decode ceiling {ceiling:.0f} images/CPU s; {results['picture']}, {results['machine']}\n")
+    print(f"decode ceiling {ceiling:.0f} images/CPU s; {results['image']}, {results['machine']}\n")
     for name, value in results["stages_cpu_us"].items():
         print(f"{name:40}{value:10.2f}")
     print("\n" + ROW.format("loader", "per CPU s", "of ceiling", "per s", "start s", "MiB"))

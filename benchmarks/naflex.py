@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON; the picture gets its name")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON; the plot gets its name")
     options = parser.parse_args()
     data, config = (make_set(TRAIN, 0), make_set(HELD_OUT, 1)), model_config()
     optimizer = optax.contrib.muon(optax.warmup_cosine_decay_schedule(0, 5e-3, options.steps // 10, options.steps))

@@ -93,10 +93,10 @@ def _filter(x: np.ndarray, kernel: np.ndarray, border: Literal["edge", "reflect"
 
 
 def _by_pillow(image: np.ndarray, name: str, strength: float) -> np.ndarray:
-    picture = Image.fromarray(image)
+    pillow = Image.fromarray(image)
     if name == "jpeg_compression":
         file = io.BytesIO()
-        picture.save(file, "JPEG", quality=int(strength))
+        pillow.save(file, "JPEG", quality=int(strength))
         return np.asarray(Image.open(file))
-    small = tuple(max(1, int(side * strength)) for side in picture.size)
-    return np.asarray(picture.resize(small, Image.Resampling.BOX).resize(picture.size, Image.Resampling.BOX))
+    small = tuple(max(1, int(side * strength)) for side in pillow.size)
+    return np.asarray(pillow.resize(small, Image.Resampling.BOX).resize(pillow.size, Image.Resampling.BOX))

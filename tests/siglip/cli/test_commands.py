@@ -19,7 +19,6 @@ from siglip import trees
 from siglip.cli import run, training
 from siglip.cli.arguments import parse
 from siglip.cli.exporting import ExportArgs
-from siglip.cli.reporting import _without_languages
 from siglip.errors import UserError
 from siglip.models.two_tower import param_shapes
 from siglip.training import loop
@@ -239,17 +238,6 @@ def test_zero_shot_classification_from_files(trained, tmp_path, capsys):
         "labelled.tar has no field 'colour'; name the field of the labels with --label",
     )
     fails(base, capsys, "--classes")
-
-
-def test_of_many_languages_english_and_the_mean_of_the_others_are_printed():
-    recall = {"en": 0.5, "de": 0.3, "fr": 0.2, "th": 0.1, "zh": 0.0}
-    sets = {f"toy-{language}": {"image_retrieval_recall@10": value} for language, value in recall.items()}
-    sets |= {"toy-mean": {"image_retrieval_recall@10": 0.22}, "toy-two-en": {"acc1": 1.0}, "digits": {"acc1": 0.1}}
-    shown = _without_languages(sets)
-    assert list(shown) == ["toy-en", "toy-two-en", "digits", "toy-4 others"]
-    assert shown["toy-4 others"] == {"image_retrieval_recall@10": pytest.approx(0.15)}
-    few = {name: row for name, row in sets.items() if name not in ("toy-de", "toy-fr")}
-    assert _without_languages(few) == few
 
 
 def test_the_shipped_tokenizer_can_be_remade(tmp_path):

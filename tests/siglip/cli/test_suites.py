@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from siglip.cli import run, suites
+from siglip.cli.reporting import _without_languages
 from siglip.evaluation import text_cache
 from siglip.evaluation.embed import Embedder
 from siglip.evaluation.suite_file import metric_of, read_suite
@@ -234,3 +235,14 @@ def test_the_cache_of_texts(tmp_path, monkeypatch):
     )
     assert same == text_cache.digest_params(dict(reversed(params.items()))) != other
     assert text_cache.digest(["ab", "c"]) != text_cache.digest(["a", "bc"])
+
+
+def test_of_many_languages_english_and_the_mean_of_the_others_are_printed():
+    recall = {"en": 0.5, "de": 0.3, "fr": 0.2, "th": 0.1, "zh": 0.0}
+    sets = {f"toy-{language}": {"image_retrieval_recall@10": value} for language, value in recall.items()}
+    sets |= {"toy-mean": {"image_retrieval_recall@10": 0.22}, "toy-two-en": {"acc1": 1.0}, "digits": {"acc1": 0.1}}
+    shown = _without_languages(sets)
+    assert list(shown) == ["toy-en", "toy-two-en", "digits", "toy-4 others"]
+    assert shown["toy-4 others"] == {"image_retrieval_recall@10": pytest.approx(0.15)}
+    few = {name: row for name, row in sets.items() if name not in ("toy-de", "toy-fr")}
+    assert _without_languages(few) == few
