@@ -28,7 +28,11 @@ class Mask:
 
     pixels: Pixels | Patches
     field: str
-    reads_pixels = False
+
+    @property
+    def reads_pixels(self) -> bool:
+        """The grid of patches is that of the decoded image."""
+        return isinstance(self.pixels, Patches)
 
     @cached_property
     def arrays(self) -> dict:

@@ -138,10 +138,8 @@ class PartFiles:
         if self._out.suffix == ".npy":
             lines = (" ".join(key.splitlines()) + "\n" for part in self._parts() for key in part.keys)
             write_atomically(self._out.with_suffix(".keys.txt"), "".join(lines))
-            grids = self._out.with_suffix(".grid.npy")
-            if (grid := self._grid()) is None:
-                grids.unlink(missing_ok=True)  # of tokens that had this name before
-            else:
+            grid, grids = self._grid(), self._out.with_suffix(".grid.npy")
+            if grid is not None:
                 with new_file(grids) as partial, partial.open("wb") as file:
                     np.save(file, grid)
         with new_file(self._out) as partial, partial.open("wb") as file:
@@ -151,6 +149,8 @@ class PartFiles:
                 _write_array(file, self._parts(), shape, dtype)
             else:
                 self._write_npz(file, shape, dtype)
+        if self._out.suffix == ".npy" and grid is None:
+            grids.unlink(missing_ok=True)  # of tokens that had this name before
         shutil.rmtree(self.folder)
         return count
 
