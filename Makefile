@@ -35,6 +35,8 @@ $(VENV)/.interop: $(VENV)/.installed
 	touch $@
 
 # Train, evaluate on what training never shows, export both towers, print the tables. QUALITY=long trains for an hour.
+# With large pages (glibc 2.35 or later) a step of XLA's on the CPU takes a quarter less time: it gets all of its memory anew.
+quickstart: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 quickstart: $(VENV)/.installed
 	$(if $(filter-out long,$(QUALITY)),$(error QUALITY=$(QUALITY) is unknown; use QUALITY=long, or leave it out))
 	$(BIN)/siglip train configs/quickstart.py --workdir $(RUN) \

@@ -34,7 +34,7 @@ def get_config() -> TrainConfig:
             threads=1,
         ),
         model=ModelConfig(
-            image=ImageConfig(width=128, depth=3, mlp_dim=512, num_heads=4, patch_size=(8, 8), image_size=(32, 32)),
+            image=ImageConfig(width=128, depth=3, mlp_dim=512, num_heads=4, patch_size=(16, 16), image_size=(32, 32)),
             text=TextConfig(
                 width=128,
                 depth=1,
@@ -47,12 +47,12 @@ def get_config() -> TrainConfig:
             out_dim=(None, 128),
             bias_init=-5.5,
         ),
-        total_steps=650,
+        total_steps=1300,
         batch_size=256,
         workdir="runs/alignment",
         optim=OptimConfig(
             "muon", lr=LEARNING_RATE, weight_decay=0.1 * LEARNING_RATE, lr_mults=(("t|b", 10.0),), warmup_steps=60
         ),
-        checkpoint=CheckpointConfig(every_steps=325),
+        checkpoint=CheckpointConfig(every_steps=650),
         log=LogConfig(every_steps=50),
     )

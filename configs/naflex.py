@@ -2,11 +2,11 @@
 
     siglip train configs/naflex.py                                after configs/quickstart.py: 32 x 32 px -> any shape
     siglip eval runs/naflex --task retrieval --data data_pipelines/sample/unseen-style.parquet \\
-        --captions captions.en --max-patches 16 36 64
+        --captions captions.en --max-patches 4 9 16
 
 SigLIP 2 forks a run of one image size at 90 % of its examples (arXiv:2502.14786, section 2.4.2). Every step draws one length for
-its images, whose patches keep the aspect ratio; the pairs of a step do not depend on it. The positions, 4 x 4 here, are
-resampled to 8 x 8 at the start, and to each image's grid from then on.
+its images, whose patches keep the aspect ratio; the pairs of a step do not depend on it. The positions, 2 x 2 here, are
+resampled to 4 x 4 at the start, and to each image's grid from then on.
 
 Emoji are square, so retrieval of emoji can only show that nothing is lost. What keeping the aspect ratio gains on lines of text
 and on rows of shapes is what benchmarks/naflex.py measures.
@@ -35,9 +35,9 @@ def get_config() -> TrainConfig:
             tokenizer=None,
             augment=AugmentConfig((0.82, 1.42), aspect=0.12, shift=0.1, brightness=0.15, color=0.15, flip=0.5),
             threads=1,
-            lengths=LengthConfig(patches=(16, 36, 64)),
+            lengths=LengthConfig(patches=(4, 9, 16)),
         ),
-        model=SourceModel(image=SourceImage(image_size=(64, 64), patch_dropout=0.0, naflex=NaflexConfig(36, 64))),
+        model=SourceModel(image=SourceImage(image_size=(64, 64), patch_dropout=0.0, naflex=NaflexConfig(9, 16))),
         total_steps=150,
         batch_size=256,
         workdir="runs/naflex",

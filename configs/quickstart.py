@@ -42,7 +42,7 @@ def get_config() -> TrainConfig:
             threads=1,
         ),
         model=ModelConfig(
-            image=ImageConfig(width=128, depth=3, mlp_dim=512, num_heads=4, patch_size=(8, 8), image_size=(32, 32)),
+            image=ImageConfig(width=128, depth=3, mlp_dim=512, num_heads=4, patch_size=(16, 16), image_size=(32, 32)),
             text=TextConfig(
                 width=128,
                 depth=1,
@@ -55,7 +55,7 @@ def get_config() -> TrainConfig:
             out_dim=(None, 128),
             bias_init=-5.5,  # about -log(batch size): the loss of a constant score is least there
         ),
-        total_steps=650,
+        total_steps=1300,
         batch_size=256,
         workdir="runs/quickstart",
         optim=OptimConfig(
@@ -75,6 +75,6 @@ def get_config() -> TrainConfig:
                 ZeroShot(digits, classes=classes["digits"], label="label", name="digits"),
             ),
         ),
-        checkpoint=CheckpointConfig(every_steps=325),
+        checkpoint=CheckpointConfig(every_steps=650),
         log=LogConfig(every_steps=50),
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _ADD = "--eval.add"
+# Large pages for malloc, where the system gives them to those who ask.
+_LARGE_PAGES, _LARGE_PAGES_MODE = "glibc.malloc.hugetlb=1", Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 USAGE = """usage: siglip train CONFIG [flags]
 
@@ -113,6 +116,7 @@ def _prepare(config: TrainConfig) -> Callable[[], None]:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    _advise_large_pages()
     results: list[Result] = []
     start = functools.partial(
         train,
@@ -123,6 +127,14 @@ def _prepare(config: TrainConfig) -> Callable[[], None]:
         tokenizer=Path(config.data.tokenizer).read_bytes(),
     )
     return functools.partial(_train_and_tell, start, results)
+
+
+def _advise_large_pages() -> None:
+    """XLA gives a step's memory back to the system after each one; on a CPU, faulting it in again is a quarter of the time."""
+    unused = "hugetlb" not in os.environ.get("GLIBC_TUNABLES", "")
+    if jax.default_backend() == "cpu" and unused and _LARGE_PAGES_MODE.is_file():
+        if "[madvise]" in _LARGE_PAGES_MODE.read_text():
+            logger.info("a step on this CPU is up to a quarter faster with GLIBC_TUNABLES=%s", _LARGE_PAGES)
 
 
 def _train_and_tell(start: Callable[[], TrainState], results: list[Result]) -> None:

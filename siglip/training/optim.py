@@ -20,6 +20,7 @@ The trap: with scanned blocks and 32 or more of them, stacked biases and LayerNo
 be factored *across layers*, which the loop layout never does.
 """
 
+import collections
 import dataclasses
 import math
 import re
@@ -39,6 +40,8 @@ ADAFACTOR_MIN_DIM = 32
 ADAFACTOR_DECAY = 0.8
 # The root mean square of AdamW's updates, which Muon's get (arXiv 2502.16982, section 2.2), and the matrices that are Muon's.
 MUON_RMS = 0.2
+# Up to this size matrices of one shape are stacked; under FSDP larger ones are sharded, and must not be gathered all at once.
+_MUON_STACKED_BYTES = 2**20
 _MUON_KERNEL = re.compile(r".*/(encoderblock\w*|MAPHead_\d+)/.*/kernel")
 
 
@@ -178,12 +181,13 @@ def _scale_by_adafactor(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _scale_by_muon(config: OptimConfig) -> optax.GradientTransformation:
-    muon = optax.contrib.scale_by_muon(
+    momentum = optax.contrib.scale_by_muon(
+        ns_steps=0,
         mu_dtype=config.momentum_dtype or "float32",
         weight_dimension_numbers=lambda params: _map_trained(lambda path, _: _matrix_of(path), params),
     )
     return optax.partition(
-        {"muon": optax.chain(muon, optax.stateless(_scale_to_adamw)), "adamw": _scale_by_adam(config)},
+        {"muon": optax.chain(momentum, optax.stateless(_orthogonalize)), "adamw": _scale_by_adam(config)},
         lambda params: _map_trained(lambda path, _: "muon" if _MUON_KERNEL.fullmatch(path) else "adamw", params),
     )
 
@@ -197,15 +201,25 @@ def _matrix_of(path: str) -> optax.contrib.MuonDimensionNumbers:
     return optax.contrib.MuonDimensionNumbers((-2,), (-1,))
 
 
-def _scale_to_adamw(updates: Any, _: Any = None) -> Any:
-    """An orthogonal n x m matrix has a root mean square of 1/sqrt(max(n, m)); here it gets MUON_RMS."""
+def _orthogonalize(updates: Any, _: Any = None) -> Any:
+    """Newton-Schulz on every matrix; an orthogonal n x m has a root mean square of 1/sqrt(max(n, m)), and gets MUON_RMS.
 
-    def scale(path: str, update: jax.Array) -> jax.Array:
-        matrix = _matrix_of(path)
-        sides = (math.prod(update.shape[axis] for axis in axes) for axes in matrix)
-        return MUON_RMS * math.sqrt(max(sides)) * update
-
-    return _map_trained(scale, updates)
+    Small matrices of one shape are stacked: one by one, their products are so short that starting them takes the time.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
+    alike: dict[Any, list[int]] = collections.defaultdict(list)
+    for i, (keys, update) in enumerate(leaves):
+        alone = i if update.nbytes > _MUON_STACKED_BYTES else None
+        alike[_matrix_of(_path(keys)), update.shape, alone].append(i)
+    stacks = [jnp.stack([leaves[i][1] for i in group]) for group in alike.values()]
+    matrices = [matrix for matrix, _, _ in alike]
+    newton_schulz = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=matrices)
+    stacks, _ = newton_schulz.update(stacks, newton_schulz.init(stacks))
+    orthogonal: dict[int, jax.Array] = {}
+    for group, matrix, stack in zip(alike.values(), matrices, stacks, strict=True):
+        sides = (math.prod(stack.shape[axis] for axis in axes) for axes in matrix)
+        orthogonal |= dict(zip(group, MUON_RMS * math.sqrt(max(sides)) * stack, strict=True))
+    return treedef.unflatten([orthogonal[i] for i in range(len(leaves))])
 
 
 def _scale_by_tree(factor: float, mults: Mapping[str, Any]) -> optax.GradientTransformation:

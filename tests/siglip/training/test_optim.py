@@ -8,6 +8,7 @@ import pytest
 
 from siglip import trees
 from siglip.parallel.sharding import MeshConfig, make_mesh
+from siglip.training import optim
 from siglip.training.optim import OptimConfig, frozen_mask, make_optimizer, make_schedule
 from tests.siglip.rounding import likely_rounding, rounding
 
@@ -129,10 +130,12 @@ def orthogonal_by_the_published_iteration(matrix):
     return x
 
 
-def test_muon_is_the_published_algorithm_at_the_size_of_adamws_updates():
+@pytest.mark.parametrize("stacked_bytes", [0, 2**20])
+def test_muon_is_the_published_algorithm_at_the_size_of_adamws_updates(monkeypatch, stacked_bytes):
+    monkeypatch.setattr(optim, "_MUON_STACKED_BYTES", stacked_bytes)
     rng = np.random.default_rng(0)
     block = {"MlpBlock_0": {"Dense_0": {"kernel": (8, 12), "bias": (12,)}}, "MultiHeadDotProductAttention_0": {}}
-    for name, shape in {"query": (8, 2, 4), "out": (2, 4, 8)}.items():
+    for name, shape in {"query": (8, 2, 4), "key": (8, 2, 4), "out": (2, 4, 8)}.items():
         block["MultiHeadDotProductAttention_0"][name] = {"kernel": shape}
     shapes = {"txt": {"Encoder_0": {"encoderblock_0": block}, "Embed_0": {"embedding": (5, 8)}}, "b": (1,)}
     params = jax.tree.map(lambda shape: jnp.ones(shape), shapes, is_leaf=lambda x: isinstance(x, tuple))
