@@ -1,4 +1,4 @@
-"""What ends in one line and what keeps its traceback, through the real command line."""
+"""What ends in one line and what keeps its traceback, through the real command line; and advice that is no error."""
 
 import inspect
 import json
@@ -12,6 +12,7 @@ from data_pipelines.loader import DataConfig
 from data_pipelines.order.mixture import SourceConfig
 from data_pipelines.records import ShardLost
 from siglip import cli, losses
+from siglip.cli import training
 from siglip.errors import RunFailed, UserError
 from siglip.evaluation.zeroshot import ZeroShot
 from siglip.training.config import EvalConfig, resolve, to_json
@@ -112,3 +113,26 @@ def test_home_is_expanded_in_every_flag_and_in_recipes(tmp_path, capsys, monkeyp
     config = resolve(tiny_config("~/run", data=data, eval=EvalConfig(tasks=(task,)), init=InitConfig("~/m.npz")))
     assert json.dumps(to_json(config)).count(f'"{tmp_path}/') == 8 and "~" not in json.dumps(to_json(config))
     assert resolve(config) is config
+
+
+@pytest.mark.parametrize(
+    ("mode", "tunables", "advised"),
+    [
+        ("always [madvise] never", None, True),
+        ("always [madvise] never", "glibc.malloc.arena_max=1", True),
+        ("always [madvise] never", "glibc.malloc.hugetlb=1", False),
+        ("[always] madvise never", None, False),  # malloc has them without asking
+        (None, None, False),
+    ],
+)
+def test_large_pages_are_advised_where_they_help(tmp_path, monkeypatch, caplog, mode, tunables, advised):
+    path = tmp_path / "enabled"
+    if mode is not None:
+        path.write_text(mode + "\n")
+    monkeypatch.setattr(training, "_LARGE_PAGES_MODE", path)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if tunables is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+    with caplog.at_level("INFO", logger="siglip"):
+        training._advise_large_pages()
+    assert ("GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in caplog.text) == advised
