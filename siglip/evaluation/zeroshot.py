@@ -20,7 +20,7 @@ from siglip.evaluation.class_files import Classes, make_prompts, read_classes, r
 from siglip.evaluation.embed import EmbeddedImages, Embedder, FirstValues
 from siglip.evaluation.labels import are_multi_label, multi_hot, read_label_map, read_subset
 from siglip.evaluation.metrics import accuracies, mean_average_precision
-from siglip.evaluation.ranking import rank_right_candidates
+from siglip.evaluation.ranking import Ranks, rank_right_candidates
 from siglip.evaluation.results import Result, check_name, dataset_name
 from siglip.trees import did_you_mean
 
@@ -229,16 +229,31 @@ def classification(
         texts: of the classes; those of equal text are not counted as tied. None: all differ.
 
     Raises:
+        UserError: as `rank_right_classes`.
+    """
+    ranks, tied = rank_right_classes(zimg, classes, labels, texts=texts)
+    metrics = accuracies(np.where(ranks == 1, labels, -1), labels)
+    acc5 = {"acc5": float(np.mean(ranks <= 5))} if len(classes) >= 5 else {}
+    return metrics | acc5 | {"tied_fraction": float(np.mean(tied))}
+
+
+def rank_right_classes(
+    zimg: Float[np.ndarray, "n e"],
+    classes: Float[np.ndarray, "k e"],
+    labels: Int[np.ndarray, " n"],
+    *,
+    texts: Sequence[Hashable] | None = None,
+) -> Ranks:
+    """The rank of each image's class among the k; texts: as for `classification`.
+
+    Raises:
         UserError: if a label is not one of the k classes, there is no image, or an embedding is not finite.
     """
     if len(zimg) == 0:
         raise UserError("zero-shot classification needs at least one image, got none")
     if labels.min() < 0 or labels.max() >= len(classes):
         raise UserError(f"labels reach from {labels.min()} to {labels.max()}, but there are {len(classes)} classes")
-    ranks, tied = rank_right_candidates(zimg, classes, labels, np.arange(len(classes)), texts=texts)
-    metrics = accuracies(np.where(ranks == 1, labels, -1), labels)
-    acc5 = {"acc5": float(np.mean(ranks <= 5))} if len(classes) >= 5 else {}
-    return metrics | acc5 | {"tied_fraction": float(np.mean(tied))}
+    return rank_right_candidates(zimg, classes, labels, np.arange(len(classes)), texts=texts)
 
 
 def _normalise(z: Float[np.ndarray, "... e"]) -> Float[np.ndarray, "... e"]:

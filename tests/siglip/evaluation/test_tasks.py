@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
+from typing import get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipelines.corruptions import CORRUPTIONS
 from siglip.cli import reporting, run
 from siglip.cli.evaluation import embedder_of, first_values
 from siglip.errors import UserError
@@ -23,10 +25,10 @@ from siglip.evaluation.groups import Groups
 from siglip.evaluation.knn import Knn
 from siglip.evaluation.linear_probe import LinearProbe
 from siglip.evaluation.retrieval import Retrieval
-from siglip.evaluation.robustness import Robustness
+from siglip.evaluation.robustness import ALEXNET, Corruption, Robustness
 from siglip.evaluation.segmentation import Segmentation
 from siglip.evaluation.selection import Selection
-from siglip.evaluation.suite import TimedTasks
+from siglip.evaluation.suite import run_due
 from siglip.evaluation.text_cache import caching
 from siglip.evaluation.verification import Verification
 from siglip.evaluation.zeroshot import ZeroShot
@@ -170,13 +172,46 @@ def test_a_probe_needs_neither_text_tower_nor_tokenizer(src, train, test, tmp_pa
     assert "the model has no text tower" in capsys.readouterr().err
 
 
-def test_corrupted_images_and_groups(embedder, test, classes):
-    task = Robustness(test, classes, corruptions=("gaussian_noise", "jpeg_compression"), severities=(1, 5))
+def test_corruption_errors_by_hand():
+    """Two corruptions of four images; AlexNet's errors are averaged over the severities that run."""
+    task = Robustness("x.tar", corruptions=("brightness", "contrast"), severities=(1, 2), reference="alexnet")
+    clean, shares = np.array([1.0, 1, 1, 0]), np.array([[1, 0.5, 0.5, 0], [0, 0, 0.5, 0]])
+    found = task._metrics(clean, shares)
+    brightness, contrast = (0.45140 + 0.48502) / 2, (0.64548 + 0.76150) / 2
+    each = [(1 - a) / brightness / 2 + (1 - b) / contrast / 2 for a, b in shares.T]
+    relative = (0.25 / (brightness - 0.435) + 0.625 / (contrast - 0.435)) / 2
+    assert found == pytest.approx(
+        {
+            "acc1_clean": 0.75, "acc1_clean_se": np.sqrt(0.75 * 0.25 / 4), "acc1_brightness": 0.5, "acc1_contrast": 0.125,
+            "acc1_corrupted": 0.3125, "acc1_corrupted_se": np.std([0.5, 0.25, 0.5, 0]) / 2, "relative": 0.3125 / 0.75,
+            "error_increase": 0.4375, "error_increase_se": np.std([0.5, 0.75, 0.5, 0]) / 2,
+            "mean_corruption_error": 0.6875, "mce": np.mean(each), "mce_se": np.std(each) / 2,
+            "relative_mce": relative, "relative_mce_se": found["relative_mce_se"],
+        }
+    )  # fmt: skip
+    alone = dataclasses.replace(task, reference=None)._metrics(clean, shares)
+    assert alone == {name: value for name, value in found.items() if "mce" not in name}
+    # Means over all severities, as the authors of ImageNet-C print them.
+    assert [np.mean(ALEXNET[name]) for name in ("gaussian_noise", "zoom_blur", "jpeg_compression")] == pytest.approx(
+        [0.886428, 0.798360, 0.606500]
+    )
+    assert set(ALEXNET) == set(get_args(Corruption)) == set(CORRUPTIONS)
+
+
+def test_corrupted_images_and_groups(embedder, test, classes, tmp_path):
+    file = tmp_path / "errors.json"
+    file.write_text(json.dumps({"gaussian_noise": 0.9, "jpeg_compression": 0.5, "clean": 0.4}))
+    names = ("gaussian_noise", "jpeg_compression")
+    task = Robustness(test, classes, corruptions=names, severities=(1, 5), reference=str(file))
     found = metrics_of(task, embedder)
     assert found == metrics_of(task, embedder)  # noise is drawn from the keys
-    mean = (found["acc1_gaussian_noise"] + found["acc1_jpeg_compression"]) / 2
-    assert found["acc1_corrupted"] == pytest.approx(mean)
-    assert found["acc1_clean"] == metrics_of(ZeroShot(test, classes), embedder)["acc1"]
+    noise, jpeg, clean = (found[f"acc1_{name}"] for name in (*names, "clean"))
+    assert found["acc1_corrupted"] == pytest.approx((noise + jpeg) / 2)
+    assert clean == metrics_of(ZeroShot(test, classes), embedder)["acc1"]
+    assert found["mce"] == pytest.approx(((1 - noise) / 0.9 + (1 - jpeg) / 0.5) / 2)
+    assert found["relative_mce"] == pytest.approx(((clean - noise) / 0.5 + (clean - jpeg) / 0.1) / 2)
+    file.write_text(json.dumps({"gaussian_noise": 0.9, "jpeg_compression": 0.5}))
+    assert metrics_of(task, embedder).keys() == found.keys() - {"relative_mce", "relative_mce_se"}
     found = metrics_of(Groups(test, "place", classes, min_images=5), embedder)
     assert {"n_north", "n_south", "n_west"} <= set(found) and found["n_north"] + found["n_south"] + found[
         "n_west"
@@ -327,21 +362,25 @@ def test_evaluations_that_are_not_begun_in_time_come_first_the_next_time(embedde
             return []
 
     monkeypatch.setattr("siglip.evaluation.suite.time.monotonic", lambda: clock[0])
-    tasks = TimedTasks([Slow("x.tar", name=name) for name in "abcd"], max_s=2.0)
-    for expected in ("ab", "ac", "ad", "ab"):
+    tasks = tuple(Slow("x.tar", name=name) for name in "abcd")
+    config, evaluated = EvalConfig(tasks=tasks, every_steps=1), {}
+
+    def ran_after(step, *, max_s=2.0, last=False, **cadences):
+        nonlocal config
+        if cadences:
+            of = tuple((f"retrieval/{name}", every) for name, every in cadences.items())
+            config = dataclasses.replace(config, every_steps_of=of)
         ran.clear()
-        tasks.run(embedder, range(4))
-        assert "".join(ran) == expected
-    ran.clear()
-    tasks.run(embedder, [2])  # d waits since the last time, and c is due again
-    assert "".join(ran) == "cd"
-    for due, expected, last in (([3], "d", False), ([0, 3], "ad", False), ([], "", False), (range(4), "abcd", True)):
-        ran.clear()
-        tasks.run(embedder, due, last=last)
-        assert "".join(ran) == expected
-    ran.clear()
-    TimedTasks([Slow("x.tar", name=name) for name in "abcd"], max_s=0.0).run(embedder, range(4))
-    assert "".join(ran) == "abcd"
+        run_due(tasks, embedder, config.due(step, evaluated, last=last), max_s=max_s)
+        evaluated.update({f"eval/retrieval/{name}": step for name in ran})
+        return "".join(ran)
+
+    assert [ran_after(step) for step in (1, 2, 3, 4)] == ["ab", "ac", "ad", "ab"]
+    assert ran_after(5, a=0, b=100, d=7) == "c" and ran_after(7) == "cd"
+    assert ran_after(8, a=10, b=3, c=9, max_s=1.0) == "b"  # put off at step 6, as d is now; c's turn is at step 9
+    assert ran_after(9, max_s=1.0) == "d" and ran_after(10, max_s=1.0) == "a"  # the first never waits
+    assert ran_after(10, last=True) == "bcd" and ran_after(10, last=True) == ""
+    assert ran_after(11, last=True, max_s=1.0) == ran_after(12, max_s=0.0, last=True) == "abcd"
 
 
 def one_line(args: list[str], capsys) -> str:
@@ -367,6 +406,13 @@ def one_line(args: list[str], capsys) -> str:
         ("--task segmentation --train {train} --ignore 0 1 2 255", "hold 1 classes"),
         ("--task robustness --classes {classes} --severities 6", "severities=(6,)"),
         ("--task robustness --classes {classes} --label colours", "robustness takes one label"),
+        ("--task robustness --classes {classes} --reference alexnet", "{test} has 6; leave it out, or give errors"),
+        ("--task robustness --classes {classes} --reference {folder}/0.json", "0.json has no error of 'pixelate'"),
+        (
+            "--task robustness --classes {classes} --reference {folder}/1.json",
+            "'pixelate' is '.5'; an error is a number",
+        ),
+        ("--task robustness --classes {classes} --reference {folder}/2.json", "must be above the clean error 0.6"),
         ("--task groups --classes {classes} --group region", "has no field 'region'"),
         ("--task groups --classes {classes} --group number", "0 groups have 10 images or more"),
         ("--task selection --captions txt", "name the right caption's field and those of wrong ones"),
@@ -385,6 +431,9 @@ def one_line(args: list[str], capsys) -> str:
 def test_mistakes_are_told_in_one_line(src, train, test, classes, tmp_path, capsys, flags, told):
     if "--label txt" in flags:  # a class that no training image has
         train = str(write_shapes(tmp_path / "few.parquet", count=2, seed=0))
-    paths = {"train": train, "test": test, "classes": classes}
+    names = ("gaussian_noise", "gaussian_blur", "brightness", "jpeg_compression")
+    for n, more in enumerate(({}, {"pixelate": ".5"}, {"pixelate": 0.5, "clean": 0.6})):
+        (tmp_path / f"{n}.json").write_text(json.dumps(dict.fromkeys(names, 0.7) | more))
+    paths = {"train": train, "test": test, "classes": classes, "folder": tmp_path}
     line = one_line(["eval", str(src), "--data", test, "--tokenizer", SPIECE, *flags.format(**paths).split()], capsys)
     assert told.format(**paths) in line
