@@ -11,6 +11,7 @@ import numpy as np
 
 from siglip.array_types import Bool, Int
 from siglip.errors import UserError
+from siglip.evaluation.class_files import load_json
 from siglip.evaluation.embed import Embedder, Feature, FirstValues
 from siglip.trees import did_you_mean
 
@@ -40,7 +41,7 @@ def read_label_map(path: str) -> dict[str, str]:
 def read_object(path: Path, entry: str = "{label: class}") -> dict[str, Any]:
     """A JSON object that is not empty; `entry` shows one in a message. Raises FileNotFoundError, UserError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = load_json(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); write an object, {entry}") from None
     if not isinstance(found, dict) or not found:

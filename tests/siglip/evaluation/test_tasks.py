@@ -150,7 +150,27 @@ def test_classes_of_equal_prompts_are_named(embedder, caplog):
     told = "2 of 4 classes have the prompts of an earlier one, such as 'Missile' (no. 0 and 2): their images count as wrong"
     assert told in caplog.text
     caplog.clear()
-    dataclasses.replace(task, canonical=False).class_weights(embedder)
+    dataclasses.replace(task, canonical=False).class_weights(embedder)  # the tokenizer makes all of it lower case
+    assert (
+        "1 of 4 classes have the tokens (at most 8) of an earlier one, such as 'Missile' (no. 0 and 2)" in caplog.text
+    )
+
+
+def test_classes_that_the_text_tower_cuts_to_the_same_tokens(embedder, caplog):
+    """This one takes 8 tokens."""
+    long = "photo of a very large and rather old {}"
+    names = ["cat", "dog"]
+    with pytest.raises(
+        UserError, match="the text tower takes 8 tokens, and all 2 classes have the same ones, such as 'ph"
+    ):
+        ZeroShot("x.tar", json.dumps(names), json.dumps([long])).class_weights(embedder)
+    prompts = {"cat": ["a cat"], "dog": [long.format("dog")], "cow": [long.format("cow")]}
+    ZeroShot("x.tar", json.dumps([*prompts]), json.dumps(prompts)).class_weights(embedder)
+    assert "1 of 3 classes have the tokens (at most 8) of an earlier one, such as 'cow' (no. 1 and 2)" in caplog.text
+    caplog.clear()
+    ZeroShot("x.tar", json.dumps(names), json.dumps([long, "a {}"])).class_weights(
+        embedder
+    )  # one prompt tells them apart
     assert not caplog.text
 
 
@@ -273,6 +293,8 @@ def test_images_that_go_with_a_cue(embedder, test, tmp_path, caplog):
     with pytest.raises(UserError, match="2 images of .* are called 'x'; give each a name"):
         Association(test, "i.csv")._rows(["a/x", "b/x", "a/y"], {"x", "y"})
     assert Association(test, "i.csv")._rows(["a/x", "b/x", "a/y"], {"y", "b/x"})["y"] == 2
+    with pytest.raises(UserError, match="2 images of .* are called 'b/x'"):  # as in two shards
+        Association(test, "i.csv")._rows(["b/x", "b/x", "a/y"], {"y", "b/x"})
     images = dict(zip((own := embedder.embed_shards(test)).keys, own.zimg, strict=True))
     ztxt = embedder.embed_texts(["an orange disc", "a red thing"])  # canonical
     jaccard = []
@@ -417,6 +439,12 @@ def one_line(args: list[str], capsys) -> str:
         ("--task groups --classes {classes} --group number", "0 groups have 10 images or more"),
         ("--task selection --captions txt", "name the right caption's field and those of wrong ones"),
         ("--task selection --captions txt wrong", "no field 'wrong'"),
+        ("--task selection --captions txt cls", "something else than a text in one of ('txt', 'cls')"),
+        (
+            "--task groups --classes {classes} --group place --label minus",
+            "6 classes, but {test} has labels from -1 to",
+        ),
+        ("--task zeroshot --classes {folder}/blank.txt", "class no. 1 (from 0) has no name"),
         ("--task selection --captions txt --instance number", "no instance of {test} is whole"),
         ("--task verification --priors 1.5", "priors=(1.5,) must be shares"),
         ("--task verification --match cls", "cls=2; it must be 0 or 1"),
@@ -434,6 +462,7 @@ def test_mistakes_are_told_in_one_line(src, train, test, classes, tmp_path, caps
     names = ("gaussian_noise", "gaussian_blur", "brightness", "jpeg_compression")
     for n, more in enumerate(({}, {"pixelate": ".5"}, {"pixelate": 0.5, "clean": 0.6})):
         (tmp_path / f"{n}.json").write_text(json.dumps(dict.fromkeys(names, 0.7) | more))
+    (tmp_path / "blank.txt").write_text("\n\n".join(CLASSES))
     paths = {"train": train, "test": test, "classes": classes, "folder": tmp_path}
     line = one_line(["eval", str(src), "--data", test, "--tokenizer", SPIECE, *flags.format(**paths).split()], capsys)
     assert told.format(**paths) in line
