@@ -184,7 +184,9 @@ def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer, newest
         embedder = make_embedder(params, config.model, mesh=mesh, tokenizer=tokenizer, **settings)
         embedder = dataclasses.replace(embedder, text_embeddings=kept)
         results = run_due(tasks, embedder, due, max_s=config.eval.max_s)
-        newest.update({f"{one.task.task}/{one.dataset}": one.metrics for one in results})
+        for one in results:
+            newest.pop(name := f"{one.task.task}/{one.dataset}", None)  # the newest comes last
+            newest[name] = one.metrics
         return named_metrics(results)
 
     return evaluate
