@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
-from typing import get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipelines.corruptions import CORRUPTIONS
 from siglip.cli import reporting, run
 from siglip.cli.evaluation import embedder_of, first_values
 from siglip.errors import UserError
@@ -25,10 +23,8 @@ from siglip.evaluation.groups import Groups
 from siglip.evaluation.knn import Knn
 from siglip.evaluation.linear_probe import LinearProbe
 from siglip.evaluation.retrieval import Retrieval
-from siglip.evaluation.robustness import ALEXNET, Corruption, Robustness
 from siglip.evaluation.segmentation import Segmentation
 from siglip.evaluation.selection import Selection
-from siglip.evaluation.suite import run_due
 from siglip.evaluation.text_cache import caching
 from siglip.evaluation.verification import Verification
 from siglip.evaluation.zeroshot import ZeroShot
@@ -192,46 +188,7 @@ def test_a_probe_needs_neither_text_tower_nor_tokenizer(src, train, test, tmp_pa
     assert "the model has no text tower" in capsys.readouterr().err
 
 
-def test_corruption_errors_by_hand():
-    """Two corruptions of four images; AlexNet's errors are averaged over the severities that run."""
-    task = Robustness("x.tar", corruptions=("brightness", "contrast"), severities=(1, 2), reference="alexnet")
-    clean, shares = np.array([1.0, 1, 1, 0]), np.array([[1, 0.5, 0.5, 0], [0, 0, 0.5, 0]])
-    found = task._metrics(clean, shares)
-    brightness, contrast = (0.45140 + 0.48502) / 2, (0.64548 + 0.76150) / 2
-    each = [(1 - a) / brightness / 2 + (1 - b) / contrast / 2 for a, b in shares.T]
-    relative = (0.25 / (brightness - 0.435) + 0.625 / (contrast - 0.435)) / 2
-    assert found == pytest.approx(
-        {
-            "acc1_clean": 0.75, "acc1_clean_se": np.sqrt(0.75 * 0.25 / 4), "acc1_brightness": 0.5, "acc1_contrast": 0.125,
-            "acc1_corrupted": 0.3125, "acc1_corrupted_se": np.std([0.5, 0.25, 0.5, 0]) / 2, "relative": 0.3125 / 0.75,
-            "error_increase": 0.4375, "error_increase_se": np.std([0.5, 0.75, 0.5, 0]) / 2,
-            "mean_corruption_error": 0.6875, "mce": np.mean(each), "mce_se": np.std(each) / 2,
-            "relative_mce": relative, "relative_mce_se": found["relative_mce_se"],
-        }
-    )  # fmt: skip
-    alone = dataclasses.replace(task, reference=None)._metrics(clean, shares)
-    assert alone == {name: value for name, value in found.items() if "mce" not in name}
-    # Means over all severities, as the authors of ImageNet-C print them.
-    assert [np.mean(ALEXNET[name]) for name in ("gaussian_noise", "zoom_blur", "jpeg_compression")] == pytest.approx(
-        [0.886428, 0.798360, 0.606500]
-    )
-    assert set(ALEXNET) == set(get_args(Corruption)) == set(CORRUPTIONS)
-
-
-def test_corrupted_images_and_groups(embedder, test, classes, tmp_path):
-    file = tmp_path / "errors.json"
-    file.write_text(json.dumps({"gaussian_noise": 0.9, "jpeg_compression": 0.5, "clean": 0.4}))
-    names = ("gaussian_noise", "jpeg_compression")
-    task = Robustness(test, classes, corruptions=names, severities=(1, 5), reference=str(file))
-    found = metrics_of(task, embedder)
-    assert found == metrics_of(task, embedder)  # noise is drawn from the keys
-    noise, jpeg, clean = (found[f"acc1_{name}"] for name in (*names, "clean"))
-    assert found["acc1_corrupted"] == pytest.approx((noise + jpeg) / 2)
-    assert clean == metrics_of(ZeroShot(test, classes), embedder)["acc1"]
-    assert found["mce"] == pytest.approx(((1 - noise) / 0.9 + (1 - jpeg) / 0.5) / 2)
-    assert found["relative_mce"] == pytest.approx(((clean - noise) / 0.5 + (clean - jpeg) / 0.1) / 2)
-    file.write_text(json.dumps({"gaussian_noise": 0.9, "jpeg_compression": 0.5}))
-    assert metrics_of(task, embedder).keys() == found.keys() - {"relative_mce", "relative_mce_se"}
+def test_groups(embedder, test, classes):
     found = metrics_of(Groups(test, "place", classes, min_images=5), embedder)
     assert {"n_north", "n_south", "n_west"} <= set(found) and found["n_north"] + found["n_south"] + found[
         "n_west"
@@ -372,37 +329,6 @@ def test_no_texts_and_texts_that_are_not_kept(src, tmp_path, monkeypatch):
     tokens = lambda batch: jnp.zeros((len(batch["text"]), 8, 24))  # noqa: E731
     dataclasses.replace(embedder, embed=tokens).embed_texts(["a cow"])
     assert set(embedder.text_embeddings) == {"a cat", "a dog"}
-
-
-def test_evaluations_that_are_not_begun_in_time_come_first_the_next_time(embedder, monkeypatch):
-    clock, ran = [0.0], []
-
-    class Slow(Retrieval):
-        def run(self, embedder):
-            ran.append(self.dataset)
-            clock[0] += 1
-            return []
-
-    monkeypatch.setattr("siglip.evaluation.suite.time.monotonic", lambda: clock[0])
-    tasks = tuple(Slow("x.tar", name=name) for name in "abcd")
-    config, evaluated = EvalConfig(tasks=tasks, every_steps=1), {}
-
-    def ran_after(step, *, max_s=2.0, last=False, **cadences):
-        nonlocal config
-        if cadences:
-            of = tuple((f"retrieval/{name}", every) for name, every in cadences.items())
-            config = dataclasses.replace(config, every_steps_of=of)
-        ran.clear()
-        run_due(tasks, embedder, config.due(step, evaluated, last=last), max_s=max_s)
-        evaluated.update({f"eval/retrieval/{name}": step for name in ran})
-        return "".join(ran)
-
-    assert [ran_after(step) for step in (1, 2, 3, 4)] == ["ab", "ac", "ad", "ab"]
-    assert ran_after(5, a=0, b=100, d=7) == "c" and ran_after(7) == "cd"
-    assert ran_after(8, a=10, b=3, c=9, max_s=1.0) == "b"  # put off at step 6, as d is now; c's turn is at step 9
-    assert ran_after(9, max_s=1.0) == "d" and ran_after(10, max_s=1.0) == "a"  # the first never waits
-    assert ran_after(10, last=True) == "bcd" and ran_after(10, last=True) == ""
-    assert ran_after(11, last=True, max_s=1.0) == ran_after(12, max_s=0.0, last=True) == "abcd"
 
 
 def one_line(args: list[str], capsys) -> str:
