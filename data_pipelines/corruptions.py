@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 Corruption = Literal[
-    "gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "defocus_blur", "gaussian_blur", "brightness",
-    "contrast", "jpeg_compression", "pixelate",
+    "gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "defocus_blur", "gaussian_blur", "zoom_blur",
+    "brightness", "contrast", "jpeg_compression", "pixelate",
 ]  # fmt: skip
 CORRUPTIONS: tuple[Corruption, ...] = get_args(Corruption)
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -29,7 +29,15 @@ _STRENGTH: dict[str, tuple[float, ...]] = {
     "contrast": (0.4, 0.3, 0.2, 0.1, 0.05),
     "jpeg_compression": (25, 18, 15, 10, 7),
     "pixelate": (0.6, 0.5, 0.4, 0.3, 0.25),
+    "zoom_blur": (1, 2, 3, 4, 5),  # rows of _ZOOMS
 }
+_ZOOMS = (
+    (1.11, 0.01),
+    (1.16, 0.01),
+    (1.21, 0.02),
+    (1.26, 0.02),
+    (1.31, 0.03),
+)  # end of the factors from 1, and their step
 
 
 def corrupt(image: np.ndarray, name: Corruption, severity: int, *, key: str) -> np.ndarray:
@@ -65,7 +73,23 @@ def _changed(x: np.ndarray, name: str, strength: float, rng: np.random.Generator
     if name == "gaussian_blur":
         kernel = _gaussian(strength, int(4 * strength + 0.5))
         return _filter(_filter(x, kernel[:, None], "edge"), kernel[None], "edge")
+    if name == "zoom_blur":
+        factors = np.arange(1, *_ZOOMS[int(strength) - 1])
+        return (x + sum(_zoomed(x, factor) for factor in factors)) / (len(factors) + 1)
     return _filter(x, _disk(int(strength)), "reflect")
+
+
+def _zoomed(x: np.ndarray, factor: float) -> np.ndarray:
+    """The middle of an image, as large as the image: linear between pixels, with the corner pixels at the corners."""
+    for axis in (0, 1):
+        side = x.shape[axis]
+        inner = int(np.ceil(side / factor))
+        outer = round(inner * factor)
+        place = np.linspace(0, inner - 1, outer)[(outer - side) // 2 :][:side]
+        below, above = ((side - inner) // 2 + rounded(place).astype(int) for rounded in (np.floor, np.ceil))
+        share = (place % 1).reshape(-1, *[1] * (2 - axis))
+        x = x.take(below, axis) * (1 - share) + x.take(above, axis) * share
+    return x
 
 
 def _gaussian(sigma: float, radius: int) -> np.ndarray:

@@ -2,10 +2,49 @@
 
 from collections.abc import Collection
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import types
 
 from data_pipelines.text_ops import without_surrogates
+
+_MAX_ROW_BYTES, _VALUE_BYTES = 1 << 28, 64  # in Python: of the lists of a row, and of a value beside its own bytes
+
+
+def check_lists(table: pa.Table, about: str) -> None:
+    """Raises OSError if the lists of a row are too long for memory: in Arrow they may repeat what is stored once."""
+    nbytes = np.zeros(len(table), np.int64)
+    for column in table.columns:
+        if _holds_lists(column.type) and len(column):
+            nbytes += np.concatenate([_bytes_in_python(chunk) for chunk in column.chunks])
+    if nbytes.max(initial=0) > _MAX_ROW_BYTES:
+        raise OSError(
+            f"{about}: the lists of row {nbytes.argmax()} take {nbytes.max()} bytes in memory, more than "
+            f"{_MAX_ROW_BYTES >> 20} MiB; make them shorter"
+        )
+
+
+def _holds_lists(kind: pa.DataType) -> bool:
+    return any(_holds_lists(field.type) for field in kind) if types.is_struct(kind) else types.is_nested(kind)
+
+
+def _bytes_in_python(values: pa.Array) -> np.ndarray:
+    """About what each value takes. -> int64 [n]"""
+    kind, nbytes = values.type, np.full(len(values), _VALUE_BYTES, np.int64)
+    if types.is_struct(kind):
+        return nbytes + sum(map(_bytes_in_python, values.flatten()))
+    if types.is_map(kind):
+        values = pa.ListArray.from_arrays(values.offsets, values.values)
+    if types.is_nested(kind):
+        lengths = pc.list_value_length(values).fill_null(0).to_numpy().astype(np.int64)
+        before, ends = np.append(0, np.cumsum(_bytes_in_python(values.flatten()))), np.cumsum(lengths)
+        return nbytes + before[ends] - before[ends - lengths]
+    if types.is_dictionary(kind):
+        return pc.take(pa.array(_bytes_in_python(values.dictionary)), values.indices).fill_null(0).to_numpy()
+    if types.is_binary(kind) or types.is_string(kind) or types.is_large_binary(kind) or types.is_large_string(kind):
+        return nbytes + pc.binary_length(values).fill_null(0).to_numpy()
+    return nbytes
 
 
 def row_values(

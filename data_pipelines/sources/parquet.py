@@ -26,7 +26,7 @@ from pyarrow import types
 from data_pipelines.errors import UserError
 from data_pipelines.records import Pair, ShardLost
 from data_pipelines.sources import files, index_file, parquet_headers
-from data_pipelines.sources.arrow_values import row_values
+from data_pipelines.sources.arrow_values import check_lists, row_values
 from data_pipelines.sources.blocks import Block, BlockCache, pieces
 from data_pipelines.sources.index_file import Contents
 from data_pipelines.sources.remote import FileStat
@@ -164,9 +164,11 @@ class ParquetSource(ColumnSource):
         repeated = _check_expansion(source, chunks, [metadata.schema.column(number) for number in numbers], about)
         try:
             file = pq.ParquetFile(pa.PythonFile(source, "r"), metadata=metadata, read_dictionary=repeated)
-            return file.read_row_group(group, columns=self._names(shard), use_threads=False)
+            table = file.read_row_group(group, columns=self._names(shard), use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise OSError(f"{about} is damaged: {' '.join(str(error).split())}") from error
+        check_lists(table, about)
+        return table
 
     def _names(self, shard: int) -> list[str]:
         """The needed columns."""

@@ -5,7 +5,7 @@ import functools
 import logging
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,7 @@ from siglip.cli.data_sets import complete
 from siglip.cli.evaluation import first_values, format_table, make_embedder, settings_of
 from siglip.cli.frozen_images import make_prepare
 from siglip.errors import UserError
-from siglip.evaluation.results import Result
-from siglip.evaluation.suite import Task, TimedTasks, named_metrics, task_classes
+from siglip.evaluation.suite import Task, named_metrics, run_due, task_classes
 from siglip.models.two_tower import TextConfig
 from siglip.parallel import launch, sharding
 from siglip.training.config import TrainConfig, load_config_file, resolve
@@ -39,6 +38,7 @@ logger = logging.getLogger(__name__)
 _ADD = "--eval.add"
 # Large pages for malloc, where the system gives them to those who ask.
 _LARGE_PAGES, _LARGE_PAGES_MODE = "glibc.malloc.hugetlb=1", Path("/sys/kernel/mm/transparent_hugepage/enabled")
+Metrics = Mapping[str, float]
 
 USAGE = """usage: siglip train CONFIG [flags]
 
@@ -117,16 +117,16 @@ def _prepare(config: TrainConfig) -> Callable[[], None]:
         process_count=jax.process_count(),
     )
     _advise_large_pages()
-    results: list[Result] = []
+    newest: dict[str, Metrics] = {}
     start = functools.partial(
         train,
         config,
         loader,
         prepare=make_prepare(config, loader) if config.data.image_embeddings else None,
-        evaluate=make_evaluate(config, tokenizer, results) if config.eval.tasks else None,
+        evaluate=make_evaluate(config, tokenizer, newest) if config.eval.tasks else None,
         tokenizer=Path(config.data.tokenizer).read_bytes(),
     )
-    return functools.partial(_train_and_tell, start, results)
+    return functools.partial(_train_and_tell, start, newest)
 
 
 def _advise_large_pages() -> None:
@@ -137,10 +137,10 @@ def _advise_large_pages() -> None:
             logger.info("a step on this CPU is up to a quarter faster with GLIBC_TUNABLES=%s", _LARGE_PAGES)
 
 
-def _train_and_tell(start: Callable[[], TrainState], results: list[Result]) -> None:
+def _train_and_tell(start: Callable[[], TrainState], newest: Mapping[str, Metrics]) -> None:
     start()
-    if results and jax.process_index() == 0:
-        print(format_table({f"{one.task.task}/{one.dataset}": one.metrics for one in results}))
+    if newest and jax.process_index() == 0:
+        print(format_table(newest))
 
 
 def make_patches(config: TrainConfig) -> "Patches | None":
@@ -176,8 +176,8 @@ def load_tokenizer(path: str, text: TextConfig, *, may_be_smaller: bool) -> Sent
     return tokenizer
 
 
-def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer, results: list[Result]) -> Evaluate:
-    """The config's evaluation tasks as one function of the parameters and the step; `results` then holds what it last found.
+def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer, newest: dict[str, Metrics]) -> Evaluate:
+    """The config's evaluation tasks as one function of the parameters and what is due; `newest` then holds each one's metrics.
 
     Their files are opened now: a missing one must not wait for the end of training to be found.
     """
@@ -185,18 +185,20 @@ def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer, result
     for task in tasks:
         task.check(first_values)
     mesh, settings = sharding.make_mesh(config.mesh), settings_of(config.eval)
-    tasks, kept, tower = TimedTasks(tasks, config.eval.max_s), {}, None
+    kept, tower = {}, None
 
-    def evaluate(params, step):
+    def evaluate(params, due):
         nonlocal tower
-        last = step == config.total_steps
-        due = [n for n, every in enumerate(config.eval.cadences) if last or (every and step % every == 0)]
         now = checksums(params["txt"])
         if now != tower:  # a text tower that stands still embeds each text once in the whole run
             kept.clear()
         tower = now
         embedder = make_embedder(params, config.model, mesh=mesh, tokenizer=tokenizer, **settings)
-        results[:] = tasks.run(dataclasses.replace(embedder, text_embeddings=kept), due, last=last)
+        embedder = dataclasses.replace(embedder, text_embeddings=kept)
+        results = run_due(tasks, embedder, due, max_s=config.eval.max_s)
+        for one in results:
+            newest.pop(name := f"{one.task.task}/{one.dataset}", None)  # the newest comes last
+            newest[name] = one.metrics
         return named_metrics(results)
 
     return evaluate

@@ -10,7 +10,6 @@ import collections
 import csv
 import dataclasses
 import io
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 
 from siglip.array_types import Bool, Float
 from siglip.errors import UserError
-from siglip.evaluation.class_files import canonicalize
+from siglip.evaluation.class_files import canonicalize, load_json
 from siglip.evaluation.embed import Embedder, FirstValues
 from siglip.evaluation.results import Result, check_name, dataset_name
 
@@ -98,10 +97,11 @@ class Association:
     def _rows(self, keys: Sequence[str], names: set[str]) -> dict[str, int]:
         """The image of each name: of its key, or of a file of this name in any folder. Raises UserError: two files have it."""
         rows = {key: row for row, key in enumerate(keys)}
-        stems = collections.Counter(Path(key).stem for key in keys)
-        twice = next((name for name in sorted(names - rows.keys()) if stems[name] > 1), None)
+        stems, whole = collections.Counter(Path(key).stem for key in keys), collections.Counter(keys)
+        counts = {name: whole[name] or stems[name] for name in names}
+        twice = next((name for name in sorted(names) if counts[name] > 1), None)
         if twice is not None:
-            raise UserError(f"{stems[twice]} images of {self.data} are called {twice!r}; give each a name of its own")
+            raise UserError(f"{counts[twice]} images of {self.data} are called {twice!r}; give each a name of its own")
         return {Path(key).stem: row for key, row in rows.items()} | rows
 
 
@@ -147,9 +147,9 @@ def read_instances(path: str) -> list[Instance]:
         if Path(path).suffix.lower() == ".csv":
             rows = list(csv.DictReader(io.StringIO(text, newline="")))
         elif text.lstrip().startswith("["):
-            rows = json.loads(text)
+            rows = load_json(text)
         else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = [load_json(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{path} is neither CSV nor JSON in UTF-8 ({error})") from None
     instances = [_instance(path, number, row) for number, row in enumerate(rows, 1)]

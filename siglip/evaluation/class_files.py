@@ -8,6 +8,7 @@ nothing of the kind (TokenConfig.canonical) gets its prompts as they are written
 import json
 import re
 import string
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ def read_classes(source: str | None) -> Classes:
     """
     if source is None:
         raise UserError("these data bring no class names; name a file with one per line: --classes FILE")
-    where, names = shown(source), _read_lines_or_json(source, "classes.json")
+    where, names = shown(source), _read_lines_or_json(source, "classes.json", blank=True)
     ids: list[str] = []
     if isinstance(names, Mapping) and names and all(_WORDNET_ID.fullmatch(key) for key in names):
         ids, names = sorted(names), [names[key] for key in sorted(names)]
@@ -78,6 +79,9 @@ def read_classes(source: str | None) -> Classes:
         ids, names = [pair[0] for pair in pairs], [pair[1].partition(",")[0] for pair in pairs]
     if not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where} holds no class names; write one name per line, or a JSON list of strings")
+    nameless = next((number for number, name in enumerate(names) if not _encodable(name).strip()), None)
+    if nameless is not None:
+        raise UserError(f"{where}: class no. {nameless} (from 0) has no name, and labels count lines; fill it")
     _refuse_markup(where, names)
     return Classes([_encodable(name) for name in names], tuple(ids))
 
@@ -125,8 +129,13 @@ def read_templates(path: str | None) -> Sequence[str] | Mapping[str, Sequence[st
     return templates
 
 
-def _read_lines_or_json(source: str, shipped: str) -> Any:
-    """The lines or the JSON of a file, or the JSON that `source` is. shipped: the file that "imagenet" stands for."""
+def _read_lines_or_json(source: str, shipped: str, *, blank: bool = False) -> Any:
+    """The lines or the JSON of a file, or the JSON that `source` is.
+
+    Args:
+        shipped: the file that "imagenet" stands for.
+        blank: whether blank lines are kept, but for those at the end.
+    """
     path = Path(source)
     if source.lstrip().startswith(("[", "{")):
         content, path = source, shown(source)
@@ -134,11 +143,24 @@ def _read_lines_or_json(source: str, shipped: str) -> Any:
         path = Path(__file__).parent / "imagenet" / shipped if source == "imagenet" and not path.exists() else path
         content = _read_text(path)
     if not _JSON.match(content):
-        return [line.strip() for line in content.splitlines() if line.strip()]
+        return [line.strip() for line in content.rstrip().splitlines() if blank or line.strip()]
     try:
-        return json.loads(content)
+        return load_json(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} starts like JSON but is not ({error}); write one entry per line, or JSON") from None
+
+
+def load_json(content: str) -> Any:
+    """As `json.loads`, which drops the first of two values under one key. Raises ValueError, RecursionError."""
+
+    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise ValueError(f"the key {twice!r} is there more than once")
+        return found
+
+    return json.loads(content, object_pairs_hook=to_dict)
 
 
 def _read_text(path: Path) -> str:

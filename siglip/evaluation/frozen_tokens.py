@@ -65,10 +65,10 @@ def read_tokens(embedder: Embedder, data: str, fields: Sequence[str] = (), *, ma
     batches, keys, values, finite = iter(images), [], [], True
     for _ in range(-(-pairs // (embedder.rows * jax.process_count()))):
         batch = next(batches, nothing)
-        tokens = embedder.embed_images(batch, feature="tokens")
+        tokens = embedder.embed_images(batch, feature="tokens").astype(np.float16)
         finite &= bool(np.isfinite(tokens).all())
         kept = {name: batch[name] for name in ("mask", "grid") if name in batch}
-        for name, rows in (kept | {"tokens": tokens.astype(np.float16)}).items():
+        for name, rows in (kept | {"tokens": tokens}).items():
             files[name].write(rows.tobytes())
             shapes[name] = (rows.dtype, rows.shape[1:])
         keys += batch["key"]

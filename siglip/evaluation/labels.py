@@ -11,6 +11,7 @@ import numpy as np
 
 from siglip.array_types import Bool, Int
 from siglip.errors import UserError
+from siglip.evaluation.class_files import load_json
 from siglip.evaluation.embed import Embedder, Feature, FirstValues
 from siglip.trees import did_you_mean
 
@@ -29,21 +30,22 @@ def read_label_map(path: str) -> dict[str, str]:
         FileNotFoundError, UserError: there is no file, or it holds something else.
     """
     if Path(path).is_dir():
-        folders, imagenet = (_read_object(Path(path) / name) for name in _OBJECTNET)
+        folders, imagenet = (read_object(Path(path) / name) for name in _OBJECTNET)
         return {folder: str(name).lower() for folder, name in folders.items() if name in imagenet}
-    found = _read_object(Path(path))
+    found = read_object(Path(path))
     if not all(isinstance(value, str | int) and not isinstance(value, bool) for value in found.values()):
         raise UserError(f"{path} must map each label to the name or the number of one class")
     return {label: str(value) for label, value in found.items()}
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, entry: str = "{label: class}") -> dict[str, Any]:
+    """A JSON object that is not empty; `entry` shows one in a message. Raises FileNotFoundError, UserError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = load_json(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}); write an object, {{label: class}}") from None
+        raise UserError(f"{path} is not JSON ({error}); write an object, {entry}") from None
     if not isinstance(found, dict) or not found:
-        raise UserError(f"{path} must be a JSON object with at least one entry, {{label: class}}")
+        raise UserError(f"{path} must be a JSON object with at least one entry, {entry}")
     return found
 
 

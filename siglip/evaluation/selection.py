@@ -100,6 +100,8 @@ class Selection:
             members.setdefault(instance, []).append(row)
             if not all(images.values[field][row] for field in self._fields):
                 broken.add(instance)
+            elif not all(isinstance(images.values[field][row][0], str) for field in self.captions):
+                raise UserError(f"image {key} of {self.data} has something else than a text in one of {self.captions}")
             elif any(len(images.values[field][row]) > 1 for field in self.captions):
                 raise UserError(
                     f"image {key} of {self.data} has several captions in one of {self.captions}; selection takes one"

@@ -15,7 +15,8 @@ import logging
 import time
 import typing
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -71,36 +72,26 @@ def run_tasks(tasks: Sequence[Task], embedder: Embedder) -> list[Result]:
         return [result for task in tasks for result in task.run(embedder)]
 
 
-class TimedTasks:
-    """Evaluations of a training run within a time: those that are not begun in it come first the next time.
+class Due(NamedTuple):
+    """What is evaluated after a step: indices into the run's tasks, in order; last: no evaluation comes after this one."""
 
-    The first task, when due, never waits: that of `checkpoint.best_metric` belongs there. A restart forgets which tasks wait.
-    """
+    step: int
+    tasks: tuple[int, ...]
+    last: bool = False
 
-    def __init__(self, tasks: Sequence[Task], max_s: float) -> None:
-        self._tasks, self._max_s, self._waiting = tasks, max_s, []
 
-    def run(self, embedder: Embedder, due: Sequence[int], *, last: bool = False) -> list[Result]:
-        """As `run_tasks`, those whose turn it is and those that wait; at least one.
-
-        Args:
-            due: indices into `tasks`.
-            last: no evaluation comes after this one, so nothing waits.
-
-        Raises:
-            UserError: as the tasks' `run` do.
-        """
-        first, others = [n for n in due if n == 0], [n for n in (*self._waiting, *due) if n]
-        self._waiting = [*first, *dict.fromkeys(others)]
-        start, results, late = time.monotonic(), [], False
-        while self._waiting and not late:
-            results += run_tasks([self._tasks[self._waiting.pop(0)]], embedder)
-            # Process 0's clock counts for all.
-            late = not last and gather_records([0 < self._max_s <= time.monotonic() - start])[0]
-        if self._waiting and jax.process_index() == 0:
-            told = "eval.max_s=%g is used up: %d evaluations wait for the next time, first %s"
-            logger.info(told, self._max_s, len(self._waiting), self._tasks[self._waiting[0]].dataset)
-        return results
+def run_due(tasks: Sequence[Task], embedder: Embedder, due: Due, *, max_s: float) -> list[Result]:
+    """As `run_tasks`, those that are due: at least one, and no further one is begun after `max_s`, unless it is the last time."""
+    start, results, left = time.monotonic(), [], list(due.tasks)
+    while left:
+        results += run_tasks([tasks[left.pop(0)]], embedder)
+        # Process 0's clock counts for all.
+        if not due.last and gather_records([0 < max_s <= time.monotonic() - start])[0]:
+            break
+    if left and jax.process_index() == 0:
+        told = "eval.max_s=%g is used up: %d evaluations wait for the next time, first %s"
+        logger.info(told, max_s, len(left), tasks[left[0]].dataset)
+    return results
 
 
 def named_metrics(results: Sequence[Result]) -> dict[str, float]:
@@ -166,3 +157,20 @@ class EvalConfig:
         """Steps between the evaluations of each task; 0 evaluates it at the end only."""
         own = dict(self.every_steps_of)
         return tuple(own.get(prefix.removeprefix("eval/"), self.every_steps) for prefix in self.prefixes)
+
+    def due(self, step: int, evaluated: Mapping[str, int], *, last: bool = False) -> Due:
+        """What is evaluated after `step`: the tasks whose turn it is, and before them those that were put off.
+
+        The first task, when due, never waits: that of `checkpoint.best_metric` belongs there.
+
+        Args:
+            evaluated: {prefix: the step after which the task was evaluated for the last time}.
+            last: the run ends here: all tasks are due that were not evaluated after this step.
+        """
+        before, cadences = [evaluated.get(prefix, 0) for prefix in self.prefixes], self.cadences
+        if last:
+            return Due(step, tuple(n for n, done in enumerate(before) if done != step), last)
+        turns = {n: (before[n] // every + 1) * every for n, every in enumerate(cadences) if every}
+        if all(step % cadences[n] for n in turns):
+            return Due(step, ())
+        return Due(step, tuple(sorted((n for n in turns if turns[n] <= step), key=lambda n: (n > 0, turns[n], n))))

@@ -29,7 +29,7 @@ _MAIN = {
     "retrieval": ("text_retrieval_recall@1", "image_retrieval_recall@1"),
 }
 _OWN = ("metrics", "published", "note")
-_PATHS, _FILES = ("data", "train"), ("classes", "templates", "subset", "label_map", "instances")
+_PATHS, _FILES = ("data", "train"), ("classes", "templates", "subset", "label_map", "instances", "reference")
 _MEANS = {"mean_recall@1": _MAIN["retrieval"]}
 
 

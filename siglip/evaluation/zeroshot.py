@@ -8,6 +8,7 @@ Images with several labels each are not predicted but ranked: mean average preci
 import dataclasses
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +21,7 @@ from siglip.evaluation.class_files import Classes, make_prompts, read_classes, r
 from siglip.evaluation.embed import EmbeddedImages, Embedder, FirstValues
 from siglip.evaluation.labels import are_multi_label, multi_hot, read_label_map, read_subset
 from siglip.evaluation.metrics import accuracies, mean_average_precision
-from siglip.evaluation.ranking import rank_right_candidates
+from siglip.evaluation.ranking import Ranks, rank_right_candidates
 from siglip.evaluation.results import Result, check_name, dataset_name
 from siglip.trees import did_you_mean
 
@@ -100,21 +101,34 @@ class ZeroShot:
         images = embedder.embed_shards(self.data, (self.label,))
         return [Result(self, self.dataset, "", self.score(images, classes, weights, texts))]
 
-    def _name_equal_classes(self, names: Sequence[str], prompts: Sequence[Sequence[str]]) -> None:
-        """Says which classes no text encoder can tell apart, and what that costs."""
-        first: dict[tuple[str, ...], int] = {}
-        pairs = [(first.setdefault(tuple(own), number), number) for number, own in enumerate(prompts)]
+    def _name_equal_classes(self, names: Sequence[str], prompts: Sequence[Sequence[str]], embedder: Embedder) -> None:
+        """Says which classes the text tower cannot tell apart, and what that costs. Raises UserError: it can tell none."""
+        tokens = embedder.tokenize([own[0] for own in prompts])
+        starts = [row.tobytes() for row in tokens]
+        counts, first = Counter(starts), {}
+        keys = [
+            embedder.tokenize(own).tobytes() if counts[start] > 1 else start
+            for own, start in zip(prompts, starts, strict=True)
+        ]
+        pairs = [(first.setdefault(key, number), number) for number, key in enumerate(keys)]
         later = [(early, late) for early, late in pairs if early != late]
+        cut = [late for early, late in later if prompts[early] != prompts[late]]
+        if cut and len(first) == 1:
+            raise UserError(
+                f"the text tower takes {tokens.shape[1]} tokens, and all {len(names)} classes have the same ones, such as "
+                f"{prompts[0][0]!r} and {prompts[cut[0]][0]!r}; use shorter templates, or other names"
+            )
         if later and jax.process_index() == 0:
-            told = "%d of %d classes have the prompts of an earlier one, such as %r (no. %d and %d): their images count as wrong"
-            logger.warning(told, len(later), len(names), names[later[0][1]], *later[0])
+            what = f"tokens (at most {tokens.shape[1]})" if cut else "prompts"
+            told = "%d of %d classes have the %s of an earlier one, such as %r (no. %d and %d): their images count as wrong"
+            logger.warning(told, len(later), len(names), what, names[later[0][1]], *later[0])
 
     def class_weights(self, embedder: Embedder) -> tuple[Classes, Float[np.ndarray, "k e"], list[tuple[str, ...]]]:
         """The classes, their vectors, and the prompts of each."""
         classes = read_classes(self.classes)
         canonical = embedder.canonical_prompts if self.canonical is None else self.canonical
         prompts = make_prompts(classes.names, read_templates(self.templates), canonical=canonical)
-        self._name_equal_classes(classes.names, prompts)
+        self._name_equal_classes(classes.names, prompts, embedder)
         return classes, class_embeddings(embedder.embed_texts, prompts), [tuple(own) for own in prompts]
 
     def score(
@@ -172,10 +186,11 @@ class ZeroShot:
                 "%d images of %s left out: %s has no class for them", len(outside), self.data, self.label_map
             )
         labels = np.asarray([number for number in numbers if number is not None], int)
-        if len(labels) and labels.max() >= len(classes.names):
+        if len(labels) and (labels.min() < 0 or labels.max() >= len(classes.names)):
+            fix = "a line is missing" if labels.min() >= 0 else "leave out images without a label"
             raise UserError(
-                f"{shown(self.classes)} has {len(classes.names)} classes, but {self.data} has labels up to {labels.max()}; "
-                "a line is missing"
+                f"{shown(self.classes)} has {len(classes.names)} classes, but {self.data} has labels from {labels.min()} to "
+                f"{labels.max()}; {fix}"
             )
         return np.flatnonzero([number is not None for number in numbers]), labels
 
@@ -229,16 +244,31 @@ def classification(
         texts: of the classes; those of equal text are not counted as tied. None: all differ.
 
     Raises:
+        UserError: as `rank_right_classes`.
+    """
+    ranks, tied = rank_right_classes(zimg, classes, labels, texts=texts)
+    metrics = accuracies(np.where(ranks == 1, labels, -1), labels)
+    acc5 = {"acc5": float(np.mean(ranks <= 5))} if len(classes) >= 5 else {}
+    return metrics | acc5 | {"tied_fraction": float(np.mean(tied))}
+
+
+def rank_right_classes(
+    zimg: Float[np.ndarray, "n e"],
+    classes: Float[np.ndarray, "k e"],
+    labels: Int[np.ndarray, " n"],
+    *,
+    texts: Sequence[Hashable] | None = None,
+) -> Ranks:
+    """The rank of each image's class among the k; texts: as for `classification`.
+
+    Raises:
         UserError: if a label is not one of the k classes, there is no image, or an embedding is not finite.
     """
     if len(zimg) == 0:
         raise UserError("zero-shot classification needs at least one image, got none")
     if labels.min() < 0 or labels.max() >= len(classes):
         raise UserError(f"labels reach from {labels.min()} to {labels.max()}, but there are {len(classes)} classes")
-    ranks, tied = rank_right_candidates(zimg, classes, labels, np.arange(len(classes)), texts=texts)
-    metrics = accuracies(np.where(ranks == 1, labels, -1), labels)
-    acc5 = {"acc5": float(np.mean(ranks <= 5))} if len(classes) >= 5 else {}
-    return metrics | acc5 | {"tied_fraction": float(np.mean(tied))}
+    return rank_right_candidates(zimg, classes, labels, np.arange(len(classes)), texts=texts)
 
 
 def _normalise(z: Float[np.ndarray, "... e"]) -> Float[np.ndarray, "... e"]:

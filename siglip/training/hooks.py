@@ -6,6 +6,7 @@ Every process calls the same methods in the same order. Process 0 writes; what o
 The trap: a method that gathers must be called by all processes or by none: never inside a branch that only one may take.
 """
 
+import functools
 import math
 import warnings
 from collections import Counter
@@ -16,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from siglip.errors import BAD_PATH, RunFailed, UserError
+from siglip.evaluation.suite import Due
 from siglip.parallel.collectives import gather_records
 from siglip.parallel.launch import in_all_or_none, wait_for_all
 from siglip.training import flops
@@ -25,14 +27,14 @@ from siglip.training.lengths import length_shares
 from siglip.training.signals import Interrupted, WaitedTooLong
 from siglip.training.step import TrainState
 from siglip.workdir.checkpoint import Checkpointer
-from siglip.workdir.metrics import PROFILE_FOLDER, MetricsWriter, Progress, Throughput, has_evaluation, read_metrics
+from siglip.workdir.metrics import PROFILE_FOLDER, MetricsWriter, Progress, Throughput, read_metrics
 
 # How long a process whose evaluation failed waits for the others: they may be in a collective that never ends.
 _AFTER_FAILURE_S = 10
 _EVALUATION_S = 86400  # how long the others wait for the slowest one
 
-# Called with the parameters and the step; returns {"eval/<task>/<name>/<metric>": value} of the tasks that are due.
-Evaluate = Callable[[Mapping[str, Any], int], Mapping[str, float]]
+# Called with the parameters and what is due; returns {"eval/<task>/<name>/<metric>": value} of the tasks that were evaluated.
+Evaluate = Callable[[Mapping[str, Any], Due], Mapping[str, float]]
 
 
 @runtime_checkable
@@ -74,11 +76,11 @@ class RunHooks:
         self._losses = LossMonitor(workdir, saved_step=checkpointer.latest_step)
         self._first_step = start_step + 1
         self._best = gather_records([checkpointer.best_value()])[0]
-        since = in_all_or_none(
-            lambda: self._evaluations_since_best() if first and config.checkpoint.patience else 0,
+        told = in_all_or_none(
+            lambda: self._evaluations_before() if first and config.eval.tasks else ({}, 0),
             bad_input=(UserError, *BAD_PATH),
         )
-        self._without_best = gather_records([since])[0]
+        self._evaluated, self._without_best = gather_records([told])[0]
         options = {"batch_size": config.batch_size, "passes": passes, "shares": length_shares(config)}
         peak = flops.peak_pairs_per_s(config.model, **options)
         self.throughput = Throughput(config.batch_size, peak_pairs_per_s=peak)
@@ -97,13 +99,15 @@ class RunHooks:
         else:
             self.throughput.step()
         self._trace(step - self._first_step, metrics)
-        eval_due = self._eval_due(step) and not stop
+        due = None if stop else self._due(step)
         save_due = last or stop or _due(step, config.checkpoint.every_steps)
         if last or stop or _due(step, config.log.every_steps):
             self._log(step)
-        elif eval_due or save_due:
+        elif due or save_due:
             self._losses.check()
-        best = self._run_evaluation(step, state) if eval_due else None
+        best = self._run_evaluation(state, due) if due else None
+        if self.out_of_patience and not last and (rest := self._due(step)):  # the run ends here, as at its last step
+            self._run_evaluation(state, rest)
         if save_due or best is not None or self.out_of_patience:
             self.save(step, state, best=best)
 
@@ -112,14 +116,16 @@ class RunHooks:
         """Whether `checkpoint.patience` evaluations in a row were no new best."""
         return 0 < self._config.checkpoint.patience <= self._without_best
 
-    def _evaluations_since_best(self) -> int:
-        """As metrics.jsonl has it, where None stands for a value that is not finite."""
-        name, since, best = self._config.checkpoint.best_metric, 0, -math.inf
+    def _evaluations_before(self) -> tuple[dict[str, int], int]:
+        """As metrics.jsonl has them: each task's newest one, by its step; and how many had `best_metric` since it was best."""
+        name, since, best, evaluated = self._config.checkpoint.best_metric, 0, -math.inf, {}
+        prefix_of = functools.cache(self._config.eval.prefix_of)
         for line in read_metrics(self._workdir):
+            evaluated |= dict.fromkeys(filter(None, map(prefix_of, line)), line["step"])
             if name in line:
-                value = -math.inf if line[name] is None else line[name]
+                value = -math.inf if line[name] is None else line[name]  # None stands for one that is not finite
                 since, best = (0, value) if value > best else (since + 1, best)
-        return since
+        return evaluated, since
 
     def _trace(self, done: int, metrics: Mapping[str, jax.Array]) -> None:
         """Begins a trace after the second step of this start, when all is compiled, and ends it `log.profile_steps` later."""
@@ -135,11 +141,9 @@ class RunHooks:
 
     def run_missed_evaluation(self, step: int, state: TrainState) -> None:
         """Evaluates the restored state when that was due but the run was stopped before; it may be the best one so far."""
-        if step == 0 or not self._eval_due(step):
-            return
-        missed = jax.process_index() == 0 and not has_evaluation(self._workdir, step)
-        if gather_records([missed])[0]:
-            self._run_evaluation(step, state, saved=True)
+        due = self._due(step)
+        if due and (due.last or step not in self._evaluated.values()):
+            self._run_evaluation(state, due, saved=True)
 
     def save(self, step: int, state: TrainState, *, best: float | None = None) -> None:
         """Starts a checkpoint of `step`, unless there is one; raises NonFiniteLoss instead of saving a bad state."""
@@ -163,11 +167,10 @@ class RunHooks:
             self._writer.close()
             self._batches.close()
 
-    def _eval_due(self, step: int) -> bool:
-        config = self._config
-        cadences = config.eval.cadences or (config.eval.every_steps,)
-        due = step == config.total_steps or any(_due(step, every) for every in cadences)
-        return self._evaluate is not None and due
+    def _due(self, step: int) -> Due | None:
+        last = step == self._config.total_steps or self.out_of_patience
+        due = self._config.eval.due(step, self._evaluated, last=last)
+        return due if due.tasks and self._evaluate is not None else None
 
     def _log(self, step: int) -> None:
         values = self._losses.check() | self.throughput.read()
@@ -181,17 +184,18 @@ class RunHooks:
         self._writer.write(step, values)
         self._progress.update(step, values)
 
-    def _run_evaluation(self, step: int, state: TrainState, *, saved: bool = False) -> float | None:
+    def _run_evaluation(self, state: TrainState, due: Due, *, saved: bool = False) -> float | None:
         """Writes the metrics; the value of `checkpoint.best_metric` if it is a new best, else None.
 
         Args:
             saved: whether there is a checkpoint of this step, which is then marked if it is the best.
         """
-        results = self._evaluate_everywhere(step, state)
+        results = self._evaluate_everywhere(state, due)
+        self._evaluated |= dict.fromkeys(filter(None, map(self._config.eval.prefix_of, results)), due.step)
         best = self._new_best(results)
         if saved and best is not None:
-            self._checkpointer.mark_best(step, best)
-        self._writer.write(step, results)
+            self._checkpointer.mark_best(due.step, best)
+        self._writer.write(due.step, results)
         self.throughput.restart()
         return best
 
@@ -209,12 +213,12 @@ class RunHooks:
         self._best, self._without_best = results[name], 0
         return self._best
 
-    def _evaluate_everywhere(self, step: int, state: TrainState) -> dict[str, float]:
+    def _evaluate_everywhere(self, state: TrainState, due: Due) -> dict[str, float]:
         """Process 0's results, which all go by; what was trained outlives an evaluation that fails."""
         assert self._evaluate is not None
-        results, failure = {}, None
+        results, failure, step = {}, None, due.step
         try:
-            results = dict(self._evaluate(state.eval_params, step))
+            results = dict(self._evaluate(state.eval_params, due))
         except WaitedTooLong as waited:
             self.save(step, state)
             raise Interrupted(waited.signum, step, self._workdir) from None

@@ -18,6 +18,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -38,6 +39,10 @@ from siglip.workdir.checksums import checksums
 from siglip.workdir.files import CONFIG_FILE, read_config
 
 CHECKPOINTS_DIR = "checkpoints"
+_LOWER_IS_BETTER = re.compile(
+    r".*median_rank|brier.*|ece.*|acc1_gap(_se)?|demographic_parity_gap|tied_fraction"
+    r"|mean_corruption_error|error_increase(_se)?|(relative_)?mce(_se)?"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +68,7 @@ class CheckpointConfig:
                 raise UserError(f"checkpoint.{name}={getattr(self, name)} must be at least 1")
         if self.patience < 0 or (self.patience and self.best_metric is None):
             raise UserError(f"checkpoint.patience={self.patience} must be at least 0, and needs checkpoint.best_metric")
-        if self.best_metric is not None and self.best_metric.endswith("median_rank"):
+        if self.best_metric is not None and _LOWER_IS_BETTER.fullmatch(self.best_metric.rpartition("/")[2]):
             raise UserError(
                 f"checkpoint.best_metric={self.best_metric} is better when lower; name a recall or an accuracy"
             )

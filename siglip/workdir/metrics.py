@@ -118,12 +118,6 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def has_evaluation(workdir: Path, step: int) -> bool:
-    """Whether metrics.jsonl tells an evaluation of this step."""
-    lines = (line for _, line in _whole_lines(workdir / METRICS_FILE) if line["step"] == step)
-    return any(name.startswith("eval/") for line in lines for name in line)
-
-
 def _is_number(value: Any) -> bool:
     # JSON's integers have no largest one, floats do.
     return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)

@@ -161,7 +161,9 @@ def _results(runs: Sequence[Run], baselines: Mapping[str, Mapping[str, float]]) 
     parts, every = [], [final_results(run.lines) for run in runs]
     for task in dict.fromkeys(task for results in every for task in results):
         datasets = dict.fromkeys(name for results in every for name in results.get(task, {}))
-        columns = list(dict.fromkeys(m for results in every for row in results.get(task, {}).values() for m in row))
+        measures = dict.fromkeys(m for results in every for row in results.get(task, {}).values() for m in row)
+        errors = {_error_of(m) for m in measures} & {*measures}
+        columns = [m for m in measures if m not in errors]
         rows, sizes, measured = [], {}, {}
         for n, dataset in enumerate(datasets):
             for run, results in zip(runs, every, strict=True):
@@ -184,7 +186,7 @@ def _results(runs: Sequence[Run], baselines: Mapping[str, Mapping[str, float]]) 
         told = (
             " ± 1 standard error, of queries drawn at random (for a mean over languages, at most); training again with another "
             "seed adds to it."
-            if any(sizes.values())
+            if any(sizes.values()) or errors
             else ""
         )
         parts.append(
@@ -206,6 +208,12 @@ def _sizes(run: Run, dataset: str, task: str) -> Mapping[str, int]:
     # A mean over languages is of the same images: its error is at most that of one language with its value (Jensen).
     named[f"{found['dataset']}-mean"] = min(counts.values(), key=lambda own: own["described"], default={})
     return named.get(dataset) or (next(iter(counts.values())) if [dataset] == [found["dataset"]] * len(counts) else {})
+
+
+def _error_of(metric: str) -> str:
+    """The name of its standard error, where the evaluation computes that: "ece@0.1" -> "ece_se@0.1"."""
+    name, at, prior = metric.partition("@")
+    return f"{name}_se{at}{prior}"
 
 
 def _queries(metric: str, sizes: Mapping[str, int]) -> int:
@@ -234,13 +242,11 @@ def _chance(metric: str, sizes: Mapping[str, int]) -> float | None:
 def _row(name: str, metrics: Mapping[str, float], columns: Sequence[str], css: str, sizes: Mapping[str, int]) -> str:
     cells = []
     for c in columns:
-        value, queries = metrics.get(c), _queries(c, sizes)
-        error = (
-            f" <small>± {math.sqrt(max(value * (1 - value), 0) / queries):.3f}</small>"
-            if value is not None and queries
-            else ""
-        )
-        cells.append(f"<td>{format_value(value, rank='rank' in c)}{error}</td>")
+        value, error, queries = metrics.get(c), metrics.get(_error_of(c)), _queries(c, sizes)
+        if value is not None and queries:
+            error = math.sqrt(max(value * (1 - value), 0) / queries)
+        told = "" if value is None or error is None else f" <small>± {error:.3f}</small>"
+        cells.append(f"<td>{format_value(value, rank='rank' in c)}{told}</td>")
     return f"<tr class='{css}'><td>{html.escape(name)}</td>{''.join(cells)}</tr>"
 
 

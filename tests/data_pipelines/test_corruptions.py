@@ -3,6 +3,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from data_pipelines.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from data_pipelines.samples.masks import Mask
@@ -60,6 +61,23 @@ def test_blurs_spread_a_point_as_their_kernels_say():
     # A step through a Gaussian of sigma 3 is its distribution function: between pixels 29 and 30 it is one half.
     assert abs(int(wide[5, 29, 0]) + int(wide[5, 30, 0]) - 255) <= 1
     assert wide[5, 26, 0] / 255 == pytest.approx(0.878, abs=0.01)  # 3.5 pixels = 1.167 sigma
+
+
+@pytest.mark.parametrize("size", [(40, 48), (33, 17)])
+def test_zooms_are_those_of_scipy(size):
+    """The recipe of ImageNet-C's authors, in float64; numbers are cut off, so one that is nearly whole may be one apart."""
+    image, factors = an_image(size=size), np.arange(1, 1.21, 0.02)
+    total = image / 255
+    for factor in factors:
+        inner = [int(np.ceil(side / factor)) for side in size]
+        middle = tuple(slice((side - n) // 2, (side - n) // 2 + n) for side, n in zip(size, inner, strict=True))
+        zoomed = ndimage.zoom((image / 255)[middle], (factor, factor, 1), order=1)
+        trim = [(n - side) // 2 for n, side in zip(zoomed.shape, size, strict=False)]
+        total = total + zoomed[trim[0] : trim[0] + size[0], trim[1] : trim[1] + size[1]]
+    expected = (total / (len(factors) + 1) * 255).astype(np.uint8)
+    found = corrupt(image, "zoom_blur", 3, key="k").astype(int)
+    assert np.abs(found - expected).max() <= 1 and np.mean(found != expected) < 0.01
+    assert corrupt(image[:1, :1], "zoom_blur", 5, key="k").shape == (1, 1, 3)
 
 
 def test_masks_keep_their_classes():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import pytest
 
 from data_pipelines.errors import UserError
 from data_pipelines.records import ShardLost
-from data_pipelines.sources import files, parquet, parquet_headers, remote
+from data_pipelines.sources import arrow_values, files, parquet, parquet_headers, remote
+from data_pipelines.sources.arrow_values import _bytes_in_python
 from data_pipelines.sources.opening import open_source
 from data_pipelines.sources.parquet import ParquetSource
 from tests.data_pipelines.http_server import serving
@@ -304,3 +306,43 @@ def test_a_group_of_repeated_images_takes_little_memory(tmp_path, monkeypatch):
     path = write(tmp_path / "b.parquet", values, row_group_size=300, compression="zstd", use_dictionary=False)
     with pytest.raises(OSError, match=r"row group 0 of shard .*b.parquet' takes \d+ bytes on disk and \d+ in memory"):
         open_source(path)[0]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_list_that_repeats_one_text_is_refused_before_it_is_in_python(tmp_path, monkeypatch, nested):
+    """Of a few thousand bytes on disk 20 MB would be made, a text for each entry."""
+    monkeypatch.setattr(parquet, "_SPARE_BYTES", 1 << 20)  # so that the column is read as a dictionary
+    monkeypatch.setattr(arrow_values, "_MAX_ROW_BYTES", 1 << 22)
+    inside = (lambda texts: [{"of": texts}]) if nested else list
+    values = [{"image": b"i", "txt": inside(["t" * 100_000] * count)} for count in (1, 200)]
+    source = open_source(write(tmp_path / "a.parquet", values, compression="zstd"))
+    tracemalloc.start()
+    with pytest.raises(
+        OSError, match=r"row group 0 of .*a.parquet': the lists of row 1 take 200\d+ bytes in memory, more"
+    ) as told:
+        source[0]
+    assert tracemalloc.get_traced_memory()[1] < 1 << 21 and "\n" not in str(told.value)
+    tracemalloc.stop()
+    path = write(tmp_path / "b.parquet", values, row_group_size=1, compression="zstd")
+    assert open_source(path)[0].fields["txt"] == inside(["t" * 100_000])
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "objects", "nbytes"),
+    [
+        (pa.list_(pa.string()), ["abc", None, "de"], 4, 5),
+        (pa.large_list(pa.large_binary()), [b"abc"], 2, 3),
+        (pa.list_view(pa.string()), ["abc", "de"], 3, 5),
+        (pa.list_(pa.int64(), 2), [1, 2], 3, 0),
+        (pa.list_(pa.list_(pa.string())), [["abc"], None, ["de", "f"]], 7, 6),
+        (pa.map_(pa.string(), pa.int64()), [("abc", 1)], 4, 3),
+        (pa.struct([("a", pa.list_(pa.string()))]), {"a": ["abc"]}, 3, 3),
+        (pa.list_(pa.dictionary(pa.int8(), pa.string())), ["abc", None, "abc"], 3, 6),
+    ],
+)
+def test_what_lists_of_all_kinds_take(kind, value, objects, nbytes):
+    """A value for each list, struct and entry, and the bytes of the texts; a null that is in a dictionary takes nothing."""
+    array = pa.array([None, value, value], kind)
+    for part in (array, array[1:]):
+        assert _bytes_in_python(part)[-2:].tolist() == [64 * objects + nbytes] * 2
+    assert len(_bytes_in_python(array[:0])) == 0

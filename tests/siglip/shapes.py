@@ -35,8 +35,8 @@ def draw(colour: str, shape: str, rng: np.random.Generator, *, side: int = 32) -
 def write_shapes(path: Path, *, count: int, seed: int) -> Path:
     """Parquet with images of every class in turn.
 
-    cls: number of the class; name: its name; colours: a list of the classes of its colour; txt, negative: the right caption and a
-    wrong one; pair: two neighbours share it; place: a group; mask: as `draw` says.
+    cls: number of the class; minus: one less; name: its name; colours: a list of the classes of its colour; txt, negative: the
+    right caption and a wrong one; pair: two neighbours share it; place: a group; mask: as `draw` says.
     """
     rng, rows = np.random.default_rng(seed), []
     for n in range(count):
@@ -50,6 +50,7 @@ def write_shapes(path: Path, *, count: int, seed: int) -> Path:
                 "number": n,
                 "image": png(pixels),
                 "cls": n % len(CLASSES),
+                "minus": n % len(CLASSES) - 1,
                 "name": name,
                 "colours": [k for k, own in enumerate(CLASSES) if own.startswith(colour)],
                 "txt": f"a {name}",

@@ -145,4 +145,4 @@ def with_task(**kwargs):
 def scored(scores):
     """An `evaluate` that gives these scores, one a call."""
     scores = iter(scores)
-    return lambda params, step: {"eval/retrieval/toy/score": next(scores)}
+    return lambda params, due: {"eval/retrieval/toy/score": next(scores)}

@@ -260,6 +260,7 @@ def test_subsets_and_maps_of_classes(tmp_path):
     for content, message in (
         ("[1]", "must be a JSON object"),
         ("{", "is not JSON"),
+        ('{"a": 1, "a": 2}', "the key 'a' is there more than once"),
         ('{"a": [1]}', "name or the number"),
     ):
         path.write_text(content)

@@ -23,10 +23,8 @@ from siglip.evaluation.groups import Groups
 from siglip.evaluation.knn import Knn
 from siglip.evaluation.linear_probe import LinearProbe
 from siglip.evaluation.retrieval import Retrieval
-from siglip.evaluation.robustness import Robustness
 from siglip.evaluation.segmentation import Segmentation
 from siglip.evaluation.selection import Selection
-from siglip.evaluation.suite import TimedTasks
 from siglip.evaluation.text_cache import caching
 from siglip.evaluation.verification import Verification
 from siglip.evaluation.zeroshot import ZeroShot
@@ -148,7 +146,27 @@ def test_classes_of_equal_prompts_are_named(embedder, caplog):
     told = "2 of 4 classes have the prompts of an earlier one, such as 'Missile' (no. 0 and 2): their images count as wrong"
     assert told in caplog.text
     caplog.clear()
-    dataclasses.replace(task, canonical=False).class_weights(embedder)
+    dataclasses.replace(task, canonical=False).class_weights(embedder)  # the tokenizer makes all of it lower case
+    assert (
+        "1 of 4 classes have the tokens (at most 8) of an earlier one, such as 'Missile' (no. 0 and 2)" in caplog.text
+    )
+
+
+def test_classes_that_the_text_tower_cuts_to_the_same_tokens(embedder, caplog):
+    """This one takes 8 tokens."""
+    long = "photo of a very large and rather old {}"
+    names = ["cat", "dog"]
+    with pytest.raises(
+        UserError, match="the text tower takes 8 tokens, and all 2 classes have the same ones, such as 'ph"
+    ):
+        ZeroShot("x.tar", json.dumps(names), json.dumps([long])).class_weights(embedder)
+    prompts = {"cat": ["a cat"], "dog": [long.format("dog")], "cow": [long.format("cow")]}
+    ZeroShot("x.tar", json.dumps([*prompts]), json.dumps(prompts)).class_weights(embedder)
+    assert "1 of 3 classes have the tokens (at most 8) of an earlier one, such as 'cow' (no. 1 and 2)" in caplog.text
+    caplog.clear()
+    ZeroShot("x.tar", json.dumps(names), json.dumps([long, "a {}"])).class_weights(
+        embedder
+    )  # one prompt tells them apart
     assert not caplog.text
 
 
@@ -170,13 +188,7 @@ def test_a_probe_needs_neither_text_tower_nor_tokenizer(src, train, test, tmp_pa
     assert "the model has no text tower" in capsys.readouterr().err
 
 
-def test_corrupted_images_and_groups(embedder, test, classes):
-    task = Robustness(test, classes, corruptions=("gaussian_noise", "jpeg_compression"), severities=(1, 5))
-    found = metrics_of(task, embedder)
-    assert found == metrics_of(task, embedder)  # noise is drawn from the keys
-    mean = (found["acc1_gaussian_noise"] + found["acc1_jpeg_compression"]) / 2
-    assert found["acc1_corrupted"] == pytest.approx(mean)
-    assert found["acc1_clean"] == metrics_of(ZeroShot(test, classes), embedder)["acc1"]
+def test_groups(embedder, test, classes):
     found = metrics_of(Groups(test, "place", classes, min_images=5), embedder)
     assert {"n_north", "n_south", "n_west"} <= set(found) and found["n_north"] + found["n_south"] + found[
         "n_west"
@@ -238,6 +250,8 @@ def test_images_that_go_with_a_cue(embedder, test, tmp_path, caplog):
     with pytest.raises(UserError, match="2 images of .* are called 'x'; give each a name"):
         Association(test, "i.csv")._rows(["a/x", "b/x", "a/y"], {"x", "y"})
     assert Association(test, "i.csv")._rows(["a/x", "b/x", "a/y"], {"y", "b/x"})["y"] == 2
+    with pytest.raises(UserError, match="2 images of .* are called 'b/x'"):  # as in two shards
+        Association(test, "i.csv")._rows(["b/x", "b/x", "a/y"], {"y", "b/x"})
     images = dict(zip((own := embedder.embed_shards(test)).keys, own.zimg, strict=True))
     ztxt = embedder.embed_texts(["an orange disc", "a red thing"])  # canonical
     jaccard = []
@@ -317,33 +331,6 @@ def test_no_texts_and_texts_that_are_not_kept(src, tmp_path, monkeypatch):
     assert set(embedder.text_embeddings) == {"a cat", "a dog"}
 
 
-def test_evaluations_that_are_not_begun_in_time_come_first_the_next_time(embedder, monkeypatch):
-    clock, ran = [0.0], []
-
-    class Slow(Retrieval):
-        def run(self, embedder):
-            ran.append(self.dataset)
-            clock[0] += 1
-            return []
-
-    monkeypatch.setattr("siglip.evaluation.suite.time.monotonic", lambda: clock[0])
-    tasks = TimedTasks([Slow("x.tar", name=name) for name in "abcd"], max_s=2.0)
-    for expected in ("ab", "ac", "ad", "ab"):
-        ran.clear()
-        tasks.run(embedder, range(4))
-        assert "".join(ran) == expected
-    ran.clear()
-    tasks.run(embedder, [2])  # d waits since the last time, and c is due again
-    assert "".join(ran) == "cd"
-    for due, expected, last in (([3], "d", False), ([0, 3], "ad", False), ([], "", False), (range(4), "abcd", True)):
-        ran.clear()
-        tasks.run(embedder, due, last=last)
-        assert "".join(ran) == expected
-    ran.clear()
-    TimedTasks([Slow("x.tar", name=name) for name in "abcd"], max_s=0.0).run(embedder, range(4))
-    assert "".join(ran) == "abcd"
-
-
 def one_line(args: list[str], capsys) -> str:
     capsys.readouterr()
     assert run(args) == 2
@@ -367,10 +354,23 @@ def one_line(args: list[str], capsys) -> str:
         ("--task segmentation --train {train} --ignore 0 1 2 255", "hold 1 classes"),
         ("--task robustness --classes {classes} --severities 6", "severities=(6,)"),
         ("--task robustness --classes {classes} --label colours", "robustness takes one label"),
+        ("--task robustness --classes {classes} --reference alexnet", "{test} has 6; leave it out, or give errors"),
+        ("--task robustness --classes {classes} --reference {folder}/0.json", "0.json has no error of 'pixelate'"),
+        (
+            "--task robustness --classes {classes} --reference {folder}/1.json",
+            "'pixelate' is '.5'; an error is a number",
+        ),
+        ("--task robustness --classes {classes} --reference {folder}/2.json", "must be above the clean error 0.6"),
         ("--task groups --classes {classes} --group region", "has no field 'region'"),
         ("--task groups --classes {classes} --group number", "0 groups have 10 images or more"),
         ("--task selection --captions txt", "name the right caption's field and those of wrong ones"),
         ("--task selection --captions txt wrong", "no field 'wrong'"),
+        ("--task selection --captions txt cls", "something else than a text in one of ('txt', 'cls')"),
+        (
+            "--task groups --classes {classes} --group place --label minus",
+            "6 classes, but {test} has labels from -1 to",
+        ),
+        ("--task zeroshot --classes {folder}/blank.txt", "class no. 1 (from 0) has no name"),
         ("--task selection --captions txt --instance number", "no instance of {test} is whole"),
         ("--task verification --priors 1.5", "priors=(1.5,) must be shares"),
         ("--task verification --match cls", "cls=2; it must be 0 or 1"),
@@ -385,6 +385,10 @@ def one_line(args: list[str], capsys) -> str:
 def test_mistakes_are_told_in_one_line(src, train, test, classes, tmp_path, capsys, flags, told):
     if "--label txt" in flags:  # a class that no training image has
         train = str(write_shapes(tmp_path / "few.parquet", count=2, seed=0))
-    paths = {"train": train, "test": test, "classes": classes}
+    names = ("gaussian_noise", "gaussian_blur", "brightness", "jpeg_compression")
+    for n, more in enumerate(({}, {"pixelate": ".5"}, {"pixelate": 0.5, "clean": 0.6})):
+        (tmp_path / f"{n}.json").write_text(json.dumps(dict.fromkeys(names, 0.7) | more))
+    (tmp_path / "blank.txt").write_text("\n\n".join(CLASSES))
+    paths = {"train": train, "test": test, "classes": classes, "folder": tmp_path}
     line = one_line(["eval", str(src), "--data", test, "--tokenizer", SPIECE, *flags.format(**paths).split()], capsys)
     assert told.format(**paths) in line

@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from siglip.evaluation.retrieval import Retrieval
+from siglip.training.config import EvalConfig
 from siglip.training.loop import Interrupted
 from siglip.workdir.checkpoint import CheckpointConfig
 from siglip.workdir.metrics import read_metrics
@@ -51,6 +52,57 @@ def test_a_run_that_no_longer_improves_ends_and_stays_ended(tmp_path, caplog):
         CheckpointConfig(patience=1)
 
 
+@pytest.mark.parametrize("metric", ["image_retrieval_median_rank", "ece_shifted@0.5", "brier@0.1", "mce", "acc1_gap"])
+def test_the_best_metric_is_one_that_is_better_when_higher(metric):
+    with pytest.raises(ValueError, match=f"{metric} is better when lower"):
+        CheckpointConfig(best_metric=f"eval/task/mce-data/{metric}")
+    CheckpointConfig(best_metric="eval/robustness/mce/acc1_corrupted")
+
+
+def test_a_run_that_ends_early_evaluates_what_waits_for_the_end(tmp_path):
+    """The first task is the metric's; of the others one was put off at step 2, and one runs at the end only."""
+    names = ("toy", "late", "last")
+    tasks = tuple(Retrieval("unused.tar", name=name) for name in names)
+    evals = EvalConfig(tasks=tasks, every_steps=2, every_steps_of=(("retrieval/last", 0),))
+    config = dataclasses.replace(best_config(tmp_path), eval=evals)
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, patience=1))
+    asked = []
+
+    def evaluate(params, due):
+        asked.append((due.step, [names[n] for n in due.tasks], due.last))
+        begun = due.tasks if due.last else due.tasks[:1]  # as if the time was used up
+        return {f"eval/retrieval/{names[n]}/score": 0.5 for n in begun}
+
+    train_toy(config, TinyBatches(), evaluate=evaluate)
+    assert asked == [(2, ["toy", "late"], False), (4, ["toy", "late"], False), (4, ["late", "last"], True)]
+    assert kept(tmp_path) == [2, 4]
+    train_toy(config, TinyBatches(), evaluate=evaluate)  # nothing is left to do
+    assert len(asked) == 3
+    # As after a kill between the two evaluations: the rest is made up for.
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if "last" not in line))
+    train_toy(config, TinyBatches(), evaluate=evaluate)
+    assert asked[3:] == [(4, ["late", "last"], True)] and "eval/retrieval/last/score" in read_metrics(tmp_path)[-1]
+
+
+def test_what_was_put_off_is_still_first_after_a_restart(tmp_path):
+    names = "abc"
+    tasks = tuple(Retrieval("unused.tar", name=name) for name in names)
+    asked = []
+
+    def evaluate(params, due):
+        asked.append((due.step, "".join(names[n] for n in due.tasks)))
+        return {f"eval/retrieval/{names[n]}/score": 0.5 for n in due.tasks[: 3 if due.last else 2]}
+
+    for workdir, stops in ((tmp_path / "whole", ()), (tmp_path / "stopped", (3, 5))):
+        config = tiny_config(workdir, eval=EvalConfig(tasks=tasks, every_steps=2))
+        for step in stops:
+            with pytest.raises(Interrupted):
+                train_toy(config, StopsAt(step, signal.SIGTERM), evaluate=evaluate)
+        train_toy(config, TinyBatches(), evaluate=evaluate)
+    assert asked == [(2, "abc"), (4, "acb"), (6, "abc"), (8, "abc")] * 2
+
+
 def test_an_evaluation_made_up_for_that_is_not_the_best_marks_nothing(tmp_path):
     config = best_config(tmp_path)
     with pytest.raises(Interrupted, match="at step 4"):
@@ -68,9 +120,10 @@ def test_only_evaluations_that_have_the_metric_count(tmp_path, recwarn):
     assert config.eval.cadences == (1, 3)
     scores = {3: 0.5, 6: 0.4, 8: 0.45}
 
-    def evaluate(params, step):
-        own = {"eval/retrieval/toy/score": scores[step]} if step in scores else {}
-        return {"eval/retrieval/toy-v2/score": 1 - step / 10} | own
+    def evaluate(params, due):
+        assert due.tasks == ((0, 1) if due.step in scores else (0,))
+        own = {"eval/retrieval/toy/score": scores[due.step]} if 1 in due.tasks else {}
+        return {"eval/retrieval/toy-v2/score": 1 - due.step / 10} | own
 
     train_toy(config, TinyBatches(), evaluate=evaluate)  # patience 2 would end it at step 5 if all evaluations counted
     assert kept(tmp_path) == [3, 8]

@@ -62,7 +62,7 @@ def test_a_signal_during_an_evaluation_saves_and_the_run_goes_on(tmp_path):
     config = tiny_config(tmp_path / "run", **with_task(every_steps=3))
     calls = []
 
-    def interrupted(params, step):
+    def interrupted(params, due):
         calls.append(1)
         if len(calls) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -78,7 +78,7 @@ def test_a_signal_in_the_last_step_leaves_its_evaluation_to_the_next_start(tmp_p
     config = tiny_config(tmp_path, **with_task())
     evaluations = []
 
-    def evaluate(params, step):
+    def evaluate(params, due):
         evaluations.append(1)
         return {"eval/retrieval/toy/score": 1.0}
 
@@ -92,7 +92,7 @@ def test_a_signal_in_the_last_step_leaves_its_evaluation_to_the_next_start(tmp_p
 
 @pytest.mark.parametrize("raised, seen", [(UserError, RunFailed), (OSError, RunFailed), (ValueError, ValueError)])
 def test_what_was_trained_outlives_a_broken_evaluation(tmp_path, raised, seen):
-    def broken(params, step):
+    def broken(params, due):
         raise raised("labels are missing")
 
     with pytest.raises(seen, match="labels are missing") as failed:
@@ -179,7 +179,7 @@ def test_the_last_k_and_the_best_checkpoint_are_kept(tmp_path):
         eval=EvalConfig(tasks=(Retrieval("unused.tar", name="toy"),), every_steps=2),
         checkpoint=CheckpointConfig(every_steps=1, keep=2, best_metric="eval/retrieval/toy/score"),
     )
-    train_toy(config, TinyBatches(), evaluate=lambda params, step: {"eval/retrieval/toy/score": next(scores)})
+    train_toy(config, TinyBatches(), evaluate=lambda params, due: {"eval/retrieval/toy/score": next(scores)})
     kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert kept == [4, 7, 8]
     values = [line["eval/retrieval/toy/score"] for line in read_metrics(tmp_path) if "eval/retrieval/toy/score" in line]

@@ -141,7 +141,7 @@ def test_the_running_average_is_evaluated_saved_and_resumed(run, tmp_path):
     program, seen = make_program(config), []
     with pytest.raises(Interrupted):
         train(config, StopsAt(5, signal.SIGTERM), program=program)
-    evaluate = lambda params, step: seen.append(np.asarray(params["t"])[0]) or {}  # noqa: E731
+    evaluate = lambda params, due: seen.append(np.asarray(params["t"])[0]) or {}  # noqa: E731
     state = train(config, TinyBatches(), evaluate=evaluate, program=program)
     exported, _, _ = read_run_params(tmp_path)
     assert_bit_equal(exported, state.ema)

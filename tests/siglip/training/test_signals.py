@@ -19,7 +19,7 @@ def test_an_evaluation_that_never_ends_is_left_after_a_signal_and_made_up_for(tm
     monkeypatch.setattr(signals, "WAIT_S", 0.1)
     config = tiny_config(tmp_path, **with_task(every_steps=4))
 
-    def endless(params, step):
+    def endless(params, due):
         os.kill(os.getpid(), signal.SIGHUP)
         while True:
             time.sleep(0.01)

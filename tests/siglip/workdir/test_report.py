@@ -145,6 +145,15 @@ def test_a_mean_over_languages_has_the_error_of_one_of_them_at_most(tmp_path):
     assert "0.360 <small>± 0.068</small>" in page  # sqrt(.36 * .64 / 50)
 
 
+def test_an_error_that_an_evaluation_computes_stands_beside_its_number(tmp_path):
+    metrics = {"acc1_corrupted": 0.4, "acc1_corrupted_se": 0.05, "ece@0.1": 0.2, "ece_se@0.1": 0.01, "acc1_se": 0.3}
+    lines = [{"step": 2, **{f"eval/robustness/toy/{name}": value for name, value in metrics.items()}}]
+    page = write_report(tmp_path / "r.html", [Run("run", lines, {}, {})]).read_text()
+    assert "0.400 <small>± 0.050</small>" in page and "0.200 <small>± 0.010</small>" in page
+    assert "corrupted_se" not in page and "ece_se" not in page and "± 1 standard error" in page
+    assert "<th>acc1_se</th>" in page  # of no number that is there: a group may be called so
+
+
 def test_chance_of_several_right_ones_equals_drawing_at_random():
     sizes, rng = {"images": 10, "described": 10, "texts": 30}, np.random.default_rng(0)
     drawn = np.array([rng.permutation(30)[:5].min() < 3 for _ in range(20_000)])
