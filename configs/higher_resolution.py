@@ -1,4 +1,4 @@
-"""The last steps of a pretraining: both towers at a higher resolution, a hundredth of the learning rate, no weight decay.
+"""The last steps of a pretraining: both towers at a higher resolution, a lower learning rate, no weight decay.
 
     siglip train configs/higher_resolution.py                             after configs/quickstart.py: 32 -> 64 px
     siglip train configs/higher_resolution.py --init.src siglip_b16_224.npz --model.image.image-size 448 448 \\
@@ -7,6 +7,10 @@
 The published SigLIP models reached their higher resolutions like this: 5 of 45 billion examples at a hundredth of the learning
 rate, without weight decay (arXiv:2303.15343). Learned positions are resampled to the new grid; everything else is taken over,
 the tokenizer too.
+
+The quick start goes from 2 x 2 patches to 4 x 4, which is not a finer look at the same parts but other parts, and it does not
+gain: R@10 on the unseen style is .49 and .52 after these 200 steps (one seed), .28 and .33 after 100 at a hundredth of the rate,
+and was .62 and .64. A tower with a finer grid has less to learn anew.
 
 On pairs of your own: `--data.sources.0.shards 'pairs/*.tar' --data.sources.0.manifest None --data.sources.0.captions txt 1`.
 """
@@ -21,7 +25,7 @@ from siglip.training.warm_start import InitConfig, SourceImage, SourceModel
 from siglip.workdir.checkpoint import CheckpointConfig
 from siglip.workdir.metrics import LogConfig
 
-LEARNING_RATE = 6e-3 / 100
+LEARNING_RATE = 1e-3
 
 
 def get_config() -> TrainConfig:
@@ -34,7 +38,7 @@ def get_config() -> TrainConfig:
             threads=1,
         ),
         model=SourceModel(image=SourceImage(image_size=(64, 64))),
-        total_steps=100,
+        total_steps=200,
         batch_size=256,
         workdir="runs/higher_resolution",
         optim=OptimConfig("muon", lr=LEARNING_RATE, weight_decay=0.0, lr_mults=(("t|b", 10.0),), warmup_steps=20),

@@ -72,6 +72,10 @@ def run_tasks(tasks: Sequence[Task], embedder: Embedder) -> list[Result]:
         return [result for task in tasks for result in task.run(embedder)]
 
 
+# The prefix of all tasks' metrics, for a run that has none of its own.
+_CALLERS_OWN = ("eval/",)
+
+
 class Due(NamedTuple):
     """What is evaluated after a step: indices into the run's tasks, in order; last: no evaluation comes after this one."""
 
@@ -150,7 +154,7 @@ class EvalConfig:
 
     def prefix_of(self, metric: str) -> str | None:
         """The task that a metric is of: one name may begin with another."""
-        return max(filter(metric.startswith, self.prefixes), key=len, default=None)
+        return max(filter(metric.startswith, self.prefixes or _CALLERS_OWN), key=len, default=None)
 
     @property
     def cadences(self) -> tuple[int, ...]:
@@ -161,13 +165,15 @@ class EvalConfig:
     def due(self, step: int, evaluated: Mapping[str, int], *, last: bool = False) -> Due:
         """What is evaluated after `step`: the tasks whose turn it is, and before them those that were put off.
 
+        Without tasks, what a caller of `train` evaluates counts as one.
         The first task, when due, never waits: that of `checkpoint.best_metric` belongs there.
 
         Args:
             evaluated: {prefix: the step after which the task was evaluated for the last time}.
             last: the run ends here: all tasks are due that were not evaluated after this step.
         """
-        before, cadences = [evaluated.get(prefix, 0) for prefix in self.prefixes], self.cadences
+        before = [evaluated.get(prefix, 0) for prefix in self.prefixes or _CALLERS_OWN]
+        cadences = self.cadences or (self.every_steps,)
         if last:
             return Due(step, tuple(n for n, done in enumerate(before) if done != step), last)
         turns = {n: (before[n] // every + 1) * every for n, every in enumerate(cadences) if every}

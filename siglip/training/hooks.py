@@ -77,7 +77,7 @@ class RunHooks:
         self._first_step = start_step + 1
         self._best = gather_records([checkpointer.best_value()])[0]
         told = in_all_or_none(
-            lambda: self._evaluations_before() if first and config.eval.tasks else ({}, 0),
+            lambda: self._evaluations_before() if first and evaluate is not None else ({}, 0),
             bad_input=(UserError, *BAD_PATH),
         )
         self._evaluated, self._without_best = gather_records([told])[0]

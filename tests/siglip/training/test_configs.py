@@ -82,20 +82,18 @@ def test_finetune_both_moves_the_image_tower_at_a_tenth_and_does_not_shrink_it(q
 def test_higher_resolution_takes_everything_to_a_finer_grid(quickstart, tmp_path):
     before, after, config = train("higher_resolution", tmp_path, quickstart)
     assert config["model"]["image"]["image_size"] == [64, 64]
-    assert before["img/pos_embedding"].shape == (1, 16, 128) and after["img/pos_embedding"].shape == (1, 64, 128)
+    assert before["img/pos_embedding"].shape == (1, 4, 128) and after["img/pos_embedding"].shape == (1, 16, 128)
     np.testing.assert_allclose(after["img/pos_embedding"][0, 0], before["img/pos_embedding"][0, 0], atol=1e-4)
-    lr = config["optim"]["lr"]
-    assert lr == pytest.approx(6e-5)
     rest = {path: leaf for path, leaf in before.items() if path not in ("img/pos_embedding", "t", "b")}
-    assert 0 < largest_change(rest, after, "") <= 1.02 * lr
+    assert 0 < largest_change(rest, after, "") <= 1.02 * config["optim"]["lr"]
 
 
 @pytest.mark.slow
 def test_naflex_goes_on_with_images_of_any_shape(quickstart, tmp_path):
     before, after, config = train("naflex", tmp_path, quickstart)
     image = config["model"]["image"]
-    assert image["naflex"] == {"patches": 36, "max_patches": 64} and image["patch_dropout"] == 0
-    assert before["img/pos_embedding"].shape == (1, 16, 128) and after["img/pos_embedding"].shape == (1, 64, 128)
+    assert image["naflex"] == {"patches": 9, "max_patches": 16} and image["patch_dropout"] == 0
+    assert before["img/pos_embedding"].shape == (1, 4, 128) and after["img/pos_embedding"].shape == (1, 16, 128)
     rest = {path: leaf for path, leaf in before.items() if path not in ("img/pos_embedding", "t", "b")}
     assert 0 < largest_change(rest, after, "") <= 1.02 * config["optim"]["lr"]
 

@@ -90,6 +90,14 @@ def test_a_signal_in_the_last_step_leaves_its_evaluation_to_the_next_start(tmp_p
     assert len(evaluations) == 1 and "eval/retrieval/toy/score" in read_metrics(tmp_path)[-1]
 
 
+def test_what_a_caller_evaluates_needs_no_task_in_the_config(tmp_path):
+    steps = []
+    config = tiny_config(tmp_path, eval=EvalConfig(every_steps=3))
+    for _ in range(2):
+        train_toy(config, TinyBatches(), evaluate=lambda params, due: {"eval/mine/score": steps.append(due.step) or 1.0})
+    assert steps == [3, 6, 8]
+
+
 @pytest.mark.parametrize("raised, seen", [(UserError, RunFailed), (OSError, RunFailed), (ValueError, ValueError)])
 def test_what_was_trained_outlives_a_broken_evaluation(tmp_path, raised, seen):
     def broken(params, due):
