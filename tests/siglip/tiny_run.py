@@ -1,6 +1,7 @@
 """The smallest run that is a run: a real two-tower model and batches made from nothing but their position."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from siglip.evaluation.retrieval import Retrieval
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.parallel.sharding import P_REPLICATED, make_mesh
 from siglip.training.config import EvalConfig, TrainConfig
-from siglip.training.loop import Program, train
+from siglip.training.loop import Program, make_program, train
 from siglip.training.optim import OptimConfig
 from siglip.training.step import TrainState
 from siglip.workdir.metrics import LogConfig
@@ -72,6 +73,23 @@ def toy_program(config: TrainConfig, *, penalty: Callable[[dict], Any] = lambda 
     return Program(
         mesh, abstract_state, jax.jit(init, out_shardings=everywhere), jax.jit(step, out_shardings=everywhere)
     )
+
+
+def drifting_program(config: TrainConfig) -> Program:
+    """The model of the config with steps that add a little to all parameters, the first nothing: for the files of a run.
+
+    A real step takes seconds to trace, whatever it computes.
+    """
+    program = make_program(config)
+    where = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
+
+    @functools.partial(jax.jit, out_shardings=(where, None))
+    def step(state, batch):
+        params = jax.tree.map(lambda leaf: leaf + 1e-3 * state.step, state.params)
+        metrics = {"train/loss": jnp.ones(()), "train/update_norm": jnp.ones(())}
+        return dataclasses.replace(state, step=state.step + 1, params=params), metrics
+
+    return program._replace(step=step)
 
 
 def use_devices(patch: pytest.MonkeyPatch, count: int) -> None:
