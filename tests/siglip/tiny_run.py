@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from data_pipelines.loader import DataConfig
 from data_pipelines.order.mixture import SourceConfig
@@ -46,11 +46,19 @@ def tiny_config(workdir: Path, **overrides) -> TrainConfig:
     return dataclasses.replace(config, **overrides)
 
 
-def toy_program(config: TrainConfig, *, penalty: Callable[[dict], Any] = lambda params: 0.0) -> Program:
+def no_penalty(params: dict) -> float:
+    return 0.0
+
+
+def toy_program(config: TrainConfig, *, penalty: Callable[[dict], Any] = no_penalty) -> Program:
     """A line from an image's brightness to its caption's first token: the loop at work, compiled in no time."""
-    mesh = make_mesh(config.mesh)
+    return _toy_program(make_mesh(config.mesh), config.optim.lr, penalty)
+
+
+@functools.cache
+def _toy_program(mesh: Mesh, lr: float, penalty: Callable[[dict], Any]) -> Program:
     everywhere = NamedSharding(mesh, P_REPLICATED)
-    adam = optax.adam(config.optim.lr)
+    adam = optax.adam(lr)
 
     def init(given):
         params = {"w": jnp.zeros(16), "t": jnp.log(10.0)[None], "b": jnp.full(1, -10.0)}

@@ -23,7 +23,7 @@ from siglip.model_source import read_config
 from siglip.training import loop
 from siglip.training.config import load_config_file
 from siglip.workdir.metrics import read_metrics
-from tests.siglip.tiny_run import toy_program, use_devices
+from tests.siglip.tiny_run import drifting_program, toy_program, use_devices
 
 SAMPLE = Path(__file__).parents[3] / "data_pipelines" / "sample"
 
@@ -311,6 +311,7 @@ def test_a_workdir_of_another_config_and_one_that_is_a_file(trained, recipe, cap
 
 def test_an_evaluation_is_added_by_a_flag_and_the_last_one_is_printed(recipe, shard, capsys, tmp_path, monkeypatch):
     use_devices(monkeypatch, 2)
+    monkeypatch.setattr(loop, "make_program", drifting_program)
     added = f"retrieval --data '{shard}' --captions captions.fr --name french"
     own = ["--eval.every-steps-of", "retrieval/french", "5"]
     assert run(["train", str(recipe), *STEPS, "--eval.add", added, *own]) == 0
