@@ -43,7 +43,7 @@ def curated(files: list[bytes], folder: Path, groups: int) -> tuple[list[dict], 
     names = [shard(folder / f"{n}.tar", files[5 * n : 5 * n + 5]) for n in range(3)]
     held = [shard(folder / "held-0.tar", HELD[:2]), shard(folder / "held-1.tar", HELD[2:])]
     every = mock.patch.object(closest, "_OF_GROUP", len(files))  # of so few all are compared by pixels
-    with every, mock.patch.multiple(layout, MIN_GROUPS=groups, ROWS_PER_BUCKET=3):
+    with every, mock.patch.multiple(layout, MIN_GROUPS=groups, ROWS_PER_BUCKET=16):
         curate(names, folder / "out", config=CurateConfig(), engine=LocalEngine(1), against=held)
     table = pq.read_table(folder / "out" / "closest.parquet")
     assert table.schema == CLOSEST_SCHEMA
