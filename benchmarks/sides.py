@@ -72,12 +72,12 @@ def ours(case, *, fsdp=1):
 
     from siglip.parallel import sharding
     from siglip.training import flops
-    from siglip.training.step import init_state
+    from siglip.training.step import make_init
 
     model = case.model
     step, abstract_state, optimizer, mesh = make_step(case, fsdp=fsdp)
     jax.set_mesh(mesh)
-    state = init_state(model, optimizer, abstract_state=abstract_state, seed=0)
+    state = make_init(model, optimizer, abstract_state=abstract_state, seed=0)({})
     rng, size = np.random.default_rng(0), (BATCHES, case.batch_size)
     images = rng.integers(0, 256, (*size, *model.image.image_size, 3), np.uint8)
     texts = rng.integers(0, model.text.vocab_size, (*size, model.text.length), np.int32)

@@ -37,12 +37,22 @@ for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.de
 FIXTURES = Path(__file__).parent / "fixtures"
 PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "xla"
 MAX_PROGRAMS_BYTES = 2**30
-LONG = ("training", "cli", "models", "exporting", "parallel")  # folders of tests/siglip
+# By folder and name: what took ten CPU seconds and more, the longest first.
+LONG = """
+    models/test_models models/test_naflex siglip/test_losses cli/test_commands training/test_program formats/test_big_vision
+    training/test_warm_start training/test_optim exporting/test_export siglip/test_image_encoder models/test_layers
+    cli/test_naflex training/test_objective models/test_attention training/test_loop data_pipelines/test_curate
+    training/test_accumulation planning/test_recipes exporting/test_naflex parallel/test_sharding siglip/test_encoder
+    data_pipelines/test_workers evaluation/test_tasks parallel/test_processes exporting/test_model_card
+    data_pipelines/test_curate_closest formats/test_infer_config evaluation/test_metrics training/test_lengths
+    siglip/test_imports
+""".split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long come first: pytest-xdist hands out files in this order, and the last one should be short."""
-    items.sort(key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG))
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(f"{item.path.parent.name}/{item.path.stem}", len(LONG)))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

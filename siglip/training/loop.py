@@ -32,7 +32,7 @@ from siglip.training.hooks import Batches, Evaluate, RunHooks
 from siglip.training.lengths import Step, StepOfLength, compile_lengths, micro_batch_sizes
 from siglip.training.objective import all_param_shapes, make_objective
 from siglip.training.signals import Interrupted, LeftAlone, SignalFlag, WaitedTooLong
-from siglip.training.step import TrainState, init_state, make_abstract_state, make_train_step
+from siglip.training.step import TrainState, make_abstract_state, make_init, make_train_step
 from siglip.workdir.checkpoint import Checkpointer, whole_steps
 from siglip.workdir.files import CONFIG_FILE, check_same_run, open_workdir, read_config
 
@@ -242,9 +242,10 @@ def make_program(config: TrainConfig, devices: Sequence[jax.Device] | None = Non
     kind = mesh.devices.flat[0].device_kind
     logger.info("%.1f M parameters, %s on %d x %s -> %s", parameters / 1e6, total, mesh.size, kind, config.workdir)
 
+    start = make_init(config.model, optimizer, abstract_state=abstract_state, seed=config.seed, terms=config.terms)
+
     def init(given: Mapping[str, np.ndarray]) -> TrainState:
-        options = {"abstract_state": abstract_state, "seed": config.seed, "terms": config.terms}
-        return init_state(config.model, optimizer, given=warm_start.put(given, abstract_state.params), **options)
+        return start(warm_start.put(given, abstract_state.params))
 
     return Program(mesh, abstract_state, init, step)
 

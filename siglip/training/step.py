@@ -83,28 +83,25 @@ def lay_out_state(shapes: TrainState, mesh: Mesh | AbstractMesh, mesh_config: sh
     return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
 
 
-def init_state(
+def make_init(
     model: ModelConfig,
     optimizer: optax.GradientTransformation,
     *,
     abstract_state: TrainState,
     seed: int,
     terms: Sequence[Term] = (),
-    given: Mapping[str, jax.Array] | None = None,
-) -> TrainState:
-    """A fresh state, born sharded as `abstract_state` says.
+) -> Callable[[Mapping[str, jax.Array]], TrainState]:
+    """The jitted start: given -> a fresh state, born sharded as `abstract_state` says.
 
-    Args:
-        given: parameters by path that are not to be drawn (siglip.training.warm_start.put); they are donated. The
-            others are what they would be without any given.
+    given: parameters by path that are not to be drawn (siglip.training.warm_start.put); they are donated. The others are what
+    they would be without any given.
     """
     ema = abstract_state.ema is not None
-    init = jax.jit(
+    return jax.jit(
         lambda given: _fresh_state(model, terms, optimizer, jax.random.key(seed), ema=ema, given=given),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract_state),
         donate_argnums=0,
     )
-    return init(dict(given or {}))
 
 
 def _fresh_state(
@@ -114,9 +111,9 @@ def _fresh_state(
     key: Array,
     *,
     ema: bool,
-    given: Mapping[str, Array] | None = None,
+    given: Mapping[str, Array],
 ) -> TrainState:
-    params = trees.unflatten(trees.flatten(init_all_params(model, terms, key)) | (given or {}))
+    params = trees.unflatten(trees.flatten(init_all_params(model, terms, key)) | given)
     return _state_of(params, optimizer, ema=ema)
 
 

@@ -28,18 +28,20 @@ def checksums(tree: Any) -> dict[str, int]:
 
 @jax.jit
 def _sums_there(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    def of(array: jax.Array) -> jax.Array:
-        if jnp.issubdtype(array.dtype, jnp.floating):
-            bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
-        else:
-            bits = array.astype(jnp.uint32)
-        weight = jnp.uint32(1)
-        for axis in range(array.ndim):
-            factor = jnp.uint32(_FACTOR * math.prod(array.shape[axis + 1 :]) % 2**32)
-            weight += jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * factor
-        return (bits * weight).sum(dtype=jnp.uint32)
+    return {path: _sum_there(array) for path, array in arrays.items()}
 
-    return {path: of(array) for path, array in arrays.items()}
+
+@jax.jit  # within the other, so that a shape is traced once, however many arrays have it
+def _sum_there(array: jax.Array) -> jax.Array:
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
+    else:
+        bits = array.astype(jnp.uint32)
+    weight = jnp.uint32(1)
+    for axis in range(array.ndim):
+        factor = jnp.uint32(_FACTOR * math.prod(array.shape[axis + 1 :]) % 2**32)
+        weight += jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * factor
+    return (bits * weight).sum(dtype=jnp.uint32)
 
 
 def _sum_here(array: Any) -> int:

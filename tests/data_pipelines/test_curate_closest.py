@@ -43,7 +43,7 @@ def curated(files: list[bytes], folder: Path, groups: int) -> tuple[list[dict], 
     names = [shard(folder / f"{n}.tar", files[5 * n : 5 * n + 5]) for n in range(3)]
     held = [shard(folder / "held-0.tar", HELD[:2]), shard(folder / "held-1.tar", HELD[2:])]
     every = mock.patch.object(closest, "_OF_GROUP", len(files))  # of so few all are compared by pixels
-    with every, mock.patch.multiple(layout, MIN_GROUPS=groups, ROWS_PER_BUCKET=3):
+    with every, mock.patch.multiple(layout, MIN_GROUPS=groups, ROWS_PER_BUCKET=16):
         curate(names, folder / "out", config=CurateConfig(), engine=LocalEngine(1), against=held)
     table = pq.read_table(folder / "out" / "closest.parquet")
     assert table.schema == CLOSEST_SCHEMA
@@ -55,7 +55,7 @@ def thumbnails(files: list[bytes]) -> tuple[np.ndarray, list[int]]:
     return np.stack([read_thumbnail(one.thumbnail) for one in found]), [int(one.hashes[0]) for one in found]
 
 
-@pytest.mark.parametrize(("groups", "compared"), [(1, 16), (3, 16), (3, 2)])
+@pytest.mark.parametrize(("groups", "compared"), [pytest.param(1, 16, marks=pytest.mark.slow), (3, 16), (3, 2)])
 def test_the_closest_kept_image_is_that_of_a_loop_over_all_pairs(files, tmp_path, groups, compared):
     """Over those pairs, that is, whose hashes differ in the fewest bits."""
     with mock.patch.object(closest, "_COMPARED", compared):
@@ -98,7 +98,7 @@ def test_the_hashes_that_differ_least_are_those_of_a_loop(at_once):
 
 
 def test_thumbnails_are_those_of_the_closest_of_each_shard(files, tmp_path):
-    with mock.patch.object(closest, "SHOWN", 1):
+    with mock.patch.multiple(closest, SHOWN=1, _COMPARED=2):
         _, rows = curated(files, tmp_path, 3)
     for name in ("held-0.tar", "held-1.tar"):
         own = [row for row in rows if Path(row["eval_shard"]).name == name]
@@ -121,7 +121,8 @@ def test_evaluation_shards_without_an_image(files, tmp_path):
 
 
 def test_a_damaged_file_has_no_rows(files, tmp_path):
-    curated(files, tmp_path, 1)
+    with mock.patch.object(closest, "_COMPARED", 1):
+        curated(files, tmp_path, 1)
     path = tmp_path / "out" / "closest.parquet"
     whole = path.read_bytes()
     assert len(closest.read_closest(path.parent)) == len(HELD)

@@ -83,7 +83,7 @@ def assert_numbered(taken, total):
 
 
 @pytest.mark.parametrize(
-    "workers, threads, prefetch, chunk_rows", [(1, 1, 1, 7), (2, 1, 3, 1), (3, 2, 2, 2), (9, 1, 2, 4)]
+    "workers, threads, prefetch, chunk_rows", [(1, 1, 1, 7), (2, 1, 3, 1), (3, 2, 2, 2), (5, 1, 2, 4)]
 )
 def test_batches_come_in_order(tmp_path, workers, threads, prefetch, chunk_rows):
     options = {"workers": workers, "threads": threads, "prefetch": prefetch, "chunk_rows": chunk_rows}

@@ -2,19 +2,17 @@
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
 from safetensors import safe_open
 
 from examples import hf_paligemma
 from siglip.exporting.verification import compare
 from siglip.formats import big_vision
 from siglip.image_encoder import load_encoder
+from tests.siglip.exporting.sources import HAS_TRANSFORMERS
 from tests.siglip.tiny import random_params, square_model
 
-pytestmark = pytest.mark.interop
+# Not `importorskip`: every worker of every run would import them, to collect this file.
+pytestmark = [pytest.mark.interop, pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs torch and transformers")]
 
 
 @pytest.fixture(scope="module")

@@ -65,8 +65,17 @@ def test_other_resolutions(source):
     assert load_encoder(f"{source}:img", (16, 24)).spec.tokens == 6
 
 
-@pytest.mark.parametrize("layout", [{}, {"pool": "tok"}, {"posemb": "sincos2d"}])
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(
+    "layout, scan",
+    [
+        ({}, True),
+        ({"pool": "tok"}, False),
+        pytest.param({}, False, marks=pytest.mark.slow),
+        pytest.param({"pool": "tok"}, True, marks=pytest.mark.slow),
+        pytest.param({"posemb": "sincos2d"}, False, marks=pytest.mark.slow),
+        pytest.param({"posemb": "sincos2d"}, True, marks=pytest.mark.slow),
+    ],
+)
 def test_earlier_layers_are_what_their_blocks_return(tmp_path, layout, scan):
     config = square_model(image={"depth": 3} | layout)
     flat = {key: np.asarray(leaf, np.float64) for key, leaf in trees.flatten(random_params(config)).items()}
@@ -128,7 +137,10 @@ def test_gradients_stop_until_it_is_unfrozen(source):
     assert np.any(stepped.tokens(images) != encoder.tokens(images))
 
 
-@pytest.mark.parametrize(("layer", "scan"), [(-1, False), (-1, True), (-2, False), (-2, True)])
+@pytest.mark.parametrize(
+    ("layer", "scan"),
+    [(-1, False), (-2, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((-1, True), (-2, False)))],
+)
 def test_an_encoder_that_was_trained_is_saved_and_read_again(source, tmp_path, layer, scan):
     encoder = load_encoder(source, layer=layer, scan=scan).unfrozen()
     encoder = jax.tree.map(lambda leaf: leaf * 1.25, encoder)
@@ -223,7 +235,7 @@ def test_images_that_do_not_fit_are_named(source):
         encoder_module.load_encoder("absent.npz")
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_memory_and_speed_change_neither_tokens_nor_gradients(source, scan):
     images, _ = random_inputs(square_model())
     plain = load_encoder(source).unfrozen()

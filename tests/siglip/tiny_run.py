@@ -1,6 +1,7 @@
 """The smallest run that is a run: a real two-tower model and batches made from nothing but their position."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from data_pipelines.loader import DataConfig
 from data_pipelines.order.mixture import SourceConfig
@@ -19,7 +20,7 @@ from siglip.evaluation.retrieval import Retrieval
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.parallel.sharding import P_REPLICATED, make_mesh
 from siglip.training.config import EvalConfig, TrainConfig
-from siglip.training.loop import Program, train
+from siglip.training.loop import Program, make_program, train
 from siglip.training.optim import OptimConfig
 from siglip.training.step import TrainState
 from siglip.workdir.metrics import LogConfig
@@ -45,11 +46,19 @@ def tiny_config(workdir: Path, **overrides) -> TrainConfig:
     return dataclasses.replace(config, **overrides)
 
 
-def toy_program(config: TrainConfig, *, penalty: Callable[[dict], Any] = lambda params: 0.0) -> Program:
+def no_penalty(params: dict) -> float:
+    return 0.0
+
+
+def toy_program(config: TrainConfig, *, penalty: Callable[[dict], Any] = no_penalty) -> Program:
     """A line from an image's brightness to its caption's first token: the loop at work, compiled in no time."""
-    mesh = make_mesh(config.mesh)
+    return _toy_program(make_mesh(config.mesh), config.optim.lr, penalty)
+
+
+@functools.cache
+def _toy_program(mesh: Mesh, lr: float, penalty: Callable[[dict], Any]) -> Program:
     everywhere = NamedSharding(mesh, P_REPLICATED)
-    adam = optax.adam(config.optim.lr)
+    adam = optax.adam(lr)
 
     def init(given):
         params = {"w": jnp.zeros(16), "t": jnp.log(10.0)[None], "b": jnp.full(1, -10.0)}
@@ -72,6 +81,23 @@ def toy_program(config: TrainConfig, *, penalty: Callable[[dict], Any] = lambda 
     return Program(
         mesh, abstract_state, jax.jit(init, out_shardings=everywhere), jax.jit(step, out_shardings=everywhere)
     )
+
+
+def drifting_program(config: TrainConfig) -> Program:
+    """The model of the config with steps that add a little to all parameters, the first nothing: for the files of a run.
+
+    A real step takes seconds to trace, whatever it computes.
+    """
+    program = make_program(config)
+    where = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
+
+    @functools.partial(jax.jit, out_shardings=(where, None))
+    def step(state, batch):
+        params = jax.tree.map(lambda leaf: leaf + 1e-3 * state.step, state.params)
+        metrics = {"train/loss": jnp.ones(()), "train/update_norm": jnp.ones(())}
+        return dataclasses.replace(state, step=state.step + 1, params=params), metrics
+
+    return program._replace(step=step)
 
 
 def use_devices(patch: pytest.MonkeyPatch, count: int) -> None:

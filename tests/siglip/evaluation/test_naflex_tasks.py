@@ -80,6 +80,7 @@ def halves(tmp_path_factory) -> tuple[str, str]:
     )
 
 
+@pytest.mark.slow
 def test_of_square_images_the_numbers_are_those_of_images_of_one_size(embedder, padded, train, test, classes):  # noqa: F811
     tasks = [
         Knn(test, train, k=5, feature="patch_mean"),

@@ -6,7 +6,7 @@ from siglip.training.loop import train
 from tests.siglip.exporting.sources import written
 from tests.siglip.texts import SPIECE, plain_pieces
 from tests.siglip.tiny import square_model
-from tests.siglip.tiny_run import TinyBatches, tiny_config, use_devices
+from tests.siglip.tiny_run import TinyBatches, drifting_program, tiny_config, use_devices
 
 
 @pytest.fixture
@@ -32,6 +32,6 @@ def trained(tmp_path_factory):
     """Workdir of a short run."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        use_devices(patch, 2)
-        train(tiny_config(workdir), TinyBatches())
+        use_devices(patch, 1)
+        train(tiny_config(workdir), TinyBatches(), program=drifting_program(tiny_config(workdir)))
     return workdir

@@ -21,7 +21,6 @@ from data_pipelines.sources.webdataset import TarSource
 from siglip.cli.exporting import ExportArgs, sample_inputs
 from siglip.encoder import load
 from siglip.errors import UserError
-from siglip.exporting import export as export_module
 from siglip.exporting.export import FORMATS, export
 from siglip.exporting.verification import model_outputs
 from siglip.formats import big_vision, containers, hugging_face
@@ -45,10 +44,6 @@ def few_pieces(folder):
     folder.mkdir()
     (folder / "spiece.model").write_bytes(plain_pieces())
     return written(folder / "m.npz", square_model())
-
-
-def without_transformers(monkeypatch):
-    monkeypatch.setattr(export_module, "find_spec", lambda name: None)
 
 
 def test_big_vision_folder(tmp_path, source):
@@ -169,8 +164,7 @@ def test_a_saved_model_is_compared_on_files_and_strings(tmp_path, real_source):
         export(real_source, format="savedmodel", out=tmp_path / "other", tower="both", samples=samples)
 
 
-def test_without_transformers_it_says_so(tmp_path, source, monkeypatch):
-    without_transformers(monkeypatch)
+def test_without_transformers_it_says_so(tmp_path, source):
     report = export(source, format="hf", out=tmp_path / "hf", tower="both")
     assert not report.verified and "pip install" in report.message and "\n" not in report.message
     assert "call it with `tokenizer_kwargs={'max_length': 7}`" in report.message
@@ -179,14 +173,12 @@ def test_without_transformers_it_says_so(tmp_path, source, monkeypatch):
 
 
 @pytest.mark.parametrize("own", [True, pytest.param(False, marks=pytest.mark.interop)])
-def test_bfloat16_is_half_the_size_and_the_rounded_model(tmp_path, source, monkeypatch, own):
+def test_bfloat16_is_half_the_size_and_the_rounded_model(tmp_path, source, own):
     """Fixed positions, which are not parameters, temperature and bias are stored as they are."""
     config = square_model(image={"posemb": "sincos2d"}, text={"vocab_size": 4000})
     params = random_params(config)
     big_vision.write(source, params, config)
-    if own:
-        without_transformers(monkeypatch)
-    elif not HAS_TRANSFORMERS:
+    if not own and not HAS_TRANSFORMERS:
         pytest.skip("needs torch and transformers: pip install '.[interop]'")
     report = export(source, format="hf", out=tmp_path / "hf", tower="both", dtype="bfloat16")
     assert report.verified != own and max(report.differences["random"].values()) < 1e-5
@@ -204,10 +196,8 @@ def test_bfloat16_is_half_the_size_and_the_rounded_model(tmp_path, source, monke
 
 
 @pytest.mark.parametrize("own", [True, pytest.param(False, marks=pytest.mark.interop)])
-def test_weights_in_several_files(tmp_path, source, monkeypatch, own):
-    if own:
-        without_transformers(monkeypatch)
-    elif not HAS_TRANSFORMERS:
+def test_weights_in_several_files(tmp_path, source, own):
+    if not own and not HAS_TRANSFORMERS:
         pytest.skip("needs torch and transformers: pip install '.[interop]'")
     limit, folder = 100_000, tmp_path / "hf"
     report = export(source, format="hf", out=folder, tower="both", shard_bytes=limit)
@@ -223,8 +213,9 @@ def test_weights_in_several_files(tmp_path, source, monkeypatch, own):
             sizes[name] = sum(array.read().nbytes for array in stored.values())
             assert sizes[name] <= limit or len(stored) == 1
     assert sum(sizes.values()) == index["metadata"]["total_size"]
+    expected = flatten(big_vision.read(source)[0])
     for path, array in flatten(hugging_face.read(folder)[0]).items():
-        np.testing.assert_array_equal(array, flatten(big_vision.read(source)[0])[path])
+        np.testing.assert_array_equal(array, expected[path])
     export(source, format="hf", out=tmp_path / "one", shard_bytes=10**9)
     assert (tmp_path / "one" / "model.safetensors").exists()
 
@@ -239,14 +230,12 @@ def test_only_some_formats_have_bfloat16_and_several_files(tmp_path, source):
         export(source, format="bigvision", out=tmp_path / "out", dtype="bfloat16")
 
 
-def test_a_source_without_tokenizer_is_mentioned(tmp_path, source, monkeypatch):
-    without_transformers(monkeypatch)
+def test_a_source_without_tokenizer_is_mentioned(tmp_path, source):
     (source.parent / "spiece.model").unlink()
     assert "no tokenizer" in export(source, format="hf", out=tmp_path / "hf", tower="both").message
 
 
 def test_nothing_stays_behind(tmp_path, source, monkeypatch):
-    without_transformers(monkeypatch)
     head = ModelConfig(square_model().image, square_model().text, out_dim=(36, 36))
     alone = tmp_path / "source" / "alone.npz"
     export(source, format="bigvision", out=alone)

@@ -83,8 +83,17 @@ def test_the_grid_of_a_published_npz_is_that_of_its_positions(tmp_path, grid):
     same(found, random_params(config))
 
 
-@pytest.mark.parametrize("format", ["hf", "bigvision", "stablehlo"])
-@pytest.mark.parametrize("tower", ["image", "both"])
+@pytest.mark.parametrize(
+    "format, tower",
+    [
+        ("hf", "both"),
+        ("bigvision", "image"),
+        ("stablehlo", "image"),
+        pytest.param("hf", "image", marks=pytest.mark.slow),
+        pytest.param("bigvision", "both", marks=pytest.mark.slow),
+        pytest.param("stablehlo", "both", marks=pytest.mark.slow),
+    ],
+)
 def test_exports_agree_with_their_source(source, tmp_path, monkeypatch, capsys, format, tower):
     report = export(source, format=format, out=tmp_path / "out", tower=tower)
     found = report.differences["random"]
@@ -133,7 +142,7 @@ def test_a_saved_model_takes_patches_and_strings(source, tmp_path):
     assert "patches and grids go in" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("size", [(24, 24), (40, 16)])
+@pytest.mark.parametrize("size", [pytest.param((24, 24), marks=pytest.mark.slow), (40, 16)])
 def test_for_images_of_one_size_it_is_the_same_function(source, tmp_path, size):
     """At the table's own grid and at another: positions are resized as the NaFlex tower resizes them."""
     export(source, format="bigvision", out=tmp_path / "fixed", image_size=size)

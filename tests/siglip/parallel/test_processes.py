@@ -190,7 +190,8 @@ def test_processes_join_past_a_web_proxy_and_do_not_start_with_other_settings(jo
     assert not job.workdir.exists()
 
 
-@pytest.mark.parametrize("flag", ["--data.tokenizer", pytest.param("--init.src", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["--data.tokenizer", "--init.src"])
 def test_bad_input_that_only_one_process_sees_ends_all_with_2(jobs, flag):
     job = jobs.start(f"bad{flag}", processes=2, devices=1, toy=True, process1=[flag, "nix.npz"])
     first, second = job.ends_with(2)

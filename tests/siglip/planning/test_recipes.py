@@ -13,14 +13,21 @@ import data_pipelines
 from benchmarks import plan_table
 from data_pipelines.order.mixture import SourceConfig
 from siglip.cli.training import _prepare
+from siglip.models.two_tower import param_shapes
 from siglip.planning.accelerators import parse_topology
 from siglip.planning.estimate import Estimate, estimate
+from siglip.training.config import load_config_file
+from siglip.training.warm_start import SourceModel
+from siglip.trees import flatten
 from siglip.workdir.metrics import LogConfig, read_metrics
 from tests.siglip.tiny_run import use_devices
 
 RECIPES = plan_table.recipes()
 TEXTS = {name: (plan_table.ROOT / "configs" / f"{name}.py").read_text() for name in RECIPES}
 HEADERS = {name: plan_table.HEADER.search(text) for name, text in TEXTS.items()}
+# They differ from another recipe in sizes alone.
+LARGER = {"datacomp_medium", "pali3_G14_812", "paligemma_so400m14_384", "siglip2_naflex_so400m16"}
+FOR_THE_SAMPLE = sorted(path for path in (plan_table.ROOT / "configs").glob("*.py") if path.stem not in RECIPES)
 COMPILED = json.loads(plan_table.RESULTS.read_text())
 # Millions of parameters of the image tower, as the papers count: with or without the pooling head, in other places with the
 # classifier of JFT-3B's 29 593 classes.
@@ -45,7 +52,15 @@ def test_recipes_are_there():
     assert len(HEADERS) >= 17
 
 
-@pytest.mark.parametrize("name", sorted(HEADERS))
+@pytest.mark.parametrize("path", FOR_THE_SAMPLE, ids=lambda path: path.stem)
+def test_a_recipe_for_the_shipped_sample_builds(path):
+    config = load_config_file(str(path))
+    assert isinstance(config.model, SourceModel) or flatten(param_shapes(config.model))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGER else []) for name in sorted(HEADERS)]
+)
 def test_a_recipe_builds_and_fits_where_its_header_says(name):
     """The header's numbers are those of today's plan: `python benchmarks/plan_table.py --write` renews them."""
     told, now = (

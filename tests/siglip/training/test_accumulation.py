@@ -17,7 +17,7 @@ from siglip.parallel.sharding import MeshConfig, ParamLayout, check_micro_batch_
 from siglip.training.accumulation import make_value_and_grad
 from siglip.training.loop import make_program
 from siglip.training.objective import LossConfig, Objective, Parts, make_objective, make_pair_loss
-from siglip.training.step import init_state, make_abstract_state, make_train_step
+from siglip.training.step import make_abstract_state, make_init, make_train_step
 from tests.siglip.rounding import rounding
 from tests.siglip.tiny import QUICK
 from tests.siglip.tiny_run import tiny_config
@@ -96,7 +96,7 @@ def whole_batch(kind):
     return gradients(SMALL, mesh_of(1), loss=LossConfig(kind))
 
 
-@pytest.mark.parametrize("kind, micro", [("sigmoid", 4), ("softmax", 16)])
+@pytest.mark.parametrize("kind, micro", [("sigmoid", 4), pytest.param("softmax", 16, marks=pytest.mark.slow)])
 def test_gradients_are_those_of_the_whole_batch_on_one_device(kind, micro):
     assert_equal_gradients(gradients(SMALL, mesh_of(1), micro=micro, loss=LossConfig(kind)), whole_batch(kind))
 
@@ -171,6 +171,7 @@ def test_exact_in_float64_for_what_couples_pairs_and_for_what_adds_up(devices):
                 np.testing.assert_allclose(found[2][name], grad, rtol=0, atol=2304 * 2**-53 * 10, err_msg=name)
 
 
+@pytest.mark.slow  # in a model; of the equations: test_exact_in_float64…
 def test_both_passes_drop_the_same_and_every_micro_batch_something_else():
     model = dataclasses.replace(
         SMALL,
@@ -242,7 +243,7 @@ def test_a_run_in_micro_batches_is_the_run_of_whole_batches():
     for micro in (None, 8):
         options = {"abstract_state": abstract, "micro_batch_size": micro, "ema": 0.5}
         step = make_train_step(objective, optimizer, lambda _: 1.0, frozen=frozen, **options)
-        state = init_state(MODEL, optimizer, abstract_state=abstract, seed=0)
+        state = make_init(MODEL, optimizer, abstract_state=abstract, seed=0)({})
         step = step.lower(state, put_batch(batch_of(), mesh)).compile(QUICK)
         for _ in range(3):
             state, _ = step(state, put_batch(batch_of(), mesh))

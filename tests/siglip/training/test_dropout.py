@@ -48,8 +48,15 @@ def outputs(config, *, train, seed=0):
     return program(config, train)(start(config), {"image": images, "text": texts}, jax.random.key(seed))
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(
+    "scan, remat",
+    [
+        (False, "none"),
+        (True, "full"),
+        pytest.param(True, "none", marks=pytest.mark.slow),
+        pytest.param(False, "full", marks=pytest.mark.slow),
+    ],
+)
 def test_dropout_acts_in_training_only_and_repeats_with_its_key(scan, remat):
     config, plain = model(scan=scan, remat=remat, dropout=0.5), model(scan=scan, remat=remat)
     still, dropped = outputs(config, train=False), outputs(config, train=True)

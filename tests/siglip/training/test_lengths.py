@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,12 +13,19 @@ from siglip.formats import big_vision
 from siglip.models.naflex import NaflexConfig
 from siglip.models.resample import resample
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
-from siglip.parallel.sharding import MeshConfig, make_mesh
+from siglip.parallel.sharding import MeshConfig, make_mesh, put_batch
 from siglip.planning.accelerators import parse_topology
 from siglip.planning.estimate import shapes_of
 from siglip.planning.search import search
 from siglip.training.flops import train_flops_per_pair
-from siglip.training.lengths import batch_shapes, length_shares, micro_batch_size, micro_batch_sizes
+from siglip.training.lengths import (
+    StepOfLength,
+    batch_shapes,
+    compile_lengths,
+    length_shares,
+    micro_batch_size,
+    micro_batch_sizes,
+)
 from siglip.training.loop import make_program, train
 from siglip.training.objective import LossConfig
 from siglip.training.signals import Interrupted
@@ -70,6 +78,27 @@ def two_devices(monkeypatch):
     use_devices(monkeypatch, 2)
 
 
+def test_every_length_is_compiled_before_the_first_step(tmp_path, caplog):
+    config, program = naflex_config(tmp_path), toy_program(naflex_config(tmp_path))
+
+    def step(state, batch):
+        calls.append(batch["patches"].shape[1])  # once, when it is traced
+        return state, {"sum": batch["patches"].sum()}
+
+    calls, steps = [], StepOfLength({patches: jax.jit(step) for patches in (9, 4)})
+    with caplog.at_level(logging.INFO, logger="siglip"):
+        compiled = compile_lengths(steps, config, program.abstract_state, program.mesh)
+    assert [line.split(" in ")[0] for line in caplog.messages] == [
+        "compiled the step for images of 4 patches (1 of 2)", "compiled the step for images of 9 patches (2 of 2)",
+    ]  # fmt: skip
+    batches, state, found = PatchBatches(), program.init({}), []
+    for _ in range(8):
+        batch = {name: rows for name, rows in next(batches).items() if name != "key"}
+        found.append((int(compiled(state, put_batch(batch, program.mesh))[1]["sum"]), batch["patches"].sum()))
+    assert calls == [4, 9] and all(ours == theirs for ours, theirs in found)
+
+
+@pytest.mark.slow
 def test_a_run_compiles_every_length_first_and_resumes_bit_for_bit(tmp_path, caplog):
     program = make_program(naflex_config(tmp_path))
     with caplog.at_level(logging.INFO, logger="siglip"):

@@ -23,7 +23,7 @@ from siglip.training.loop import make_program, train
 from siglip.training.objective import LossConfig, Term, all_param_shapes, make_objective
 from siglip.training.optim import OptimConfig
 from siglip.training.signals import Interrupted
-from siglip.training.step import init_state, make_abstract_state
+from siglip.training.step import make_abstract_state, make_init
 from siglip.training.warm_start import InitConfig, put, read_initial
 from siglip.workdir.checkpoint import CheckpointConfig, read_run_params
 from siglip.workdir.metrics import read_metrics
@@ -126,7 +126,7 @@ def test_a_term_counts_from_its_start_and_is_in_the_metrics_by_name(run):
         assert line["train/colour/absolute"] <= 3**0.5 * line["train/colour"] ** 0.5 + 1e-6  # Cauchy-Schwarz
 
 
-@pytest.mark.parametrize("stop", [3, 5])
+@pytest.mark.parametrize("stop", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_checkpoint_restores_across_the_start_of_a_term_bit_for_bit(run, program, fresh, stop, tmp_path, monkeypatch):
     use_devices(monkeypatch, 1)
     config = config_of(tmp_path, LATE)
@@ -143,6 +143,7 @@ def test_a_checkpoint_restores_across_the_start_of_a_term_bit_for_bit(run, progr
         np.testing.assert_array_equal(leaf, expected)
 
 
+@pytest.mark.slow
 def test_a_term_that_waits_changes_no_other_parameter(run, fresh, tmp_path, monkeypatch):
     use_devices(monkeypatch, 1)
     config = config_of(tmp_path, ())
@@ -176,7 +177,7 @@ def test_another_run_starts_from_the_model_and_draws_the_terms_afresh(run, fresh
     mesh = make_mesh(mesh_config, jax.devices()[:1])
     abstract = make_abstract_state(MODEL, optimizer, mesh=mesh, mesh_config=mesh_config, terms=LATE)
     given = put(found, abstract.params)
-    start = flat(init_state(MODEL, optimizer, abstract_state=abstract, seed=0, terms=LATE, given=given).params)
+    start = flat(make_init(MODEL, optimizer, abstract_state=abstract, seed=0, terms=LATE)(given).params)
     trained, drawn = flat(run[1].params), fresh
     for path, leaf in start.items():
         np.testing.assert_array_equal(leaf, (drawn if path.startswith("colour/") else trained)[path])
@@ -201,6 +202,7 @@ def gradients(params, devices, fsdp):
     return float(loss), jax.device_get(metrics), flat(grads)
 
 
+@pytest.mark.slow
 def test_a_term_and_its_head_on_a_mesh_that_shards_them(fresh):
     """Dropout of the term draws by the whole batch, so the mesh does not matter; micro-batches are in test_accumulation."""
     loss, metrics, grads = gradients(fresh, 1, 1)

@@ -122,34 +122,30 @@ def test_any_mesh_and_loss_gives_the_same_run(tmp_path, mesh, impl, monkeypatch,
         np.testing.assert_allclose(trees.flatten(actual.params)[path], leaf, rtol=0, atol=2e-5, err_msg=path)
 
 
-def test_the_softmax_baseline_trains_and_frozen_parameters_do_not_move(tmp_path):
-    config = dataclasses.replace(config_of(tmp_path, lr_mults=(("img/.*", 0.0),)), loss=LossConfig("softmax"))
-    program = make_program(config)
+def test_softmax_frozen_parameters_and_a_running_average_that_is_evaluated_saved_and_resumed(tmp_path):
+    evaluations = EvalConfig(tasks=(Retrieval("unused.tar", name="toy"),))
+    config = dataclasses.replace(config_of(tmp_path, lr_mults=(("img/.*", 0.0),), ema=0.5), loss=LossConfig("softmax"))
+    config = dataclasses.replace(config, eval=evaluations)
+    program, seen = make_program(config), []
     start = jax.device_get(trees.flatten(program.init({}).params))
-    state = train(config, TinyBatches(), program=program)
-    lines = read_metrics(tmp_path)
+    with pytest.raises(Interrupted):
+        train(config, StopsAt(5, signal.SIGTERM), program=program)
+    evaluate = lambda params, due: seen.append(np.asarray(params["t"])[0]) or {}  # noqa: E731
+    state = train(config, TinyBatches(), evaluate=evaluate, program=program)
+    lines = [line for line in read_metrics(tmp_path) if "train/loss" in line]
     assert lines[-1]["train/loss"] < 0.8 * lines[0]["train/loss"]
     assert {line["train/bias"] for line in lines} == {-10.0}
     for path, leaf in trees.flatten(state.params).items():
         moved = np.any(np.asarray(leaf) != start[path])
         assert moved != (path.startswith("img/") or path == "b"), path  # softmax has no use for the bias
-
-
-def test_the_running_average_is_evaluated_saved_and_resumed(run, tmp_path):
-    evaluations = EvalConfig(tasks=(Retrieval("unused.tar", name="toy"),))
-    config = dataclasses.replace(config_of(tmp_path, ema=0.5), eval=evaluations)
-    program, seen = make_program(config), []
-    with pytest.raises(Interrupted):
-        train(config, StopsAt(5, signal.SIGTERM), program=program)
-    evaluate = lambda params, due: seen.append(np.asarray(params["t"])[0]) or {}  # noqa: E731
-    state = train(config, TinyBatches(), evaluate=evaluate, program=program)
     exported, _, _ = read_run_params(tmp_path)
     assert_bit_equal(exported, state.ema)
     assert np.any(exported["t"] != np.asarray(state.params["t"])) and seen == [exported["t"][0]]
-    # decay min(0.5, (1 + step) / (10 + step)), by hand from a run without an average, which logs t before every update
-    logged = [np.log(line["train/temperature"]) for line in read_metrics(run[0])]
+    # decay min(0.5, (1 + step) / (10 + step)), by hand from t, which is logged before every update
+    logged = [np.log(line["train/temperature"]) for line in lines]
+    assert [line["step"] for line in lines] == list(range(1, 31))
     average = logged[0]
-    for step, t in enumerate([*logged[1:], np.float64(run[1].params["t"])[0]]):
+    for step, t in enumerate([*logged[1:], np.float64(state.params["t"])[0]]):
         decay = min(0.5, (1 + step) / (10 + step))
         average = decay * average + (1 - decay) * t
     assert exported["t"][0] == pytest.approx(average, abs=1e-6)

@@ -24,7 +24,7 @@ from siglip.workdir.checkpoint import CheckpointConfig, read_run_params
 from siglip.workdir.files import CONFIG_FILE
 from tests.siglip.rounding import towers_apart
 from tests.siglip.tiny import random_inputs, random_params, square_model
-from tests.siglip.tiny_run import MODEL, TinyBatches, tiny_config, use_devices
+from tests.siglip.tiny_run import MODEL, TinyBatches, drifting_program, tiny_config, use_devices
 
 TOKENIZER = b"the pieces"
 NEW_TEXT = TextConfig(variant="mu", vocab_size=50, length=6, mlp_dim=64)
@@ -40,7 +40,7 @@ def program():
     """Of tiny_run.MODEL, wherever its run starts."""
     with pytest.MonkeyPatch.context() as patch:
         use_devices(patch, 2)
-        return make_program(tiny_config("unused"))
+        return drifting_program(tiny_config("unused"))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_a_run_starts_with_all_of_its_source_and_steps_anew(trained, program, tm
     with caplog.at_level(logging.INFO, "siglip"):
         train_until(tiny_config(tmp_path, init=InitConfig(str(trained))), 1, program)
     params, _, step = read_run_params(tmp_path)
-    # The first update of a warm-up is exactly zero: what is saved is what training started with.
+    # The first step adds nothing: what is saved is what training started with.
     assert_equal(flat_params(params), params_of(trained))
     assert step == 1 and f"M parameters from {trained}; fresh: none" in caplog.text
     stored = json.loads((tmp_path / CONFIG_FILE).read_text())
@@ -223,7 +223,7 @@ def test_a_run_that_has_a_checkpoint_needs_its_source_no_more(trained, program, 
 
     train_until(config(8), 4, program)
     shutil.rmtree(tmp_path / "src")
-    resumed = train(config(8), TinyBatches())
+    resumed = train(config(8), TinyBatches(), program=program)
     whole = train(tiny_config(tmp_path / "whole", init=InitConfig(str(trained))), TinyBatches(), program=program)
     assert_equal(flat_params(resumed.params), flat_params(whole.params))
     with pytest.raises(ValueError, match=r"belongs to another run: init.skip.0 is 'absent' there and 't' here"):
