@@ -9,8 +9,8 @@ its images, whose patches keep the aspect ratio; the pairs of a step do not depe
 resampled to 4 x 4 at the start, and to each image's grid from then on.
 
 Emoji are square, and a tower of four patches an image has to learn anew what a smaller part of the image shows: R@10 on the
-unseen style is .51 and .52 afterwards (one seed), after .62 and .64 of the quick start itself. What keeping the aspect ratio gains on lines of text
-and on rows of shapes is what benchmarks/naflex.py measures.
+unseen style is .51 and .52 afterwards (one seed), after .62 and .64 of the quick start itself. What keeping the aspect ratio
+gains on lines of text and on rows of shapes is what benchmarks/naflex.py measures.
 """
 
 from data_pipelines import sample

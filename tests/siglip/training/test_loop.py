@@ -94,7 +94,9 @@ def test_what_a_caller_evaluates_needs_no_task_in_the_config(tmp_path):
     steps = []
     config = tiny_config(tmp_path, eval=EvalConfig(every_steps=3))
     for _ in range(2):
-        train_toy(config, TinyBatches(), evaluate=lambda params, due: {"eval/mine/toy/score": steps.append(due.step) or 1.0})
+        train_toy(
+            config, TinyBatches(), evaluate=lambda params, due: {"eval/mine/toy/score": steps.append(due.step) or 1.0}
+        )
     assert steps == [3, 6, 8]
 
 
