@@ -31,13 +31,8 @@ _STRENGTH: dict[str, tuple[float, ...]] = {
     "pixelate": (0.6, 0.5, 0.4, 0.3, 0.25),
     "zoom_blur": (1, 2, 3, 4, 5),  # rows of _ZOOMS
 }
-_ZOOMS = (
-    (1.11, 0.01),
-    (1.16, 0.01),
-    (1.21, 0.02),
-    (1.26, 0.02),
-    (1.31, 0.03),
-)  # end of the factors from 1, and their step
+# The end of the factors from 1, and their step.
+_ZOOMS = ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))
 
 
 def corrupt(image: np.ndarray, name: Corruption, severity: int, *, key: str) -> np.ndarray:

@@ -17,11 +17,8 @@ _DICTIONARY_PAGE = 2
 Wanted = dict[int, "Wanted"]  # the fields of a struct that are kept, and those of the structs in them
 _FOOTER: Wanted = {4: {1: {3: {3: {}, 6: {}, 7: {}, 9: {}, 11: {}}}}}  # row groups -> columns -> their metadata
 _PAGE_HEADER: Wanted = {1: {}, 2: {}, 3: {}, 5: {1: {}}, 7: {1: {}}, 8: {1: {}}}
-_NUMBER, _IN_HEAD, _BYTES = (
-    6,
-    (1, 2),
-    {1: 1, 2: 1, 3: 1, 7: 8},
-)  # kinds of values; a boolean field is in the field's head
+# Kinds of values: a number; booleans, which as a field are in the field's head; those of as many bytes.
+_NUMBER, _IN_HEAD, _BYTES = 6, (1, 2), {1: 1, 2: 1, 3: 1, 7: 8}
 CHUNK = np.dtype([("start", "<i8"), ("end", "<i8"), ("uncompressed_bytes", "<i8")])  # a `Column` in an index
 
 
