@@ -40,7 +40,7 @@ quickstart: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 quickstart: $(VENV)/.installed
 	$(if $(filter-out long,$(QUALITY)),$(error QUALITY=$(QUALITY) is unknown; use QUALITY=long, or leave it out))
 	$(BIN)/siglip train configs/quickstart.py --workdir $(RUN) \
-	    $(if $(STEPS),--total-steps $(STEPS) --optim.warmup-steps 1,$(if $(QUALITY),--total-steps 6500))
+	    $(if $(STEPS),--total-steps $(STEPS) --optim.warmup-steps 1,$(if $(QUALITY),--total-steps 13000))
 	rm -rf $(RUN)-encoder
 	$(BIN)/siglip export $(RUN) --format hf --tower both --out $(RUN)-encoder
 	rm -rf $(RUN)/encoder

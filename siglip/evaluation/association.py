@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import io
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -22,6 +23,7 @@ from siglip.array_types import Bool, Float
 from siglip.errors import UserError
 from siglip.evaluation.class_files import canonicalize, load_json
 from siglip.evaluation.embed import Embedder, FirstValues
+from siglip.evaluation.metrics import mean_of
 from siglip.evaluation.results import Result, check_name, dataset_name
 
 logger = logging.getLogger(__name__)
@@ -121,19 +123,28 @@ def association(scores: Sequence[Float[np.ndarray, " _"]], right: Sequence[Bool[
     """
     if not all(np.isfinite(own).all() for own in scores):
         raise UserError("some embeddings are not finite; the model has diverged or its file is damaged")
-    found, tied = [], []
+    found, tied, chance = [], [], []
     for own, expected in zip(scores, right, strict=True):
         order, count = np.argsort(-own, kind="stable"), int(expected.sum())
         hits = int(expected[order[:count]].sum())
         found.append(hits / (2 * count - hits))
+        chance.append(_jaccard_of_chance(len(own), count))
         tied.append(count < len(own) and own[order[count - 1]] == own[order[count]])
     sizes = np.asarray([len(own) for own in scores])
-    metrics = {"jaccard": float(np.mean(found)), "tied_fraction": float(np.mean(tied))}
-    for low, high in _GROUPS:
-        inside = (low <= sizes) & (sizes <= high)
+    groups = {"jaccard": sizes > 0} | {
+        f"jaccard_{low}-{high}": (low <= sizes) & (sizes <= high) for low, high in _GROUPS
+    }
+    metrics = {"tied_fraction": float(np.mean(tied))}
+    for name, inside in groups.items():
         if inside.any():
-            metrics[f"jaccard_{low}-{high}"] = float(np.mean(np.asarray(found)[inside]))
+            metrics |= mean_of(name, np.asarray(found)[inside], chance=float(np.mean(np.asarray(chance)[inside])))
     return metrics
+
+
+def _jaccard_of_chance(candidates: int, right: int) -> float:
+    """What `right` of the candidates, drawn at random, get on average."""
+    ways = [math.comb(right, hits) * math.comb(candidates - right, right - hits) for hits in range(right + 1)]
+    return sum(n * hits / (2 * right - hits) for hits, n in enumerate(ways)) / math.comb(candidates, right)
 
 
 def read_instances(path: str) -> list[Instance]:

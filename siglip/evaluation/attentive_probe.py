@@ -27,7 +27,7 @@ from siglip.evaluation.frozen_tokens import (
     valid_of,
 )
 from siglip.evaluation.labels import check_labels, keep_labelled
-from siglip.evaluation.metrics import accuracies
+from siglip.evaluation.metrics import probe_accuracies
 from siglip.evaluation.results import Result, check_name, dataset_name
 from siglip.parallel.collectives import gather_records, gather_rows
 from siglip.parallel.launch import in_all_or_none
@@ -112,7 +112,7 @@ class AttentiveProbe:
         scored = apply_head(head, params, arrays)
         predicted = [np.argmax(logits, axis=1).astype(np.int32) for _, logits in scored]
         predicted = gather_rows(np.concatenate([np.zeros(0, np.int32), *predicted]))
-        metrics = accuracies(predicted, gather_rows(arrays["label"]), "ap_", "_tokens")
+        metrics = probe_accuracies(predicted, gather_rows(arrays["label"]), "ap", "tokens", classes=len(names))
         return [Result(self, self.dataset, "", metrics)]
 
     def _labelled(self, found: FrozenTokens, names: list, data: str) -> dict[str, np.ndarray]:

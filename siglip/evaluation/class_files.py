@@ -189,7 +189,7 @@ def make_prompts(
     """The prompts of each class; "{}" in a template (or "{c}", as CLIP_benchmark writes) is the class name.
 
     Raises:
-        UserError: a template for all classes has no {}, or a class has no prompts of its own.
+        UserError: a template for all classes has no {}, a class has no prompts of its own, or its name is all punctuation.
     """
     if isinstance(templates, Mapping):
         missing = next((name for name in classnames if not templates.get(name)), None)
@@ -200,6 +200,9 @@ def make_prompts(
             if "{}" not in template and "{c}" not in template:
                 raise UserError(f"template {template!r} has no {{}} for the class name")
         templates = dict.fromkeys(classnames, templates)
+        empty = next((name for name in classnames if canonical and not canonicalize(name)), None)
+        if empty is not None:
+            raise UserError(f"class {empty!r} is all punctuation; name it in words, or use --canonical False")
     finish = canonicalize if canonical else str
     return [
         [finish(template.replace("{c}", "{}").replace("{}", name)) for template in templates[name]]

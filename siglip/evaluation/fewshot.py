@@ -16,6 +16,7 @@ from siglip.array_types import Float, Int
 from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder, Feature, FirstValues
 from siglip.evaluation.labels import check_labels, train_and_test
+from siglip.evaluation.metrics import mean_of
 from siglip.evaluation.results import Result, check_name, dataset_name
 
 _CONSTANT = 100.0  # beside the features: it is a bias that is hardly regularised
@@ -76,15 +77,17 @@ class FewShot:
         train, test = train_and_test(embedder, self.train, self.data, self.label, feature=self.feature)
         metrics = {}
         for shots in self.shots:
-            found = {}
+            found, right = {}, []
             for seed in self.seeds:
                 chosen = draw_shots(train.labels, shots, seed)
                 fitted = ridge_classes(
                     train.features[chosen], train.labels[chosen], test.features,
                     classes=len(train.names), l2_reg=self.l2_reg,
                 )  # fmt: skip
-                found[f"fewshot_acc1_{self.feature}_{shots}shot_seed{seed}"] = float(np.mean(fitted == test.labels))
-            metrics |= {f"fewshot_acc1_{self.feature}_{shots}shot": float(np.mean(list(found.values())))} | found
+                right.append(fitted == test.labels)
+                found[f"fewshot_acc1_{self.feature}_{shots}shot_seed{seed}"] = float(np.mean(right[-1]))
+            name, of_images = f"fewshot_acc1_{self.feature}_{shots}shot", np.mean(right, axis=0)
+            metrics |= mean_of(name, of_images, chance=1 / len(train.names)) | found
         return [Result(self, self.dataset, "", metrics)]
 
 

@@ -15,7 +15,7 @@ from siglip.array_types import Array, Float, Int
 from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder, Feature, FirstValues
 from siglip.evaluation.labels import check_labels, train_and_test
-from siglip.evaluation.metrics import accuracies
+from siglip.evaluation.metrics import probe_accuracies
 from siglip.evaluation.results import Result, check_name, dataset_name
 from siglip.parallel.collectives import gather_rows
 
@@ -70,7 +70,14 @@ class Knn:
         train, test = train_and_test(embedder, self.train, self.data, self.label, feature=self.feature)
         votes = {"k": self.k, "temperature": self.temperature}
         predicted = knn_classes(train.features, train.labels, test.features, **votes)
-        return [Result(self, self.dataset, "", accuracies(predicted, test.labels, "knn_", f"_{self.feature}"))]
+        return [
+            Result(
+                self,
+                self.dataset,
+                "",
+                probe_accuracies(predicted, test.labels, "knn", self.feature, classes=len(train.names)),
+            )
+        ]
 
 
 def knn_classes(

@@ -22,7 +22,7 @@ from siglip.array_types import Array, Float, Int
 from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder, Feature, FirstValues
 from siglip.evaluation.labels import Labelled, check_labels, train_and_test
-from siglip.evaluation.metrics import accuracies
+from siglip.evaluation.metrics import probe_accuracies
 from siglip.evaluation.results import Result, check_name, dataset_name
 from siglip.parallel import sharding
 
@@ -96,8 +96,9 @@ class LinearProbe:
         c = self._chosen(train, embedder.mesh)
         probe = self._fitted(train.features, train.labels, len(train.names), [c], embedder.mesh)[0]
         scores = scores_of(probe, test.features)
-        metrics = accuracies(np.argmax(scores, axis=1), test.labels, "lp_", f"_{self.feature}")
-        if len(train.names) >= 5:
+        predicted, classes = np.argmax(scores, axis=1), len(train.names)
+        metrics = probe_accuracies(predicted, test.labels, "lp", self.feature, classes=classes)
+        if classes >= 5:
             fifth = np.partition(scores, -5, axis=1)[:, -5]
             metrics[f"lp_acc5_{self.feature}"] = float(np.mean(scores[np.arange(len(scores)), test.labels] >= fifth))
         return [Result(self, self.dataset, "", metrics | {"c": c})]

@@ -58,14 +58,27 @@ def mean_average_precision(
     return float(np.mean(found))
 
 
-def accuracies(
-    predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], prefix: str = "", suffix: str = ""
-) -> dict[str, float]:
+def accuracies(predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> dict[str, float]:
     """{"acc1", "mean_per_class_recall"}; classes that no label names are left out of the mean, as in scikit-learn's."""
     right = predicted == labels
     recalls = [np.mean(right[labels == k]) for k in np.unique(labels)]
-    names = (f"{prefix}{name}{suffix}" for name in ("acc1", "mean_per_class_recall"))
-    return dict(zip(names, (float(np.mean(right)), float(np.mean(recalls))), strict=True))
+    return {"acc1": float(np.mean(right)), "mean_per_class_recall": float(np.mean(recalls))}
+
+
+def probe_accuracies(
+    predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], prefix: str, feature: str, *, classes: int
+) -> dict[str, float]:
+    """`accuracies` under the names PREFIX_acc1_FEATURE and so on, with standard error and chance level of `acc1`."""
+    named = {f"{prefix}_{name}_{feature}": value for name, value in accuracies(predicted, labels).items()}
+    return named | mean_of(f"{prefix}_acc1_{feature}", predicted == labels, chance=1 / classes)
+
+
+def mean_of(
+    name: str, cases: Bool[np.ndarray, " n"] | Float[np.ndarray, " n"], *, chance: float | None = None
+) -> dict[str, float]:
+    """{name: the mean over independent cases, NAME_se: its standard error} and, where it is known, NAME_chance."""
+    found = {name: float(np.mean(cases)), f"{name}_se": float(np.std(cases) / np.sqrt(len(cases)))}
+    return found if chance is None else found | {f"{name}_chance": chance}
 
 
 def standard_error(share: float, count: float) -> float:

@@ -19,6 +19,7 @@ import numpy as np
 from siglip.array_types import Bool, Float
 from siglip.errors import UserError
 from siglip.evaluation.embed import EmbeddedImages, Embedder, FirstValues
+from siglip.evaluation.metrics import mean_of
 from siglip.evaluation.results import Result, check_name, dataset_name
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,8 @@ class Selection:
 def selection(scores: Sequence[Float[np.ndarray, "i c"]], *, strict: bool = True) -> dict[str, float]:
     """{"text_acc"} and, where instances have several images, {"image_acc", "acc"}; and the share that a tie decides.
 
+    Each has its standard error and its chance level, of scores drawn at random.
+
     Args:
         scores: of each instance, i images by c >= i captions; caption k belongs to image k.
 
@@ -129,9 +132,13 @@ def selection(scores: Sequence[Float[np.ndarray, "i c"]], *, strict: bool = True
         raise UserError("some embeddings are not finite; the model has diverged or its file is damaged")
     text, image = ([_all_right(side, strict=strict) for side in way] for way in (scores, [own.T for own in scores]))
     tied = [_all_right(own, strict=True) != _all_right(own, strict=False) for own in scores]
-    metrics = {"text_acc": float(np.mean(text)), "tied_fraction": float(np.mean(tied))}
+    shapes = [own.shape for own in scores]
+    chance = float(np.mean([c**-i for i, c in shapes]))
+    metrics = mean_of("text_acc", np.asarray(text), chance=chance) | {"tied_fraction": float(np.mean(tied))}
     if any(len(own) > 1 for own in scores):
-        metrics |= {"image_acc": float(np.mean(image)), "acc": float(np.mean(np.logical_and(text, image)))}
+        both = 1 / 6 if set(shapes) == {(2, 2)} else None  # of the 24 orders of four scores
+        metrics |= mean_of("image_acc", np.asarray(image), chance=float(np.mean([i**-i for i, _ in shapes])))
+        metrics |= mean_of("acc", np.logical_and(text, image), chance=both)
     return metrics
 
 

@@ -9,6 +9,7 @@ import html
 import importlib.resources
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ CURVES = (
     ("train/mfu", "Model FLOP utilisation"),
 )
 ENGLISH = ("en", "eng")
+_CHANCE = "_chance"  # ends the name of what random scores get
 
 
 class Run(NamedTuple):
@@ -163,7 +165,7 @@ def _results(runs: Sequence[Run], baselines: Mapping[str, Mapping[str, float]]) 
         datasets = dict.fromkeys(name for results in every for name in results.get(task, {}))
         measures = dict.fromkeys(m for results in every for row in results.get(task, {}).values() for m in row)
         errors = {_error_of(m) for m in measures} & {*measures}
-        columns = [m for m in measures if m not in errors]
+        columns = [m for m in measures if m not in errors and not m.endswith(_CHANCE)]
         rows, sizes, measured = [], {}, {}
         for n, dataset in enumerate(datasets):
             for run, results in zip(runs, every, strict=True):
@@ -171,16 +173,12 @@ def _results(runs: Sequence[Run], baselines: Mapping[str, Mapping[str, float]]) 
                     name = dataset if len(runs) == 1 else f"{dataset} · {run.name}"
                     own, metrics = _sizes(run, dataset, task), results[task][dataset]
                     sizes[dataset] = sizes.get(dataset) or own
-                    measured.setdefault(dataset, set()).update(metrics)
+                    measured.setdefault(dataset, {}).update(metrics)
                     rows.append(_row(name, metrics, columns, "first" * (n == 0), own))
-        chance = {}
-        for c in columns:  # one row for all data sets: only what is the same for all of them
-            single = (dataset for dataset in datasets if c in measured[dataset] and not dataset.endswith("-mean"))
-            values = {_chance(c, sizes[dataset]) for dataset in single}
-            if len(values) == 1 and None not in values:
-                chance[c] = values.pop()
-        if chance:
-            rows.append(_row("chance", chance, columns, "baseline", {}))
+        chances = {
+            name: _chances(measured[name], columns, sizes[name]) for name in datasets if not name.endswith("-mean")
+        }
+        rows += [_row(name, chance, columns, "baseline", {}) for name, chance in _named_chances(chances).items()]
         rows += [_row(name, row, columns, "baseline", {}) for name, row in baselines.items() if set(columns) & {*row}]
         head = "".join(f"<th>{html.escape(short_name(c))}</th>" for c in columns)
         told = (
@@ -237,6 +235,24 @@ def _chance(metric: str, sizes: Mapping[str, int]) -> float | None:
         draws = range(min(int(metric.rpartition("@")[2]), candidates))
         return 1 - math.prod(max(0.0, (candidates - right - n) / (candidates - n)) for n in draws)
     return (candidates + 1) / 2 if "rank" in metric and right == 1 else None
+
+
+def _chances(metrics: Mapping[str, float], columns: Sequence[str], sizes: Mapping[str, int]) -> dict[str, float]:
+    """By metric, where the evaluation tells it or the sizes do."""
+    known = {c: metrics.get(f"{c}{_CHANCE}", _chance(c, sizes)) for c in columns if c in metrics}
+    return {c: chance for c, chance in known.items() if chance is not None}
+
+
+def _named_chances(chances: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """The rows of a table: one where it is the same for all data sets; else one for each, languages of the same together."""
+    alike: dict[tuple, list[str]] = {}
+    for dataset, chance in chances.items():
+        if chance:
+            alike.setdefault(tuple(sorted(chance.items())), []).append(dataset)
+    if len(alike) == 1 and len(next(iter(alike.values()))) == len(chances):
+        return {"chance": dict(next(iter(alike)))}
+    names = {found: os.path.commonprefix(own).rstrip("-") if len(own) > 1 else own[0] for found, own in alike.items()}
+    return {f"chance: {names[found] or own[0]}": dict(found) for found, own in alike.items()}
 
 
 def _row(name: str, metrics: Mapping[str, float], columns: Sequence[str], css: str, sizes: Mapping[str, int]) -> str:

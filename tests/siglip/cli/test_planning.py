@@ -40,7 +40,7 @@ def test_json_has_the_promised_keys(capfd):
 
 
 def test_lines_say_what_does_not_fit_and_how_it_would(capfd):
-    large = ["--topology=h100:1", "--batch-size=2048", "--model.image.image-size", "256", "256"]
+    large = ["--topology=h100:1", "--batch-size=2048", "--model.image.image-size", "512", "512"]
     told = plan(capfd, *large)
     assert "DOES NOT FIT" in told
     flags = next(line for line in told.splitlines() if line.startswith("to make it fit")).split()[4:]

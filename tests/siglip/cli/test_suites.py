@@ -138,7 +138,7 @@ def test_the_others_go_on_past_a_broken_entry(src, root, tmp_path, capsys, caplo
     assert "gone failed: no shard at" in messages and "bare failed: these data bring no class names" in messages
     assert (
         'short failed: ["cat", "dog"] has 2 classes, but' in messages
-        and "labels up to 2; a line is missing" in messages
+        and "labels from 0 to 2; a line is missing" in messages
     )
 
 

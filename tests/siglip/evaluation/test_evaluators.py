@@ -105,6 +105,9 @@ def test_canonical_text_and_templates():
     assert make_prompts(["dog", "T-shirt"], ["a {c}"]) == [["a dog"], ["a tshirt"]]
     with pytest.raises(ValueError, match="has no {}"):
         make_prompts(["dog"], ["a photo"])
+    with pytest.raises(ValueError, match="class '!' is all punctuation"):
+        make_prompts(["dog", "!"], ["a photo of a {}."])
+    assert make_prompts(["!"], ["{}"], canonical=False) == [["!"]]
 
 
 def test_prompts_of_each_class():

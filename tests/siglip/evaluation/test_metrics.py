@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from siglip.evaluation.association import association
 from siglip.evaluation.fewshot import draw_shots, ridge_classes
 from siglip.evaluation.frozen_tokens import standardised, train_head
 from siglip.evaluation.groups import group_gaps
@@ -17,6 +18,7 @@ from siglip.evaluation.metrics import (
     brier_score,
     calibration_error,
     mean_average_precision,
+    probe_accuracies,
     roc_auc,
 )
 from siglip.evaluation.ranking import rank_both_ways
@@ -198,18 +200,40 @@ def test_more_shots_contain_the_fewer_and_a_seed_is_a_draw():
     assert any(set(draw_shots(labels, 1, seed)) != set(few) for seed in range(5))
 
 
+def shares(found):
+    """Without standard errors and chance levels."""
+    return {name: value for name, value in found.items() if not name.endswith(("_se", "_chance"))}
+
+
 def test_selection_by_hand_and_ties():
     # Winoground: the first instance is right, the second prefers caption 1 for both images.
     pairs = [np.array([[0.9, 0.2], [0.1, 0.8]]), np.array([[0.5, 0.9], [0.4, 0.8]])]
-    assert selection(pairs) == {"text_acc": 0.5, "image_acc": 0.5, "acc": 0.5, "tied_fraction": 0.0}
+    assert shares(selection(pairs)) == {"text_acc": 0.5, "image_acc": 0.5, "acc": 0.5, "tied_fraction": 0.0}
     one_way = [np.array([[0.9, 0.2], [0.95, 0.99]])]  # image 1 picks its caption, caption 0 picks image 1
-    assert selection(one_way) == {"text_acc": 1.0, "image_acc": 0.0, "acc": 0.0, "tied_fraction": 0.0}
+    assert shares(selection(one_way)) == {"text_acc": 1.0, "image_acc": 0.0, "acc": 0.0, "tied_fraction": 0.0}
     # SugarCrepe: one image each. A collapsed encoder is right nowhere, or everywhere where the first of equal scores wins.
     same = [np.ones((1, 2))] * 3
-    assert selection(same) == {"text_acc": 0.0, "tied_fraction": 1.0}
-    assert selection(same, strict=False) == {"text_acc": 1.0, "tied_fraction": 1.0}
+    assert shares(selection(same)) == {"text_acc": 0.0, "tied_fraction": 1.0}
+    assert shares(selection(same, strict=False)) == {"text_acc": 1.0, "tied_fraction": 1.0}
     with pytest.raises(ValueError, match="not finite"):
         selection([np.array([[np.nan, 1.0]])])
+
+
+def test_random_scores_are_at_the_chance_that_is_told():
+    rng, many = np.random.default_rng(0), 5000
+    right = [rng.permutation(np.arange(count) < 2) for count in rng.integers(5, 7, many)]
+    labels = rng.integers(0, 4, many)
+    both_ways = selection(list(rng.random((many, 2, 2))))
+    for found, names in {
+        "pairs": (both_ways, ("text_acc", "image_acc", "acc")),
+        "captions": (selection(list(rng.random((many, 1, 3)))), ("text_acc",)),
+        "associations": (association([rng.random(len(own)) for own in right], right), ("jaccard",)),
+        "probe": (probe_accuracies(rng.integers(0, 4, many), labels, "knn", "map", classes=4), ("knn_acc1_map",)),
+    }.values():
+        for name in names:
+            assert abs(found[name] - found[f"{name}_chance"]) < 4 * found[f"{name}_se"] < 0.04, name
+    share = both_ways["acc"]
+    assert both_ways["acc_se"] == pytest.approx(np.sqrt(share * (1 - share) / many))
 
 
 def test_labels_as_zeros_and_ones_and_as_lists():

@@ -135,6 +135,27 @@ def test_sizes_of_one_data_set_are_not_those_of_another(tmp_path):
     page = write_report(tmp_path / "r.html", [Run("run", lines, {}, found)]).read_text()
     assert page.count("0.360 <small>± 0.048</small>") == 1 == page.count("0.500 <small>± 0.100</small>")
     assert "<td>other-en</td><td>0.360</td>" in page and "<td>chance</td>" not in page
+    assert "<td>chance: toy</td><td>0.200</td>" in page and "<td>chance: a</td><td>0.250</td>" in page
+
+
+def test_each_data_set_has_its_own_chance(tmp_path):
+    sizes = {"images": 50, "described": 50, "texts": 50}
+    counts = {
+        name: {"images": 9, "classes": n, "worst": [], "examples": []} for name, n in {"ten": 10, "four": 4}.items()
+    }
+    found = {"retrieval": {"counts": {"en": sizes, "de": sizes}, **SCORES}, "zeroshot": counts}
+    lines = [
+        {
+            "step": 2,
+            **{f"eval/retrieval/{name}/image_retrieval_recall@10": 0.36 for name in ("toy-en", "toy-de", "b-en")},
+        },
+        {"step": 2, "eval/zeroshot/ten/acc1": 0.5, "eval/zeroshot/four/acc1": 0.5},
+        {"step": 2, "eval/knn/toy/knn_acc1_map": 0.5, "eval/knn/toy/knn_acc1_map_chance": 0.125},
+    ]
+    page = write_report(tmp_path / "r.html", [Run("run", lines, {}, found)]).read_text()
+    assert page.count("<td>chance: toy</td><td>0.200</td>") == 1
+    assert "<td>chance: ten</td><td>0.100</td>" in page and "<td>chance: four</td><td>0.250</td>" in page
+    assert "<td>chance</td><td>0.125</td>" in page and "_chance" not in page
 
 
 def test_a_mean_over_languages_has_the_error_of_one_of_them_at_most(tmp_path):
