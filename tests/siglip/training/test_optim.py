@@ -174,7 +174,7 @@ def test_muon_takes_each_of_stacked_blocks_alone():
     found = []
     for tree in (stacked, alone):
         optimizer = make_optimizer(OptimConfig("muon", clip_norm=0), tree, total_steps=10)
-        found.append(optimizer.update(tree, optimizer.init(tree), tree)[0]["img"])
+        found.append(jax.jit(optimizer.update)(tree, optimizer.init(tree), tree)[0]["img"])
     for i in range(3):
         for name, grad in grads.items():
             one, other = found[0]["encoderblock"][name]["kernel"][i], found[1][f"encoderblock_{i}"][name]["kernel"]
