@@ -29,7 +29,7 @@ from siglip.models.two_tower import ModelConfig, blank_images
 from siglip.parallel import launch, sharding
 from siglip.parallel.launch import DistributedConfig
 from siglip.trees import did_you_mean
-from siglip.workdir.metrics import format_value, short_name
+from siglip.workdir.metrics import CHANCE, format_value, short_name
 
 TaskT = TypeVar("TaskT")
 _LOOKED_AT_PAIRS = 100
@@ -291,8 +291,8 @@ def _length_of(embedder: Embedder) -> dict[str, int]:
 
 
 def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Rows of metrics as aligned text; columns in the order in which they first appear."""
-    columns = {name: short_name(name) for metrics in rows.values() for name in metrics}
+    """Rows of metrics as aligned text; columns in the order in which they first appear, without those of chance levels."""
+    columns = {name: short_name(name) for row in rows.values() for name in row if not name.endswith(CHANCE)}
     head = max(len(name) for name in ["", *rows])
     lines = [" " * head + "".join(f"  {short:>8}" for short in columns.values())]
     for name, metrics in rows.items():

@@ -23,8 +23,8 @@ from siglip.cli.arguments import parse
 from siglip.cli.data_sets import complete
 from siglip.cli.evaluation import embedder_of, format_table, settings_of
 from siglip.errors import UserError
-from siglip.evaluation.embed import Embedder
-from siglip.evaluation.findings import classified, confusion, retrieval_findings
+from siglip.evaluation.embed import EmbeddedImages, Embedder
+from siglip.evaluation.findings import classified, confusion, counts_of, retrieval_findings
 from siglip.evaluation.labels import are_multi_label
 from siglip.evaluation.results import dataset_name
 from siglip.evaluation.retrieval import Retrieval, mean_of
@@ -35,14 +35,14 @@ from siglip.workdir import plots
 from siglip.workdir.checkpoint import CHECKPOINTS_DIR
 from siglip.workdir.files import CONFIG_FILE, TOKENIZER_FILE, read_config
 from siglip.workdir.metrics import read_metrics
-from siglip.workdir.report import Run, final_results, write_report
+from siglip.workdir.report import Run, chance_rows, final_results, sizes_of, write_report
 
 logger = logging.getLogger(__name__)
 
 FINDINGS_FILE = "findings.json"
 SHOWN_PX = 72
 _MAX_LANGUAGES = 3  # rows of one set that are printed
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +73,10 @@ def report_command(args: list[str]) -> None:
     runs = [_read_run(workdir, name) for workdir, name in zip(workdirs, _names(workdirs), strict=True)]
     path = write_report(out, runs, baselines=baselines)
     for run in runs:
-        for datasets in final_results(run.lines).values():
+        for task, datasets in final_results(run.lines).items():
             columns = {name for metrics in datasets.values() for name in metrics}
-            rows = {name: {k: v for k, v in row.items() if k in columns} for name, row in baselines.items()}
+            chance = chance_rows(datasets, {name: sizes_of(run, task, name) for name in datasets})
+            rows = {name: {k: v for k, v in row.items() if k in columns} for name, row in (chance | baselines).items()}
             print(format_table(_without_languages(datasets) | {name: row for name, row in rows.items() if row}))
         for note in run.notes:
             print(f"{run.name}: {note}")
@@ -182,13 +183,17 @@ def _findings(workdir: Path, config: Mapping[str, Any], settings: EvalConfig) ->
 
 
 def _compute(workdir: Path, config: Mapping[str, Any], settings: EvalConfig) -> dict[str, Any]:
-    """Runs the model over the first retrieval set and every classification set."""
+    """Runs the model over the first retrieval set and every classification set; of other retrieval sets, their sizes."""
     embedder = embedder_of(workdir, tokenizer=str(workdir / TOKENIZER_FILE), **settings_of(settings))
     findings: dict[str, Any] = {"zeroshot": {}}
     tasks = [complete(task) for task in settings.tasks]
-    retrieval = next((task for task in tasks if isinstance(task, Retrieval)), None)
-    if retrieval is not None:
-        findings |= _of_retrieval(retrieval, embedder, batch_size=config["batch_size"])
+    first, *others = [task for task in tasks if isinstance(task, Retrieval)] or [None]
+    if first is not None:
+        findings |= _of_retrieval(first, embedder, batch_size=config["batch_size"])
+    findings["sizes"] = [
+        {"dataset": task.dataset, "counts": counts_of(_captions(task, embedder.embed_shards(task.data, task.captions)))}
+        for task in others
+    ]
     for task in tasks:
         if isinstance(task, ZeroShot):
             images = embedder.embed_shards(task.data, (task.label,))
@@ -208,9 +213,7 @@ def _compute(workdir: Path, config: Mapping[str, Any], settings: EvalConfig) -> 
 
 def _of_retrieval(task: Retrieval, embedder: Embedder, *, batch_size: int) -> dict[str, Any]:
     images = embedder.embed_shards(task.data, task.captions)
-    english = sorted(task.captions, key=lambda field: field.rpartition(".")[2] != "en")
-    captions = {field.partition("captions.")[2] or field: task.captions_in(images, field) for field in english}
-    captions = {language: own for language, own in captions.items() if any(own)}
+    captions = _captions(task, images)
     ztxt = {
         language: embedder.embed_texts([text for own in texts for text in own]) for language, texts in captions.items()
     }
@@ -219,6 +222,13 @@ def _of_retrieval(task: Retrieval, embedder: Embedder, *, batch_size: int) -> di
     shown = {row for query in found["found"] for row in (query["right"], *query["top"])}
     shown |= {one[which] for one in found["mistakes"] for which in ("right", "wrong")}
     return {"retrieval": found | {"dataset": task.dataset}, "thumbs": _thumbs(task.data, sorted(shown), images.index)}
+
+
+def _captions(task: Retrieval, images: EmbeddedImages) -> dict[str, list[list[str]]]:
+    """By language, English first: the captions of each image."""
+    english = sorted(task.captions, key=lambda field: field.rpartition(".")[2] != "en")
+    captions = {field.partition("captions.")[2] or field: task.captions_in(images, field) for field in english}
+    return {language: own for language, own in captions.items() if any(own)}
 
 
 def _thumbs(data: str, rows: Sequence[int], index: Sequence[int]) -> dict[str, str]:

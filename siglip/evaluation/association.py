@@ -23,7 +23,7 @@ from siglip.array_types import Bool, Float
 from siglip.errors import UserError
 from siglip.evaluation.class_files import canonicalize, load_json
 from siglip.evaluation.embed import Embedder, FirstValues
-from siglip.evaluation.metrics import mean_of
+from siglip.evaluation.metrics import with_error
 from siglip.evaluation.results import Result, check_name, dataset_name
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def association(scores: Sequence[Float[np.ndarray, " _"]], right: Sequence[Bool[
     metrics = {"tied_fraction": float(np.mean(tied))}
     for name, inside in groups.items():
         if inside.any():
-            metrics |= mean_of(name, np.asarray(found)[inside], chance=float(np.mean(np.asarray(chance)[inside])))
+            metrics |= with_error(name, np.asarray(found)[inside], chance=float(np.mean(np.asarray(chance)[inside])))
     return metrics
 
 

@@ -16,7 +16,7 @@ from siglip.array_types import Float, Int
 from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder, Feature, FirstValues
 from siglip.evaluation.labels import check_labels, train_and_test
-from siglip.evaluation.metrics import mean_of
+from siglip.evaluation.metrics import with_error
 from siglip.evaluation.results import Result, check_name, dataset_name
 
 _CONSTANT = 100.0  # beside the features: it is a bias that is hardly regularised
@@ -87,7 +87,7 @@ class FewShot:
                 right.append(fitted == test.labels)
                 found[f"fewshot_acc1_{self.feature}_{shots}shot_seed{seed}"] = float(np.mean(right[-1]))
             name, of_images = f"fewshot_acc1_{self.feature}_{shots}shot", np.mean(right, axis=0)
-            metrics |= mean_of(name, of_images, chance=1 / len(train.names)) | found
+            metrics |= with_error(name, of_images, chance=1 / len(train.names)) | found
         return [Result(self, self.dataset, "", metrics)]
 
 

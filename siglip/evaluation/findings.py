@@ -43,18 +43,22 @@ def retrieval_findings(
     statistics = _walk(zimg, ztxt[first], image_of_text, temperature, bias, shift)
     some = np.unique(np.linspace(0, len(texts) - 1, min(_SIMILAR, len(texts))).astype(int))
     logits = temperature * zimg[image_of_text[some]] @ ztxt[first][some].T + bias
-    counts = {
-        language: {"images": len(zimg), "described": sum(map(bool, own)), "texts": sum(map(len, own))}
-        for language, own in captions.items()
-    }
     return {
-        "counts": counts,
+        "counts": counts_of(captions),
         "language": first,
         "histogram": statistics["histogram"],
         "reliability": statistics["reliability"],
         "similarity": {"texts": [texts[n] for n in some], "logits": np.round(logits, 2).tolist()},
         "found": _found(zimg, captions, ztxt),
         "mistakes": _mistakes(statistics, texts, image_of_text, shift),
+    }
+
+
+def counts_of(captions: Mapping[str, Sequence[Sequence[str]]]) -> dict[str, dict[str, int]]:
+    """By language, of the captions of each image: the images, those that have a caption, and the captions."""
+    return {
+        language: {"images": len(own), "described": sum(map(bool, own)), "texts": sum(map(len, own))}
+        for language, own in captions.items()
     }
 
 

@@ -70,10 +70,10 @@ def probe_accuracies(
 ) -> dict[str, float]:
     """`accuracies` under the names PREFIX_acc1_FEATURE and so on, with standard error and chance level of `acc1`."""
     named = {f"{prefix}_{name}_{feature}": value for name, value in accuracies(predicted, labels).items()}
-    return named | mean_of(f"{prefix}_acc1_{feature}", predicted == labels, chance=1 / classes)
+    return named | with_error(f"{prefix}_acc1_{feature}", predicted == labels, chance=1 / classes)
 
 
-def mean_of(
+def with_error(
     name: str, cases: Bool[np.ndarray, " n"] | Float[np.ndarray, " n"], *, chance: float | None = None
 ) -> dict[str, float]:
     """{name: the mean over independent cases, NAME_se: its standard error} and, where it is known, NAME_chance."""

@@ -19,7 +19,7 @@ import numpy as np
 from siglip.array_types import Bool, Float
 from siglip.errors import UserError
 from siglip.evaluation.embed import EmbeddedImages, Embedder, FirstValues
-from siglip.evaluation.metrics import mean_of
+from siglip.evaluation.metrics import with_error
 from siglip.evaluation.results import Result, check_name, dataset_name
 
 logger = logging.getLogger(__name__)
@@ -134,11 +134,11 @@ def selection(scores: Sequence[Float[np.ndarray, "i c"]], *, strict: bool = True
     tied = [_all_right(own, strict=True) != _all_right(own, strict=False) for own in scores]
     shapes = [own.shape for own in scores]
     chance = float(np.mean([c**-i for i, c in shapes]))
-    metrics = mean_of("text_acc", np.asarray(text), chance=chance) | {"tied_fraction": float(np.mean(tied))}
+    metrics = with_error("text_acc", np.asarray(text), chance=chance) | {"tied_fraction": float(np.mean(tied))}
     if any(len(own) > 1 for own in scores):
         both = 1 / 6 if set(shapes) == {(2, 2)} else None  # of the 24 orders of four scores
-        metrics |= mean_of("image_acc", np.asarray(image), chance=float(np.mean([i**-i for i, _ in shapes])))
-        metrics |= mean_of("acc", np.logical_and(text, image), chance=both)
+        metrics |= with_error("image_acc", np.asarray(image), chance=float(np.mean([i**-i for i, _ in shapes])))
+        metrics |= with_error("acc", np.logical_and(text, image), chance=both)
     return metrics
 
 

@@ -28,6 +28,7 @@ from siglip.errors import UserError
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_id.txt"
 PROFILE_FOLDER = "profile"
+CHANCE = "_chance"  # ends the name of what random scores get in a metric
 
 
 @dataclasses.dataclass(frozen=True)

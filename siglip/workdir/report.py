@@ -18,7 +18,7 @@ import numpy as np
 
 from siglip.atomic import write_atomically
 from siglip.workdir import plots
-from siglip.workdir.metrics import format_value, short_name
+from siglip.workdir.metrics import CHANCE, format_value, short_name
 
 CURVES = (
     ("train/loss", "Loss"),
@@ -31,7 +31,6 @@ CURVES = (
     ("train/mfu", "Model FLOP utilisation"),
 )
 ENGLISH = ("en", "eng")
-_CHANCE = "_chance"  # ends the name of what random scores get
 
 
 class Run(NamedTuple):
@@ -39,7 +38,8 @@ class Run(NamedTuple):
 
     Attributes:
         lines: of metrics.jsonl. config: config.json. findings: what `siglip report` has computed with the model, or {}:
-            "retrieval" (siglip/evaluation/findings.py), "zeroshot" {data set: confusion}, "thumbs" {row: data URL}.
+            "retrieval" (siglip/evaluation/findings.py), "sizes" of other retrieval sets [{"dataset", "counts"}], "zeroshot"
+            {data set: confusion}, "thumbs" {row: data URL}.
         funnels: {manifest: funnel.json of its curation}. notes: what is left out, and why.
         closest: {evaluation set: of each of its images the closest training image: "distance", "bits", and for those to show
             "evaluation" and "training", what they are, and "images", data URLs of the two}.
@@ -165,20 +165,17 @@ def _results(runs: Sequence[Run], baselines: Mapping[str, Mapping[str, float]]) 
         datasets = dict.fromkeys(name for results in every for name in results.get(task, {}))
         measures = dict.fromkeys(m for results in every for row in results.get(task, {}).values() for m in row)
         errors = {_error_of(m) for m in measures} & {*measures}
-        columns = [m for m in measures if m not in errors and not m.endswith(_CHANCE)]
+        columns = [m for m in measures if m not in errors and not m.endswith(CHANCE)]
         rows, sizes, measured = [], {}, {}
         for n, dataset in enumerate(datasets):
             for run, results in zip(runs, every, strict=True):
                 if dataset in results.get(task, {}):
                     name = dataset if len(runs) == 1 else f"{dataset} · {run.name}"
-                    own, metrics = _sizes(run, dataset, task), results[task][dataset]
+                    own, metrics = sizes_of(run, task, dataset), results[task][dataset]
                     sizes[dataset] = sizes.get(dataset) or own
                     measured.setdefault(dataset, {}).update(metrics)
                     rows.append(_row(name, metrics, columns, "first" * (n == 0), own))
-        chances = {
-            name: _chances(measured[name], columns, sizes[name]) for name in datasets if not name.endswith("-mean")
-        }
-        rows += [_row(name, chance, columns, "baseline", {}) for name, chance in _named_chances(chances).items()]
+        rows += [_row(name, row, columns, "baseline", {}) for name, row in chance_rows(measured, sizes).items()]
         rows += [_row(name, row, columns, "baseline", {}) for name, row in baselines.items() if set(columns) & {*row}]
         head = "".join(f"<th>{html.escape(short_name(c))}</th>" for c in columns)
         told = (
@@ -194,18 +191,21 @@ def _results(runs: Sequence[Run], baselines: Mapping[str, Mapping[str, float]]) 
     return "".join(parts)
 
 
-def _sizes(run: Run, dataset: str, task: str) -> Mapping[str, int]:
+def sizes_of(run: Run, task: str, dataset: str) -> Mapping[str, int]:
     """Numbers of queries and candidates where they are known: {"images", "described", "texts"} or {"images", "classes"}."""
     if task == "zeroshot":
         return run.findings.get("zeroshot", {}).get(dataset, {})
-    found = run.findings.get("retrieval") if task == "retrieval" else None
-    if not found:
-        return {}
-    counts = found["counts"]
-    named = {f"{found['dataset']}-{language}": own for language, own in counts.items()}
-    # A mean over languages is of the same images: its error is at most that of one language with its value (Jensen).
-    named[f"{found['dataset']}-mean"] = min(counts.values(), key=lambda own: own["described"], default={})
-    return named.get(dataset) or (next(iter(counts.values())) if [dataset] == [found["dataset"]] * len(counts) else {})
+    known = [run.findings.get("retrieval"), *run.findings.get("sizes", ())] if task == "retrieval" else []
+    for found in filter(None, known):
+        name, counts = found["dataset"], found["counts"]
+        named = {f"{name}-{language}": own for language, own in counts.items()}
+        # A mean over languages is of the same images: its error is at most that of one language with its value (Jensen).
+        named[f"{name}-mean"] = min(counts.values(), key=lambda own: own["described"], default={})
+        if len(counts) == 1:
+            named[name] = next(iter(counts.values()))
+        if dataset in named:
+            return named[dataset]
+    return {}
 
 
 def _error_of(metric: str) -> str:
@@ -237,22 +237,25 @@ def _chance(metric: str, sizes: Mapping[str, int]) -> float | None:
     return (candidates + 1) / 2 if "rank" in metric and right == 1 else None
 
 
-def _chances(metrics: Mapping[str, float], columns: Sequence[str], sizes: Mapping[str, int]) -> dict[str, float]:
-    """By metric, where the evaluation tells it or the sizes do."""
-    known = {c: metrics.get(f"{c}{_CHANCE}", _chance(c, sizes)) for c in columns if c in metrics}
-    return {c: chance for c, chance in known.items() if chance is not None}
+def chance_rows(
+    results: Mapping[str, Mapping[str, float]], sizes: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, float]]:
+    """What random scores get on the data sets of a task: one row if it is the same for all, else one for those of the same.
 
-
-def _named_chances(chances: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
-    """The rows of a table: one where it is the same for all data sets; else one for each, languages of the same together."""
+    Args:
+        results: {data set: {metric: value}}. sizes: `sizes_of` each.
+    """
     alike: dict[tuple, list[str]] = {}
-    for dataset, chance in chances.items():
-        if chance:
-            alike.setdefault(tuple(sorted(chance.items())), []).append(dataset)
-    if len(alike) == 1 and len(next(iter(alike.values()))) == len(chances):
+    single = [name for name in results if not name.endswith("-mean")]
+    for name in single:
+        # The evaluation tells it, or the sizes do.
+        chances = {m: results[name].get(f"{m}{CHANCE}", _chance(m, sizes[name])) for m in results[name]}
+        if known := tuple((m, chance) for m, chance in chances.items() if chance is not None):
+            alike.setdefault(known, []).append(name)
+    if list(alike.values()) == [single]:
         return {"chance": dict(next(iter(alike)))}
-    names = {found: os.path.commonprefix(own).rstrip("-") if len(own) > 1 else own[0] for found, own in alike.items()}
-    return {f"chance: {names[found] or own[0]}": dict(found) for found, own in alike.items()}
+    prefix = {known: os.path.commonprefix(names).rstrip("-") for known, names in alike.items()}
+    return {f"chance: {prefix[known] or names[0]}": dict(known) for known, names in alike.items()}
 
 
 def _row(name: str, metrics: Mapping[str, float], columns: Sequence[str], css: str, sizes: Mapping[str, int]) -> str:

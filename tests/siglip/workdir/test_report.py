@@ -144,6 +144,7 @@ def test_each_data_set_has_its_own_chance(tmp_path):
         name: {"images": 9, "classes": n, "worst": [], "examples": []} for name, n in {"ten": 10, "four": 4}.items()
     }
     found = {"retrieval": {"counts": {"en": sizes, "de": sizes}, **SCORES}, "zeroshot": counts}
+    found["sizes"] = [{"dataset": "b", "counts": {"en": {"images": 20, "described": 20, "texts": 36}}}]
     lines = [
         {
             "step": 2,
@@ -153,7 +154,8 @@ def test_each_data_set_has_its_own_chance(tmp_path):
         {"step": 2, "eval/knn/toy/knn_acc1_map": 0.5, "eval/knn/toy/knn_acc1_map_chance": 0.125},
     ]
     page = write_report(tmp_path / "r.html", [Run("run", lines, {}, found)]).read_text()
-    assert page.count("<td>chance: toy</td><td>0.200</td>") == 1
+    assert page.count("<td>chance: toy</td><td>0.200</td>") == 1 and "<td>chance: b-en</td><td>0.500</td>" in page
+    assert "<td>b-en</td><td>0.360 <small>± 0.080</small>" in page  # sqrt(.36 * .64 / 36)
     assert "<td>chance: ten</td><td>0.100</td>" in page and "<td>chance: four</td><td>0.250</td>" in page
     assert "<td>chance</td><td>0.125</td>" in page and "_chance" not in page
 
