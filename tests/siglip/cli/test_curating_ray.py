@@ -58,7 +58,9 @@ def test_workers_score_as_the_driver_does(weights, tmp_path, capsys, monkeypatch
             out = str(tmp_path / engine)
             assert run(["data", "curate", shard, "--out", out, "--engine", engine, *where, *flags]) == 0
             told = capsys.readouterr()
-            assert "pairs kept" in told.out and told.err == ""
+            # Ray says so where another test's cluster began before this one, on the same machine.
+            errors = [line for line in told.err.splitlines() if "Overwriting previous Ray address" not in line]
+            assert "pairs kept" in told.out and not errors
     local, ray = tmp_path / "local" / "manifest.parquet", tmp_path / "ray" / "manifest.parquet"
     assert ray.read_bytes() == local.read_bytes()
     assert np.isfinite(pq.read_table(ray)["leak_similarity"].to_numpy()).all()
