@@ -1,5 +1,6 @@
 """`siglip train`: recipe file and flags -> config, loader and evaluations -> the loop."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -131,8 +132,9 @@ def _prepare(config: TrainConfig) -> Callable[[], None]:
 
 def _advise_large_pages() -> None:
     """XLA gives a step's memory back to the system after each one; on a CPU, faulting it in again is a quarter of the time."""
-    unused = "hugetlb" not in os.environ.get("GLIBC_TUNABLES", "")
-    if jax.default_backend() == "cpu" and unused and _LARGE_PAGES_MODE.is_file():
+    if jax.default_backend() != "cpu" or "hugetlb" in os.environ.get("GLIBC_TUNABLES", ""):
+        return
+    with contextlib.suppress(OSError):  # no Linux, or a sandbox
         if "[madvise]" in _LARGE_PAGES_MODE.read_text():
             logger.info("a step on this CPU is up to a quarter faster with GLIBC_TUNABLES=%s", _LARGE_PAGES)
 

@@ -22,6 +22,7 @@ from siglip.errors import UserError
 from siglip.evaluation.class_files import read_classes
 from siglip.evaluation.embed import Embedder, FirstValues
 from siglip.evaluation.labels import are_multi_label, read_object
+from siglip.evaluation.metrics import with_error
 from siglip.evaluation.results import Result, check_name, dataset_name
 from siglip.evaluation.zeroshot import ZeroShot, rank_right_classes
 from siglip.trees import did_you_mean
@@ -131,19 +132,22 @@ class Robustness:
         return [Result(self, self.dataset, "", self._metrics(clean.astype(float), np.asarray(shares)))]
 
     def _metrics(self, clean: Float[np.ndarray, " n"], shares: Float[np.ndarray, "c n"]) -> dict[str, float]:
-        """Of each image whether it is right, and of each corruption the share of the severities at which it is."""
+        """Of each image whether it is right, and of each corruption the share of the severities at which it is.
+
+        All corruptions are of the same images, so their errors go together: a standard error is that of means by image.
+        """
         corrupted, references = shares.mean(axis=0), self._references()
-        found = _mean("acc1_clean", clean)
+        found = with_error("acc1_clean", clean)
         found |= {f"acc1_{name}": float(own.mean()) for name, own in zip(self.corruptions, shares, strict=True)}
-        found |= _mean("acc1_corrupted", corrupted) | _mean("error_increase", clean - corrupted)
+        found |= with_error("acc1_corrupted", corrupted) | with_error("error_increase", clean - corrupted)
         found["mean_corruption_error"] = 1 - found["acc1_corrupted"]
         if found["acc1_clean"]:
             found["relative"] = found["acc1_corrupted"] / found["acc1_clean"]
         if references:
             errors = np.asarray([references[name] for name in self.corruptions])[:, None]
-            found |= _mean("mce", np.mean((1 - shares) / errors, axis=0))
+            found |= with_error("mce", np.mean((1 - shares) / errors, axis=0))
             if "clean" in references:
-                found |= _mean("relative_mce", np.mean((clean - shares) / (errors - references["clean"]), axis=0))
+                found |= with_error("relative_mce", np.mean((clean - shares) / (errors - references["clean"]), axis=0))
         return found
 
     def _references(self) -> dict[str, float]:
@@ -168,8 +172,3 @@ class Robustness:
                     f"{self.reference}: {name!r} is {found[name]}, which must be above the clean error {clean}"
                 )
         return found
-
-
-def _mean(name: str, values: Float[np.ndarray, " n"]) -> dict[str, float]:
-    """The mean over the images and its standard error. All corruptions are of the same images: their errors go together."""
-    return {name: float(values.mean()), f"{name}_se": float(values.std() / np.sqrt(len(values)))}

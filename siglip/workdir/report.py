@@ -9,7 +9,6 @@ import html
 import importlib.resources
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -240,22 +239,29 @@ def _chance(metric: str, sizes: Mapping[str, int]) -> float | None:
 def chance_rows(
     results: Mapping[str, Mapping[str, float]], sizes: Mapping[str, Mapping[str, int]]
 ) -> dict[str, dict[str, float]]:
-    """What random scores get on the data sets of a task: one row if it is the same for all, else one for those of the same.
+    """What random scores get: one row if it is the same for all data sets of a task, else one for each.
+
+    Languages of one set share a row, which has what is the same for all of them.
 
     Args:
         results: {data set: {metric: value}}. sizes: `sizes_of` each.
     """
-    alike: dict[tuple, list[str]] = {}
-    single = [name for name in results if not name.endswith("-mean")]
-    for name in single:
-        # The evaluation tells it, or the sizes do.
-        chances = {m: results[name].get(f"{m}{CHANCE}", _chance(m, sizes[name])) for m in results[name]}
-        if known := tuple((m, chance) for m, chance in chances.items() if chance is not None):
-            alike.setdefault(known, []).append(name)
-    if list(alike.values()) == [single]:
-        return {"chance": dict(next(iter(alike)))}
-    prefix = {known: os.path.commonprefix(names).rstrip("-") for known, names in alike.items()}
-    return {f"chance: {prefix[known] or names[0]}": dict(known) for known, names in alike.items()}
+    found: dict[str, list[dict[str, float]]] = {}
+    for name, metrics in results.items():
+        base = name.rpartition("-")[0]
+        if not name.endswith("-mean"):
+            # The evaluation tells it, or the sizes do.
+            chances = {m: metrics.get(f"{m}{CHANCE}", _chance(m, sizes[name])) for m in metrics}
+            own = {m: chance for m, chance in chances.items() if chance is not None}
+            found.setdefault(base if f"{base}-mean" in results else name, []).append(own)
+    rows = {
+        base: {m: chance for m, chance in first.items() if all(own.get(m) == chance for own in more)}
+        for base, (first, *more) in found.items()
+    }
+    known = [row for row in rows.values() if row]
+    if known and all(row == known[0] for row in rows.values()):
+        return {"chance": known[0]}
+    return {f"chance: {base}": row for base, row in rows.items() if row}
 
 
 def _row(name: str, metrics: Mapping[str, float], columns: Sequence[str], css: str, sizes: Mapping[str, int]) -> str:

@@ -13,7 +13,7 @@ from siglip.cli.reporting import _closest
 from siglip.evaluation import findings
 from siglip.evaluation.findings import classified, confusion, retrieval_findings
 from siglip.workdir import plots
-from siglip.workdir.report import Run, _chance, final_results, write_report
+from siglip.workdir.report import Run, _chance, chance_rows, final_results, write_report
 
 TEMPERATURE, BIAS, BATCH = 9.0, -4.0, 64
 
@@ -148,7 +148,10 @@ def test_each_data_set_has_its_own_chance(tmp_path):
     lines = [
         {
             "step": 2,
-            **{f"eval/retrieval/{name}/image_retrieval_recall@10": 0.36 for name in ("toy-en", "toy-de", "b-en")},
+            **{
+                f"eval/retrieval/{name}/image_retrieval_recall@10": 0.36
+                for name in ("toy-en", "toy-de", "toy-mean", "b-en")
+            },
         },
         {"step": 2, "eval/zeroshot/ten/acc1": 0.5, "eval/zeroshot/four/acc1": 0.5},
         {"step": 2, "eval/knn/toy/knn_acc1_map": 0.5, "eval/knn/toy/knn_acc1_map_chance": 0.125},
@@ -225,3 +228,16 @@ SCORES = {
     "reliability": {"bins": [[0.01, 0.0, 50], [0.2, 0.25, 20]], "error": 0.02, "prior": 0.02},
     "similarity": {"texts": ["a", "b"], "logits": [[0.0, -1.0], [-2.0, 0.5]]}, "found": [], "mistakes": [],
 }  # fmt: skip
+
+
+def test_languages_of_a_set_share_the_chance_that_is_the_same_for_all():
+    names = ("text_retrieval_recall@10", "image_retrieval_recall@10")
+    results = {f"toy-{language}": dict.fromkeys(names, 0.3) for language in ("en", "de", "mean")}
+    sizes = {f"toy-{language}": {"images": 50, "described": 50, "texts": n} for language, n in (("en", 50), ("de", 60))}
+    assert chance_rows(results, sizes) == {"chance": {"image_retrieval_recall@10": pytest.approx(0.2)}}
+    other = {"b": dict.fromkeys(names, 0.3)}
+    assert list(chance_rows(results | other, sizes | {"b": {"images": 9, "described": 9, "texts": 9}})) == [
+        "chance: toy",
+        "chance: b",
+    ]
+    assert chance_rows({"toy-mean": {}}, {}) == {}
