@@ -26,11 +26,14 @@ def check_lists(table: pa.Table, about: str) -> None:
 
 
 def _holds_lists(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):  # such as a tensor
+        return _holds_lists(kind.storage_type)
     return any(_holds_lists(field.type) for field in kind) if types.is_struct(kind) else types.is_nested(kind)
 
 
 def _bytes_in_python(values: pa.Array) -> np.ndarray:
     """About what each value takes. -> int64 [n]"""
+    values = values.storage if isinstance(values, pa.ExtensionArray) else values
     kind, nbytes = values.type, np.full(len(values), _VALUE_BYTES, np.int64)
     if types.is_struct(kind):
         return nbytes + sum(map(_bytes_in_python, values.flatten()))

@@ -12,6 +12,7 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,7 @@ import pytest
 from data_pipelines.errors import UserError
 from data_pipelines.records import ShardLost
 from data_pipelines.sources import arrow_values, files, parquet, parquet_headers, remote
-from data_pipelines.sources.arrow_values import _bytes_in_python
+from data_pipelines.sources.arrow_values import _bytes_in_python, _holds_lists
 from data_pipelines.sources.opening import open_source
 from data_pipelines.sources.parquet import ParquetSource
 from tests.data_pipelines.http_server import serving
@@ -346,3 +347,9 @@ def test_what_lists_of_all_kinds_take(kind, value, objects, nbytes):
     for part in (array, array[1:]):
         assert _bytes_in_python(part)[-2:].tolist() == [64 * objects + nbytes] * 2
     assert len(_bytes_in_python(array[:0])) == 0
+
+
+def test_a_tensor_is_a_list_too():
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((2, 3, 4), np.float32))
+    assert _bytes_in_python(tensors).tolist() == [64 * 13] * 2
+    assert _holds_lists(tensors.type) and not _holds_lists(pa.string())
