@@ -168,9 +168,8 @@ def test_karpathys_json(tmp_path):
         open_source(path)
     with pytest.raises(ValueError, match="has no split 'dev'"):
         open_source(f"{path}#dev")
-    for image in KARPATHY["images"]:
-        image["filepath"] = "val2014"
-    path.write_text(json.dumps(KARPATHY))
+    images = [image | {"filepath": "val2014"} for image in KARPATHY["images"]]
+    path.write_text(json.dumps(KARPATHY | {"images": images}))
     with pytest.raises(
         FileNotFoundError, match="'val2014/2.png', the first image of .* is not beside it, nor in 'images'"
     ):
