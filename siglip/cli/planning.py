@@ -22,13 +22,17 @@ T is a slice of TPUs (v4:2x2x1, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1) or
 h100:8x128 are 128 hosts of 8). Prints memory per device, FLOPs, traffic, a range of step times, and the cores that decode.
 Nothing is compiled, and no device is needed.
   --compile   compiles the real step for T and reports the compiler's memory: minutes for TPUs (pip install libtpu), half a
-              minute for GPUs (pip install jax-cuda13-plugin==VERSION jax-cuda13-pjrt==VERSION, that of jax)
+              minute for GPUs (pip install jax-cuda13-plugin==VERSION jax-cuda13-pjrt==VERSION, that of jax). A step whose
+              estimate is beyond doubt, 1.5 times the memory of a GPU, is not compiled: it does not fit
   --search    tries mesh.fsdp, remat and loss.micro_batch_size, and plans the fastest that fits
   --json      one JSON object instead of lines
 Exit code 0 whether it fits or not."""
 
 _SWITCHES = ("--compile", "--search", "--json")
 _MAX_SHOWN = 5
+# Estimates are within a fifth of the compiler (docs/scaling.md); this many times the memory needs no compiler, which on GPUs
+# finds out only at its end. TPUs' refuses within seconds, and says by how much.
+_BEYOND_DOUBT = 1.5
 
 
 def plan_command(args: list[str]) -> None:
@@ -53,8 +57,7 @@ def plan_command(args: list[str]) -> None:
     plan = estimate.estimate(config, topology, shapes)
     compiled = None
     if switches["--compile"]:
-        with _quiet_stderr():
-            compiled = ahead_of_time.compile_step(config, topology)
+        compiled = _compile(config, topology, plan)
     if switches["--json"]:
         print(json.dumps(to_json(plan, compiled, candidates), indent=1))
         return
@@ -66,6 +69,16 @@ def plan_command(args: list[str]) -> None:
         print(f"to make it fit     {better[0].flags}" if better else _nothing_fits(config, topology))
     if compiled:
         print("\n".join(_compiled_lines(compiled, plan)))
+
+
+def _compile(config: TrainConfig, topology: Topology, plan: estimate.Estimate) -> ahead_of_time.CompiledStep:
+    times = plan.bytes_per_device["total"] / plan.bytes_per_device["usable"]
+    if times > _BEYOND_DOUBT and not topology.accelerator.sides:
+        return ahead_of_time.CompiledStep(
+            False, None, None, f"not compiled, as the estimate is {times:.1f} times what a device has"
+        )
+    with _quiet_stderr():
+        return ahead_of_time.compile_step(config, topology)
 
 
 def _take_topology(args: list[str]) -> tuple[str, list[str]]:

@@ -31,8 +31,10 @@ _GPU = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 
   cuda_compute_capability {{ major: {major} }} registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 8 }}
 device_description_str: "{name}" """
-# Triton's products are timed on a device, of which there is none; where a ptxas is installed it need not optimize.
+# Triton's products are timed on a device, of which there is none. Nothing runs: LLVM and ptxas need not optimize, and memory is
+# planned before them.
 GPU_OPTIONS = {
+    "xla_backend_optimization_level": 0,
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_autotune_level": 0,
     "xla_gpu_disable_gpuasm_optimizations": True,

@@ -48,6 +48,13 @@ def test_lines_say_what_does_not_fit_and_how_it_would(capfd):
     assert "(as it is)" in plan(capfd, *large, *flags, "--search")
 
 
+def test_what_is_far_too_large_for_a_gpu_is_not_compiled(capfd):
+    large = ["--topology=h100:1", "--batch-size=16384", "--model.image.image-size", "512", "512", "--compile"]
+    compiled = json.loads(plan(capfd, *large, "--json"))["compiled"]
+    assert compiled["fits"] is False and "not compiled" in compiled["refusal"]
+    assert "DOES NOT FIT: not compiled" in plan(capfd, *large)
+
+
 def test_bad_input_is_one_line(capfd):
     assert "known are" in refusal(capfd, QUICKSTART, "--topology", "z100:8")
     assert "--topology is missing" in refusal(capfd, QUICKSTART)
