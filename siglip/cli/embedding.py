@@ -97,7 +97,10 @@ def embed_command(args: list[str]) -> None:
         broken = _compute(job, files, dtype)
         if files is None:
             return
-        count = files.join()
+        count, keys = files.join()
+        if keys < count and job.what == "images":
+            told = "%d images of %s have %d keys: some name several; go by the rows, which are in the order of the data"
+            logger.warning(told, count, options.data, keys)
         if broken:
             logger.warning("images of %s left out because they cannot be decoded: %s", options.data, dict(broken))
         print(f"{count} {job.what} -> {out}")

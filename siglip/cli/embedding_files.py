@@ -125,15 +125,18 @@ class PartFiles:
                 texts = file["text"].tolist() if "text" in file else None
                 yield Part(file["key"].tolist(), texts, file["embedding"], file.get("grid"))
 
-    def join(self) -> int:
-        """Makes the file of its parts, one in memory at a time, and removes them. -> its rows"""
-        shapes = [(len(part.keys), part.z.shape[1:], part.z.dtype) for part in self._parts()]
-        count = sum(rows for rows, _, _ in shapes)
+    def join(self) -> tuple[int, int]:
+        """Makes the file of its parts, one in memory at a time, and removes them. -> (its rows, how many keys they have)"""
+        shapes, hashes = [], []
+        for part in self._parts():
+            shapes.append((len(part.keys), part.z.shape[1:], part.z.dtype))
+            hashes.append(np.fromiter(map(hash, part.keys), np.int64, len(part.keys)))
+        count, keys = sum(rows for rows, _, _ in shapes), len(np.unique(np.concatenate(hashes)))
         if not count:
             shutil.rmtree(self.folder)
             raise UserError("there is no image that can be decoded; check the data")
         if self._keeps_parts:
-            return count
+            return count, keys
         shape, dtype = (count, *next(inner for rows, inner, _ in shapes if rows)), shapes[0][2]
         if self._out.suffix == ".npy":
             lines = (" ".join(key.splitlines()) + "\n" for part in self._parts() for key in part.keys)
@@ -152,7 +155,7 @@ class PartFiles:
         if self._out.suffix == ".npy" and grid is None:
             grids.unlink(missing_ok=True)  # of tokens that had this name before
         shutil.rmtree(self.folder)
-        return count
+        return count, keys
 
     def _grid(self) -> np.ndarray | None:
         """Of parts that are .npz: of these only what is asked for is read."""

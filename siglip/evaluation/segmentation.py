@@ -2,7 +2,8 @@
 
     logits = resize(x W + b) to the mask, bilinear;   IoU_c = hits / (predicted + true - hits);   mIoU = mean over the classes
 
-One confusion matrix over all images; classes that occur neither in the masks nor in the predictions are left out. DINOv2 and
+Pixels are summed over all images; classes that occur neither in the masks nor in the predictions are left out. Images are the
+independent cases of the standard error: that of the jackknife, which leaves out each in turn. DINOv2 and
 DINOv3 train on crops at several scales and slide a window over large images; here tokens are computed once for each image at the
 model's resolution, and masks are resized to it without mixing classes: numbers are lower than theirs. Of a NaFlex model that is
 the resolution of each image: a mask is cut into patches as its image is, and logits are resized within its grid of tokens.
@@ -116,23 +117,21 @@ class Segmentation:
         predict = lambda params, batch: jnp.argmax(head(params, batch), axis=-1).astype(jnp.uint8)  # noqa: E731
 
         def count() -> np.ndarray:
-            confusion, valid = np.zeros((classes, classes), np.int64), valid_of(arrays)
+            counts, valid = np.zeros((len(arrays["mask"]), 3, classes), np.int32), valid_of(arrays)
             for rows, predicted in apply_head(predict, params, {k: a for k, a in arrays.items() if k != "mask"}):
-                own = (_without_padding(values, valid, rows) for values in (predicted, arrays["mask"][rows]))
-                confusion += confusion_of(*own, classes=classes, ignore=self.ignore)
-            return confusion
+                for n, image in zip(range(rows.start, rows.stop), predicted, strict=True):
+                    own = (_without_padding(values, valid, n) for values in (image, arrays["mask"][n]))
+                    counts[n] = counts_of(*own, classes=classes, ignore=self.ignore)
+            return counts
 
-        confusion = in_all_or_none(count, bad_input=(UserError,))
-        # Counts above 2^24 would not survive float32, nor those above 2^31 int32: two halves go to the others.
-        halves = np.stack([confusion >> 24, confusion & (2**24 - 1)]).astype(np.int32)
-        high, low = gather_rows(halves[None]).astype(np.int64).sum(axis=0)
-        return [Result(self, self.dataset, "", segmentation_metrics((high << 24) + low))]
+        counts = gather_rows(in_all_or_none(count, bad_input=(UserError,)))
+        return [Result(self, self.dataset, "", segmentation_metrics(counts))]
 
     def _classes(self, arrays: Mapping[str, np.ndarray]) -> int:
         """One more than the largest class of the training masks."""
         present, valid = np.zeros(_MAX_CLASSES + 1, bool), valid_of(arrays)
         for n, mask in enumerate(arrays["mask"]):
-            present[np.unique(_without_padding(mask[None], valid, slice(n, n + 1)))] = True
+            present[np.unique(_without_padding(mask, valid, n))] = True
         present = np.any(gather_records([present.tolist()]), axis=0)
         present[[value for value in self.ignore if 0 <= value <= _MAX_CLASSES]] = False
         if present.sum() < 2:
@@ -143,10 +142,10 @@ class Segmentation:
 
 
 def _without_padding(
-    pixels: UInt8[np.ndarray, "b h w"], valid: Bool[np.ndarray, "n patches"] | None, rows: slice
-) -> UInt8[np.ndarray, "_ _ _"]:
-    """The pixels of some rows; where they are patches, those of all that are not padding, side by side."""
-    return pixels if valid is None else pixels[valid[rows]][None]
+    pixels: UInt8[np.ndarray, "h w"], valid: Bool[np.ndarray, "n patches"] | None, image: int
+) -> UInt8[np.ndarray, "_ _"]:
+    """The pixels of an image; where they are patches, those of all that are not padding."""
+    return pixels if valid is None else pixels[valid[image]]
 
 
 def pixel_logits(
@@ -198,34 +197,48 @@ def _neighbour_weights(pixels: int) -> Float[np.ndarray, "pixels 3"]:
     return np.stack([np.maximum(-at, 0), 1 - abs(at), np.maximum(at, 0)], axis=1).astype(np.float32)
 
 
-def confusion_of(
-    predicted: Int[np.ndarray, "n h w"] | UInt8[np.ndarray, "n h w"],
-    mask: UInt8[np.ndarray, "n h w"],
-    *,
-    classes: int,
-    ignore: tuple[int, ...] = (255,),
-) -> Int[np.ndarray, "k k"]:
-    """Pixels by (class in the mask, predicted class).
+def counts_of(
+    predicted: UInt8[np.ndarray, "h w"], mask: UInt8[np.ndarray, "h w"], *, classes: int, ignore: tuple[int, ...] = (255,)
+) -> Int[np.ndarray, "3 k"]:
+    """How many pixels of an image are hits, in the mask, and predicted, by class; those to ignore count nowhere.
 
     Raises:
-        UserError: a mask holds a class that no training mask has.
+        UserError: the mask holds a class that no training mask has.
     """
     known = ~np.isin(mask, ignore)
-    if known.any() and mask[known].max() >= classes:
-        raise UserError(f"a mask holds class {mask[known].max()}, but those of training end at {classes - 1}")
-    pairs = mask[known].astype(np.int64) * classes + predicted[known]
-    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+    true, guessed = mask[known], predicted[known]
+    if len(true) and true.max() >= classes:
+        raise UserError(f"a mask holds class {true.max()}, but those of training end at {classes - 1}")
+    return np.stack([np.bincount(found, minlength=classes) for found in (true[true == guessed], true, guessed)])
 
 
-def segmentation_metrics(confusion: Int[np.ndarray, "k k"]) -> dict[str, float]:
-    """{"mean_iou", "pixel_acc"} of pixels by (true class, predicted class), from tokens.
+def segmentation_metrics(counts: Int[np.ndarray, "n 3 k"]) -> dict[str, float]:
+    """Mean IoU and pixel accuracy of `counts_of` each image, with standard errors over images and what a class drawn at random
+    for each pixel gets.
 
     Raises:
         UserError: no pixel has a class.
     """
-    if not confusion.sum():
+    n, _, classes = counts.shape
+    total = counts.sum(axis=0, dtype=np.int64)
+    if not (pixels := total[1].sum()):
         raise UserError("no pixel of the masks has a class")
-    hits = np.diag(confusion)
-    union = confusion.sum(axis=0) + confusion.sum(axis=1) - hits
-    iou = hits[union > 0] / union[union > 0]
-    return {"mean_iou_tokens": float(np.mean(iou)), "pixel_acc_tokens": float(hits.sum() / confusion.sum())}
+    at_random = np.stack([total[1] / classes, total[1], np.full(classes, pixels / classes)])
+    found = {}
+    for name, measure in {"mean_iou_tokens": _mean_iou, "pixel_acc_tokens": _pixel_accuracy}.items():
+        without = measure(total - counts)  # each image in turn: the jackknife
+        found[name] = float(measure(total))
+        found[f"{name}_se"] = float(np.sqrt(n - 1) * np.std(without)) if n > 1 else float("nan")
+        found[f"{name}_chance"] = float(measure(at_random))
+    return found
+
+
+def _mean_iou(counts: np.ndarray) -> np.ndarray | float:
+    hits, true, predicted = np.moveaxis(counts, -2, 0)
+    union = true + predicted - hits
+    return (hits / np.maximum(union, 1)).sum(axis=-1) / np.maximum((union > 0).sum(axis=-1), 1)
+
+
+def _pixel_accuracy(counts: np.ndarray) -> np.ndarray | float:
+    hits, true, _ = np.moveaxis(counts, -2, 0)
+    return hits.sum(axis=-1) / np.maximum(true.sum(axis=-1), 1)

@@ -72,6 +72,10 @@ class CheckpointConfig:
             raise UserError(
                 f"checkpoint.best_metric={self.best_metric} is better when lower; name a recall or an accuracy"
             )
+        if self.best_metric is not None and re.search(r"_(se|chance)(@|$)", self.best_metric):
+            raise UserError(
+                f"checkpoint.best_metric={self.best_metric} is no measure of the model; name the metric it belongs to"
+            )
 
 
 class Checkpointer:

@@ -119,6 +119,14 @@ def test_a_folder_of_images_and_a_text_file(folder, expected, tmp_path, caplog):
     assert pq.read_table(tmp_path / "t.parquet").column_names == ["key", "embedding", "text"]
 
 
+def test_a_key_of_several_images_is_told(folder, expected, tmp_path, caplog):
+    (tmp_path / "toy.tar").write_bytes((folder / "toy.tar").read_bytes())
+    (tmp_path / "toy2.tar").write_bytes((folder / "toy.tar").read_bytes())
+    assert embed(folder, str(tmp_path / "*.tar"), tmp_path / "z.npz") == 0
+    assert "40 images of" in caplog.text and "have 20 keys" in caplog.text
+    np.testing.assert_allclose(np.load(tmp_path / "z.npz")["embedding"], np.tile(expected["images"], (2, 1)), atol=ATOL)
+
+
 def test_captions_of_shards(folder, expected, tmp_path):
     for data, field in (("toy.tar", "captions.en"), ("toy.parquet", "txt")):
         assert embed(folder, data, tmp_path / "t.npz", "--captions", field) == 0

@@ -23,7 +23,7 @@ from siglip.evaluation.metrics import (
     roc_auc,
 )
 from siglip.evaluation.retrieval import retrieval
-from siglip.evaluation.segmentation import confusion_of, segmentation_metrics
+from siglip.evaluation.segmentation import counts_of, segmentation_metrics
 from siglip.evaluation.selection import selection
 from siglip.evaluation.zeroshot import class_embeddings, classification
 from siglip.parallel import sharding
@@ -273,7 +273,8 @@ def test_segmentation_of_shapes():
     model = LogisticRegression(max_iter=1000).fit(pixels[:6][known[:6]] / 255, masks[:6][known[:6]])
     predicted = model.predict(pixels[6:].reshape(-1, 3) / 255).reshape(masks[6:].shape)
     predicted = np.where(rng.random(predicted.shape) < 0.1, rng.integers(0, 4, predicted.shape), predicted)
-    found = segmentation_metrics(confusion_of(predicted, masks[6:], classes=4))
+    pairs = zip(predicted, masks[6:], strict=True)
+    found = segmentation_metrics(np.stack([counts_of(*pair, classes=4) for pair in pairs]))
     truth, guess = masks[6:][known[6:]], predicted[known[6:]]
     assert found["mean_iou_tokens"] == pytest.approx(jaccard_score(truth, guess, average="macro"), **CLOSE)
     assert found["pixel_acc_tokens"] == pytest.approx(accuracy_score(truth, guess), **CLOSE)

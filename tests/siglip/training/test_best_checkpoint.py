@@ -59,6 +59,12 @@ def test_the_best_metric_is_one_that_is_better_when_higher(metric):
     CheckpointConfig(best_metric="eval/robustness/mce/acc1_corrupted")
 
 
+@pytest.mark.parametrize("metric", ["acc1_se", "knn_acc1_map_chance", "average_precision_se@0.1"])
+def test_an_error_or_a_chance_level_is_no_best_metric(metric):
+    with pytest.raises(ValueError, match=f"{metric} is no measure of the model"):
+        CheckpointConfig(best_metric=f"eval/task/data/{metric}")
+
+
 def test_a_run_that_ends_early_evaluates_what_waits_for_the_end(tmp_path):
     """The first task is the metric's; of the others one was put off at step 2, and one runs at the end only."""
     names = ("toy", "late", "last")
