@@ -14,13 +14,17 @@ The trap: GELU and the sum with a bias are custom VJPs, so forward-mode derivati
 import functools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from siglip.array_types import Array, Float
 
+# What `remat` may keep: results of matrix products after their bias, and GELU's output.
+PRODUCT, GELU = "product", "gelu"
 _SLOPE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
@@ -28,7 +32,8 @@ class Dense(nn.Module):
     """`x @ kernel + bias` in `dtype`, over the last axis of x.
 
     The parameters have the shapes `inputs` + `features` and `features`, as `nn.DenseGeneral`'s do, and are drawn like those;
-    what is multiplied is flat, unless `keep_axes`.
+    what is multiplied is flat, unless `keep_axes`. With `of_gelu` it is `gelu(x) @ kernel + bias`,
+    whose backward pass computes GELU again unless `remat` keeps what is named GELU: then it is to be "kept".
     """
 
     inputs: tuple[int, ...]
@@ -38,6 +43,7 @@ class Dense(nn.Module):
     bias_init: Callable[..., Array] = nn.initializers.zeros
     use_bias: bool = True
     keep_axes: bool = False
+    of_gelu: Literal["", "again", "kept"] = ""
 
     def setup(self) -> None:
         flat = math.prod(self.inputs), math.prod(self.features)
@@ -50,7 +56,8 @@ class Dense(nn.Module):
         if not self.keep_axes:
             inputs, features = (math.prod(inputs),), (math.prod(features),)
         x, kernel = x.reshape(*x.shape[:-1], *inputs), self.kernel.reshape(*inputs, *features)
-        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), len(inputs))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        y = _gelu_product(x, kernel, self.of_gelu == "kept") if self.of_gelu else jnp.tensordot(x, kernel, len(inputs))
         y = y if self.bias is None else _add_bias(y, self.bias.reshape(features), len(features))
         return y.reshape(*y.shape[: -len(features)], -1)
 
@@ -85,6 +92,21 @@ _add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
 
 
 @jax.custom_vjp
+def for_three(x: Float[Array, "*shape"]) -> tuple[Array, Array, Array]:
+    """x for three products. Its gradient is summed in an order in which each product adds itself to the sum so far (cuBLAS, beta
+    = 1), where that of autodiff leaves one sum to a kernel of its own: XLA takes the first operand that is a product."""
+    return x, x, x
+
+
+def _for_three_bwd(_: None, grads: tuple[Array, Array, Array]) -> tuple[Array]:
+    first, second, third = grads
+    return (first + (second + third),)
+
+
+for_three.defvjp(lambda x: (for_three(x), None), _for_three_bwd)
+
+
+@jax.custom_vjp
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The tanh approximation, which the published weights expect."""
 
@@ -110,6 +132,29 @@ def _gelu_bwd(x: Array, grad: Array) -> tuple[Array]:
 
 
 gelu.defvjp(_gelu_fwd, _gelu_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gelu_product(x: Float[Array, "*rows i"], kernel: Float[Array, "i o"], keeps_gelu: bool) -> Float[Array, "*rows o"]:
+    return jnp.tensordot(gelu(x), kernel, 1)
+
+
+def _gelu_product_fwd(x: Array, kernel: Array, keeps_gelu: bool) -> tuple[Array, tuple[Array, Array, Array]]:
+    # What remat keeps jax rounds explicitly, and that would stand between the product before and GELU, which a GPU computes
+    # within it. So the backward pass has a GELU of its own, of what is kept; without remat they are one.
+    kept, active = checkpoint_name(x, PRODUCT), gelu(x)
+    again = checkpoint_name(active, GELU) if keeps_gelu else gelu(kept)
+    return jnp.tensordot(active, kernel, 1), (kept, again, kernel)
+
+
+def _gelu_product_bwd(keeps_gelu: bool, residuals: tuple[Array, Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, active, kernel = residuals
+    _, backward = jax.vjp(lambda active, kernel: jnp.tensordot(active, kernel, 1), active, kernel)
+    grad_active, grad_kernel = backward(grad)
+    return (*_gelu_bwd(x, grad_active), grad_kernel)
+
+
+_gelu_product.defvjp(_gelu_product_fwd, _gelu_product_bwd)
 
 
 def _cdf(x: Array) -> tuple[Array, Array]:

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from siglip.array_types import Array, Float, Int
 from siglip.models.attention import SAVED, AttentionFn, attention_fn, is_fused_forward, mask_keys
-from siglip.models.dense import Dense, gelu
+from siglip.models.dense import GELU, PRODUCT, Dense, for_three
 from siglip.models.variants import BlockConfig, Variant
 from siglip.parallel.sharding import ParamLayout
 
@@ -31,8 +31,6 @@ Remat = Literal["none", "dots+gelu", "dots", "full"]
 
 _LAYER_NORM_EPS = 1e-6
 _PLAIN = BlockConfig()
-# What `remat` may keep: results of matrix products after their bias, and GELU's output.
-_PRODUCT, _GELU = "product", "gelu"
 
 
 class MultiHeadAttention(nn.Module):
@@ -49,18 +47,20 @@ class MultiHeadAttention(nn.Module):
         (b, n, width), heads = x.shape, self.num_heads
         axes = {"keep_axes": self.keep_axes}
 
-        def project(name: str) -> Array:
+        def project(name: str, x: Array) -> Array:
             bias = {"use_bias": self.config.bias}
             y = Dense((width,), (heads, width // heads), self.dtype, **bias, **axes, name=name)(x)
-            return checkpoint_name(y, _PRODUCT).reshape(b, n, heads, -1)
+            return checkpoint_name(y, PRODUCT).reshape(b, n, heads, -1)
 
         def normalise(name: str, x: Array) -> Array:
             return _layer_norm(name, self.config)(x).astype(self.dtype) if self.config.qk_norm else x
 
-        query, key = normalise("query_ln", project("query")), normalise("key_ln", project("key"))
-        y = self.attention(query, key, project("value"), lengths=lengths)
+        x, x_key, x_value = for_three(x)
+        query = normalise("query_ln", project("query", x))
+        key, value = normalise("key_ln", project("key", x_key)), project("value", x_value)
+        y = self.attention(query, key, value, lengths=lengths)
         y = Dense((heads, width // heads), (width,), self.dtype, **axes, name="out")(y.reshape(b, n, width))
-        return checkpoint_name(y, _PRODUCT)
+        return checkpoint_name(y, PRODUCT)
 
 
 class PoolingAttention(nn.Module):
@@ -97,13 +97,14 @@ class MlpBlock(nn.Module):
 
     mlp_dim: int
     dtype: jnp.dtype
+    keeps_gelu: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         width, bias_init = x.shape[-1], nn.initializers.normal(1e-6)
         hidden = Dense((width,), (self.mlp_dim,), self.dtype, bias_init=bias_init, name="Dense_0")(x)
-        active = checkpoint_name(gelu(checkpoint_name(hidden, _PRODUCT)), _GELU)
-        return Dense((self.mlp_dim,), (width,), self.dtype, bias_init=bias_init, name="Dense_1")(active)
+        options = {"bias_init": bias_init, "of_gelu": "kept" if self.keeps_gelu else "again"}
+        return Dense((self.mlp_dim,), (width,), self.dtype, **options, name="Dense_1")(hidden)
 
 
 class Block(nn.Module):
@@ -118,6 +119,7 @@ class Block(nn.Module):
     attention: AttentionFn = attention_fn
     config: BlockConfig = BlockConfig()
     keep_axes: bool = False
+    keeps_gelu: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], lengths: Int[Array, " b"] | None = None) -> Float[Array, "b n d"]:
@@ -126,7 +128,7 @@ class Block(nn.Module):
         y = MultiHeadAttention(heads, self.dtype, self.attention, config, self.keep_axes, name=name)(normal, lengths)
         x = x + dropout(y.astype(x.dtype), self.dropout)
         y = normal if config.parallel else _layer_norm("LayerNorm_1", config)(x).astype(self.dtype)
-        y = MlpBlock(self.variant.mlp_dim, self.dtype, name="MlpBlock_0")(y)
+        y = MlpBlock(self.variant.mlp_dim, self.dtype, self.keeps_gelu, name="MlpBlock_0")(y)
         return x + dropout(y.astype(x.dtype), self.dropout)
 
 
@@ -149,7 +151,7 @@ class Encoder(nn.Module):
     matrix products and of the attention, "dots+gelu" also those of GELU (more memory, less recomputation), "none" everything.
     With a `layout` that shards the blocks' weights, each block gathers its own where it runs, and again in the backward pass,
     whatever `remat` says: kept from the forward pass, they would be the whole model. "none" then also runs sums with a
-    bias, GELU and a fused attention again: its policy cannot tell them from a gather.
+    bias and a fused attention again: its policy cannot tell them from a gather.
     """
 
     variant: Variant
@@ -185,7 +187,9 @@ class Encoder(nn.Module):
             if sharded:
                 gather = functools.partial(layout.gather_block, prefix=f"{path}/{name}/", dtype=self.dtype)
                 make = nn.map_variables(Block, "params", trans_in_fn=_on_params(gather))
-            options = {"keep_axes": layout is not None and layout.platform == "tpu"}  # see dense.py
+            # See dense.py.
+            options = {"keep_axes": layout is not None and layout.platform == "tpu"}
+            options |= {"keeps_gelu": self.remat in ("none", "dots+gelu")}
             return make(self.variant, self.dtype, self.dropout, self.attention, self.config, **options, name=name)
 
         if self.remat != "none" or sharded:
@@ -209,7 +213,7 @@ def _on_params(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    # The gather is a custom VJP around constraints, by whichever name jax has it at this point. Sums with a bias, GELU and a
+    # The gather is a custom VJP around constraints, by whichever name jax has it at this point. Sums with a bias and a
     # fused attention kernel are custom VJPs, too, and a policy sees no more of them than that: they run again in the backward
     # pass, from the products before them, which are kept. jax's policies by `checkpoint_name` cannot say this: they keep the
     # unnamed value just before the name, which is the gathered one. A `jax.checkpoint` around the gather is overruled by this
@@ -225,8 +229,8 @@ def _keep(*names: str) -> Callable[..., bool]:
 
 _POLICIES = {
     "none": _all_but_gathered,  # taken under FSDP only
-    "dots+gelu": _keep(_PRODUCT, _GELU),
-    "dots": _keep(_PRODUCT),
+    "dots+gelu": _keep(PRODUCT, GELU),
+    "dots": _keep(PRODUCT),
     "full": None,
 }
 

@@ -1,5 +1,6 @@
 """Jobs of several real processes on this machine: `siglip train` on the shipped sample, each process with a few CPU devices."""
 
+import contextlib
 import json
 import os
 import signal
@@ -247,5 +248,8 @@ def free_port() -> int:
 
 def children_of(pid: int) -> list[int]:
     """Of a process, and theirs."""
-    own = [int(pid) for file in Path(f"/proc/{pid}/task").glob("*/children") for pid in file.read_text().split()]
+    own = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            own += map(int, file.read_text().split())
     return own + [pid for child in own for pid in children_of(child)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from siglip.models.dense import Dense, _widen_bits, gelu
+from siglip.models.dense import Dense, _widen_bits, for_three, gelu
 from tests.siglip.rounding import UNIT, rounding
 
 BFLOAT16_UNIT = 2.0**-8
@@ -47,6 +47,25 @@ def test_gelu_keeps_its_input_alone_for_the_backward_pass():
     x = jnp.linspace(-3, 3, 64)
     kept = [leaf.shape for leaf in jax.tree.leaves(jax.vjp(gelu, x)[1]) if getattr(leaf, "size", 0) > 1]
     assert kept == [x.shape]
+
+
+@pytest.mark.parametrize("how", ["again", "kept"])
+def test_a_product_of_gelu_is_gelu_and_then_the_product(how):
+    x, weight = (jax.random.normal(jax.random.key(n), (2, 9, width)) for n, width in ((0, 24), (1, 7)))
+    plain, fused = (Dense((24,), (7,), jnp.dtype("float32"), of_gelu=of_gelu) for of_gelu in ("", how))
+    params = plain.init(jax.random.key(2), x)
+    two, one = (
+        jax.jit(lambda params, x, apply=apply: jax.vjp(apply, params, x)[1](weight))(params, x)
+        for apply in (lambda params, x: plain.apply(params, gelu(x)), fused.apply)
+    )
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    np.testing.assert_array_equal(fused.apply(params, x), plain.apply(params, gelu(x)))
+
+
+def test_the_gradient_of_what_goes_three_ways_is_the_sum():
+    x, weights = jnp.arange(4.0), jnp.asarray([[1.0], [2.5], [-7.0]])
+    grad = jax.grad(lambda x: sum((one * weight).sum() for one, weight in zip(for_three(x), weights, strict=True)))(x)
+    np.testing.assert_array_equal(grad, np.full(4, -3.5))
 
 
 @pytest.mark.parametrize("keep_axes", [False, True])

@@ -57,7 +57,6 @@ def test_a_layer_moves_what_a_float32_stream_needs():
     assert compiled_step()["image_layer_gb"] <= 9.2
 
 
-@pytest.mark.xfail(strict=True, reason="5.79 GB: one pass over the gradient of the stream more than there should be")
 def test_a_layer_moves_what_a_bfloat16_stream_needs():
     assert compiled_step("--residual-dtype", "bfloat16")["image_layer_gb"] <= 5.7
 
