@@ -93,14 +93,16 @@ _add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
 
 @jax.custom_vjp
 def for_three(x: Float[Array, "*shape"]) -> tuple[Array, Array, Array]:
-    """x for three products. Its gradient is summed in an order in which each product adds itself to the sum so far (cuBLAS, beta
-    = 1), where that of autodiff leaves one sum to a kernel of its own: XLA takes the first operand that is a product."""
+    """x for three products. On a GPU its gradient is summed so that each product adds itself to the sum so far (cuBLAS, beta =
+    1), where autodiff's order leaves one sum to a kernel of its own: XLA takes a sum's first operand for the product."""
     return x, x, x
 
 
 def _for_three_bwd(_: None, grads: tuple[Array, Array, Array]) -> tuple[Array]:
-    first, second, third = grads
-    return (first + (second + third),)
+    def product_first(a: Array, b: Array, c: Array) -> Array:
+        return a + (b + c)
+
+    return (jax.lax.platform_dependent(*grads, cuda=product_first, default=lambda a, b, c: (c + b) + a),)
 
 
 for_three.defvjp(lambda x: (for_three(x), None), _for_three_bwd)
