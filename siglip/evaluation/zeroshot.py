@@ -19,7 +19,7 @@ from siglip.array_types import Float, Int
 from siglip.errors import UserError
 from siglip.evaluation.class_files import Classes, make_prompts, read_classes, read_templates, shown
 from siglip.evaluation.embed import EmbeddedImages, Embedder, FirstValues
-from siglip.evaluation.labels import are_multi_label, multi_hot, read_label_map, read_subset
+from siglip.evaluation.labels import are_multi_label, multi_hot, number_of, read_label_map, read_subset
 from siglip.evaluation.metrics import accuracies, mean_average_precision
 from siglip.evaluation.ranking import Ranks, rank_right_candidates
 from siglip.evaluation.results import Result, check_name, dataset_name
@@ -28,7 +28,7 @@ from siglip.trees import did_you_mean
 logger = logging.getLogger(__name__)
 
 _SHOWN_NAMES = 5
-_SHOWN_CHARS, _MAX_DIGITS = 80, 18
+_SHOWN_CHARS = 80
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,16 +203,13 @@ class ZeroShot:
         return {n for n, own in enumerate(values) if own and str(own[0]) not in names}, mapped
 
     def _number(self, values: Sequence[Any], pair: str, index: Mapping[str, int]) -> int | None:
-        """The class of a pair; None if it has no label, or a number that no list of classes reaches."""
+        """The class of a pair; None if it has no label. Raises UserError: that is neither a number nor a name."""
         label = values[0] if len(values) == 1 else values
         if not values or (isinstance(label, float) and not math.isfinite(label)):
             return None
-        if isinstance(label, str) and label in index:
-            return index[label]
-        if isinstance(label, str) and label.isdecimal():
-            return int(label) if len(label) <= _MAX_DIGITS else None
-        if isinstance(label, int) or (isinstance(label, float) and label.is_integer()):  # a number column with gaps
-            return int(label) if abs(label) < 10**_MAX_DIGITS else None
+        number = None if len(values) > 1 else number_of(label, index)
+        if number is not None:
+            return number
         label = str(label)[:_SHOWN_CHARS]
         names = ", ".join(list(index)[:_SHOWN_NAMES]) + (", …" if len(index) > _SHOWN_NAMES else "")
         raise UserError(

@@ -115,6 +115,9 @@ def test_prompts_of_each_class():
     assert make_prompts(["cat", "dog"], own) == [["it purrs"], ["a dog barks", "mans best friend"]]
     with pytest.raises(ValueError, match="no prompts for class 'cats'; did you mean 'cat'"):
         make_prompts(["cats"], own)
+    for empty in ([], ["", " "]):
+        with pytest.raises(ValueError, match="no prompts for class 'cat'$"):
+            make_prompts(["cat"], {"cat": empty, "dog": ["a dog"]})
     classes = class_embeddings(lambda prompts: np.eye(3), make_prompts(["cat", "dog"], own))
     np.testing.assert_allclose(classes, [[1, 0, 0], [0, np.sqrt(0.5), np.sqrt(0.5)]], atol=1e-6)
 
@@ -179,7 +182,14 @@ def test_files_of_templates(tmp_path, content, expected):
         ('["n01443537", "n01440764"]', "is a table or code"),
         ("0,tench\n1,goldfish", "is a table or code"),
         ("0: 'tench',\n1: 'goldfish'", "is a table or code"),
+        ("0 tench\n1 goldfish", "is a table or code"),
+        ("1. tench\n2. goldfish", "is a table or code"),
+        ("/a/airfield 0\n/b/beach 1", "is a table or code"),
+        ("name,id\ntench,1\ngoldfish,0", "is a table or code"),
+        ("id\tname\n7\ttench\n9\tgoldfish", "is a table or code"),
         ("0\n1\n2", ["0", "1", "2"]),
+        ("1 cube\n2 cubes\n3 cubes\n4 cubes", ["1 cube", "2 cubes", "3 cubes", "4 cubes"]),
+        ("Audi A5 2012\nBMW M3 2012", ["Audi A5 2012", "BMW M3 2012"]),
         ("2012 Audi A5\n2012 BMW M3", ["2012 Audi A5", "2012 BMW M3"]),
     ],
 )

@@ -249,6 +249,12 @@ def test_labels_as_zeros_and_ones_and_as_lists():
         with pytest.raises(ValueError, match=f"image a has the label '{number}', which is neither a number"):
             multi_hot([[0.0, number]], index, 3, pairs=["image a"])
     assert multi_hot([[1, 0, 1], []], index, 3, pairs="ab").tolist() == [expected[0], expected[2]]
+    # A text that is a class's name is that class, also where it is a number.
+    numbers = {"1": 0, "2": 1, "3": 2}
+    assert multi_hot([["1", "3"], ["2"], []], numbers, 3, pairs="abc").tolist() == expected
+    for label in ("9" * 5000, 10**400, "-1"):
+        with pytest.raises(ValueError, match="image a has the label"):
+            multi_hot([["cat", label]], index, 3, pairs=["image a"])
 
 
 def test_a_head_leaves_the_statistics_of_its_input_as_they_are():
@@ -269,8 +275,11 @@ def test_subsets_and_maps_of_classes(tmp_path):
     for content in ("shark\ntench\n", '["2", "tench"]', "2\n0\n2"):
         path.write_text(content)
         assert read_subset(str(path), index, 3) == [0, 2]
-    for content, message in (("\n", "names no class"), ("shrk", "did you mean 'shark'"), ("3", "'3' is none of the 3")):
-        path.write_text(content)
+    for content, message in (
+        (b"\n", "names no class"), (b"shrk", "did you mean 'shark'"), (b"3", "'3' is none of the 3"),
+        (b"\xff\xfes\0", "is not UTF-8 text"), (b'[["tench"]]', "must be a list"), (b'{"tench": 1}', "must be a list"),
+    ):  # fmt: skip
+        path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             read_subset(str(path), index, 3)
     # ObjectNet's root: 3 folders, two of them ImageNet's.
@@ -342,7 +351,6 @@ def test_the_error_of_a_segmentation_is_its_spread_over_sets_of_images():
         spread, errors = np.std([one[name] for one in sets]), [one[f"{name}_se"] for one in sets]
         # A spread of 200 is known to 1 / sqrt(400) = 5 %, the mean of their errors much better: four times that.
         assert np.mean(errors) == pytest.approx(spread, rel=0.2)
-
 
 
 def test_gaps_between_groups_by_hand():
