@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 
 from siglip.evaluation.class_files import canonicalize, make_prompts, read_classes, read_names, read_templates
 from siglip.evaluation.ranking import rank_right_candidates
+from siglip.evaluation.results import Result
 from siglip.evaluation.retrieval import Retrieval, mean_of, retrieval
 from siglip.evaluation.zeroshot import ZeroShot, class_embeddings, classification
 
@@ -78,6 +81,7 @@ def test_classification_by_hand():
         "acc1": 0.5,
         "acc5": 0.75,
         "mean_per_class_recall": pytest.approx((1 / 3 + 1) / 2),
+        "mean_per_class_recall_se": pytest.approx(np.sqrt(2 / 9 / 3) / 2),
         "tied_fraction": 0.0,
     }
 
@@ -259,6 +263,11 @@ def test_equal_candidates_score_alike_wherever_they_stand():
         ranks, tied = rank_right_candidates(queries, np.repeat(candidate, count, 0), np.arange(count), np.arange(count))
         np.testing.assert_array_equal(ranks, 1 + np.arange(count))
         assert tied.all()
+
+
+def test_a_result_is_json_also_where_a_number_is_not_known():
+    record = Result(Retrieval("a.tar"), "a", "", {"acc1": 0.5, "acc1_se": float("nan")}).to_clip_benchmark("m")
+    assert json.loads(json.dumps(record, allow_nan=False))["metrics"] == {"acc1": 0.5, "acc1_se": None}
 
 
 @pytest.mark.parametrize(
