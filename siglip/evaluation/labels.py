@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,19 +165,24 @@ def keep_labelled(
     if not np.isfinite(features).all():
         raise UserError("some features are not finite; the model has diverged or its file is damaged")
     own = [v[0] for v in values if v]
-    if names is None:
-        try:
-            names = sorted(set(own))
-        except TypeError:
-            raise UserError(f"labels {label!r} of {data} are texts and numbers mixed; use one of them") from None
-        if len(names) < 2:
-            raise UserError(f"all images of {data} have the label {names[0]!r}; a probe needs two classes or more")
+    names = names_of(own, data=data, label=label) if names is None else names
     number = {name: k for k, name in enumerate(names)}
     strange = next((name for name in own if name not in number), None)
     if strange is not None:
         hint = did_you_mean(str(strange), map(str, number))
         raise UserError(f"{data} has the label {strange!r}, which no training image has{hint}")
     return Labelled(features[there], np.asarray([number[name] for name in own]), list(names))
+
+
+def names_of(labels: Iterable[Any], *, data: str, label: str) -> list[Any]:
+    """The distinct labels of a training set, in order. Raises UserError: they cannot be ordered, or are all the same."""
+    try:
+        names = sorted(set(labels))
+    except TypeError:
+        raise UserError(f"labels {label!r} of {data} are texts and numbers mixed; use one of them") from None
+    if len(names) == 1:
+        raise UserError(f"all images of {data} have the label {names[0]!r}; a probe needs two classes or more")
+    return names
 
 
 def check_labels(first_values: FirstValues, label: str, *data: str) -> None:

@@ -124,6 +124,18 @@ def test_a_linear_and_an_attentive_probe(embedder, train, test):
     assert set(attentive) == parts and attentive["ap_acc1_tokens"] > 0.4
 
 
+def test_a_probe_needs_labels_of_one_kind_and_of_two_classes(embedder, train, tmp_path):
+    names, path = [f"{n}.png" for n in range(8)], tmp_path / "shapes.jsonl"
+    for name, image in zip(names, pq.read_table(train)["image"].to_pylist(), strict=False):
+        (tmp_path / name).write_bytes(image["bytes"] if isinstance(image, dict) else image)
+    for labels, message in ((["cat"] * 8, "all images of .* have the label 'cat'"), ([1, "a"] * 4, "numbers mixed")):
+        rows = [json.dumps({"image": name, "cls": label}) for name, label in zip(names, labels, strict=True)]
+        path.write_text("\n".join(rows))
+        for task in (Knn(str(path), str(path)), AttentiveProbe(str(path), str(path), heads=4)):
+            with pytest.raises(UserError, match=message):
+                task.run(embedder)
+
+
 def test_pixels_of_coloured_shapes_are_told_apart(embedder, train, test):
     found = metrics_of(Segmentation(test, train, steps=120, learning_rate=0.03), embedder)
     # All background is 1/4 of the classes at the share of the background, about .75.
