@@ -134,6 +134,8 @@ def test_a_probe_needs_labels_of_one_kind_and_of_two_classes(embedder, train, tm
         for task in (Knn(str(path), str(path)), AttentiveProbe(str(path), str(path), heads=4)):
             with pytest.raises(UserError, match=message):
                 task.run(embedder)
+    with pytest.raises(UserError, match="heads=12 does not divide the width 32"):  # before an image is read
+        AttentiveProbe(str(path), str(tmp_path / "gone.tar")).run(embedder)
 
 
 def test_pixels_of_coloured_shapes_are_told_apart(embedder, train, test):
