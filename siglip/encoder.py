@@ -94,7 +94,7 @@ class Encoder:
         """
         return to_pixels(images, self.config.image, max_patches=max_patches)
 
-    def embed_texts(self, texts: ArrayLike | Sequence[str]) -> Float[Array, "b e"]:
+    def embed_texts(self, texts: ArrayLike | Sequence[Any]) -> Float[Array, "b e"]:
         """A list of strings, or int32 [b, l] token ids -> float32 [b, e], L2-normalised.
 
         Raises:
@@ -106,8 +106,11 @@ class Encoder:
             raise UserError("this model has only the image tower; load a source with both towers to embed texts")
         if isinstance(texts, str):
             raise UserError(f"embed_texts takes a list of texts, not one: pass [{texts[:20]!r}]")
-        is_strings = isinstance(texts, list | tuple) and len(texts) > 0 and all(isinstance(one, str) for one in texts)
-        tokens = self.tokenize(texts) if is_strings else texts
+        is_list = isinstance(texts, list | tuple)
+        if is_list and (bad := [type(one).__name__ for one in texts if not isinstance(one, str)] or not texts):
+            told = "is empty" if bad is True else f"has an entry that is {bad[0]}"
+            raise UserError(f"the list of texts {told}; pass strings, or token ids as one int32 array [b, l]")
+        tokens = self.tokenize(texts) if is_list else texts
         check_tokens(tokens, text)
         return _apply(self.config, "ztxt", self.params, {"text": jnp.asarray(tokens, jnp.int32)})
 

@@ -75,10 +75,10 @@ def _cut(images: Sequence[Any], config: ImageConfig, length: int) -> Patches:
 
 def _shown(images: Sequence[Any]) -> Iterator[np.ndarray]:
     """uint8 [h, w, 3] of each image of a list. Raises UserError if one of them is not an image."""
-    bad = next((type(one).__name__ for one in images if not _is_raw_image(one)), None if images else "absent")
-    if bad is not None:
+    bad = next((f"has an entry that is {type(one).__name__}" for one in images if not _is_raw_image(one)), None)
+    if bad is not None or not images:
         raise UserError(
-            f"an entry of the list of images is {bad}; pass Pillow images, as PIL.Image.open(path) gives them, or uint8 "
+            f"the list of images {bad or 'is empty'}; pass Pillow images, as PIL.Image.open(path) gives them, or uint8 "
             "arrays [h, w, 3] with pixels; float ones in [-1, 1] go in one array [b, h, w, 3]"
         )
     from data_pipelines import image_ops  # it imports Pillow

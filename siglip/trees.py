@@ -61,9 +61,10 @@ def map_with_path(function: Callable[[str, Any], Any], tree: Mapping[str, Any]) 
     return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
 
 
-def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """A suffix for error messages: "; did you mean 'x'?" for the closest candidate, or "" when none is close."""
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+def did_you_mean(name: Any, candidates: Iterable[Any]) -> str:
+    """A suffix for error messages: "; did you mean 'x'?" for the closest other candidate, or "" when none is close."""
+    others = [str(candidate) for candidate in candidates if candidate != name]
+    close = difflib.get_close_matches(str(name), others, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -129,12 +130,13 @@ def build_dataclass(cls: type[T], tree: Any, *, where: str = "config") -> T:
         if name not in names:
             raise UserError(f"{where} has no field {name!r}{did_you_mean(name, names)}")
     values = {name: _build_value(hints[name], value, f"{where}.{name}") for name, value in tree.items()}
+    for field in dataclasses.fields(cls):
+        if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where} is incomplete: add {field.name}")
     try:
         return cls(**values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    except TypeError as error:
-        raise UserError(f"{where} is incomplete: {error}") from None
 
 
 def _by_literal(options: Sequence[Any], value: Any, where: str) -> tuple[Any, dict[str, Any]] | None:
@@ -185,4 +187,6 @@ def _build_value(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if hint in (int, str, bool) and type(value) is hint:
         return value
-    raise UserError(f"{where}={value!r} is not a {getattr(hint, '__name__', hint)}")
+    if origin is Literal:
+        raise UserError(f"{where}={value!r} must be one of {', '.join(map(repr, args))}{did_you_mean(value, args)}")
+    raise UserError(f"{where}={value!r} is not a {'list' if origin is tuple else getattr(hint, '__name__', hint)}")

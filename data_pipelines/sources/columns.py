@@ -30,7 +30,7 @@ def _how_to_name_one(columns: Collection[str]) -> str:
     if any(_A_FILE.search(column) for column in columns):
         return f"{found}: its first line is a row; put one before it that names the columns, such as image,caption"
     close = difflib.get_close_matches("image", set(columns) - {"image"}, 1, 0.5)
-    return f"{found}; rename {repr(close[0]) if close else 'the right one'} to 'image'"
+    return f"{found}; name {repr(close[0]) if close else 'the right one'}: --image-column, or image= in a recipe"
 
 
 def parse_object(text: bytes) -> tuple[dict[str, Any], list[str]]:

@@ -56,7 +56,8 @@ def spell_out(args: list[str], flag: str) -> list[str]:
 
 def _one_line(box: str) -> str:
     lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("For full helptext", "Argument helptext"))]
+    # Where the terminal's encoding has no boxes, they are dashes.
+    lines = [line for line in lines if line.strip("-") and not line.startswith(("For full help", "Argument help"))]
     hints = next((i for i, line in enumerate(lines) if line.startswith("Perhaps you meant")), None)
     if hints is not None:  # what follows are options with their whole helptexts
         options = [line.split()[0] for line in lines[hints + 1 :] if line.startswith("--")]

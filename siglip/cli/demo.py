@@ -68,6 +68,8 @@ def demo_command(args: list[str]) -> None:
         raise UserError(f"the demo needs the package {error.name}: python -m pip install {error.name}") from None
     if options.max_images < 1:
         raise UserError(f"max_images={options.max_images} must be at least 1")
+    if options.trained_batch_size is not None and options.trained_batch_size < 2:
+        raise UserError(f"trained_batch_size={options.trained_batch_size} must be at least 2")
     index = make_index(options)
     about = {
         "model": repr(index.model)[len("Encoder(") : -1], "src": options.src, "data": options.data, "images": len(index.keys),
@@ -104,9 +106,9 @@ def make_index(options: DemoArgs) -> Any:
     if not found.keys:
         raise UserError(f"{options.data} holds no image that can be decoded ({dict(broken)}); check the data")
     captions = [str(own[0]) if own else "" for own in found.values[field]] if field else [""] * len(found.keys)
-    batch = options.trained_batch_size or _trained_batch_size(options.src)
     model = Encoder(params, config, tokenizer=Path(tokenizer))
     read = lambda row: source[found.index[row]].image  # noqa: E731
+    batch = options.trained_batch_size or _trained_batch_size(options.src)
     return DemoIndex(model, read, found.zimg, found.keys, captions, batch, options.max_patches)
 
 

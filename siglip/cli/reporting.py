@@ -66,9 +66,9 @@ def report_command(args: list[str]) -> None:
     workdirs = [Path(workdir) for workdir in options.workdirs]
     if not workdirs:
         raise UserError("name the workdir of a run, or of several: siglip report runs/a runs/b")
+    if options.out and not Path(options.out).absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder {Path(options.out).parent} of --out does not exist; make it first")
     out = Path(options.out or (workdirs[0] / "report.html" if len(workdirs) == 1 else "comparison.html"))
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder {out.parent} of --out does not exist; make it first")
     baselines = {name: row for path in options.baseline for name, row in _read_baseline(path).items()}
     runs = [_read_run(workdir, name) for workdir, name in zip(workdirs, _names(workdirs), strict=True)]
     path = write_report(out, runs, baselines=baselines)
@@ -103,8 +103,10 @@ def _names(workdirs: Sequence[Path]) -> list[str]:
 
 def _read_baseline(path: str) -> dict[str, dict[str, float]]:
     try:
-        results = json.loads(Path(path).read_text())
-        return {f"{r['model']} ({r['dataset']})": {k: float(v) for k, v in r["metrics"].items()} for r in results}
+        found = json.loads(Path(path).read_text())
+        results = found if isinstance(found, list) else [found]  # a suite writes one in each file
+        named = {f"{r['model']} ({r['dataset']})": r["metrics"] for r in results}
+        return {name: {k: float(v) for k, v in own.items() if v is not None} for name, own in named.items()}
     except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is not a result file ({error!r}); `siglip eval … --out FILE.json` writes one"

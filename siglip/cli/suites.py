@@ -9,7 +9,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,7 @@ def _run(suite: Suite, options: SuiteArgs) -> tuple[dict[str, list[Record]], lis
     embedder_for = functools.partial(make_embedder, params, config, **settings)
     embedder_for()  # a flag that is wrong for every entry ends the command
     results, failures, prepared = {}, [], []
+    names = {entry.task.dataset for entry in suite.entries}
     # All go by what process 0 reads: others may not see its folder, or see a file later.
     own = _read_done(Path(options.out), weights) if jax.process_index() == 0 else None
     done = gather_records([own])[0]
@@ -109,11 +110,10 @@ def _run(suite: Suite, options: SuiteArgs) -> tuple[dict[str, list[Record]], lis
         name, embedder = entry.task.dataset, caching(embedder, cache, text_tower)
         found = _attempt(name, functools.partial(run_tasks, [task], embedder), failures)
         if found is not None:
-            results[name] = _write(entry, found, options, weights)
+            results[name] = _write(entry, found, options, weights, others=names - {name})
             logger.info("%s: done", name)
-    return {
-        entry.task.dataset: results[entry.task.dataset] for entry in suite.entries if entry.task.dataset in results
-    }, failures
+    in_order = [entry.task.dataset for entry in suite.entries]
+    return {name: results[name] for name in in_order if name in results}, [n for n in in_order if n in failures]
 
 
 def _prepare(entry: Entry, embedder_for: Callable[..., Embedder]) -> tuple[Any, Embedder]:
@@ -138,15 +138,21 @@ def _attempt(name: str, call: functools.partial, failures: list[str]) -> Any:
         return None
 
 
-def _write(entry: Entry, found: Sequence[Result], options: SuiteArgs, weights: str) -> list[Record]:
-    """One file per result; each says of how many it is one, so that an entry that was cut off is not taken for done."""
+def _write(
+    entry: Entry, found: Sequence[Result], options: SuiteArgs, weights: str, *, others: Collection[str]
+) -> list[Record]:
+    """One file per result; each says of how many it is one, so that an entry that was cut off is not taken for done.
+
+    others: names of the other entries, whose files these must not be.
+    """
     records = []
     for number, result in enumerate(found):
         about = {"entry": entry.task.dataset, "number": number, "results": len(found), "weights": weights}
         record = result.to_clip_benchmark(options.src) | {"suite": about | {"settings": _plain(entry.settings)}}
         records.append(record)
         if jax.process_index() == 0:
-            name = result.dataset if len(found) == len({r.dataset for r in found}) else f"{result.dataset}-{number}"
+            unique = len(found) == len({r.dataset for r in found}) and result.dataset not in others
+            name = result.dataset if unique else f"{result.dataset}-{number}"
             content = json.dumps(record, indent=2, ensure_ascii=False)
             write_atomically(Path(options.out) / f"{name}.json", content + "\n")
     return records

@@ -26,7 +26,7 @@ from siglip.evaluation.frozen_tokens import (
     train_head,
     valid_of,
 )
-from siglip.evaluation.labels import check_labels, keep_labelled
+from siglip.evaluation.labels import check_labels, keep_labelled, names_of
 from siglip.evaluation.metrics import probe_accuracies
 from siglip.evaluation.results import Result, check_name, dataset_name
 from siglip.parallel.collectives import gather_records, gather_rows
@@ -85,12 +85,13 @@ class AttentiveProbe:
 
     def run(self, embedder: Embedder) -> list[Result]:
         """One result. Raises UserError where labels are missing, or `heads` does not divide the width."""
-        train = read_tokens(embedder, self.train, (self.label,))
-        width = train.arrays["tokens"].shape[-1]
+        width = embedder.embed_images(embedder.no_images, feature="tokens").shape[-1]  # told before images are read
         if width % self.heads:
             fits = next(n for n in range(min(self.heads, width), 0, -1) if width % n == 0)
             raise UserError(f"attentive_probe: heads={self.heads} does not divide the width {width}; use {fits}")
-        names = sorted({own[0] for own in gather_records([v[0] for v in train.values]) if len(own) == 1}, key=str)
+        train = read_tokens(embedder, self.train, (self.label,))
+        own = [value for (value,) in gather_records([v[0] for v in train.values if len(v[0]) == 1])]
+        names = names_of(own, data=self.train, label=self.label)
         arrays = self._labelled(train, names, self.train)
         mean, std = channel_statistics(arrays)
         params = first_params(width, len(names), seed=self.seed) | {"mean": mean, "std": std}

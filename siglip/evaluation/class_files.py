@@ -22,6 +22,10 @@ _JSON = re.compile(r"\s*(\[|\{(?!c?\}))")  # a template may begin with {} or {c}
 _WORDNET_ID, _WORDNET_LINE = re.compile(r"n\d{8}"), re.compile(r"(n\d{8})[\s:]+([^\s\d].*)")
 # "12,tench", "0: 'tench'", "- tench", "'tench',", rows with tabs, and WordNet ids without names
 _OF_ANOTHER_FORM = re.compile(r"""n\d{8}(?!\w)|\d+\s*[:;,]|-\s|["'].*["'],?$|.*\t|.*["'],$""")
+_NUMBERED = (
+    re.compile(r"(?P<number>\d{1,9})[\s.,;:|)]+(?P<name>.+)"),
+    re.compile(r"(?P<name>.+?)[\s,;:|]+(?P<number>\d{1,9})"),
+)
 _SHOWN_CHARS = 100
 
 
@@ -64,7 +68,7 @@ def read_classes(source: str | None) -> Classes:
     """
     if source is None:
         raise UserError("these data bring no class names; name a file with one per line: --classes FILE")
-    where, names = shown(source), _read_lines_or_json(source, "classes.json", blank=True)
+    where, names = shown(source), read_lines_or_json(source, "classes.json", blank=True)
     ids: list[str] = []
     if isinstance(names, Mapping) and names and all(_WORDNET_ID.fullmatch(key) for key in names):
         ids, names = sorted(names), [names[key] for key in sorted(names)]
@@ -96,9 +100,23 @@ def _is_pair(entry: Any) -> bool:
 
 
 def _refuse_markup(where: str, lines: Sequence[str]) -> None:
-    """Raises UserError where every line is an entry of something else: a table, a list in Python or YAML."""
-    if len(lines) > 1 and all(map(_OF_ANOTHER_FORM.match, lines)):
-        raise UserError(f"{where} is a table or code, such as {lines[0]!r}; write the text alone on each line, or JSON")
+    """Raises UserError where every line, or every one below a head, is an entry of something else: a table, code, YAML."""
+    for rows in (lines, lines[1:]):
+        if len(rows) > 1 and (
+            all(map(_OF_ANOTHER_FORM.match, rows)) or any(_are_numbered(rows, form) for form in _NUMBERED)
+        ):
+            raise UserError(
+                f"{where} is a table or code, such as {rows[0]!r}; write the text alone on each line, or JSON"
+            )
+
+
+def _are_numbered(lines: Sequence[str], form: re.Pattern[str]) -> bool:
+    """Whether numbers stand beside the texts that only say which line it is: "1. cat", "/b/beach 48". Cars have years."""
+    found = [form.fullmatch(line) for line in lines]
+    if not all(found) or 2 * len({match["name"] for match in found}) <= len(lines):
+        return False
+    numbers = sorted(int(match["number"]) for match in found)
+    return numbers in ([*range(len(lines))], [*range(1, len(lines) + 1)])
 
 
 def read_templates(path: str | None) -> Sequence[str] | Mapping[str, Sequence[str]]:
@@ -112,7 +130,7 @@ def read_templates(path: str | None) -> Sequence[str] | Mapping[str, Sequence[st
     """
     if path is None:
         return ["{}"]
-    where, templates = shown(path), _read_lines_or_json(path, "templates.txt")
+    where, templates = shown(path), read_lines_or_json(path, "templates.txt")
     if isinstance(templates, Mapping) and all(isinstance(value, Mapping) for value in templates.values()):
         if len(templates) != 1:  # CLIP_benchmark's files have the data set's name on top
             raise UserError(f"{where} holds templates of {len(templates)} data sets: {', '.join(templates)}; keep one")
@@ -129,18 +147,19 @@ def read_templates(path: str | None) -> Sequence[str] | Mapping[str, Sequence[st
     return templates
 
 
-def _read_lines_or_json(source: str, shipped: str, *, blank: bool = False) -> Any:
+def read_lines_or_json(source: str, shipped: str | None = None, *, blank: bool = False) -> Any:
     """The lines or the JSON of a file, or the JSON that `source` is.
 
     Args:
-        shipped: the file that "imagenet" stands for.
+        shipped: the file that "imagenet" stands for; None: nothing but a file of that name.
         blank: whether blank lines are kept, but for those at the end.
     """
     path = Path(source)
     if source.lstrip().startswith(("[", "{")):
         content, path = source, shown(source)
     else:
-        path = Path(__file__).parent / "imagenet" / shipped if source == "imagenet" and not path.exists() else path
+        if shipped is not None and source == "imagenet" and not path.exists():
+            path = Path(__file__).parent / "imagenet" / shipped
         content = _read_text(path)
     if not _JSON.match(content):
         return [line.strip() for line in content.rstrip().splitlines() if blank or line.strip()]
@@ -192,7 +211,7 @@ def make_prompts(
         UserError: a template for all classes has no {}, a class has no prompts of its own, or its name is all punctuation.
     """
     if isinstance(templates, Mapping):
-        missing = next((name for name in classnames if not templates.get(name)), None)
+        missing = next((name for name in classnames if not any(map(str.strip, templates.get(name, ())))), None)
         if missing is not None:
             raise UserError(f"the templates have no prompts for class {missing!r}{did_you_mean(missing, templates)}")
     else:

@@ -91,14 +91,19 @@ class Groups:
             raise UserError("some embeddings are not finite; the model has diverged or its file is damaged")
         predicted = np.argmax(images.zimg[rows[known]] @ weights.T, axis=1)
         named = [group for group, there in zip(groups, known, strict=True) if there]
-        found = group_gaps(predicted, labels[known], named, min_images=self.min_images)
+        found = group_gaps(predicted, labels[known], named, classes=len(classes.names), min_images=self.min_images)
         return [Result(self, self.dataset, "", found)]
 
 
 def group_gaps(
-    predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], groups: Sequence[str], *, min_images: int = 1
+    predicted: Int[np.ndarray, " n"],
+    labels: Int[np.ndarray, " n"],
+    groups: Sequence[str],
+    *,
+    classes: int,
+    min_images: int = 1,
 ) -> dict[str, float]:
-    """{"acc1_worst_group", "acc1_gap", "acc1_gap_se", "demographic_parity_gap"}, and of each group acc1, its error and n.
+    """{"acc1_worst_group", "acc1_gap", "demographic_parity_gap"}, and of each group acc1 and n; with errors and chance levels.
 
     Raises:
         UserError: fewer than two groups have `min_images` images.
@@ -109,7 +114,8 @@ def group_gaps(
         own = groups == group
         share[group], count = float(np.mean(predicted[own] == labels[own])), int(own.sum())
         spread = standard_error(share[group], count)
-        each |= {f"acc1_{group}": share[group], f"acc1_{group}_se": spread, f"n_{group}": float(count)}
+        each |= {f"acc1_{group}": share[group], f"acc1_{group}_se": spread, f"acc1_{group}_chance": 1 / classes}
+        each[f"n_{group}"] = float(count)
         if count >= min_images:
             shares_of[group] = np.bincount(predicted[own], minlength=int(predicted.max()) + 1) / count
     if len(shares_of) < 2:
@@ -118,6 +124,7 @@ def group_gaps(
     parity = np.ptp(np.stack(list(shares_of.values())), axis=0).max()
     return {
         "acc1_worst_group": share[worst],
+        "acc1_worst_group_se": each[f"acc1_{worst}_se"],
         "acc1_gap": share[best] - share[worst],
         "acc1_gap_se": float(np.hypot(each[f"acc1_{worst}_se"], each[f"acc1_{best}_se"])),
         "demographic_parity_gap": float(parity),

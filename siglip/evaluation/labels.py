@@ -1,8 +1,8 @@
 """Labels of images: names or numbers, one or several; maps and subsets of classes; features of a labelled set for the probes."""
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +11,14 @@ import numpy as np
 
 from siglip.array_types import Bool, Int
 from siglip.errors import UserError
-from siglip.evaluation.class_files import load_json
+from siglip.evaluation.class_files import load_json, read_lines_or_json
 from siglip.evaluation.embed import Embedder, Feature, FirstValues
 from siglip.trees import did_you_mean
 
 logger = logging.getLogger(__name__)
 
 _SHOWN_NAMES, _SHOWN_CHARS = 5, 80
+_WHOLE, _MAX_NUMBER = re.compile(r"-?\d{1,18}"), 2**53
 _OBJECTNET = ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
 
 
@@ -55,11 +56,9 @@ def read_subset(path: str, index: Mapping[str, int], classes: int) -> list[int]:
     Raises:
         FileNotFoundError, UserError: there is no file, or it names no class, or one that there is not.
     """
-    content = Path(path).read_text(encoding="utf-8-sig")
-    try:
-        entries = json.loads(content) if content.lstrip().startswith("[") else content.splitlines()
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} starts like JSON but is not ({error}); write one class per line") from None
+    entries = read_lines_or_json(path)
+    if not isinstance(entries, list) or not all(isinstance(entry, str | int) for entry in entries):
+        raise UserError(f"{path} must be a list of classes; write a name, an id or a number on each line")
     entries, numbers = [str(entry).strip() for entry in entries if str(entry).strip()], set()
     for entry in entries:
         number = index.get(entry, int(entry) if entry.isdecimal() and len(entry) < 10 else None)
@@ -74,6 +73,15 @@ def read_subset(path: str, index: Mapping[str, int], classes: int) -> list[int]:
 def are_multi_label(values: Sequence[Sequence[Any]]) -> bool:
     """Whether an image has several labels, or all of them as zeros and ones."""
     return any(len(own) > 1 for own in values)
+
+
+def number_of(label: Any, index: Mapping[str, int]) -> int | None:
+    """The class of a label: a text that names one, else a number, which may be that of no class; None: it is neither."""
+    if isinstance(label, str) and label in index:
+        return index[label]
+    # Of a number column with gaps, 3.0 is a number and nan none.
+    whole = _WHOLE.fullmatch(label) if isinstance(label, str) else isinstance(label, int) or float(label).is_integer()
+    return int(label) if whole and abs(int(label)) < _MAX_NUMBER else None
 
 
 def multi_hot(
@@ -95,10 +103,7 @@ def multi_hot(
             positive[row] = np.asarray(own) == 1
             continue
         for label in own:
-            if isinstance(label, str) and not label.isdecimal():
-                number = index.get(label)
-            else:  # of a number column with gaps, 3.0 is a number and nan none
-                number = None if isinstance(label, float) and not label.is_integer() else int(label)
+            number = number_of(label, index)
             if number is None or not 0 <= number < classes:
                 names = ", ".join(sorted(index, key=index.__getitem__)[:_SHOWN_NAMES])
                 names += ", …" if len(index) > _SHOWN_NAMES else ""
@@ -160,19 +165,24 @@ def keep_labelled(
     if not np.isfinite(features).all():
         raise UserError("some features are not finite; the model has diverged or its file is damaged")
     own = [v[0] for v in values if v]
-    if names is None:
-        try:
-            names = sorted(set(own))
-        except TypeError:
-            raise UserError(f"labels {label!r} of {data} are texts and numbers mixed; use one of them") from None
-        if len(names) < 2:
-            raise UserError(f"all images of {data} have the label {names[0]!r}; a probe needs two classes or more")
+    names = names_of(own, data=data, label=label) if names is None else names
     number = {name: k for k, name in enumerate(names)}
     strange = next((name for name in own if name not in number), None)
     if strange is not None:
         hint = did_you_mean(str(strange), map(str, number))
         raise UserError(f"{data} has the label {strange!r}, which no training image has{hint}")
     return Labelled(features[there], np.asarray([number[name] for name in own]), list(names))
+
+
+def names_of(labels: Iterable[Any], *, data: str, label: str) -> list[Any]:
+    """The distinct labels of a training set, in order. Raises UserError: they cannot be ordered, or are all the same."""
+    try:
+        names = sorted(set(labels))
+    except TypeError:
+        raise UserError(f"labels {label!r} of {data} are texts and numbers mixed; use one of them") from None
+    if len(names) == 1:
+        raise UserError(f"all images of {data} have the label {names[0]!r}; a probe needs two classes or more")
+    return names
 
 
 def check_labels(first_values: FirstValues, label: str, *data: str) -> None:

@@ -22,7 +22,7 @@ from siglip.array_types import Array, Float, Int
 from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder, Feature, FirstValues
 from siglip.evaluation.labels import Labelled, check_labels, train_and_test
-from siglip.evaluation.metrics import probe_accuracies
+from siglip.evaluation.metrics import probe_accuracies, with_error
 from siglip.evaluation.results import Result, check_name, dataset_name
 from siglip.parallel import sharding
 
@@ -100,7 +100,8 @@ class LinearProbe:
         metrics = probe_accuracies(predicted, test.labels, "lp", self.feature, classes=classes)
         if classes >= 5:
             fifth = np.partition(scores, -5, axis=1)[:, -5]
-            metrics[f"lp_acc5_{self.feature}"] = float(np.mean(scores[np.arange(len(scores)), test.labels] >= fifth))
+            among = scores[np.arange(len(scores)), test.labels] >= fifth
+            metrics |= with_error(f"lp_acc5_{self.feature}", among, chance=5 / classes)
         return [Result(self, self.dataset, "", metrics | {"c": c})]
 
     def _chosen(self, train: Labelled, mesh: Mesh) -> float:

@@ -6,6 +6,8 @@ ROC-AUC = P(a positive scores more than a negative) + P(they score alike) / 2
 calibration error = sum_bins share of the bin * |mean probability - share of positives|
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from siglip.array_types import Bool, Float, Int
@@ -13,6 +15,7 @@ from siglip.errors import UserError
 
 _CLASSES = 32  # scored at a time: n x k scores are never held
 _DRAWS = 400
+_GROUPS = 20
 
 
 def average_precision(
@@ -61,16 +64,25 @@ def mean_average_precision(
 def accuracies(predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> dict[str, float]:
     """{"acc1", "mean_per_class_recall"}; classes that no label names are left out of the mean, as in scikit-learn's."""
     right = predicted == labels
-    recalls = [np.mean(right[labels == k]) for k in np.unique(labels)]
-    return {"acc1": float(np.mean(right)), "mean_per_class_recall": float(np.mean(recalls))}
+    return {"acc1": float(np.mean(right)), "mean_per_class_recall": mean_recall(right, labels)[0]}
+
+
+def mean_recall(right: Bool[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> tuple[float, float]:
+    """(mean over the classes of the share that is right, its standard error for classes of the sizes that they have)."""
+    counts, hits = (np.bincount(labels, of) for of in (None, right))
+    recalls = hits[counts > 0] / counts[counts > 0]
+    variances = recalls * (1 - recalls) / counts[counts > 0]
+    return float(np.mean(recalls)), float(np.sqrt(variances.sum()) / len(recalls))
 
 
 def probe_accuracies(
     predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], prefix: str, feature: str, *, classes: int
 ) -> dict[str, float]:
-    """`accuracies` under the names PREFIX_acc1_FEATURE and so on, with standard error and chance level of `acc1`."""
-    named = {f"{prefix}_{name}_{feature}": value for name, value in accuracies(predicted, labels).items()}
-    return named | with_error(f"{prefix}_acc1_{feature}", predicted == labels, chance=1 / classes)
+    """`accuracies` under the names PREFIX_acc1_FEATURE and so on, with their standard errors and chance levels."""
+    right, name = predicted == labels, f"{prefix}_mean_per_class_recall_{feature}"
+    found = with_error(f"{prefix}_acc1_{feature}", right, chance=1 / classes)
+    recall, error = mean_recall(right, labels)
+    return found | {name: recall, f"{name}_se": error, f"{name}_chance": 1 / classes}
 
 
 def with_error(
@@ -79,6 +91,24 @@ def with_error(
     """{name: the mean over independent cases, NAME_se: its standard error} and, where it is known, NAME_chance."""
     found = {name: float(np.mean(cases)), f"{name}_se": float(np.std(cases) / np.sqrt(len(cases)))}
     return found if chance is None else found | {f"{name}_chance": chance}
+
+
+def jackknife_error(measure: Callable[[Bool[np.ndarray, " n"]], float], case: Int[np.ndarray, " n"]) -> float:
+    """Standard error of a measure, by leaving out a twentieth of the cases in turn (the delete-a-group jackknife).
+
+    Args:
+        measure: of the rows that a mask keeps.
+        case: of each row; rows of one case are not independent of each other.
+
+    Returns:
+        The error, itself known to 1 / sqrt(2 * 19) = 16 %; NaN for one case.
+    """
+    names, place = np.unique(case, return_inverse=True)
+    groups = min(_GROUPS, len(names))
+    part = np.random.default_rng(0).permutation(len(names))[place] % groups
+    return (
+        float(np.sqrt(groups - 1) * np.std([measure(part != left) for left in range(groups)])) if groups > 1 else np.nan
+    )
 
 
 def standard_error(share: float, count: float) -> float:

@@ -1,5 +1,6 @@
 """What an evaluation returns, the name of the data set in it, and CLIP_benchmark's JSON."""
 
+import math
 import re
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ class Result(NamedTuple):
             "pretrained": "",
             "task": self.task.BENCHMARK_TASK,
             "language": self.language,
-            "metrics": self.metrics,
+            "metrics": {name: v if math.isfinite(v) else None for name, v in self.metrics.items()},  # JSON has no NaN
         }
 
 

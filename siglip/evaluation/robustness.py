@@ -129,20 +129,27 @@ class Robustness:
         clean, shares = hits(), []
         for name in self.corruptions:
             shares.append(np.mean([hits(corruption=(name, severity)) for severity in self.severities], axis=0))
-        return [Result(self, self.dataset, "", self._metrics(clean.astype(float), np.asarray(shares)))]
+        found = self._metrics(clean.astype(float), np.asarray(shares), chance=1 / len(classes.names))
+        return [Result(self, self.dataset, "", found)]
 
-    def _metrics(self, clean: Float[np.ndarray, " n"], shares: Float[np.ndarray, "c n"]) -> dict[str, float]:
+    def _metrics(
+        self, clean: Float[np.ndarray, " n"], shares: Float[np.ndarray, "c n"], *, chance: float
+    ) -> dict[str, float]:
         """Of each image whether it is right, and of each corruption the share of the severities at which it is.
 
         All corruptions are of the same images, so their errors go together: a standard error is that of means by image.
         """
         corrupted, references = shares.mean(axis=0), self._references()
-        found = with_error("acc1_clean", clean)
-        found |= {f"acc1_{name}": float(own.mean()) for name, own in zip(self.corruptions, shares, strict=True)}
-        found |= with_error("acc1_corrupted", corrupted) | with_error("error_increase", clean - corrupted)
-        found["mean_corruption_error"] = 1 - found["acc1_corrupted"]
+        found = with_error("acc1_clean", clean, chance=chance)
+        for name, own in zip((*self.corruptions, "corrupted"), (*shares, corrupted), strict=True):
+            found |= with_error(f"acc1_{name}", own, chance=chance)
+        found |= with_error("error_increase", clean - corrupted)
+        found |= with_error("mean_corruption_error", 1 - corrupted, chance=1 - chance)
         if found["acc1_clean"]:
-            found["relative"] = found["acc1_corrupted"] / found["acc1_clean"]
+            ratio = found["acc1_corrupted"] / found["acc1_clean"]
+            # Of a ratio of means of the same images (the delta method).
+            spread = with_error("relative", (corrupted - ratio * clean) / found["acc1_clean"])["relative_se"]
+            found |= {"relative": ratio, "relative_se": spread}
         if references:
             errors = np.asarray([references[name] for name in self.corruptions])[:, None]
             found |= with_error("mce", np.mean((1 - shares) / errors, axis=0))

@@ -33,6 +33,18 @@ _PATHS, _FILES = ("data", "train"), ("classes", "templates", "subset", "label_ma
 _MEANS = {"mean_recall@1": _MAIN["retrieval"]}
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's own, which keeps the last of two values under one key without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, count in zip(keys, map([key.value for key in keys].count, [key.value for key in keys]), strict=True):
+            if count > 1:
+                problem = f"the key {key.value!r} is there more than once"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One data set of a suite.
@@ -84,7 +96,7 @@ def read_suite(path: Path, *, root: str | None = None) -> Suite:
         FileNotFoundError, UserError: there is no file, or something in it is wrong.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not YAML ({' '.join(str(error).split())}); correct it") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("entries"), list) or not tree["entries"]:
@@ -100,7 +112,10 @@ def read_suite(path: Path, *, root: str | None = None) -> Suite:
         raise UserError(
             f"{path}: defaults: no task has a field {unknown[0]!r}{did_you_mean(str(unknown[0]), settings)}"
         )
-    folder = Path(root) if root is not None else path.parent / str(tree.get("root", "."))
+    average, own_root = tree.get("average", False), tree.get("root", ".")
+    if not isinstance(average, bool) or not isinstance(own_root, str):
+        raise UserError(f"{path}: average={average!r} must be true or false, and root={own_root!r} a folder")
+    folder = Path(root) if root is not None else path.parent / own_root
     entries = [
         _entry(
             _mapping(entry, f"{path}: entries.{n}"), defaults, (folder, path.parent), sources, f"{path}: entries.{n}"
@@ -110,7 +125,7 @@ def read_suite(path: Path, *, root: str | None = None) -> Suite:
     for name, count in Counter(entry.task.dataset for entry in entries).items():
         if count > 1:
             raise UserError(f"{path}: {count} entries are called {name!r}; give each of them a name of its own")
-    return Suite(tuple(entries), {str(k): str(v) for k, v in sources.items()}, bool(tree.get("average", False)))
+    return Suite(tuple(entries), {str(k): str(v) for k, v in sources.items()}, average)
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
@@ -127,7 +142,7 @@ def _entry(
     own: dict[str, Any], defaults: Mapping[str, Any], roots: tuple[Path, Path], sources: Mapping, where: str
 ) -> Entry:
     kind, classes = own.get("task", defaults.get("task")), task_classes()
-    if kind not in classes:
+    if not isinstance(kind, str) or kind not in classes:
         raise UserError(f"{where}.task={kind!r} must be one of {', '.join(classes)}{did_you_mean(str(kind), classes)}")
     cls = classes[kind]
     names = _settings_of(cls)
@@ -169,7 +184,7 @@ def _published(given: Mapping, metrics: Sequence[str], sources: Mapping, where: 
     return found
 
 
-def _resolve(key: str, value: Any, roots: tuple[Path, Path]) -> Any:
+def _resolve(key: Any, value: Any, roots: tuple[Path, Path]) -> Any:
     """A path of an entry: data count from the root; other files too, or from the suite's folder, where they are there."""
     if not isinstance(value, str) or "://" in value or value.startswith(("/", "~", "[", "{")):
         return value

@@ -9,6 +9,7 @@ calibration error says nothing, since nearly all mass lies in one bin: there `ec
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -89,7 +90,7 @@ class Verification:
         image = np.repeat(np.arange(len(texts)), [len(own) for own in texts])
         if not len(image):
             raise UserError(f"no image of {self.data} has a caption {self.captions!r}")
-        ztxt = embedder.embed_texts([text for own in texts for text in own])
+        ztxt, own_image = embedder.embed_texts([text for own in texts for text in own]), image
         if self.match is None:
             image, text, positive = draw_pairs(image, self.negatives, self.seed)
         else:
@@ -103,12 +104,18 @@ class Verification:
             np.einsum("pe,pe->p", images.zimg[image[p : p + (1 << 16)]], ztxt[text[p : p + (1 << 16)]]) for p in parts
         ]
         logits = embedder.temperature * np.concatenate(cosine).astype(np.float64) + embedder.bias
-        found = {}
+        measure = lambda kept: metrics.roc_auc(logits[kept], positive[kept])  # noqa: E731
+        case, all_pairs = own_image[text], np.arange(len(text))
+        found = {
+            "roc_auc": measure(all_pairs),
+            "roc_auc_se": metrics.jackknife_error(measure, case),
+            "roc_auc_chance": 0.5,
+        }
         for prior in self.priors:
-            own = verification(logits, positive, prior=prior, train_batch_size=self.train_batch_size)
+            own = verification(logits, positive, prior=prior, train_batch_size=self.train_batch_size, case=case)
             found |= {f"{name}@{prior:g}": value for name, value in own.items()}
-        auc = {"roc_auc": metrics.roc_auc(logits, positive)}  # whatever the prior is
-        return [Result(self, self.dataset, "", auc | found)]
+            found[f"average_precision@{prior:g}_chance"] = prior
+        return [Result(self, self.dataset, "", found)]
 
     def _matches(self, images: EmbeddedImages) -> Bool[np.ndarray, " n"]:
         matches = [(own or [None])[0] for own in images.values[self.match]]
@@ -142,23 +149,40 @@ def verification(
     *,
     prior: float = 0.5,
     train_batch_size: int | None = None,
+    case: Int[np.ndarray, " n"] | None = None,
 ) -> dict[str, float]:
-    """Metrics of n pairs, weighted so that a share `prior` of them matches; each calibration error with 1 standard error (`_se`).
+    """Metrics of n pairs, weighted so that a share `prior` of them matches; with their standard errors, ending in `_se`.
+
+    Args:
+        case: of each pair; those of one caption or image are one case. None: all are independent.
 
     Returns:
         {"average_precision", "brier", "ece", "ece_se", "ece_equal_mass", "ece_equal_mass_se", "observed_over_expected"}; given
         the batch size of training, those but the first again as "…_shifted", of the probabilities at this prior.
     """
-    weights = np.where(positive, prior / positive.sum(), (1 - prior) / (~positive).sum())
-    found = {"average_precision": metrics.average_precision(logits, positive, weights)}
+    case = np.arange(len(logits)) if case is None else case
+
+    def with_error(name: str, measure: Callable, values: Float[np.ndarray, " n"]) -> dict[str, float]:
+        def of(kept: np.ndarray) -> float:
+            return measure(values[kept], positive[kept], _weights(positive[kept], prior))
+
+        return {name: of(np.arange(len(values))), f"{name}_se": metrics.jackknife_error(of, case)}
+
+    weights = _weights(positive, prior)
+    found = with_error("average_precision", metrics.average_precision, logits)
     shifts = {"": 0.0}
     if train_batch_size is not None:
         shifts["_shifted"] = float(np.log((train_batch_size - 1) * prior / (1 - prior)))
     for ending, shift in shifts.items():
         probability = np.exp(-np.logaddexp(0, -(logits + shift)))
-        found[f"brier{ending}"] = metrics.brier_score(probability, positive, weights)
+        found |= with_error(f"brier{ending}", metrics.brier_score, probability)
         for name, equal_mass in (("ece", False), ("ece_equal_mass", True)):
             error, spread = metrics.calibration_error(probability, positive, weights, equal_mass=equal_mass)
             found |= {f"{name}{ending}": error, f"{name}{ending}_se": spread}
         found[f"observed_over_expected{ending}"] = prior / float(weights @ probability)
     return found
+
+
+def _weights(positive: Bool[np.ndarray, " n"], prior: float) -> Float[np.ndarray, " n"]:
+    """Of pairs, so that a share `prior` matches."""
+    return np.where(positive, prior / max(1, positive.sum()), (1 - prior) / max(1, (~positive).sum()))

@@ -15,12 +15,12 @@ from typing import Any, ClassVar, Literal
 import jax
 import numpy as np
 
-from siglip.array_types import Float, Int
+from siglip.array_types import Bool, Float, Int
 from siglip.errors import UserError
 from siglip.evaluation.class_files import Classes, make_prompts, read_classes, read_templates, shown
 from siglip.evaluation.embed import EmbeddedImages, Embedder, FirstValues
-from siglip.evaluation.labels import are_multi_label, multi_hot, read_label_map, read_subset
-from siglip.evaluation.metrics import accuracies, mean_average_precision
+from siglip.evaluation.labels import are_multi_label, multi_hot, number_of, read_label_map, read_subset
+from siglip.evaluation.metrics import accuracies, jackknife_error, mean_average_precision, mean_recall
 from siglip.evaluation.ranking import Ranks, rank_right_candidates
 from siglip.evaluation.results import Result, check_name, dataset_name
 from siglip.trees import did_you_mean
@@ -28,7 +28,7 @@ from siglip.trees import did_you_mean
 logger = logging.getLogger(__name__)
 
 _SHOWN_NAMES = 5
-_SHOWN_CHARS, _MAX_DIGITS = 80, 18
+_SHOWN_CHARS = 80
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ class ZeroShot:
                 logger.warning(told, len(values) - len(rows), self.data, self.label)
             pairs = [f"image {images.keys[row]} of {self.data}" for row in rows]
             positive = multi_hot([values[row] for row in rows], classes.numbers(), len(classes.names), pairs=pairs)
-            return {"mean_average_precision": mean_average_precision(images.zimg[rows], weights, positive)}
+            return multi_label(images.zimg[rows], weights, positive)
         rows, labels, taken = self.taking_part(images, classes)
         texts = [texts[number] for number in taken]
         return classification(images.zimg[rows], weights[taken], labels, texts=texts)
@@ -203,16 +203,13 @@ class ZeroShot:
         return {n for n, own in enumerate(values) if own and str(own[0]) not in names}, mapped
 
     def _number(self, values: Sequence[Any], pair: str, index: Mapping[str, int]) -> int | None:
-        """The class of a pair; None if it has no label, or a number that no list of classes reaches."""
+        """The class of a pair; None if it has no label. Raises UserError: that is neither a number nor a name."""
         label = values[0] if len(values) == 1 else values
         if not values or (isinstance(label, float) and not math.isfinite(label)):
             return None
-        if isinstance(label, str) and label in index:
-            return index[label]
-        if isinstance(label, str) and label.isdecimal():
-            return int(label) if len(label) <= _MAX_DIGITS else None
-        if isinstance(label, int) or (isinstance(label, float) and label.is_integer()):  # a number column with gaps
-            return int(label) if abs(label) < 10**_MAX_DIGITS else None
+        number = None if len(values) > 1 else number_of(label, index)
+        if number is not None:
+            return number
         label = str(label)[:_SHOWN_CHARS]
         names = ", ".join(list(index)[:_SHOWN_NAMES]) + (", …" if len(index) > _SHOWN_NAMES else "")
         raise UserError(
@@ -238,7 +235,7 @@ def classification(
     *,
     texts: Sequence[Hashable] | None = None,
 ) -> dict[str, float]:
-    """{"acc1", "acc5" (for 5 classes or more), "mean_per_class_recall", "tied_fraction"} of n images.
+    """{"acc1", "acc5" (for 5 classes or more), "mean_per_class_recall" and "…_se", "tied_fraction"} of n images.
 
     Args:
         texts: of the classes; those of equal text are not counted as tied. None: all differ.
@@ -248,8 +245,19 @@ def classification(
     """
     ranks, tied = rank_right_classes(zimg, classes, labels, texts=texts)
     metrics = accuracies(np.where(ranks == 1, labels, -1), labels)
+    metrics["mean_per_class_recall_se"] = mean_recall(ranks == 1, labels)[1]
     acc5 = {"acc5": float(np.mean(ranks <= 5))} if len(classes) >= 5 else {}
     return metrics | acc5 | {"tied_fraction": float(np.mean(tied))}
+
+
+def multi_label(
+    zimg: Float[np.ndarray, "n e"], classes: Float[np.ndarray, "k e"], positive: Bool[np.ndarray, "n k"]
+) -> dict[str, float]:
+    """Mean average precision, its standard error over images, and what scores get that know nothing: the mean prevalence."""
+    measure = lambda kept: mean_average_precision(zimg[kept], classes, positive[kept])  # noqa: E731
+    name, images = "mean_average_precision", np.arange(len(zimg))
+    error = jackknife_error(measure, images)
+    return {name: measure(images), f"{name}_se": error, f"{name}_chance": float(np.mean(positive))}
 
 
 def rank_right_classes(

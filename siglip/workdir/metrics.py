@@ -132,7 +132,7 @@ def short_name(metric: str) -> str:
 
 def format_value(value: float | None, *, rank: bool = False) -> str:
     """Three digits, one for ranks, a dash for what is missing."""
-    return "-" if value is None else f"{value:.{1 if rank else 3}f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.{1 if rank else 3}f}"
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

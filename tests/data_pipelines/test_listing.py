@@ -113,6 +113,8 @@ def test_bad_lists(tmp_path):
             open_source(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
     (tmp_path / "a.csv").write_text("photo,title\na.png,b\n")
+    with pytest.raises(ValueError, match="there are photo, title; name the right one: --image-column, or image= in"):
+        open_source(tmp_path / "a.csv")
     with pytest.raises(ValueError, match="no image column 'foto'; there are photo, title, did you mean 'photo'"):
         open_source(tmp_path / "a.csv", image="foto")
     with pytest.raises(ValueError, match="no field 'titel'; there are photo, title, did you mean 'title'"):

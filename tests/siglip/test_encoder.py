@@ -184,8 +184,12 @@ def test_strings_are_embedded_as_their_tokens_are(tmp_path):
     ids = np.stack([SentencePieceTokenizer(SPIECE).encode(text, 7) for text in texts])
     for given in (texts, tuple(texts)):
         np.testing.assert_array_equal(model.embed_texts(given), model.embed_texts(ids))
-    with pytest.raises(UserError, match=r"takes a list of texts, not one: pass \['a cat'\]"):
-        model.embed_texts("a cat")
+    for given, told in (
+        ("a cat", r"takes a list of texts, not one: pass \['a cat'\]"), ([], "the list of texts is empty"),
+        (["a cat", None], "has an entry that is NoneType"), ([3], "has an entry that is int; pass strings"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            model.embed_texts(given)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).embed_texts(texts), model.embed_texts(ids))
 
 
@@ -232,7 +236,7 @@ def test_lists_that_are_not_images(with_texts):
     for images, told in (
         (["cat.jpg"], "is str; pass Pillow images"),
         ([Image.new("RGB", (4, 4)), np.zeros((4, 4, 3))], "is ndarray"),
-        ([], "is absent"),
+        ([], "the list of images is empty"),
         (Image.new("RGB", (4, 4)), r"pass \[image\]"),
     ):
         with pytest.raises(UserError, match=told):

@@ -90,6 +90,12 @@ class Positive:
             raise UserError(f"x={self.x} must be positive")
 
 
+@dataclasses.dataclass(frozen=True)
+class Needy:
+    width: tuple[int, ...]
+    kind: Literal["shore", "sea"] = "sea"
+
+
 @pytest.mark.parametrize(
     ("cls", "tree", "message"),
     [
@@ -99,6 +105,14 @@ class Positive:
         (Positive, {"x": 10**400}, "run.json: model.x=1000"),
         (Positive, {"x": float("nan")}, "run.json: model.x=nan"),
         (Positive, {"x": True}, "run.json: model.x=True is not a float"),
+        (Positive, {"x": 1.0, 3: 4}, "run.json: model has no field 3"),
+        (Needy, {}, "run.json: model is incomplete: add width"),
+        (Needy, {"width": 3}, "run.json: model.width=3 is not a list"),
+        (
+            Needy,
+            {"width": [3], "kind": "short"},
+            "model.kind='short' must be one of 'shore', 'sea'; did you mean 'shore'",
+        ),
     ],
 )
 def test_odd_numbers_and_types_are_told_with_their_file(cls, tree, message):

@@ -177,8 +177,12 @@ def test_a_run_can_be_evaluated_exported_embedded_and_reported(trained, shard, t
     np.testing.assert_array_equal(np.asarray(table["embedding"], np.float32), embedded[0]["embedding"])
 
     capsys.readouterr()
-    assert run(["report", str(trained), "--baseline", str(tmp_path / "eval.json")]) == 0
-    assert "toy-mean" in capsys.readouterr().out
+    record = {"model": "m", "dataset": "x", "metrics": {"image_retrieval_recall@1": 0.1, "unknown_se": None}}
+    (tmp_path / "of_a_suite.json").write_text(json.dumps(record))
+    baselines = [str(tmp_path / "eval.json"), str(tmp_path / "of_a_suite.json")]
+    assert run(["report", str(trained), "--baseline", *baselines]) == 0
+    told = capsys.readouterr().out
+    assert "toy-mean" in told and "m (x)" in told
     page = (trained / "report.html").read_text()
     assert (
         page.count("<img") > 40 and "Worst mistakes" in page and "toy-en" in page and "±" in page and "chance" in page
@@ -201,6 +205,7 @@ def test_a_run_can_be_evaluated_exported_embedded_and_reported(trained, shard, t
     assert "<td>seed</td><td>0</td><td>3</td>" in page and "toy-en · run" in page and "toy-en · other" in page
     fails(["report"], capsys, "name the workdir of a run, or of several")
     fails(["report", str(trained), "--out", str(tmp_path / "no" / "x.html")], capsys, "does not exist; make it first")
+    fails(["report", str(tmp_path / "no")], capsys, "is .*no the workdir of a run")
 
 
 def test_zero_shot_classification_from_files(trained, tmp_path, capsys):
@@ -221,7 +226,8 @@ def test_zero_shot_classification_from_files(trained, tmp_path, capsys):
     assert run([*args, "--out", str(tmp_path / "out.json")]) == 0
     (result,) = json.loads((tmp_path / "out.json").read_text())
     assert result["task"] == "zeroshot_classification"
-    assert set(result["metrics"]) == {"acc1", "acc5", "mean_per_class_recall", "tied_fraction"}
+    recall = {"mean_per_class_recall", "mean_per_class_recall_se"}
+    assert set(result["metrics"]) == {"acc1", "acc5", "tied_fraction"} | recall
     fails(
         [*args, "--label", "colour"],
         capsys,

@@ -173,6 +173,7 @@ def test_mistakes(folder, tmp_path, capsys):
         for args, told in (
             ([*base, "--host", "127.0.0.1", "--port", port], f"cannot serve on 127.0.0.1, port {port}"),
             ([*base, "--max-images", "0"], "max_images=0 must be at least 1"),
+            ([*base, "--trained-batch-size", "0"], "trained_batch_size=0 must be at least 2"),
             ([*base, "--captions", "captoins"], "has a field 'captoins'"),
             (["demo", src, "--data", str(tmp_path)], "holds neither images nor shards"),
         ):

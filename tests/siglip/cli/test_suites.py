@@ -124,14 +124,14 @@ def test_a_suite_resumes_by_model_and_settings(src, root, tmp_path, capsys, monk
 
 
 def test_the_others_go_on_past_a_broken_entry(src, root, tmp_path, capsys, caplog):
-    broken = [{"name": "gone", "data": "gone.tar"}, {"name": "bare", "data": "xm.tar"}]
-    short = {"name": "short", "data": "wds_pets", "classes": '["cat", "dog"]'}
-    suite = write_suite(tmp_path, entries=[*broken, short, ENTRIES["entries"][0]])
+    gone, bare = {"name": "gone", "data": "gone.tar"}, {"name": "bare", "data": "xm.tar"}
+    short = {"name": "short", "data": "wds_pets", "classes": '["cat", "dog"]'}  # fails when its images are embedded
+    suite = write_suite(tmp_path, entries=[gone, short, bare, ENTRIES["entries"][0]])
     assert evaluate(src, suite, root, tmp_path / "out") == 1
     told = capsys.readouterr()
-    assert "3 of 4 entries failed: gone, bare, short" in told.err and "Traceback" not in told.err
+    assert "3 of 4 entries failed: gone, short, bare" in told.err and "Traceback" not in told.err
     assert [line.split()[:2] for line in told.out.splitlines()[1:4]] == [
-        [name, "failed"] for name in ("gone", "bare", "short")
+        [name, "failed"] for name in ("gone", "short", "bare")
     ]
     assert [path.name for path in (tmp_path / "out").glob("*.json")] == ["pets.json"]
     messages = "\n".join(record.getMessage() for record in caplog.records)
@@ -140,6 +140,18 @@ def test_the_others_go_on_past_a_broken_entry(src, root, tmp_path, capsys, caplo
         'short failed: ["cat", "dog"] has 2 classes, but' in messages
         and "labels from 0 to 2; a line is missing" in messages
     )
+
+
+def test_an_entry_called_like_anothers_language_has_a_file_of_its_own(src, root, tmp_path, monkeypatch):
+    both = [
+        ENTRIES["entries"][1],
+        {"name": "xm-en", "task": "retrieval", "data": "xm.tar", "captions": ["captions.en"]},
+    ]
+    suite, out = write_suite(tmp_path, entries=both), tmp_path / "out"
+    assert evaluate(src, suite, root, out) == 0
+    assert {path.name for path in out.glob("*.json")} == {"xm-en-0.json", "xm-de.json", "xm-mean.json", "xm-en.json"}
+    monkeypatch.setattr(Embedder, "embed_shards", None)  # nothing is embedded
+    assert evaluate(src, suite, root, out) == 0
 
 
 def test_a_bug_keeps_its_traceback_and_the_others_go_on(src, root, tmp_path, capsys, monkeypatch):
@@ -160,7 +172,11 @@ def test_a_bug_keeps_its_traceback_and_the_others_go_on(src, root, tmp_path, cap
         ),
         ({"entries": [{"data": "a", "label": 3}]}, "entries.0.label=3 is not a str"),
         ({"entries": [{"data": "a", "lable": "x"}]}, "no field 'lable'; did you mean 'label'"),
-        ({"entries": [{"name": "x"}]}, "entries.0 is incomplete"),
+        ({"entries": [{"name": "x"}]}, "entries.0 is incomplete: add data"),
+        ({"entries": [{"data": "a", "task": ["knn"]}]}, r"entries.0.task=\['knn'\] must be one of"),
+        ({"entries": [{"data": "a", 1: "x"}]}, "entries.0 has no field 1"),
+        ({"average": "no"}, "average='no' must be true or false"),
+        ({"root": None}, "root=None a folder"),
         ({"entries": [{"data": "a", "pixels": "crop"}]}, "pixels='crop' must be one of squash, square875, aspect75"),
         ({"entries": [{"data": "x/a.tar"}, {"data": "y/a.tar"}]}, "2 entries are called 'a'"),
         (
@@ -195,9 +211,11 @@ def test_mistakes_in_the_flags_of_a_suite(src, tmp_path, capsys):
     ):
         assert evaluate(src, suite, None, tmp_path / "out", *flags) == 2
         assert message in capsys.readouterr().err
-    (tmp_path / "suite.yaml").write_text("entries: [")
-    assert evaluate(src, suite, None, tmp_path / "out") == 2
-    assert "is not YAML" in capsys.readouterr().err
+    twice = "entries: [{task: knn, train: a, data: a, data: b}]"
+    for content, message in (("entries: [", "is not YAML"), (twice, "the key 'data' is there more than once")):
+        (tmp_path / "suite.yaml").write_text(content)
+        assert evaluate(src, suite, None, tmp_path / "out") == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted(SUITES.glob("*.yaml")), ids=lambda path: path.stem)

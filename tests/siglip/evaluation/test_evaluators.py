@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 
 from siglip.evaluation.class_files import canonicalize, make_prompts, read_classes, read_names, read_templates
 from siglip.evaluation.ranking import rank_right_candidates
+from siglip.evaluation.results import Result
 from siglip.evaluation.retrieval import Retrieval, mean_of, retrieval
 from siglip.evaluation.zeroshot import ZeroShot, class_embeddings, classification
 
@@ -78,6 +81,7 @@ def test_classification_by_hand():
         "acc1": 0.5,
         "acc5": 0.75,
         "mean_per_class_recall": pytest.approx((1 / 3 + 1) / 2),
+        "mean_per_class_recall_se": pytest.approx(np.sqrt(2 / 9 / 3) / 2),
         "tied_fraction": 0.0,
     }
 
@@ -115,6 +119,9 @@ def test_prompts_of_each_class():
     assert make_prompts(["cat", "dog"], own) == [["it purrs"], ["a dog barks", "mans best friend"]]
     with pytest.raises(ValueError, match="no prompts for class 'cats'; did you mean 'cat'"):
         make_prompts(["cats"], own)
+    for empty in ([], ["", " "]):
+        with pytest.raises(ValueError, match="no prompts for class 'cat'$"):
+            make_prompts(["cat"], {"cat": empty, "dog": ["a dog"]})
     classes = class_embeddings(lambda prompts: np.eye(3), make_prompts(["cat", "dog"], own))
     np.testing.assert_allclose(classes, [[1, 0, 0], [0, np.sqrt(0.5), np.sqrt(0.5)]], atol=1e-6)
 
@@ -179,7 +186,14 @@ def test_files_of_templates(tmp_path, content, expected):
         ('["n01443537", "n01440764"]', "is a table or code"),
         ("0,tench\n1,goldfish", "is a table or code"),
         ("0: 'tench',\n1: 'goldfish'", "is a table or code"),
+        ("0 tench\n1 goldfish", "is a table or code"),
+        ("1. tench\n2. goldfish", "is a table or code"),
+        ("/a/airfield 0\n/b/beach 1", "is a table or code"),
+        ("name,id\ntench,1\ngoldfish,0", "is a table or code"),
+        ("id\tname\n7\ttench\n9\tgoldfish", "is a table or code"),
         ("0\n1\n2", ["0", "1", "2"]),
+        ("1 cube\n2 cubes\n3 cubes\n4 cubes", ["1 cube", "2 cubes", "3 cubes", "4 cubes"]),
+        ("Audi A5 2012\nBMW M3 2012", ["Audi A5 2012", "BMW M3 2012"]),
         ("2012 Audi A5\n2012 BMW M3", ["2012 Audi A5", "2012 BMW M3"]),
     ],
 )
@@ -249,6 +263,11 @@ def test_equal_candidates_score_alike_wherever_they_stand():
         ranks, tied = rank_right_candidates(queries, np.repeat(candidate, count, 0), np.arange(count), np.arange(count))
         np.testing.assert_array_equal(ranks, 1 + np.arange(count))
         assert tied.all()
+
+
+def test_a_result_is_json_also_where_a_number_is_not_known():
+    record = Result(Retrieval("a.tar"), "a", "", {"acc1": 0.5, "acc1_se": float("nan")}).to_clip_benchmark("m")
+    assert json.loads(json.dumps(record, allow_nan=False))["metrics"] == {"acc1": 0.5, "acc1_se": None}
 
 
 @pytest.mark.parametrize(

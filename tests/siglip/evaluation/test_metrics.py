@@ -1,5 +1,7 @@
 """Metrics and probes against their definitions, written out in float64."""
 
+import collections
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ from siglip.evaluation.metrics import (
     average_precision,
     brier_score,
     calibration_error,
+    jackknife_error,
     mean_average_precision,
+    mean_recall,
     probe_accuracies,
     roc_auc,
 )
@@ -25,6 +29,7 @@ from siglip.evaluation.ranking import rank_both_ways
 from siglip.evaluation.segmentation import counts_of, segmentation_metrics
 from siglip.evaluation.selection import selection
 from siglip.evaluation.verification import draw_pairs, verification
+from siglip.evaluation.zeroshot import multi_label
 from siglip.parallel import sharding
 
 MESH = sharding.make_mesh(sharding.MeshConfig())
@@ -104,6 +109,31 @@ def test_a_prior_shift_makes_a_calibrated_model_calibrated_at_another_prior():
     assert found["brier_shifted"] < found["brier"]
     assert found["observed_over_expected_shifted"] == pytest.approx(1, abs=0.05) and found["observed_over_expected"] > 3
     assert found["average_precision"] > verification(logits, positive, prior=0.01)["average_precision"]
+
+
+def test_errors_are_the_spread_over_sets_of_cases_and_chance_is_what_random_scores_get():
+    rng, found, errors = np.random.default_rng(0), collections.defaultdict(list), collections.defaultdict(list)
+    positive, case = np.tile(np.arange(4) == 0, 100), np.repeat(np.arange(100), 4)  # a caption and three wrong images
+    for draw in range(300):
+        # Captions differ in all of their scores: pairs are not independent.
+        logits = np.repeat(rng.normal(size=100), 4) + rng.normal(size=400) + positive
+        labels = rng.random((200, 3)) < 0.4
+        zimg, names = rng.normal(size=(200, 3)) + labels, rng.integers(0, 5, 200) * rng.integers(0, 2, 200)
+        recall, error = mean_recall(rng.random(200) < 0.2 + 0.1 * names, names)
+        found["average_precision"].append(average_precision(logits, positive))
+        found["brier"].append(brier_score(1 / (1 + np.exp(-logits)), positive, np.ones(400)))
+        found["mean_average_precision"].append(mean_average_precision(zimg, np.eye(3), labels))
+        found["recall"].append(recall)
+        if draw < 20:
+            one = verification(logits, positive, prior=0.25, case=case) | multi_label(zimg, np.eye(3), labels)
+            for name in found:
+                errors[name].append({"recall_se": error, **one}[f"{name}_se"])
+    for name, values in found.items():
+        # A spread of 300 is known to 1 / sqrt(598) = 4 %, the mean of 20 errors to 16 % / sqrt(20) = 4 %: four times both.
+        assert np.mean(errors[name]) == pytest.approx(np.std(values), rel=0.23), name
+    at_random = multi_label(rng.normal(size=(20_000, 3)), np.eye(3), rng.random((20_000, 3)) < 0.4)
+    assert at_random["mean_average_precision"] == pytest.approx(at_random["mean_average_precision_chance"], rel=0.05)
+    assert np.isnan(jackknife_error(np.mean, np.zeros(3, int)))
 
 
 def test_drawn_pairs_never_match_by_accident():
@@ -228,7 +258,10 @@ def test_random_scores_are_at_the_chance_that_is_told():
         "pairs": (both_ways, ("text_acc", "image_acc", "acc")),
         "captions": (selection(list(rng.random((many, 1, 3)))), ("text_acc",)),
         "associations": (association([rng.random(len(own)) for own in right], right), ("jaccard",)),
-        "probe": (probe_accuracies(rng.integers(0, 4, many), labels, "knn", "map", classes=4), ("knn_acc1_map",)),
+        "probe": (
+            probe_accuracies(rng.integers(0, 4, many), labels, "knn", "map", classes=4),
+            ("knn_acc1_map", "knn_mean_per_class_recall_map"),
+        ),
     }.values():
         for name in names:
             assert abs(found[name] - found[f"{name}_chance"]) < 4 * found[f"{name}_se"] < 0.04, name
@@ -249,6 +282,12 @@ def test_labels_as_zeros_and_ones_and_as_lists():
         with pytest.raises(ValueError, match=f"image a has the label '{number}', which is neither a number"):
             multi_hot([[0.0, number]], index, 3, pairs=["image a"])
     assert multi_hot([[1, 0, 1], []], index, 3, pairs="ab").tolist() == [expected[0], expected[2]]
+    # A text that is a class's name is that class, also where it is a number.
+    numbers = {"1": 0, "2": 1, "3": 2}
+    assert multi_hot([["1", "3"], ["2"], []], numbers, 3, pairs="abc").tolist() == expected
+    for label in ("9" * 5000, 10**400, "-1"):
+        with pytest.raises(ValueError, match="image a has the label"):
+            multi_hot([["cat", label]], index, 3, pairs=["image a"])
 
 
 def test_a_head_leaves_the_statistics_of_its_input_as_they_are():
@@ -269,8 +308,11 @@ def test_subsets_and_maps_of_classes(tmp_path):
     for content in ("shark\ntench\n", '["2", "tench"]', "2\n0\n2"):
         path.write_text(content)
         assert read_subset(str(path), index, 3) == [0, 2]
-    for content, message in (("\n", "names no class"), ("shrk", "did you mean 'shark'"), ("3", "'3' is none of the 3")):
-        path.write_text(content)
+    for content, message in (
+        (b"\n", "names no class"), (b"shrk", "did you mean 'shark'"), (b"3", "'3' is none of the 3"),
+        (b"\xff\xfes\0", "is not UTF-8 text"), (b'[["tench"]]', "must be a list"), (b'{"tench": 1}', "must be a list"),
+    ):  # fmt: skip
+        path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             read_subset(str(path), index, 3)
     # ObjectNet's root: 3 folders, two of them ImageNet's.
@@ -346,9 +388,10 @@ def test_the_error_of_a_segmentation_is_its_spread_over_sets_of_images():
 
 def test_gaps_between_groups_by_hand():
     predicted, labels = np.array([0, 0, 1, 1, 1, 1, 0]), np.array([0, 1, 1, 0, 1, 1, 1])
-    found = group_gaps(predicted, labels, ["a"] * 4 + ["b"] * 2 + ["c"], min_images=2)
+    found = group_gaps(predicted, labels, ["a"] * 4 + ["b"] * 2 + ["c"], classes=3, min_images=2)
     assert found["acc1_a"] == 0.5 and found["acc1_b"] == 1 and found["n_c"] == 1
     assert found["acc1_worst_group"] == 0.5 and found["acc1_gap"] == 0.5  # c is too small to be the worst
     assert found["acc1_gap_se"] == pytest.approx(np.sqrt(0.25 / 4)) and found["demographic_parity_gap"] == 0.5
+    assert found["acc1_worst_group_se"] == found["acc1_a_se"] == 0.25 and found["acc1_b_chance"] == 1 / 3
     with pytest.raises(ValueError, match="1 groups have 3 images or more"):
-        group_gaps(predicted, labels, ["a"] * 4 + ["b"] * 2 + ["c"], min_images=3)
+        group_gaps(predicted, labels, ["a"] * 4 + ["b"] * 2 + ["c"], classes=3, min_images=3)

@@ -98,7 +98,8 @@ def test_features_by_their_names(embedder, test):
 def test_probes_read_colours_off_random_features(embedder, train, test):
     knn = metrics_of(Knn(test, train, k=3, feature="patch_mean"), embedder)
     parts = {"knn_acc1_patch_mean", "knn_acc1_patch_mean_se", "knn_acc1_patch_mean_chance"}
-    assert set(knn) == parts | {"knn_mean_per_class_recall_patch_mean"} and knn["knn_acc1_patch_mean_chance"] == 1 / 6
+    parts |= {f"knn_mean_per_class_recall_patch_mean{end}" for end in ("", "_se", "_chance")}
+    assert set(knn) == parts and knn["knn_acc1_patch_mean_chance"] == 1 / 6
     assert knn["knn_acc1_patch_mean"] > 0.4  # chance 1/6, the colour alone 1/2
     names = metrics_of(Knn(test, train, label="name", k=3, feature="patch_mean"), embedder)
     assert names == pytest.approx(knn)
@@ -119,7 +120,22 @@ def test_a_linear_and_an_attentive_probe(embedder, train, test):
         AttentiveProbe(test, train, heads=4, epochs=30, images_per_step=16, learning_rate=0.01), embedder
     )
     parts = {"ap_acc1_tokens", "ap_acc1_tokens_se", "ap_acc1_tokens_chance"}
-    assert set(attentive) == parts | {"ap_mean_per_class_recall_tokens"} and attentive["ap_acc1_tokens"] > 0.4
+    parts |= {f"ap_mean_per_class_recall_tokens{end}" for end in ("", "_se", "_chance")}
+    assert set(attentive) == parts and attentive["ap_acc1_tokens"] > 0.4
+
+
+def test_a_probe_needs_labels_of_one_kind_and_of_two_classes(embedder, train, tmp_path):
+    names, path = [f"{n}.png" for n in range(8)], tmp_path / "shapes.jsonl"
+    for name, image in zip(names, pq.read_table(train)["image"].to_pylist(), strict=False):
+        (tmp_path / name).write_bytes(image["bytes"] if isinstance(image, dict) else image)
+    for labels, message in ((["cat"] * 8, "all images of .* have the label 'cat'"), ([1, "a"] * 4, "numbers mixed")):
+        rows = [json.dumps({"image": name, "cls": label}) for name, label in zip(names, labels, strict=True)]
+        path.write_text("\n".join(rows))
+        for task in (Knn(str(path), str(path)), AttentiveProbe(str(path), str(path), heads=4)):
+            with pytest.raises(UserError, match=message):
+                task.run(embedder)
+    with pytest.raises(UserError, match="heads=12 does not divide the width 32"):  # before an image is read
+        AttentiveProbe(str(path), str(tmp_path / "gone.tar")).run(embedder)
 
 
 def test_pixels_of_coloured_shapes_are_told_apart(embedder, train, test):
@@ -205,11 +221,13 @@ def test_groups(embedder, test, classes):
 
 def test_several_labels_are_ranked_and_subsets_and_maps_take_part(embedder, test, classes, tmp_path, caplog):
     found = metrics_of(ZeroShot(test, classes, label="colours"), embedder)
-    assert set(found) == {"mean_average_precision"} and 0.2 < found["mean_average_precision"] < 1
+    name = "mean_average_precision"
+    assert set(found) == {name, f"{name}_se", f"{name}_chance"} and found[f"{name}_chance"] < found[name] < 1
     subset = tmp_path / "subset.txt"
     subset.write_text("red square\n2\n")
     found = metrics_of(ZeroShot(test, classes, subset=str(subset)), embedder)
-    assert set(found) == {"acc1", "mean_per_class_recall", "tied_fraction"}  # two classes: no acc5
+    parts = {"acc1", "mean_per_class_recall", "mean_per_class_recall_se", "tied_fraction"}
+    assert set(found) == parts  # two classes: no acc5
     assert f"20 images of {test} are of classes outside" in caplog.text
     of_two = tmp_path / "two.txt"
     of_two.write_text("red square\ngreen square\n")
@@ -228,6 +246,8 @@ def test_captions_are_selected_and_pairs_verified(embedder, test, tmp_path):
     assert pairs["acc"] <= min(pairs["text_acc"], pairs["image_acc"])
     found = metrics_of(Verification(test, priors=(0.5, 0.1), train_batch_size=256, negatives=3), embedder)
     assert 0 < found["roc_auc"] < 1 and found["average_precision@0.1"] < found["average_precision@0.5"]
+    assert found["roc_auc_chance"] == 0.5 and found["average_precision@0.1_chance"] == 0.1
+    assert min(found["roc_auc_se"], found["average_precision_se@0.1"], found["brier_se@0.5"]) > 0
     assert {"ece@0.1", "ece_shifted@0.1", "ece_shifted_se@0.5", "observed_over_expected@0.5"} <= set(found)
     found = metrics_of(Verification(test, match="match"), embedder)
     assert 0 < found["roc_auc"] < 1

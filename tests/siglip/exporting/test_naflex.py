@@ -184,7 +184,7 @@ def test_encoders_take_patches_and_lists_of_any_images(source):
     [
         ([np.zeros((4, 4, 3), np.uint8)], {"max_patches": 41}, "max_patches=41 must lie in 1 … 40"),
         ([np.zeros((4, 4, 3), np.uint8)], {"max_patches": 0}, "max_patches=0 must lie in 1 … 40"),
-        ([np.zeros((0, 4, 3), np.uint8)], {}, "an entry of the list of images is ndarray"),
+        ([np.zeros((0, 4, 3), np.uint8)], {}, "the list of images has an entry that is ndarray"),
         (np.zeros((1, 12, 24, 3), np.float32), {}, "sides of whole patches of .* px, at most max_patches=12"),
         (
             Patches(np.zeros((1, 4, 192), np.float32), np.array([[3, 2]])),
