@@ -198,7 +198,11 @@ def _neighbour_weights(pixels: int) -> Float[np.ndarray, "pixels 3"]:
 
 
 def counts_of(
-    predicted: UInt8[np.ndarray, "h w"], mask: UInt8[np.ndarray, "h w"], *, classes: int, ignore: tuple[int, ...] = (255,)
+    predicted: UInt8[np.ndarray, "h w"],
+    mask: UInt8[np.ndarray, "h w"],
+    *,
+    classes: int,
+    ignore: tuple[int, ...] = (255,),
 ) -> Int[np.ndarray, "3 k"]:
     """How many pixels of an image are hits, in the mask, and predicted, by class; those to ignore count nowhere.
 

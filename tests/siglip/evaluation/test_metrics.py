@@ -344,7 +344,6 @@ def test_the_error_of_a_segmentation_is_its_spread_over_sets_of_images():
         assert np.mean(errors) == pytest.approx(spread, rel=0.2)
 
 
-
 def test_gaps_between_groups_by_hand():
     predicted, labels = np.array([0, 0, 1, 1, 1, 1, 0]), np.array([0, 1, 1, 0, 1, 1, 1])
     found = group_gaps(predicted, labels, ["a"] * 4 + ["b"] * 2 + ["c"], min_images=2)
