@@ -1,5 +1,6 @@
 """Labels of images: names or numbers, one or several; maps and subsets of classes; features of a labelled set for the probes."""
 
+import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 
 from siglip.array_types import Bool, Int
 from siglip.errors import UserError
-from siglip.evaluation.class_files import load_json
+from siglip.evaluation.class_files import load_json, read_text
 from siglip.evaluation.embed import Embedder, Feature, FirstValues
 from siglip.trees import did_you_mean
 
@@ -55,9 +56,9 @@ def read_subset(path: str, index: Mapping[str, int], classes: int) -> list[int]:
     Raises:
         FileNotFoundError, UserError: there is no file, or it names no class, or one that there is not.
     """
-    content = Path(path).read_text(encoding="utf-8-sig")
+    content = read_text(Path(path))
     try:
-        entries = json.loads(content) if content.lstrip().startswith("[") else content.splitlines()
+        entries = json.loads(content) if content.lstrip().startswith("[") else io.StringIO(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} starts like JSON but is not ({error}); write one class per line") from None
     entries, numbers = [str(entry).strip() for entry in entries if str(entry).strip()], set()

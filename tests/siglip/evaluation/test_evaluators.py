@@ -180,6 +180,7 @@ def test_files_of_templates(tmp_path, content, expected):
         ("0,tench\n1,goldfish", "is a table or code"),
         ("0: 'tench',\n1: 'goldfish'", "is a table or code"),
         ("0\n1\n2", ["0", "1", "2"]),
+        ("polar\u2028bear\r\nsnow\x85owl\n", ["polar\u2028bear", "snow\x85owl"]),  # two lines, not four
         ("2012 Audi A5\n2012 BMW M3", ["2012 Audi A5", "2012 BMW M3"]),
     ],
 )
