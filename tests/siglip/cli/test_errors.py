@@ -149,3 +149,10 @@ def test_damaged_sources_in_the_config_of_a_run_are_told_by_report(tmp_path, cap
     capsys.readouterr()
     (tmp_path / "config.json").write_text(json.dumps(config | {"data": data}))
     assert "config.json: data has no list of sources" in fails(["report", str(tmp_path)], capsys, code=2)
+
+
+@pytest.mark.parametrize("field", ["total_steps", "batch_size", "seed"])
+def test_numbers_that_no_run_has(tmp_path, field):
+    for value in (-1, 2**63, 10**400):
+        with pytest.raises(UserError, match=f"^{field}=-?[0-9]+ must "):
+            tiny_config(tmp_path, **{field: value})
