@@ -15,13 +15,14 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from siglip.errors import UserError
 
 T = TypeVar("T")
+_MAX_DIGITS = 100  # of a number in a JSON file: many times larger ones are no floats
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -105,12 +106,24 @@ def read_json(path: Path, *, fix: str) -> dict[str, Any]:
         UserError: it does not hold a JSON object.
     """
     try:
-        tree = json.loads(path.read_bytes())
+        tree = json.loads(path.read_bytes(), parse_int=_parse_int)
     except (ValueError, RecursionError) as error:  # bytes that are no text, numbers of 5000 digits, nested 1000 deep
         raise UserError(f"{path} is not valid JSON ({' '.join(str(error).split())}); {fix}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}, not a JSON object; {fix}")
     return tree
+
+
+def _parse_int(digits: str) -> int:
+    """Raises ValueError where float has no such number."""
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"{digits[:10]}… is a number of {len(digits)} digits")
+    return int(digits)
+
+
+def is_one_of(value: Any, options: Collection[Any]) -> bool:
+    """Whether a value from a JSON file, of whatever type, is one of some texts or numbers."""
+    return isinstance(value, Hashable) and value in options
 
 
 def build_dataclass(cls: type[T], tree: Any, *, where: str = "config") -> T:

@@ -11,6 +11,7 @@ bits of the scores, find the k-th largest float exactly, in memory that does not
 """
 
 import functools
+import io
 import json
 import math
 import re
@@ -156,7 +157,7 @@ def read_concepts(path: str) -> tuple[dict[str, int], int]:
 def _parse_concepts(path: str, modified_ns: int) -> tuple[dict[str, int], int]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        entries = json.loads(text) if text.lstrip().startswith(("[", "{")) else text.splitlines()
+        entries = json.loads(text) if text.lstrip().startswith(("[", "{")) else list(io.StringIO(text))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError among them
         raise UserError(
             f"concepts {path!r}: {error}; write UTF-8 text with a concept per line, or a JSON list of strings"

@@ -103,15 +103,15 @@ def is_image_name(name: str) -> bool:
 
 def _read_crossmodal(folder: str) -> Annotations:
     rows, path = [], os.path.join(folder, CROSSMODAL)
-    for number, line in enumerate(files.read_whole(path).decode("utf-8", "replace").encode().splitlines(), 1):
+    for number, line in enumerate(files.lines(files.read_whole(path), "replace"), 1):
         try:
-            entry = load_json(line)[0] if line.strip() else None
+            entry = load_json(line.encode())[0] if line.strip() else None
             if entry is not None:
                 captions = {
                     key: own["caption"] for key, own in entry.items() if isinstance(own, dict) and "caption" in own
                 }
                 rows.append({"image": f"{entry['image/key']}.jpg", "captions": captions})
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"line {number} of {path!r} is not one of Crossmodal-3600 ({error!r})") from error
     if not rows:
         raise UserError(f"{path!r} holds no captions; copy it again")
@@ -121,8 +121,7 @@ def _read_crossmodal(folder: str) -> Annotations:
 def _flickr_rows(path: str) -> Iterator[dict[str, Any]]:
     """The captions of an image need not follow each other."""
     captions: dict[str, list[str]] = {}
-    lines = files.read_whole(path).decode("utf-8", "replace").removeprefix("\ufeff").splitlines()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(files.lines(files.read_whole(path), "replace"), 1):
         matched = _FLICKR_LINE.fullmatch(line.strip())
         if matched:
             captions.setdefault(matched["name"], []).append(matched["caption"].strip().strip('"').strip())

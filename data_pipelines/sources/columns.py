@@ -1,10 +1,11 @@
 """Fields by name: which one holds the image, what to say if a name does not exist, and the fields in a JSON object."""
 
+import collections
 import difflib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.errors import UserError
@@ -20,6 +21,11 @@ def did_you_mean(name: str, candidates: Collection[str]) -> str:
     close = difflib.get_close_matches(name, set(candidates) - {name}, 1, 0.5)
     meant = f", did you mean {close[0]!r}?" if close else ""
     return f"; there are {', '.join(sorted(candidates)) or 'none'}{meant}"
+
+
+def repeated_name(names: Sequence[str]) -> str | None:
+    """The first name that comes again; "" may."""
+    return next((name for name, count in collections.Counter(names).items() if name and count > 1), None)
 
 
 def _how_to_name_one(columns: Collection[str]) -> str:

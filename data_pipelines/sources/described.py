@@ -83,7 +83,7 @@ def _lines(path: str) -> list[str] | None:
     if not files.exists(path):
         return None
     try:
-        lines = [line.strip() for line in files.read_whole(path).decode("utf-8-sig").rstrip().splitlines()]
+        lines = [line.strip() for line in files.lines(files.read_whole(path).rstrip())]
     except UnicodeDecodeError as error:
         raise UserError(f"{path!r} is not UTF-8 text ({error}); fetch it again") from error
     if "" in lines:

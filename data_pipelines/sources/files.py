@@ -6,6 +6,7 @@ reads at once.
 The trap: a file that was cut after it was indexed returns fewer bytes than asked for, without an error; here that is one.
 """
 
+import codecs
 import functools
 import glob
 import hashlib
@@ -173,6 +174,11 @@ def read_whole(path: str) -> bytes:
         size = os.fstat(file.fileno()).st_size  # 0 for most files of /proc, which may be endless
         check_fits(path, size)
         return file.read(size)
+
+
+def lines(text: bytes, errors: str = "strict") -> list[str]:
+    """The lines of a text in UTF-8; str.splitlines would end one at some rare spaces too. Raises UnicodeDecodeError."""
+    return [line.decode("utf-8", errors) for line in text.removeprefix(codecs.BOM_UTF8).splitlines()]
 
 
 def check_fits(path: str, size: int) -> None:

@@ -19,7 +19,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.records import Pair
 from data_pipelines.sources import files, index_file
 from data_pipelines.sources.annotations import IMAGE_COLUMNS, join
-from data_pipelines.sources.columns import parse_object
+from data_pipelines.sources.columns import parse_object, repeated_name
 from data_pipelines.sources.files import Window
 from data_pipelines.sources.index_file import Contents
 from data_pipelines.sources.remote import FileStat
@@ -117,8 +117,8 @@ def _scan_csv(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[st
     reader = _rows(shard, decoded())
     try:
         columns = [name.strip() for name in next(reader, [])]
-        if repeated := [name for name in columns if name and columns.count(name) > 1]:
-            raise UserError(f"list {shard!r} has two columns called {repeated[0]!r}; rename one of them")
+        if twice := repeated_name(columns):
+            raise UserError(f"list {shard!r} has two columns called {twice!r}; rename one of them")
         start = end
         for row in reader:
             if row:

@@ -28,6 +28,7 @@ from data_pipelines.records import Pair, ShardLost
 from data_pipelines.sources import files, index_file, parquet_headers
 from data_pipelines.sources.arrow_values import check_lists, row_values
 from data_pipelines.sources.blocks import Block, BlockCache, pieces
+from data_pipelines.sources.columns import repeated_name
 from data_pipelines.sources.index_file import Contents
 from data_pipelines.sources.remote import FileStat
 from data_pipelines.sources.shards import ColumnSource
@@ -92,6 +93,9 @@ class ParquetSource(ColumnSource):
         self._footer = functools.lru_cache(_OPEN_FOOTERS)(self._read_footer)
         self._group_read = functools.lru_cache(_PLANNED_GROUPS)(self._plan_group)
         self._groups = _GroupCache(CACHE_BYTES)
+        for shard, path in enumerate(self.paths):
+            if twice := repeated_name(self._names(shard)):
+                raise UserError(f"shard {path!r} has two columns called {twice!r}; rename one of them")
 
     @property
     def group_starts(self) -> np.ndarray:
@@ -160,15 +164,8 @@ class ParquetSource(ColumnSource):
         places = np.stack([chunks["start"], chunks["end"] - chunks["start"]], 1)
         joined = pieces(places, gap_bytes=_JOIN_GAP_BYTES, limit_bytes=size).tolist()
         source = _Blocks([(start, self._files.read(shard, start, end - start)) for start, end in joined], size)
-        metadata, about = self._footer(shard), f"row group {group} of shard {self.paths[shard]!r}"
-        repeated = _check_expansion(source, chunks, [metadata.schema.column(number) for number in numbers], about)
-        try:
-            file = pq.ParquetFile(pa.PythonFile(source, "r"), metadata=metadata, read_dictionary=repeated)
-            table = file.read_row_group(group, columns=self._names(shard), use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise OSError(f"{about} is damaged: {' '.join(str(error).split())}") from error
-        check_lists(table, about)
-        return table
+        about = f"row group {group} of shard {self.paths[shard]!r}"
+        return _read_checked(source, self._footer(shard), [group], self._names(shard), numbers, chunks, about)
 
     def _names(self, shard: int) -> list[str]:
         """The needed columns."""
@@ -180,9 +177,56 @@ class ParquetSource(ColumnSource):
     def _chunks(self, shard: int, group: int) -> tuple[list[int], np.ndarray]:
         """The needed leaf columns by number, and where a row group has them: `parquet_headers.CHUNK` [needed]."""
         schema = self._footer(shard).schema
-        inside = tuple(f"{name}." for name in self._names(shard))  # the name of a column may have dots itself
-        numbers = [n for n in range(len(schema)) if f"{schema.column(n).path}.".startswith(inside)]
+        numbers = _leaves(schema, self._names(shard))
         return numbers, self._tables(shard)["chunks"].reshape(-1, len(schema))[group, numbers]
+
+
+def read_table(data: bytes, names: Sequence[str], about: str) -> pa.Table:
+    """Some columns of a whole file. about: what it is, for messages.
+
+    Raises:
+      OSError: they do not fit into memory, see `_check_expansion` and `check_lists`, or are damaged.
+      ValueError: the footer is damaged, or two of the columns have one name.
+    """
+    if twice := repeated_name(names):
+        raise ValueError(f"it has two columns called {twice!r}")
+    metadata = pq.read_metadata(pa.BufferReader(data))
+    columns = [column[1:] for column in _read_columns(data, metadata, len(data))]
+    numbers = _leaves(metadata.schema, names)
+    chunks = np.array(columns, parquet_headers.CHUNK).reshape(-1, len(metadata.schema))[:, numbers].ravel()
+    source, groups = _Blocks([(0, data)], len(data)), list(range(metadata.num_row_groups))
+    return _read_checked(source, metadata, groups, names, numbers, chunks, about)
+
+
+def _leaves(schema: pq.ParquetSchema, names: Sequence[str]) -> list[int]:
+    """The leaf columns, by number, of columns by name."""
+    inside = tuple(f"{name}." for name in names)  # the name of a column may have dots itself
+    return [number for number in range(len(schema)) if f"{schema.column(number).path}.".startswith(inside)]
+
+
+def _read_checked(
+    source: "_Blocks",
+    metadata: pq.FileMetaData,
+    groups: list[int],
+    names: Sequence[str],
+    numbers: Sequence[int],
+    chunks: np.ndarray,
+    about: str,
+) -> pa.Table:
+    """Columns of row groups, once it is known that they fit into memory.
+
+    numbers, chunks: the leaf columns, and where each of the groups has them. Raises OSError: they do not fit, or are damaged.
+    """
+    columns = [metadata.schema.column(number) for number in numbers] * len(groups)
+    repeated = _check_expansion(source, chunks, columns, about)
+    try:
+        file = pq.ParquetFile(pa.PythonFile(source, "r"), metadata=metadata, read_dictionary=repeated)
+        # One by one: pyarrow does not join dictionaries inside lists.
+        table = pa.concat_tables(file.read_row_group(n, columns=list(names), use_threads=False) for n in groups)
+    except (pa.ArrowException, OSError) as error:
+        raise OSError(f"{about} is damaged: {' '.join(str(error).split())}") from error
+    check_lists(table, about)
+    return table
 
 
 class _GroupCache:

@@ -6,7 +6,6 @@ for scores that someone added later. The statistics give the number of pairs tha
 The trap: its rows are not those of the tar, since failed downloads have one as well; they are matched by key.
 """
 
-import io
 import json
 import warnings
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from data_pipelines.records import ShardLost
 from data_pipelines.sources import files
 from data_pipelines.sources.arrow_values import row_values
 from data_pipelines.sources.columns import parse_object
+from data_pipelines.sources.parquet import read_table
 
 KEY = "key"
 
@@ -47,18 +47,24 @@ def match(shard: str, rows: np.ndarray, first_json: bytes | None) -> tuple[np.nd
     if not files.exists(path):
         return None
     try:
-        side = pq.ParquetFile(io.BytesIO(files.read_whole(path)))
-        own, _ = parse_object(first_json or b"")
-        added = [name for name in side.schema_arrow.names if name != KEY and name not in own]
-        if KEY not in side.schema_arrow.names or not added:
+        data, (own, _) = files.read_whole(path), parse_object(first_json or b"")
+        names = pq.read_schema(pa.BufferReader(data)).names
+        added = [name for name in names if name != KEY and name not in own]
+        if KEY not in names or not added:
             return None
-        row_of = {str(key).encode(): row for row, key in enumerate(side.read([KEY])[KEY].to_pylist())}
-    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a key that is not UTF-8
-        warnings.warn(f"side file {path!r} cannot be read ({error}) and is not used", stacklevel=2)
+        # All that will be read is read now: what is wrong with it costs these columns, and no pair later.
+        table = read_table(data, [*(name for name in names if name == KEY), *added], "the table")
+        row_of = {str(key).encode(): row for row, key in enumerate(table[KEY].to_pylist())}
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a key that is not UTF-8, a damaged footer
+        told = " ".join(str(error).split())
+        warnings.warn(f"side file {path!r} cannot be read ({told}) and is not used", stacklevel=2)
         return None
     found = np.empty(len(rows), [("row", "<i8")])
     found["row"] = [row_of.get(key.rpartition(b"/")[2], -1) for key in rows["key"].tolist()]
-    return (found, added) if (found["row"] >= 0).any() else None
+    if (found["row"] >= 0).any():
+        return found, added
+    warnings.warn(f"side file {path!r} has none of its shard's keys and is not used", stacklevel=2)
+    return None
 
 
 class SideTable:
@@ -67,9 +73,16 @@ class SideTable:
     def __init__(self, shard: str, columns: Sequence[str]):
         self._path = f"{_stem(shard)}.parquet"
         try:
-            self._table = pq.read_table(io.BytesIO(files.read_whole(self._path)), columns=[KEY, *columns])
-        except (pa.ArrowException, FileNotFoundError, PermissionError) as error:
-            raise ShardLost(f"side file {self._path!r} can no longer be read: {error}") from error
+            data = files.read_whole(self._path)
+        except (FileNotFoundError, PermissionError) as error:
+            raise self._lost(error) from error
+        try:
+            self._table = read_table(data, [KEY, *columns], "the table")
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> ShardLost:
+        return ShardLost(f"side file {self._path!r} can no longer be read: {' '.join(str(error).split())}")
 
     def fields(self, row: int, key: str) -> dict[str, object]:
         """The columns of a row that have a value. Raises ShardLost if the row has another key."""

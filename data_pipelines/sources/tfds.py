@@ -56,7 +56,7 @@ def class_names(shard: str) -> dict[str, list[str]]:
     pattern = os.path.join(glob.escape(os.path.dirname(shard)), "*.labels.txt")
     paths = [] if files.is_remote(shard) else sorted(glob.glob(pattern))
     texts = {os.path.basename(path).removesuffix(".labels.txt"): files.read_whole(path) for path in paths}
-    return {name: text.decode("utf-8", "replace").splitlines() for name, text in texts.items()}
+    return {name: files.lines(text, "replace") for name, text in texts.items()}
 
 
 def _splits(folder: str) -> dict[str, tuple[int, ...]]:

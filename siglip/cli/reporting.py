@@ -119,10 +119,21 @@ def _read_run(workdir: Path, name: str) -> Run:
     findings, notes = _findings(workdir, config, settings) if settings.tasks else ({}, [])
     if findings.get("retrieval"):
         findings["recall"] = _recall(final_results(lines).get("retrieval", {}), findings["retrieval"])
-    sources = config.get("data", {}).get("sources", [])
-    manifests = [source["manifest"] for source in sources if isinstance(source, Mapping) and source.get("manifest")]
+    manifests = _manifests(config.get("data", {}), where=f"{workdir / CONFIG_FILE}: data")
     funnels = {manifest: found for manifest in manifests if (found := _read_funnel(Path(manifest)))}
     return Run(name, lines, config, findings, funnels, notes, _closest(manifests))
+
+
+def _manifests(data: Any, *, where: str) -> list[str]:
+    """Those of a run's sources. Raises UserError: the settings of its data are damaged."""
+    match data:
+        case {"sources": [*sources]} if all(isinstance(source, Mapping) for source in sources):
+            manifests = [source["manifest"] for source in sources if source.get("manifest")]
+            if all(isinstance(manifest, str) for manifest in manifests):
+                return manifests
+        case {} if "sources" not in data:
+            return []
+    raise UserError(f"{where} has no list of sources with their manifests; restore it from a checkpoint's config/")
 
 
 def _closest(manifests: Sequence[str]) -> dict[str, list[dict[str, Any]]]:

@@ -5,6 +5,7 @@ lower case. Without it published models lose up to 12 points on class names with
 nothing of the kind (TokenConfig.canonical) gets its prompts as they are written.
 """
 
+import io
 import json
 import re
 import string
@@ -160,9 +161,9 @@ def read_lines_or_json(source: str, shipped: str | None = None, *, blank: bool =
     else:
         if shipped is not None and source == "imagenet" and not path.exists():
             path = Path(__file__).parent / "imagenet" / shipped
-        content = _read_text(path)
+        content = read_text(path)
     if not _JSON.match(content):
-        return [line.strip() for line in content.rstrip().splitlines() if blank or line.strip()]
+        return [line.strip() for line in io.StringIO(content.rstrip()) if blank or line.strip()]
     try:
         return load_json(content)
     except (ValueError, RecursionError) as error:
@@ -182,7 +183,12 @@ def load_json(content: str) -> Any:
     return json.loads(content, object_pairs_hook=to_dict)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text in UTF-8. Its lines are those of io.StringIO: str.splitlines would end one at some rare spaces too.
+
+    Raises:
+        FileNotFoundError, UserError: there is no file, or it holds something else.
+    """
     try:
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -10,6 +10,7 @@ The trap: what a file leaves out has the default of the class it names, and thes
 removes punctuation, a GemmaTokenizer does neither and pads on the left.
 """
 
+import dataclasses
 import json
 import logging
 import math
@@ -23,11 +24,11 @@ from siglip.atomic import write_atomically
 from siglip.errors import UserError
 from siglip.formats.export_format import TOKENIZER_FILE
 from siglip.formats.hf_tokenizer.convert import OUR_TOKENS, read_sentencepiece
-from siglip.formats.hf_tokenizer.from_json import sentencepiece_model, steps_of
+from siglip.formats.hf_tokenizer.from_json import MALFORMED, sentencepiece_model, steps_of
 from siglip.models.naflex import NaflexConfig
-from siglip.models.text import TokenConfig
+from siglip.models.text import TextConfig, TokenConfig
 from siglip.models.vit import ImageConfig, PixelConfig
-from siglip.trees import build_dataclass, read_json
+from siglip.trees import build_dataclass, is_one_of, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def _pixel_config(
         f"{name}={value!r}" for name, value in tree.items() if name.startswith("do_") and value and name not in _STEPS
     ]
     found += [] if default else [f"image_processor_type={kind!r}"]
-    found += [] if resample in _FILTERS else [f"resample={resample!r} (only 2, bilinear, and 3, bicubic)"]
+    found += [] if is_one_of(resample, _FILTERS) else [f"resample={resample!r} (only 2, bilinear, and 3, bicubic)"]
     found += [] if tree.get("do_resize", True) else ["do_resize=false"]
     problems = found + problems
     numbers = {
@@ -123,10 +124,12 @@ def _pixel_config(
         "rescale_factor": _three(tree.get("rescale_factor", 1 / 255)) if tree.get("do_rescale", True) else (1.0,) * 3,
     }
     problems += [f"{name}={tree[name]!r}" for name, values in numbers.items() if values is None]
-    problems += [f"{name}={tree[name]!r}" for name in ("image_std", "rescale_factor") if 0.0 in (numbers[name] or ())]
+    problems += [
+        f"{name}={tree[name]!r}" for name in ("image_std", "rescale_factor") if min(numbers[name] or (1,)) <= 0
+    ]
     if inside and problems and None not in numbers.values():
         logger.warning("%s: not followed: %s; %s", path, "; ".join(problems), to)
-        problems, resample = [], resample if resample in _FILTERS else 2
+        problems, resample = [], resample if is_one_of(resample, _FILTERS) else 2
     if problems:
         raise UserError(
             f"{path}: {'; '.join(problems)}: this preprocessing cannot be done here; correct the file, or remove it to have {to}"
@@ -202,8 +205,19 @@ def read_tokens(folder: Path, *, cleaned: bool = False) -> TokenConfig:
         cleaned: texts are lower-cased before they come to this tokenizer.
 
     Raises:
-        UserError: it does something that cannot be done here; its settings are named.
+        UserError: it does something that cannot be done here, its settings are named; or its files are damaged.
     """
+    try:
+        return _read_tokens(folder, cleaned=cleaned)
+    except UserError:
+        raise
+    except MALFORMED as error:
+        raise UserError(
+            f"{folder}: {_TOKENIZER_CONFIG} or {_TOKENIZER_JSON} is not as Hugging Face writes it ({error!r}); copy it again"
+        ) from None
+
+
+def _read_tokens(folder: Path, *, cleaned: bool) -> TokenConfig:
     file, settings, path = tokenizer_file(folder), _tokenizer_config(folder), folder / _TOKENIZER_CONFIG
     if OUR_TOKENS in settings:
         return build_dataclass(TokenConfig, settings[OUR_TOKENS], where=f"{path}: {OUR_TOKENS}")
@@ -249,6 +263,14 @@ def read_tokens(folder: Path, *, cleaned: bool = False) -> TokenConfig:
         lower="none" if not lowers else "text" if is_siglip else "character",
         canonical="texts" if is_siglip else "none",
     )
+
+
+def with_tokens(text: TextConfig, tokens: TokenConfig, folder: Path) -> TextConfig:
+    """A text tower with the tokens that a folder says. Raises UserError: they are not the tower's."""
+    try:
+        return dataclasses.replace(text, tokens=tokens)
+    except UserError as error:
+        raise UserError(f"{folder / _TOKENIZER_CONFIG}: {error}") from None
 
 
 def _around(tree: Mapping[str, Any], settings: Mapping[str, Any], kind: str) -> tuple[list[str], list[str]]:

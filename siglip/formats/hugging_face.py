@@ -26,7 +26,7 @@ from siglip.errors import UserError
 from siglip.formats import key_maps, pali_gemma
 from siglip.formats.containers import LazyArray, open_safetensors, write_safetensors, written_bytes
 from siglip.formats.export_format import TOKENIZER_FILE, Dtype
-from siglip.formats.hf_inputs import preprocessor_json, read_naflex_pixels, read_pixels, read_tokens
+from siglip.formats.hf_inputs import preprocessor_json, read_naflex_pixels, read_pixels, read_tokens, with_tokens
 from siglip.formats.hf_tokenizer import convert
 from siglip.formats.infer_config import expected_shapes
 from siglip.models.naflex import NaflexConfig
@@ -114,7 +114,7 @@ def read_config(folder: str | Path, *, with_texts: bool = True) -> ModelConfig:
         naflex = NaflexConfig(patches, max(patches, image.naflex.max_patches))
         image = dataclasses.replace(image, pixels=pixels, naflex=naflex)
     if with_texts and text is not None:
-        text = dataclasses.replace(text, tokens=read_tokens(path.parent))
+        text = with_tokens(text, read_tokens(path.parent), path.parent)
     return dataclasses.replace(config, image=image, text=text)
 
 

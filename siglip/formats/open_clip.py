@@ -14,6 +14,7 @@ NaFlex tower bicubic unless told otherwise; here it is bilinear, as in training.
 
 import dataclasses
 import logging
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,14 +23,14 @@ from typing import Any
 from siglip.errors import UserError
 from siglip.formats import key_maps
 from siglip.formats.containers import open_safetensors
-from siglip.formats.hf_inputs import read_tokens, tokenizer_file
+from siglip.formats.hf_inputs import read_tokens, tokenizer_file, with_tokens
 from siglip.formats.infer_config import GEMMA_PIECES, expected_shapes
 from siglip.models.naflex import NaflexConfig
 from siglip.models.text import TokenConfig
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from siglip.models.variants import VARIANTS, Variant
 from siglip.models.vit import PixelConfig
-from siglip.trees import read_json, unflatten
+from siglip.trees import is_one_of, read_json, unflatten
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def read_config(folder: str | Path, *, with_texts: bool = True) -> ModelConfig:
     image = dataclasses.replace(image, pixels=_pixels(pixels, path))
     text = _text(words, path)
     if with_texts:
-        text = dataclasses.replace(text, tokens=_tokens(words, path))
+        text = with_tokens(text, _tokens(words, path), path.parent)
     return _model(image, text, model.get("embed_dim"), path)
 
 
@@ -195,7 +196,7 @@ def _fields(
     variant, ratio = _SIZES[size]
     base = VARIANTS[variant]
     pool, act = args.get("global_pool", "avg" if gap else "map"), args.get("act_layer", "gelu")
-    if pool not in _POOLS:
+    if not is_one_of(pool, _POOLS):
         raise UserError(f"{path}: images pooled by {pool!r} cannot be read, only by {', '.join(map(repr, _POOLS))}")
     if act not in ("gelu", "gelu_tanh"):
         raise UserError(f"{path}: act_layer={act!r} cannot be computed here, only 'gelu_tanh'")
@@ -241,8 +242,8 @@ def _text(words: Mapping[str, Any], path: Path) -> TextConfig:
 
 def _tokens(words: Mapping[str, Any], path: Path) -> TokenConfig:
     """How texts become ids: the tokenizer's own settings, after what open_clip does to a text before it."""
-    clean = (words.get("tokenizer_kwargs") or {}).get("clean", "whitespace")
-    if clean not in _CLEANED:
+    clean = _object(words, "tokenizer_kwargs", path, {}).get("clean", "whitespace")
+    if not is_one_of(clean, _CLEANED):
         raise UserError(f"{path}: texts cleaned by {clean!r} cannot be read, only by {', '.join(map(repr, _CLEANED))}")
     lower, canonical = _CLEANED[clean]
     tokens = TokenConfig(pad_id=0 if words.get("vocab_size") == GEMMA_PIECES else None)
@@ -256,8 +257,11 @@ def _tokens(words: Mapping[str, Any], path: Path) -> TokenConfig:
 def _pixels(tree: Mapping[str, Any], path: Path) -> PixelConfig:
     mean, std, resample = tree.get("mean"), tree.get("std"), tree.get("interpolation", "bicubic")
     for name, values in (("mean", mean), ("std", std)):
-        if not (isinstance(values, list) and len(values) == 3 and all(type(v) in (int, float) for v in values)):
-            raise UserError(f"{path}: {name}={values!r} is not three numbers; copy it again")
+        numbers = isinstance(values, list) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+        if not (numbers and len(values) == 3 and (name == "mean" or min(values) > 0)):
+            raise UserError(
+                f"{path}: {name}={values!r} is not three {'' if name == 'mean' else 'positive '}numbers; copy it again"
+            )
     if resample not in ("bilinear", "bicubic"):
         raise UserError(f"{path}: interpolation={resample!r} cannot be done here, only 'bilinear' and 'bicubic'")
     return PixelConfig(mean=tuple(map(float, mean)), std=tuple(map(float, std)), resample=resample)

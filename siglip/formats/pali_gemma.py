@@ -18,6 +18,7 @@ from typing import Any
 
 from siglip.errors import UserError
 from siglip.formats.containers import LazyArray
+from siglip.trees import is_one_of
 
 MODEL_TYPE = "paligemma"
 
@@ -33,7 +34,11 @@ def has_tower(tree: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a model around a SigLIP image tower."""
     vision = tree.get("vision_config")
     kind = tree.get("model_type")
-    around = isinstance(vision, Mapping) and vision.get("model_type") in _TOWERS and kind not in ("siglip", "siglip2")
+    around = (
+        isinstance(vision, Mapping)
+        and is_one_of(vision.get("model_type"), _TOWERS)
+        and kind not in ("siglip", "siglip2")
+    )
     return around or kind == MODEL_TYPE
 
 

@@ -20,6 +20,7 @@ from siglip import trees
 from siglip.errors import UserError
 from siglip.evaluation.suite import EvalConfig
 from siglip.models.two_tower import ModelConfig
+from siglip.models.variants import check_size
 from siglip.parallel.launch import DistributedConfig
 from siglip.parallel.sharding import MeshConfig
 from siglip.training.objective import LossConfig, Term, check_terms
@@ -61,10 +62,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("total_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed} must not be negative")
+            check_size(name, getattr(self, name), most=2**31 - 1)  # the step is an int32
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed={self.seed} must lie in [0, 2^63)")
         if self.model.text is None:
             raise UserError("model.text is None: training needs a text tower")
         check_terms(self.terms)

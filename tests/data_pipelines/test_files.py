@@ -2,6 +2,7 @@
 
 import pytest
 
+from data_pipelines.sources import files
 from data_pipelines.sources.files import expand_shards
 
 
@@ -43,3 +44,10 @@ def test_what_webdataset_takes(tmp_path):
         assert expand_shards(url) == [url]
     with pytest.raises(ValueError, match="output of a command.*; name the files, or their URLs"):
         expand_shards("pipe:curl -s https://x.y/{0..3}.tar")
+
+
+def test_a_rare_space_does_not_end_a_line():
+    assert files.lines("\ufeffa\u2028b\r\nc\x0cd\n\ne".encode()) == ["a\u2028b", "c\x0cd", "", "e"]
+    with pytest.raises(UnicodeDecodeError):
+        files.lines(b"\xff")
+    assert files.lines(b"\xff\n", "replace") == ["\ufffd"]

@@ -244,9 +244,10 @@ def test_crossmodal_3600(tmp_path):
     lines = [{"image/key": key, "image/locale": "de"} | texts for key in ("k2", "k1")]
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     assert read(tmp_path)[0] == ("k2.jpg", True, {"captions": {"de": ["eins", "zwei"], "en": ["a"]}})
-    (tmp_path / "captions.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match="line 1 of .* is not one of Crossmodal-3600"):
-        open_source(tmp_path)
+    for line in ("{}", "[[1]]", "7"):
+        (tmp_path / "captions.jsonl").write_text(f"{line}\n")
+        with pytest.raises(UserError, match="line 1 of .* is not one of Crossmodal-3600"):
+            open_source(tmp_path)
 
 
 def test_hugging_faces_folders(tmp_path):

@@ -197,6 +197,16 @@ def test_columns_that_are_not_there(tmp_path):
         open_source(path, image="imag")
 
 
+def test_two_needed_columns_of_one_name_are_refused(tmp_path):
+    """Only one of them could be read."""
+    columns = [pa.array([b"i"]), *map(pa.array, (["x"], ["y"]))]
+    path = write(tmp_path / "a.parquet", pa.table(columns, names=["image", "txt", "txt"]))
+    with pytest.raises(UserError, match=r"a.parquet' has two columns called 'txt'; rename one"):
+        open_source(path)
+    path = write(tmp_path / "b.parquet", pa.table([*columns, columns[1]], names=["image", "txt", "odd", "odd"]))
+    assert open_source(path, fields=["txt"])[0].fields == {"txt": "x"}
+
+
 def test_a_damaged_group_is_unreadable_and_the_others_are_not(tmp_path):
     path = write(tmp_path / "a.parquet", rows(30), compression="none", write_page_checksum=True)
     source = open_source(path)

@@ -1,6 +1,7 @@
 """The files that img2dataset writes beside a tar shard: a table of its pairs, and statistics."""
 
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines.records import ShardLost
+from data_pipelines.sources import arrow_values, parquet
 from data_pipelines.sources.webdataset import TarSource
 from tests.data_pipelines.shards import write_pairs, write_tar
 
@@ -46,6 +48,38 @@ def test_the_side_file_is_read_only_for_what_the_json_members_lack(tmp_path):
     write_tar(tmp_path / "2.tar", {"1.jpg": b"i"})
     with pytest.warns(UserWarning, match="side file .*2.parquet' cannot be read"):
         assert TarSource(tmp_path / "2.tar")[0].fields == {}
+
+
+@pytest.mark.parametrize("count", [30, 200])
+def test_a_side_file_that_does_not_fit_into_memory_is_not_used(tmp_path, monkeypatch, count):
+    """Stored once, made a thousand times: many rows that together are too much, and one long list."""
+    monkeypatch.setattr(parquet, "_SPARE_BYTES", 1 << 20)
+    monkeypatch.setattr(arrow_values, "_MAX_ROW_BYTES", 1 << 22)
+    write_tar(tmp_path / "0.tar", {"1.jpg": b"i", "1.txt": b"t"})
+    table = pa.table({"key": ["1", "2"], "tags": [["t" * 100_000] * count] * 2})
+    pq.write_table(table, tmp_path / "0.parquet", compression="zstd", use_dictionary=count == 200, row_group_size=1)
+    tracemalloc.start()
+    with pytest.warns(UserWarning, match="side file .*0.parquet' cannot be read .*in memory, more.* and is not used"):
+        source = TarSource(tmp_path / "0.tar")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
+    assert source[0].fields == {"txt": "t"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "others", "told"),
+    [
+        (["1", "1"], ["url"], "cannot be read .it has two columns called 'key'. and is not used"),
+        (["1"], ["url", "url"], "cannot be read .it has two columns called 'url'. and is not used"),
+        (["9"], ["url"], "has none of its shard's keys"),
+    ],
+)
+def test_a_side_file_that_adds_nothing_says_so(tmp_path, keys, others, told):
+    write_tar(tmp_path / "0.tar", {"1.jpg": b"i", "1.txt": b"t"})
+    columns = [pa.array([value]) for value in (*keys, *others)]
+    pq.write_table(pa.table(columns, names=["key"] * len(keys) + others), tmp_path / "0.parquet")
+    with pytest.warns(UserWarning, match=f"side file .*0.parquet' {told}"):
+        assert TarSource(tmp_path / "0.tar")[0].fields == {"txt": "t"}
 
 
 def test_fewer_pairs_than_the_statistics_count_is_a_cut(tmp_path):

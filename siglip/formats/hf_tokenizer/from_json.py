@@ -16,6 +16,8 @@ from siglip.errors import UserError
 
 _SPACE = "\u2581"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+# What comes of JSON whose values are of other types than they should be.
+MALFORMED = (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError)
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -65,7 +67,9 @@ def sentencepiece_model(tree: Mapping[str, Any], specials: Mapping[str, str | No
                 kind = _BYTE
             proto.pieces.add(piece=piece, score=scores.get(piece, 0.0), type=kind)
         trainer.vocab_size = len(proto.pieces)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except UserError:
+        raise
+    except MALFORMED as error:
         raise UserError(f"{source} is not a tokenizer as Hugging Face writes it ({error!r}); copy it again") from None
     return proto.SerializeToString()
 

@@ -136,3 +136,23 @@ def test_large_pages_are_advised_where_they_help(tmp_path, monkeypatch, caplog, 
     with caplog.at_level("INFO", logger="siglip"):
         training._advise_large_pages()
     assert ("GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in caplog.text) == advised
+
+
+@pytest.mark.parametrize(
+    "data", [None, 7, [1], {"sources": None}, {"sources": 3}, {"sources": ["a"]}, {"sources": [{"manifest": 5}]}]
+)
+def test_damaged_sources_in_the_config_of_a_run_are_told_by_report(tmp_path, capsys, data):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
+    config = to_json(tiny_config(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.run(["report", str(tmp_path)]) == 0
+    capsys.readouterr()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"data": data}))
+    assert "config.json: data has no list of sources" in fails(["report", str(tmp_path)], capsys, code=2)
+
+
+@pytest.mark.parametrize("field", ["total_steps", "batch_size", "seed"])
+def test_numbers_that_no_run_has(tmp_path, field):
+    for value in (-1, 2**63, 10**400):
+        with pytest.raises(UserError, match=f"^{field}=-?[0-9]+ must "):
+            tiny_config(tmp_path, **{field: value})

@@ -194,6 +194,7 @@ def test_files_of_templates(tmp_path, content, expected):
         ("0\n1\n2", ["0", "1", "2"]),
         ("1 cube\n2 cubes\n3 cubes\n4 cubes", ["1 cube", "2 cubes", "3 cubes", "4 cubes"]),
         ("Audi A5 2012\nBMW M3 2012", ["Audi A5 2012", "BMW M3 2012"]),
+        ("polar\u2028bear\r\nsnow\x85owl\n", ["polar\u2028bear", "snow\x85owl"]),  # two lines, not four
         ("2012 Audi A5\n2012 BMW M3", ["2012 Audi A5", "2012 BMW M3"]),
     ],
 )

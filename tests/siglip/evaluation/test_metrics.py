@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from siglip.errors import UserError
 from siglip.evaluation.association import association
 from siglip.evaluation.fewshot import draw_shots, ridge_classes
 from siglip.evaluation.frozen_tokens import standardised, train_head
@@ -315,6 +316,9 @@ def test_subsets_and_maps_of_classes(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             read_subset(str(path), index, 3)
+    path.write_bytes(b"caf\xe9\n")
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        read_subset(str(path), index, 3)
     # ObjectNet's root: 3 folders, two of them ImageNet's.
     (tmp_path / "folder_to_objectnet_label.json").write_text(
         '{"alarm_clock": "Alarm clock", "air_freshener": "Air freshener"}'
