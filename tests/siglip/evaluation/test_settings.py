@@ -4,8 +4,11 @@ import dataclasses
 import json
 from typing import Literal
 
+import numpy as np
 import pytest
 
+from siglip.errors import UserError
+from siglip.evaluation.association import Association, association
 from siglip.evaluation.retrieval import Retrieval
 from siglip.evaluation.zeroshot import ZeroShot
 from siglip.training.config import EvalConfig, from_json, to_json
@@ -85,3 +88,24 @@ def test_settings_that_do_not_fit(tmp_path):
         Retrieval("x.tar", captions=())
     with pytest.raises(ValueError, match=r"eval\.threads=-1 must be at least 0"):
         EvalConfig(threads=-1)
+
+
+@pytest.mark.parametrize(
+    "file, told",
+    [
+        ("cue,candidates,associations\na,\"['x']\",\"['y']\"\n", "row 1 of .* must have a text `cue` and two lists"),
+        ("cue,candidates,associations\n", "holds no instances"),
+        ("cue,candidates,associations\na,\"['x', 'x']\",\"['x']\"\n", "row 1 of .* has a candidate twice"),
+        ("cue,candidates,associations\n ,\"['x', 'y']\",\"['x']\"\n", "must have a text `cue`"),
+        ("cue,candidates,associations\na,[[[,[\n", "row 1 of"),
+    ],
+)
+def test_instances_that_are_none(tmp_path, file, told):
+    (tmp_path / "i.csv").write_text(file)
+    with pytest.raises(UserError, match=told):
+        Association("x", str(tmp_path / "i.csv")).check(lambda data, fields: {})
+    with pytest.raises(UserError, match="are not finite"):
+        association([np.array([1.0, np.nan])], [np.array([True, False])])
+    # Collapsed: the first of equal scores are chosen, and it is said.
+    found = association([np.ones(5)], [np.array([False, True, False, True, False])])
+    assert found["jaccard"] == found["jaccard_5-6"] == pytest.approx(1 / 3) and found["tied_fraction"] == 1

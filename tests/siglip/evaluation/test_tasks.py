@@ -14,7 +14,7 @@ import pytest
 from siglip.cli import reporting, run
 from siglip.cli.evaluation import embedder_of, first_values
 from siglip.errors import UserError
-from siglip.evaluation.association import Association, association
+from siglip.evaluation.association import Association
 from siglip.evaluation.attentive_probe import AttentiveProbe
 from siglip.evaluation.class_files import Classes
 from siglip.evaluation.embed import EmbeddedImages, Embedder
@@ -285,27 +285,6 @@ def test_images_that_go_with_a_cue(embedder, test, tmp_path, caplog):
         jaccard.append(len(right & {*best}) / len(right | {*best}))
     assert found["jaccard_5-6"] == jaccard[0] and found["jaccard_10-12"] == jaccard[1]
     assert found["jaccard"] == np.mean(jaccard)
-
-
-@pytest.mark.parametrize(
-    "file, told",
-    [
-        ("cue,candidates,associations\na,\"['x']\",\"['y']\"\n", "row 1 of .* must have a text `cue` and two lists"),
-        ("cue,candidates,associations\n", "holds no instances"),
-        ("cue,candidates,associations\na,\"['x', 'x']\",\"['x']\"\n", "row 1 of .* has a candidate twice"),
-        ("cue,candidates,associations\n ,\"['x', 'y']\",\"['x']\"\n", "must have a text `cue`"),
-        ("cue,candidates,associations\na,[[[,[\n", "row 1 of"),
-    ],
-)
-def test_instances_that_are_none(tmp_path, file, told):
-    (tmp_path / "i.csv").write_text(file)
-    with pytest.raises(UserError, match=told):
-        Association("x", str(tmp_path / "i.csv")).check(lambda data, fields: {})
-    with pytest.raises(UserError, match="are not finite"):
-        association([np.array([1.0, np.nan])], [np.array([True, False])])
-    # Collapsed: the first of equal scores are chosen, and it is said.
-    found = association([np.ones(5)], [np.array([False, True, False, True, False])])
-    assert found["jaccard"] == found["jaccard_5-6"] == pytest.approx(1 / 3) and found["tied_fraction"] == 1
 
 
 def test_the_first_caption_alone(embedder, test, tmp_path):
