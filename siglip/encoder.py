@@ -107,8 +107,9 @@ class Encoder:
         if isinstance(texts, str):
             raise UserError(f"embed_texts takes a list of texts, not one: pass [{texts[:20]!r}]")
         is_list = isinstance(texts, list | tuple)
-        if is_list and (bad := [type(one).__name__ for one in texts if not isinstance(one, str)] or not texts):
-            told = "is empty" if bad is True else f"has an entry that is {bad[0]}"
+        bad = [type(one).__name__ for one in texts if not isinstance(one, str)] if is_list else []
+        if bad or (is_list and not texts):
+            told = f"has an entry that is {bad[0]}" if bad else "is empty"
             raise UserError(f"the list of texts {told}; pass strings, or token ids as one int32 array [b, l]")
         tokens = self.tokenize(texts) if is_list else texts
         check_tokens(tokens, text)

@@ -127,7 +127,7 @@ class PartFiles:
 
     def join(self) -> tuple[int, int]:
         """Makes the file of its parts, one in memory at a time, and removes them. -> (its rows, how many keys they have)"""
-        shapes, hashes = [], []
+        shapes, hashes = [], [np.empty(0, np.int64)]
         for part in self._parts():
             shapes.append((len(part.keys), part.z.shape[1:], part.z.dtype))
             hashes.append(np.fromiter(map(hash, part.keys), np.int64, len(part.keys)))

@@ -37,11 +37,12 @@ class _Loader(yaml.SafeLoader):
     """YAML's own, which keeps the last of two values under one key without a word."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key, count in zip(keys, map([key.value for key in keys].count, [key.value for key in keys]), strict=True):
-            if count > 1:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
                 problem = f"the key {key.value!r} is there more than once"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 

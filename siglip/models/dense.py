@@ -8,7 +8,11 @@
 - GELU's backward pass computes tanh again from `x`, which is kept anyway, in place of keeping the tanh as well. Both passes
   compute in float32.
 
-The trap: GELU and the sum with a bias are custom VJPs, so forward-mode derivatives (`jax.jvp`) of the towers do not exist.
+- Of what goes into several products, and of GELU before one, the gradients are written so that XLA for GPUs makes them part of
+  the products (`for_three`, `_gelu_product`).
+
+The trap: GELU, the sum with a bias and those two are custom VJPs, so forward-mode derivatives (`jax.jvp`) of the towers do
+not exist.
 """
 
 import functools
