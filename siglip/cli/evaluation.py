@@ -29,7 +29,7 @@ from siglip.models.two_tower import ModelConfig, blank_images
 from siglip.parallel import launch, sharding
 from siglip.parallel.launch import DistributedConfig
 from siglip.trees import did_you_mean
-from siglip.workdir.metrics import CHANCE, format_value, short_name
+from siglip.workdir.metrics import CHANCE, error_of, format_value, short_name
 
 TaskT = TypeVar("TaskT")
 _LOOKED_AT_PAIRS = 100
@@ -291,14 +291,30 @@ def _length_of(embedder: Embedder) -> dict[str, int]:
 
 
 def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Rows of metrics as aligned text; columns in the order in which they first appear, without those of chance levels."""
-    columns = {name: short_name(name) for row in rows.values() for name in row if not name.endswith(CHANCE)}
-    head = max(len(name) for name in ["", *rows])
-    lines = [" " * head + "".join(f"  {short:>8}" for short in columns.values())]
-    for name, metrics in rows.items():
-        cells = (format_value(metrics.get(c), rank="rank" in c).rjust(max(8, len(columns[c]))) for c in columns)
-        lines.append(name.ljust(head) + "".join(f"  {cell}" for cell in cells))
-    return "\n".join(lines)
+    """Rows of metrics as aligned text, ± their standard errors; columns in the order in which they first appear, without those
+    of chance levels."""
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    errors = {error_of(name) for name in names} & set(names)
+    columns = {"": [*rows]}
+    for name in names:
+        if name in errors or name.endswith(CHANCE):
+            continue
+        cells = [format_value(row.get(name), rank="rank" in name) for row in rows.values()]
+        if error_of(name) in errors:
+            own = (row.get(error_of(name)) for row in rows.values())
+            cells = [
+                f"{cell} {'' if e is None else f'±{format_value(e)}':6}" for cell, e in zip(cells, own, strict=True)
+            ]
+        columns[short_name(name)] = cells
+    widths = [max(map(len, [head, *cells, " " * 8 * bool(head)])) for head, cells in columns.items()]
+    lines = zip(*([head, *cells] for head, cells in columns.items()), strict=True)
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if n else cell.ljust(width)
+            for n, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
 
 
 def check_folder_of(out: Path) -> None:

@@ -124,6 +124,12 @@ def _is_number(value: Any) -> bool:
     return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
 
 
+def error_of(metric: str) -> str:
+    """The name of its standard error, where the evaluation computes that: "ece@0.1" -> "ece_se@0.1"."""
+    name, at, prior = metric.partition("@")
+    return f"{name}_se{at}{prior}"
+
+
 def short_name(metric: str) -> str:
     """A column's head: "text_retrieval_recall@1" -> "i2t R@1"."""
     name = metric.replace("text_retrieval_", "i2t ").replace("image_retrieval_", "t2i ").replace("_fraction", "")

@@ -17,7 +17,7 @@ import numpy as np
 
 from siglip.atomic import write_atomically
 from siglip.workdir import plots
-from siglip.workdir.metrics import CHANCE, format_value, short_name
+from siglip.workdir.metrics import CHANCE, error_of, format_value, short_name
 
 CURVES = (
     ("train/loss", "Loss"),
@@ -163,7 +163,7 @@ def _results(runs: Sequence[Run], baselines: Mapping[str, Mapping[str, float]]) 
     for task in dict.fromkeys(task for results in every for task in results):
         datasets = dict.fromkeys(name for results in every for name in results.get(task, {}))
         measures = dict.fromkeys(m for results in every for row in results.get(task, {}).values() for m in row)
-        errors = {_error_of(m) for m in measures} & {*measures}
+        errors = {error_of(m) for m in measures} & {*measures}
         columns = [m for m in measures if m not in errors and not m.endswith(CHANCE)]
         rows, sizes, measured = [], {}, {}
         for n, dataset in enumerate(datasets):
@@ -205,12 +205,6 @@ def sizes_of(run: Run, task: str, dataset: str) -> Mapping[str, int]:
         if dataset in named:
             return named[dataset]
     return {}
-
-
-def _error_of(metric: str) -> str:
-    """The name of its standard error, where the evaluation computes that: "ece@0.1" -> "ece_se@0.1"."""
-    name, at, prior = metric.partition("@")
-    return f"{name}_se{at}{prior}"
 
 
 def _queries(metric: str, sizes: Mapping[str, int]) -> int:
@@ -267,7 +261,7 @@ def chance_rows(
 def _row(name: str, metrics: Mapping[str, float], columns: Sequence[str], css: str, sizes: Mapping[str, int]) -> str:
     cells = []
     for c in columns:
-        value, error, queries = metrics.get(c), metrics.get(_error_of(c)), _queries(c, sizes)
+        value, error, queries = metrics.get(c), metrics.get(error_of(c)), _queries(c, sizes)
         if value is not None and queries:
             error = math.sqrt(max(value * (1 - value), 0) / queries)
         told = "" if value is None or error is None else f" <small>± {error:.3f}</small>"

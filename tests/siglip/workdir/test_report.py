@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines.curate.closest import CLOSEST_SCHEMA
+from siglip.cli.evaluation import format_table
 from siglip.cli.reporting import _closest
 from siglip.evaluation import findings
 from siglip.evaluation.findings import classified, confusion, retrieval_findings
@@ -241,3 +242,10 @@ def test_languages_of_a_set_share_the_chance_that_is_the_same_for_all():
         "chance: b",
     ]
     assert chance_rows({"toy-mean": {}}, {}) == {}
+
+
+def test_an_error_stands_beside_its_number_and_has_no_column():
+    rows = {"a": {"acc1": 0.5, "acc1_se": 0.02, "acc1_chance": 0.1, "x_se": 3.0}, "chance": {"acc1": 0.1}}
+    head, *lines = format_table(rows).splitlines()
+    assert head.split() == ["acc1", "x_se"]  # of no number that is there: a group may be called so
+    assert [line.split() for line in lines] == [["a", "0.500", "±0.020", "3.000"], ["chance", "0.100", "-"]]
