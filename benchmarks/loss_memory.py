@@ -17,8 +17,6 @@ ring         chunked_sigmoid_loss, chunks passed around a ring, gradients in the
 matmuls: how many products of a tile per logit the compiled program computes, by its own FLOP count (3: none is computed twice).
 moved: the larger side of every collective. in flight: the share of it that the schedule hides behind matrix products.
 A ! marks a program that the compiler refuses because it does not fit.
-
-The trap: libtpu lets only one process at a time compile; a second one fails with ABORTED.
 """
 
 import argparse
@@ -34,11 +32,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from siglip.losses import chunked_sigmoid_loss, sigmoid_loss
-from siglip.planning import compile
+from siglip.planning import ahead_of_time, compile
+from siglip.planning.accelerators import parse_topology
 
 AXIS = "data"
 ROW = "{:12}{:>9}{:>10}  {:11}{:>11}{:>9}{:>11}{:>11}{:>11}{:>8}"
@@ -193,7 +191,7 @@ def devices_of(topology):
     """The devices of a TPU topology such as v5e:16x16, or host devices for cpu:8."""
     if topology.startswith("cpu"):
         return jax.devices("cpu")[: int(topology.split(":")[1])]
-    return topologies.get_topology_desc(topology, platform="tpu").devices
+    return ahead_of_time.devices_of(parse_topology(topology))
 
 
 def parse():
