@@ -27,6 +27,8 @@ import pyarrow.parquet
 from data_pipelines.errors import UserError
 from data_pipelines.records import Pair
 from data_pipelines.sources.blocks import Block, BlockCache
+from data_pipelines.sources.columns import repeated_name
+from data_pipelines.sources.parquet import read_batches
 from data_pipelines.sources.shards import ShardedSource
 
 
@@ -163,10 +165,10 @@ def read_manifest(
     Raises:
       FileNotFoundError, PermissionError, UserError: see `KeptPairs`.
     """
-    name, file = os.fspath(manifest), _open(manifest)
+    name, columns = os.fspath(manifest), _columns(manifest)
     bits = np.zeros(-(-starts[-1] // 8), np.uint8)
     counted, some, numbers = np.zeros(len(shards), np.int64), {}, _ShardNumbers(shards)
-    for batch in _batches(file, name):
+    for batch in _batches(name, columns):
         shard = batch["shard"].dictionary_encode()
         number = numbers.of(shard.dictionary.to_pylist())[shard.indices.to_numpy()]
         index, keep = batch["index"].to_numpy().astype(np.int64), batch["keep"].to_numpy(zero_copy_only=False)
@@ -189,17 +191,18 @@ def read_manifest(
     return Kept.from_bits(bits), sorted(some.items())
 
 
-def _batches(file: pyarrow.parquet.ParquetFile, name: str) -> Iterator[pyarrow.RecordBatch]:
-    """Raises UserError where the file is damaged, or lacks a value."""
-    columns = [*_COLUMNS, *(column for column in _COMPARED_COLUMNS if column in file.schema_arrow.names)]
+def _batches(name: str, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
+    """Raises UserError where the file is damaged, too large for memory, or lacks a value."""
     try:
-        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=list(dict.fromkeys(columns))):
+        for batch in read_batches(name, columns, _ROWS_AT_ONCE):
             for column in _COLUMNS:
                 if batch[column].null_count:
                     raise UserError(f"manifest {name!r} has rows without {column!r}; curate again")
             yield batch
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"manifest {name!r} is damaged ({' '.join(str(error).split())}); curate again") from error
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"manifest {name!r} cannot be read ({' '.join(str(error).split())}); curate again") from error
 
 
 def _first_and_middle(
@@ -237,25 +240,30 @@ class _ShardNumbers:
         return number
 
 
-def _open(manifest: str | os.PathLike) -> pyarrow.parquet.ParquetFile:
+def _columns(manifest: str | os.PathLike) -> list[str]:
+    """Those that are read. Raises as `KeptPairs` does where one is missing or of another kind."""
     name = os.fspath(manifest)
     if not Path(name).is_file():
         raise FileNotFoundError(f"no manifest at {name!r}; make one: siglip data curate SHARDS --out DIR")
     try:
-        file = pyarrow.parquet.ParquetFile(name)
+        schema = pyarrow.parquet.read_schema(name)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(
             f"manifest {name!r} is no Parquet file; give the manifest.parquet of siglip data curate"
         ) from error
+    columns = list(dict.fromkeys([*_COLUMNS, *_COMPARED_COLUMNS]))
+    twice = repeated_name([column for column in schema.names if column in columns])
     for column, (fits, what) in _COLUMNS.items():
-        if column not in file.schema_arrow.names:
+        if twice:
+            problem = f"two columns called {twice!r}"
+        elif column not in schema.names:
             problem = f"no column {column!r}"
-        elif not fits(file.schema_arrow.field(column).type):
-            problem = f"a column {column!r} of {file.schema_arrow.field(column).type}, not of {what}"
+        elif not fits(schema.field(column).type):
+            problem = f"a column {column!r} of {schema.field(column).type}, not of {what}"
         else:
             continue
         raise UserError(f"manifest {name!r} has {problem}; give the manifest.parquet of siglip data curate")
-    return file
+    return [column for column in columns if column in schema.names]
 
 
 def _other_shards(manifest: str, shard: str, what: str) -> UserError:

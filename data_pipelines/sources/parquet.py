@@ -12,10 +12,11 @@ whole group for every pair. Write small groups (100 images), or stream in blocks
 import bisect
 import functools
 import io
+import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -196,6 +197,25 @@ def read_table(data: bytes, names: Sequence[str], about: str) -> pa.Table:
     chunks = np.array(columns, parquet_headers.CHUNK).reshape(-1, len(metadata.schema))[:, numbers].ravel()
     source, groups = _Blocks([(0, data)], len(data)), list(range(metadata.num_row_groups))
     return _read_checked(source, metadata, groups, names, numbers, chunks, about)
+
+
+def read_batches(path: str, names: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
+    """Some columns of a local file, some rows at a time. A text that repeats much may come as a dictionary.
+
+    Raises:
+      OSError: a row group does not fit into memory, see `_check_expansion`, or is damaged.
+      ValueError: the footer is damaged.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        metadata = pq.read_metadata(path)
+        numbers = _leaves(metadata.schema, names)
+        found = np.array([column[1:] for column in _read_columns(data, metadata, len(data))], parquet_headers.CHUNK)
+        columns = [metadata.schema.column(number) for number in numbers]
+        for group, chunks in enumerate(found.reshape(-1, len(metadata.schema))[:, numbers]):
+            about = f"row group {group}"
+            repeated = _check_expansion(_Blocks([(0, data)], len(data)), chunks, columns, about)
+            read = pq.ParquetFile(path, metadata=metadata, read_dictionary=repeated)
+            yield from read.iter_batches(rows, row_groups=[group], columns=list(names))
 
 
 def _leaves(schema: pq.ParquetSchema, names: Sequence[str]) -> list[int]:

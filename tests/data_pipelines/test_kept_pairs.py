@@ -15,6 +15,7 @@ from data_pipelines.curate.config import CurateConfig
 from data_pipelines.curate.engine import LocalEngine
 from data_pipelines.curate.run import curate
 from data_pipelines.errors import UserError
+from data_pipelines.sources import parquet
 from data_pipelines.sources.kept_pairs import Kept, KeptPairs, read_manifest
 from data_pipelines.sources.webdataset import TarSource
 from tests.data_pipelines.shards import encode, write_pairs, write_tar
@@ -143,8 +144,29 @@ def test_a_damaged_page_is_told_with_the_name(corpus):
     content = bytearray(manifest.read_bytes())
     content[4:60] = bytes(56)
     manifest.write_bytes(content)
-    with pytest.raises(UserError, match=r"manifest '.*manifest.parquet' is damaged \([^\n]*\); curate again"):
+    with pytest.raises(UserError, match=r"manifest '.*manifest.parquet' cannot be read \([^\n]*\); curate again"):
         KeptPairs(TarSource(folder / "*.tar"), manifest)
+
+
+def test_a_manifest_too_large_for_memory(corpus, monkeypatch):
+    """One name many times is read as a dictionary; names that are not in one would take all that they unpack to."""
+    monkeypatch.setattr(parquet, "_SPARE_BYTES", 1 << 20)
+    folder, rows = corpus
+    rows += [row | {"shard": "s" * 100_000} for row in rows * 3]
+    source, manifest = TarSource(folder / "*.tar"), folder / "manifest.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), manifest, compression="zstd")
+    assert len(KeptPairs(source, manifest)) == 27
+    pq.write_table(pa.Table.from_pylist(rows), manifest, compression="zstd", use_dictionary=False)
+    with pytest.raises(UserError, match=r"row group 0 takes \d+ bytes on disk and 12\d+ in memory[^\n]*; curate again"):
+        KeptPairs(source, manifest)
+
+
+def test_a_manifest_with_a_column_twice(corpus):
+    folder, rows = corpus
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table.append_column("keep", table["keep"]), folder / "manifest.parquet")
+    with pytest.raises(UserError, match="has two columns called 'keep'"):
+        KeptPairs(TarSource(folder / "*.tar"), folder / "manifest.parquet")
 
 
 def test_other_images_under_the_same_names_and_keys(tmp_path):
