@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,12 @@ def test_lines_say_what_does_not_fit_and_how_it_would(capfd):
     flags = next(line for line in told.splitlines() if line.startswith("to make it fit")).split()[4:]
     assert "DOES NOT FIT" not in plan(capfd, *large, *flags)
     assert "(as it is)" in plan(capfd, *large, *flags, "--search")
+
+
+def test_small_numbers_are_not_printed_as_zeros(capfd):
+    told = {line[:18].strip(): line for line in plan(capfd, "--topology", "h100:8").splitlines()}
+    numbers = re.findall(r"(?<!\S)[\d.]+(?:e-\d+)?", " ".join(told[name][18:] for name in ("parameters", "FLOPs", "step", "run")))
+    assert len(numbers) > 15 and all(map(float, numbers))
 
 
 def test_what_is_far_too_large_for_a_gpu_is_not_compiled(capfd):
