@@ -51,7 +51,9 @@ def test_lines_say_what_does_not_fit_and_how_it_would(capfd):
 
 def test_small_numbers_are_not_printed_as_zeros(capfd):
     told = {line[:18].strip(): line for line in plan(capfd, "--topology", "h100:8").splitlines()}
-    numbers = re.findall(r"(?<!\S)[\d.]+(?:e-\d+)?", " ".join(told[name][18:] for name in ("parameters", "FLOPs", "step", "run")))
+    numbers = re.findall(
+        r"(?<!\S)[\d.]+(?:e-\d+)?", " ".join(told[name][18:] for name in ("parameters", "FLOPs", "step", "run"))
+    )
     assert len(numbers) > 15 and all(map(float, numbers))
 
 
