@@ -21,9 +21,10 @@ USAGE = """usage: siglip plan CONFIG --topology T [--compile] [--search] [--json
 T is a slice of TPUs (v4:2x2x1, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1) or GPUs (a100:8, h100:8, h200:8, b200:8;
 h100:8x128 are 128 hosts of 8). Prints memory per device, FLOPs, traffic, a range of step times, and the cores that decode.
 Nothing is compiled, and no device is needed.
-  --compile   compiles the real step for T and reports the compiler's memory: minutes for TPUs (pip install libtpu), half a
-              minute for GPUs (pip install jax-cuda13-plugin==VERSION jax-cuda13-pjrt==VERSION, that of jax). A step whose
-              estimate is beyond doubt, 1.5 times the memory of a GPU, is not compiled: it does not fit
+  --compile   compiles the real step for T and reports the compiler's memory: minutes for TPUs (pip install
+              'jax[tpu]==VERSION', that of jax), half a minute for GPUs (pip install jax-cuda13-plugin==VERSION
+              jax-cuda13-pjrt==VERSION). A step whose estimate is beyond doubt, 1.5 times the memory of a GPU, is not
+              compiled: it does not fit
   --search    tries mesh.fsdp, remat and loss.micro_batch_size, and plans the fastest that fits
   --json      one JSON object instead of lines
 Exit code 0 whether it fits or not."""

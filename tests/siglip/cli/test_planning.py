@@ -88,4 +88,5 @@ assert [cli.run(["plan", sys.argv[1], "--topology", topology, "--compile"]) for 
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     gpu, tpu = done.stderr.splitlines()
-    assert f"pip install jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt==" in gpu and "pip install libtpu" in tpu
+    assert f"pip install jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt==" in gpu
+    assert f"pip install 'jax[tpu]=={jax.__version__}'" in tpu
