@@ -2,7 +2,7 @@
 
 A file beside the shard, or in the user's cache folder when the shard is remote or its folder read-only:
 
-    {"version": 5, "kind": "tar", "shard_bytes": …, "shard_version": …, "pairs": n, "tables": …, …}\\n
+    {"version": 6, "kind": "tar", "shard_bytes": …, "shard_version": …, "pairs": n, "tables": …, …}\\n
     tables of fixed-width rows, mapped into memory and so shared by processes
     CRC32 of all bytes before, 4 bytes
 
@@ -27,7 +27,7 @@ from data_pipelines.atomic import new_file
 from data_pipelines.sources import files
 from data_pipelines.sources.remote import FileStat
 
-_VERSION = 5
+_VERSION = 6
 _HEADER_BYTES, _CHECKSUM_BYTES = 1 << 20, 4
 
 
@@ -107,7 +107,7 @@ def digest(stat: FileStat, *parts: bytes | np.ndarray) -> str:
     """Identifies the pairs of a shard by its size and these."""
     sha = hashlib.sha256(f"{stat.size}\n".encode())
     for part in parts:
-        sha.update(part.tobytes() if isinstance(part, np.ndarray) else part)
+        sha.update(part)
     return sha.hexdigest()
 
 

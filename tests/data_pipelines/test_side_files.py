@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines.records import ShardLost
-from data_pipelines.sources import arrow_values, parquet
+from data_pipelines.sources import arrow_values, index_file, parquet
 from data_pipelines.sources.webdataset import TarSource
 from tests.data_pipelines.shards import write_pairs, write_tar
 
@@ -64,6 +64,18 @@ def test_a_side_file_that_does_not_fit_into_memory_is_not_used(tmp_path, monkeyp
     assert tracemalloc.get_traced_memory()[1] < 1 << 22
     tracemalloc.stop()
     assert source[0].fields == {"txt": "t"}
+
+
+def test_an_index_from_before_side_files_were_checked_is_made_again(tmp_path, monkeypatch):
+    """What version 5 says of a side file may have become a run that stops at one of its pairs."""
+    write_tar(tmp_path / "0.tar", {"1.jpg": b"i", "1.txt": b"t"})
+    write_side(tmp_path / "0.parquet", [{"key": "1", "url": "u"}])
+    with monkeypatch.context() as before:
+        before.setattr(index_file, "_VERSION", 5)
+        assert TarSource(tmp_path / "0.tar")[0].fields == {"txt": "t", "url": "u"}
+    (tmp_path / "0.parquet").write_bytes(b"PAR1")
+    with pytest.warns(UserWarning, match="side file .*0.parquet' cannot be read"):
+        assert TarSource(tmp_path / "0.tar")[0].fields == {"txt": "t"}
 
 
 @pytest.mark.parametrize(
