@@ -22,7 +22,7 @@ import yaml
 
 from siglip.errors import UserError
 from siglip.evaluation.suite import Task, task_classes
-from siglip.trees import build_dataclass, did_you_mean
+from siglip.trees import build_dataclass, did_you_mean, regular
 
 PixelProtocol = Literal["squash", "square875", "aspect75"]
 _MAIN = {
@@ -98,7 +98,7 @@ def read_suite(path: Path, *, root: str | None = None) -> Suite:
         FileNotFoundError, UserError: there is no file, or something in it is wrong.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
+        tree = yaml.load(regular(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not YAML ({' '.join(str(error).split())}); correct it") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("entries"), list) or not tree["entries"]:
