@@ -2,7 +2,7 @@
 
     python benchmarks/loss_memory.py --out loss_memory.json                                    # 8 devices of this CPU
     python benchmarks/loss_memory.py --pairs 8192 --turns 5                                    # and how long they take
-    python -m pip install libtpu                                                               # about 135 MB
+    python -m pip install -c constraints.txt 'jax[tpu]'                                        # about 135 MB
     python benchmarks/loss_memory.py --topology v5e:16x16 --dtype bfloat16 --out loss_memory.json
 
 Value and gradients for [pairs, width] embeddings are compiled, not run, for 8 forced host devices or ahead of time for a TPU

@@ -21,9 +21,10 @@ USAGE = """usage: siglip plan CONFIG --topology T [--compile] [--search] [--json
 T is a slice of TPUs (v4:2x2x1, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1) or GPUs (a100:8, h100:8, h200:8, b200:8;
 h100:8x128 are 128 hosts of 8). Prints memory per device, FLOPs, traffic, a range of step times, and the cores that decode.
 Nothing is compiled, and no device is needed.
-  --compile   compiles the real step for T and reports the compiler's memory: minutes for TPUs (pip install libtpu), half a
-              minute for GPUs (pip install jax-cuda13-plugin==VERSION jax-cuda13-pjrt==VERSION, that of jax). A step whose
-              estimate is beyond doubt, 1.5 times the memory of a GPU, is not compiled: it does not fit
+  --compile   compiles the real step for T and reports the compiler's memory: minutes for TPUs (pip install
+              'jax[tpu]==VERSION', that of jax), half a minute for GPUs (pip install jax-cuda13-plugin==VERSION
+              jax-cuda13-pjrt==VERSION). A step whose estimate is beyond doubt, 1.5 times the memory of a GPU, is not
+              compiled: it does not fit
   --search    tries mesh.fsdp, remat and loss.micro_batch_size, and plans the fastest that fits
   --json      one JSON object instead of lines
 Exit code 0 whether it fits or not."""
@@ -157,15 +158,16 @@ def to_lines(plan: estimate.Estimate, config: TrainConfig) -> list[str]:
     again = f", {plan.recomputed:.2f} times that with what is computed again" if plan.recomputed > 1 else ""
     rows = {
         "devices": f"{data * fsdp} x {accelerator.device_kind} on {hosts} host(s), mesh data={data} fsdp={fsdp}",
-        "parameters": ", ".join(f"{part} {n / 1e6:.1f} M" for part, n in plan.parameters.items()),
+        "parameters": ", ".join(f"{part} {_fixed(n / 1e6, 1)} M" for part, n in plan.parameters.items()),
         "memory per device": f"{_gib(memory['total'])} of {_gib(memory['usable'])} GiB{fraction}: {_verdict(plan.fits)}",
         "  GiB": _listed(sizes),
         "  activations": f"remat {_listed(plan.activations_by_remat)}; now image {image.remat}, text {text.remat}",
-        "FLOPs": f"{plan.flops_per_pair / 1e9:.1f} G a pair, {plan.flops_per_step / 1e12:.1f} T a step{again}",
-        "traffic, GiB": f"{_listed(plan.collective_bytes) or 'none'}: at least {plan.collective_s:.3f} s a step",
-        "step": f"{plan.step_s:.3f} s at an MFU of {expected:.0%}; {fast:.3f} to {slow:.3f} s at {high:.0%} to {low:.0%}",
-        "run": f"{config.total_steps} steps, {pairs / 1e9:.2f} 10^9 pairs: {plan.run_s / 3600:.1f} h, "
-        f"{plan.device_hours:.0f} device hours",
+        "FLOPs": f"{_fixed(plan.flops_per_pair / 1e9, 1)} G a pair, {_fixed(plan.flops_per_step / 1e12, 1)} T a step{again}",
+        "traffic, GiB": f"{_listed(plan.collective_bytes) or 'none'}: at least {_fixed(plan.collective_s, 3)} s a step",
+        "step": f"{_fixed(plan.step_s, 3)} s at an MFU of {expected:.0%}; "
+        f"{_fixed(fast, 3)} to {_fixed(slow, 3)} s at {high:.0%} to {low:.0%}",
+        "run": f"{config.total_steps} steps, {_fixed(pairs / 1e9, 2)} 10^9 pairs: {_fixed(plan.run_s / 3600, 1)} h, "
+        f"{_fixed(plan.device_hours, 0)} device hours",
         "input": f"{plan.pairs_per_s:.0f} pairs/s: {plan.decoding_cores:.0f} cores decoding, "
         f"{plan.storage_bytes_per_s / 1e6:.0f} MB/s from storage, over all hosts",
     }
@@ -174,6 +176,11 @@ def to_lines(plan: estimate.Estimate, config: TrainConfig) -> list[str]:
 
 def _verdict(fits: bool) -> str:
     return "fits" if fits else "DOES NOT FIT"
+
+
+def _fixed(value: float, decimals: int) -> str:
+    """With so many decimals; with more where these would be zeros."""
+    return f"{value:.{decimals}f}" if round(value, decimals) else f"{value:.1g}"
 
 
 def _listed(sizes: Mapping[str, float]) -> str:

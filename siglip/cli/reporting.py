@@ -148,7 +148,7 @@ def _closest(manifests: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         names = {"evaluation": f"{row['eval_shard']}: {row['eval_key']}", "training": f"{row['shard']}: {row['key']}"}
         images = [plots.data_url(row[name] or b"", "jpeg") for name in ("eval_thumbnail", "thumbnail")]
         found = {"distance": row["distance"], "bits": row["bits"], "images": images} | names
-        sets.setdefault(dataset_name(None, row["eval_shard"]), []).append(found)
+        sets.setdefault(dataset_name(row["eval_shard"]), []).append(found)
     return sets
 
 

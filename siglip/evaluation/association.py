@@ -24,7 +24,7 @@ from siglip.errors import UserError
 from siglip.evaluation.class_files import canonicalize, load_json
 from siglip.evaluation.embed import Embedder, FirstValues
 from siglip.evaluation.metrics import with_error
-from siglip.evaluation.results import Result, check_name, dataset_name
+from siglip.evaluation.results import Evaluation, Result
 from siglip.trees import regular
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Instance(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Association:
+class Association(Evaluation):
     """Which images people associate with a cue, among a few: Jaccard index
 
     Attributes:
@@ -59,15 +59,6 @@ class Association:
     task: Literal["association"] = "association"
 
     BENCHMARK_TASK: ClassVar[str] = "image_association"
-    EMBEDS_TEXTS: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_name(self.name)
-
-    @property
-    def dataset(self) -> str:
-        """Name of the data set in the result."""
-        return dataset_name(self.name, self.data)
 
     def check(self, first_values: FirstValues) -> None:
         """Raises FileNotFoundError or UserError for what would fail later."""

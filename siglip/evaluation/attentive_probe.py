@@ -16,7 +16,7 @@ import optax
 
 from siglip.array_types import Array, Bool, Float
 from siglip.errors import UserError
-from siglip.evaluation.embed import Embedder, FirstValues
+from siglip.evaluation.embed import Embedder
 from siglip.evaluation.frozen_tokens import (
     FrozenTokens,
     apply_head,
@@ -26,15 +26,15 @@ from siglip.evaluation.frozen_tokens import (
     train_head,
     valid_of,
 )
-from siglip.evaluation.labels import check_labels, keep_labelled, names_of
+from siglip.evaluation.labels import Supervised, keep_labelled, names_of
 from siglip.evaluation.metrics import probe_accuracies
-from siglip.evaluation.results import Result, check_name, dataset_name
+from siglip.evaluation.results import Result
 from siglip.parallel.collectives import gather_records, gather_rows
 from siglip.parallel.launch import in_all_or_none
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentiveProbe:
+class AttentiveProbe(Supervised):
     """A learned query over frozen patch tokens, and a linear layer: ap_acc1, mean recall per class.
 
     Attributes:
@@ -64,24 +64,14 @@ class AttentiveProbe:
     task: Literal["attentive_probe"] = "attentive_probe"
 
     BENCHMARK_TASK: ClassVar[str] = "attentive_probe"
-    EMBEDS_TEXTS: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        super().__post_init__()
         if min(self.epochs, self.images_per_step, self.heads) < 1 or not self.learning_rate > 0 or self.seed < 0:
             raise UserError(
                 f"attentive_probe: epochs={self.epochs}, images_per_step={self.images_per_step}, heads={self.heads} and "
                 f"learning_rate={self.learning_rate} must be positive"
             )
-
-    @property
-    def dataset(self) -> str:
-        """Name of the data set in the result."""
-        return dataset_name(self.name, self.data)
-
-    def check(self, first_values: FirstValues) -> None:
-        """Raises FileNotFoundError or UserError for what would fail later."""
-        check_labels(first_values, self.label, self.train, self.data)
 
     def run(self, embedder: Embedder) -> list[Result]:
         """One result. Raises UserError where labels are missing, or `heads` does not divide the width."""

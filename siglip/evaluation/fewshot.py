@@ -14,17 +14,17 @@ import numpy as np
 
 from siglip.array_types import Float, Int
 from siglip.errors import UserError
-from siglip.evaluation.embed import Embedder, Feature, FirstValues
-from siglip.evaluation.labels import check_labels, train_and_test
+from siglip.evaluation.embed import Embedder, Feature
+from siglip.evaluation.labels import Supervised, check_feature, train_and_test
 from siglip.evaluation.metrics import with_error
-from siglip.evaluation.results import Result, check_name, dataset_name
+from siglip.evaluation.results import Result
 
 _CONSTANT = 100.0  # beside the features: it is a bias that is hardly regularised
 _BLOCK = 8192
 
 
 @dataclasses.dataclass(frozen=True)
-class FewShot:
+class FewShot(Supervised):
     """Ridge regression on a few labelled images of each class.
 
     Attributes:
@@ -50,27 +50,14 @@ class FewShot:
     task: Literal["fewshot"] = "fewshot"
 
     BENCHMARK_TASK: ClassVar[str] = "fewshot"
-    EMBEDS_TEXTS: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        super().__post_init__()
         if not self.shots or min(self.shots) < 1 or not self.seeds or min(self.seeds) < 0 or not self.l2_reg > 0:
             raise UserError(
                 f"fewshot: shots={self.shots}, seeds={self.seeds} and l2_reg={self.l2_reg} must be positive"
             )
-        if self.feature == "tokens":
-            raise UserError(
-                "fewshot: feature='tokens' is not one vector per image; use map, patch_mean, head or embedding"
-            )
-
-    @property
-    def dataset(self) -> str:
-        """Name of the data set in the result."""
-        return dataset_name(self.name, self.data)
-
-    def check(self, first_values: FirstValues) -> None:
-        """Raises FileNotFoundError or UserError for what would fail later."""
-        check_labels(first_values, self.label, self.train, self.data)
+        check_feature(self.task, self.feature)
 
     def run(self, embedder: Embedder) -> list[Result]:
         """One result. Raises UserError where labels are missing or differ from those of the training set."""

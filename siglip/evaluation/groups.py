@@ -18,12 +18,12 @@ from siglip.array_types import Int
 from siglip.errors import UserError
 from siglip.evaluation.embed import Embedder, FirstValues
 from siglip.evaluation.metrics import standard_error
-from siglip.evaluation.results import Result, check_name, dataset_name
+from siglip.evaluation.results import Evaluation, Result
 from siglip.evaluation.zeroshot import ZeroShot
 
 
 @dataclasses.dataclass(frozen=True)
-class Groups:
+class Groups(Evaluation):
     """Zero-shot accuracy by group (region, income, gender): each group, the worst, the gap, demographic parity.
 
     Attributes:
@@ -51,15 +51,6 @@ class Groups:
     task: Literal["groups"] = "groups"
 
     BENCHMARK_TASK: ClassVar[str] = "zeroshot_groups"
-    EMBEDS_TEXTS: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_name(self.name)
-
-    @property
-    def dataset(self) -> str:
-        """Name of the data set in the result."""
-        return dataset_name(self.name, self.data)
 
     @property
     def _zeroshot(self) -> ZeroShot:

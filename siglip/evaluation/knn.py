@@ -13,17 +13,17 @@ import numpy as np
 
 from siglip.array_types import Array, Float, Int
 from siglip.errors import UserError
-from siglip.evaluation.embed import Embedder, Feature, FirstValues
-from siglip.evaluation.labels import check_labels, train_and_test
+from siglip.evaluation.embed import Embedder, Feature
+from siglip.evaluation.labels import Supervised, check_feature, train_and_test
 from siglip.evaluation.metrics import probe_accuracies
-from siglip.evaluation.results import Result, check_name, dataset_name
+from siglip.evaluation.results import Result
 from siglip.parallel.collectives import gather_rows
 
 _TILE = (1024, 8192)  # queries, training images
 
 
 @dataclasses.dataclass(frozen=True)
-class Knn:
+class Knn(Supervised):
     """Nearest neighbours among labelled training images.
 
     Attributes:
@@ -47,23 +47,12 @@ class Knn:
     task: Literal["knn"] = "knn"
 
     BENCHMARK_TASK: ClassVar[str] = "knn"
-    EMBEDS_TEXTS: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        super().__post_init__()
         if self.k < 1 or not self.temperature > 0:
             raise UserError(f"knn: k={self.k} must be at least 1 and temperature={self.temperature} above 0")
-        if self.feature == "tokens":
-            raise UserError("knn: feature='tokens' is not one vector per image; use map, patch_mean, head or embedding")
-
-    @property
-    def dataset(self) -> str:
-        """Name of the data set in the result."""
-        return dataset_name(self.name, self.data)
-
-    def check(self, first_values: FirstValues) -> None:
-        """Raises FileNotFoundError or UserError for what would fail later."""
-        check_labels(first_values, self.label, self.train, self.data)
+        check_feature(self.task, self.feature)
 
     def run(self, embedder: Embedder) -> list[Result]:
         """One result. Raises UserError where labels are missing or differ from those of the training set."""

@@ -13,6 +13,7 @@ from siglip.array_types import Bool, Int
 from siglip.errors import UserError
 from siglip.evaluation.class_files import load_json, read_lines_or_json
 from siglip.evaluation.embed import Embedder, Feature, FirstValues
+from siglip.evaluation.results import Evaluation
 from siglip.trees import did_you_mean, regular
 
 logger = logging.getLogger(__name__)
@@ -186,8 +187,23 @@ def names_of(labels: Iterable[Any], *, data: str, label: str) -> list[Any]:
     return names
 
 
-def check_labels(first_values: FirstValues, label: str, *data: str) -> None:
-    """Raises UserError if the first pairs of one of the data sets have no such field."""
-    for shards in data:
-        if not first_values(shards, (label,))[label]:
-            raise UserError(f"the first pair of {shards} has no field {label!r}; name the labels' field with --label")
+class Supervised(Evaluation):
+    """An evaluation that learns from labelled images."""
+
+    train: str
+    label: str
+    EMBEDS_TEXTS = False
+
+    def check(self, first_values: FirstValues) -> None:
+        """Raises FileNotFoundError or UserError for what would fail later."""
+        for shards in (self.train, self.data):
+            if not first_values(shards, (self.label,))[self.label]:
+                raise UserError(
+                    f"the first pair of {shards} has no field {self.label!r}; name the labels' field with --label"
+                )
+
+
+def check_feature(task: str, feature: Feature) -> None:
+    """Raises UserError if it is not one vector per image."""
+    if feature == "tokens":
+        raise UserError(f"{task}: feature='tokens' is not one vector per image; use map, patch_mean, head or embedding")

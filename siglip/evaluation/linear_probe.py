@@ -20,10 +20,10 @@ from jax.sharding import Mesh
 
 from siglip.array_types import Array, Float, Int
 from siglip.errors import UserError
-from siglip.evaluation.embed import Embedder, Feature, FirstValues
-from siglip.evaluation.labels import Labelled, check_labels, train_and_test
+from siglip.evaluation.embed import Embedder, Feature
+from siglip.evaluation.labels import Labelled, Supervised, check_feature, train_and_test
 from siglip.evaluation.metrics import probe_accuracies, with_error
-from siglip.evaluation.results import Result, check_name, dataset_name
+from siglip.evaluation.results import Result
 from siglip.parallel import sharding
 
 _C = tuple(10.0**power for power in range(-6, 6))
@@ -34,7 +34,7 @@ Probe = tuple[Float[np.ndarray, "d k"], Float[np.ndarray, " k"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearProbe:
+class LinearProbe(Supervised):
     """Logistic regression on frozen features: lp_acc1, lp_acc5, mean recall per class.
 
     Attributes:
@@ -62,28 +62,15 @@ class LinearProbe:
     task: Literal["linear_probe"] = "linear_probe"
 
     BENCHMARK_TASK: ClassVar[str] = "linear_probe"
-    EMBEDS_TEXTS: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        super().__post_init__()
         if not self.c or min(self.c) <= 0 or not 0 < self.val_share < 1 or self.max_iterations < 1:
             raise UserError(
                 f"linear_probe: c={self.c} and max_iterations={self.max_iterations} must be positive, "
                 f"val_share={self.val_share} between 0 and 1"
             )
-        if self.feature == "tokens":
-            raise UserError(
-                "linear_probe: feature='tokens' is not one vector per image; use map, patch_mean, head or embedding"
-            )
-
-    @property
-    def dataset(self) -> str:
-        """Name of the data set in the result."""
-        return dataset_name(self.name, self.data)
-
-    def check(self, first_values: FirstValues) -> None:
-        """Raises FileNotFoundError or UserError for what would fail later."""
-        check_labels(first_values, self.label, self.train, self.data)
+        check_feature(self.task, self.feature)
 
     def run(self, embedder: Embedder) -> list[Result]:
         """One result. Raises UserError where labels are missing or differ from those of the training set."""

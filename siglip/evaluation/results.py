@@ -3,7 +3,7 @@
 import math
 import re
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from siglip.errors import UserError
 
@@ -38,19 +38,31 @@ class Result(NamedTuple):
         }
 
 
-def dataset_name(name: str | None, data: str) -> str:
-    """`name`, or without one that of the shards.
+class Evaluation:
+    """What all evaluations have; each is a frozen dataclass with `data` and `name` among its fields (see suite.py)."""
+
+    data: str
+    name: str | None
+    BENCHMARK_TASK: ClassVar[str]
+    EMBEDS_TEXTS: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.name is not None and (not self.name or "/" in self.name):
+            raise UserError(
+                f"evaluation name {self.name!r} must be non-empty and without '/'; None takes it from the shards"
+            )
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set in the result."""
+        return self.name or dataset_name(self.data)
+
+
+def dataset_name(data: str) -> str:
+    """The name of the data set that some shards are of.
 
     "sets/coco-test-{000..009}.tar" -> "coco-test", "sets/cifar10/00000.tar" -> "cifar10"
     """
-    if name is not None:
-        return name
     parts = reversed(PurePosixPath(data).parts)
     names = (_SHARD_NUMBER.sub("", _PATTERN_OR_ENDING.split(part)[0]) for part in parts)
     return next((found for found in names if re.search(r"[^\W\d_]", found)), "data")
-
-
-def check_name(name: str | None) -> None:
-    """Raises UserError for a name that cannot be part of a metric's name."""
-    if name is not None and (not name or "/" in name):
-        raise UserError(f"evaluation name {name!r} must be non-empty and without '/'; None takes it from the shards")

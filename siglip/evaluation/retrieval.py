@@ -17,7 +17,7 @@ from siglip.array_types import Float, Int
 from siglip.errors import UserError
 from siglip.evaluation.embed import EmbeddedImages, Embedder, FirstValues
 from siglip.evaluation.ranking import rank_both_ways
-from siglip.evaluation.results import Result, check_name, dataset_name
+from siglip.evaluation.results import Evaluation, Result
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ RECALL_AT = (1, 5, 10)
 
 
 @dataclasses.dataclass(frozen=True)
-class Retrieval:
+class Retrieval(Evaluation):
     """Image-to-text and text-to-image retrieval: R@1, R@5, R@10, median rank.
 
     Attributes:
@@ -47,17 +47,11 @@ class Retrieval:
     task: Literal["retrieval"] = "retrieval"
 
     BENCHMARK_TASK: ClassVar[str] = "zeroshot_retrieval"
-    EMBEDS_TEXTS: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        super().__post_init__()
         if not self.captions:
             raise UserError(f"evaluation {self.dataset!r}: captions must name at least one text field, such as 'txt'")
-
-    @property
-    def dataset(self) -> str:
-        """Name of the data set in the result."""
-        return dataset_name(self.name, self.data)
 
     def check(self, first_values: FirstValues) -> None:
         """Opens the shards and looks for a caption in the first pair.

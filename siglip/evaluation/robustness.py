@@ -23,7 +23,7 @@ from siglip.evaluation.class_files import read_classes
 from siglip.evaluation.embed import Embedder, FirstValues
 from siglip.evaluation.labels import are_multi_label, read_object
 from siglip.evaluation.metrics import with_error
-from siglip.evaluation.results import Result, check_name, dataset_name
+from siglip.evaluation.results import Evaluation, Result
 from siglip.evaluation.zeroshot import ZeroShot, rank_right_classes
 from siglip.trees import did_you_mean
 
@@ -51,7 +51,7 @@ _IMAGENET_CLASSES = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class Robustness:
+class Robustness(Evaluation):
     """Zero-shot classification of corrupted images: noise, blur, zoom, brightness, contrast, JPEG, pixels.
 
     Attributes:
@@ -86,19 +86,13 @@ class Robustness:
     task: Literal["robustness"] = "robustness"
 
     BENCHMARK_TASK: ClassVar[str] = "robustness"
-    EMBEDS_TEXTS: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        super().__post_init__()
         if not self.corruptions or not self.severities or not set(self.severities) <= {1, 2, 3, 4, 5}:
             raise UserError(
                 f"robustness: severities={self.severities} must be numbers from 1 to 5, and corruptions not empty"
             )
-
-    @property
-    def dataset(self) -> str:
-        """Name of the data set in the result."""
-        return dataset_name(self.name, self.data)
 
     @property
     def _clean(self) -> ZeroShot:

@@ -30,7 +30,7 @@ from siglip.evaluation.frozen_tokens import (
     train_head,
     valid_of,
 )
-from siglip.evaluation.results import Result, check_name, dataset_name
+from siglip.evaluation.results import Evaluation, Result
 from siglip.parallel.collectives import gather_records, gather_rows
 from siglip.parallel.launch import in_all_or_none
 
@@ -38,7 +38,7 @@ _MAX_CLASSES = 255
 
 
 @dataclasses.dataclass(frozen=True)
-class Segmentation:
+class Segmentation(Evaluation):
     """A linear layer on frozen patch tokens: mean intersection over union, pixel accuracy.
 
     Attributes:
@@ -73,17 +73,12 @@ class Segmentation:
     EMBEDS_TEXTS: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        super().__post_init__()
         if min(self.steps, self.images_per_step) < 1 or not self.learning_rate > 0 or not 0 <= self.dropout < 1:
             raise UserError(
                 f"segmentation: steps={self.steps}, images_per_step={self.images_per_step} and "
                 f"learning_rate={self.learning_rate} must be positive, dropout={self.dropout} in [0, 1)"
             )
-
-    @property
-    def dataset(self) -> str:
-        """Name of the data set in the result."""
-        return dataset_name(self.name, self.data)
 
     def check(self, first_values: FirstValues) -> None:
         """Raises FileNotFoundError or UserError for what would fail later."""

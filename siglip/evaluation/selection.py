@@ -20,13 +20,13 @@ from siglip.array_types import Bool, Float
 from siglip.errors import UserError
 from siglip.evaluation.embed import EmbeddedImages, Embedder, FirstValues
 from siglip.evaluation.metrics import with_error
-from siglip.evaluation.results import Result, check_name, dataset_name
+from siglip.evaluation.results import Evaluation, Result
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Selection:
+class Selection(Evaluation):
     """The right caption among hard negatives: one image with several captions, or several pairs that are each other's negatives.
 
     Attributes:
@@ -47,20 +47,14 @@ class Selection:
     task: Literal["selection"] = "selection"
 
     BENCHMARK_TASK: ClassVar[str] = "image_caption_selection"
-    EMBEDS_TEXTS: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        super().__post_init__()
         if len(self.captions) < 1 + (self.instance is None):
             raise UserError(
                 f"selection among captions={self.captions}: name the right caption's field and those of wrong ones, or "
                 "the field that the pairs of an instance share"
             )
-
-    @property
-    def dataset(self) -> str:
-        """Name of the data set in the result."""
-        return dataset_name(self.name, self.data)
 
     @property
     def _fields(self) -> tuple[str, ...]:

@@ -1,11 +1,12 @@
 """All evaluations there are, and how several of them are run.
 
-An evaluation is a frozen dataclass in a file of its own; its fields are its settings. To add one, write that file and put its
-name into `Task`: `siglip eval --task`, the config and its flags, config.json and the names of the metrics follow. It needs
+An evaluation is a frozen dataclass in a file of its own, an `Evaluation`; its fields are its settings. To add one, write that
+file and put its name into `Task`: `siglip eval --task`, the config and its flags, config.json and the names of the metrics
+follow. It needs
 
-- `data`: shards; `name` of their data set, or None; `dataset`: that name, or one taken from the shards;
+- `data`: shards; `name` of their data set, or None for one taken from the shards;
 - `task`: its kind, a Literal of one value, by which config.json tells the classes apart; `BENCHMARK_TASK`, CLIP_benchmark's;
-- `EMBEDS_TEXTS`: whether the model must have a text tower and a tokenizer;
+- `EMBEDS_TEXTS = False` where the model needs neither a text tower nor a tokenizer;
 - `check(first_values)`: finds what is wrong with the files before a model is run;
 - `run(embedder)`: a list of `Result`; called by all processes, with the same result in all of them.
 """

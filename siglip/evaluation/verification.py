@@ -18,11 +18,11 @@ from siglip.array_types import Bool, Float, Int
 from siglip.errors import UserError
 from siglip.evaluation import metrics
 from siglip.evaluation.embed import EmbeddedImages, Embedder, FirstValues
-from siglip.evaluation.results import Result, check_name, dataset_name
+from siglip.evaluation.results import Evaluation, Result
 
 
 @dataclasses.dataclass(frozen=True)
-class Verification:
+class Verification(Evaluation):
     """Whether image and caption match: average precision, ROC-AUC, Brier score, calibration error.
 
     Attributes:
@@ -49,10 +49,9 @@ class Verification:
     task: Literal["verification"] = "verification"
 
     BENCHMARK_TASK: ClassVar[str] = "pair_verification"
-    EMBEDS_TEXTS: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        super().__post_init__()
         if not self.priors or not all(0 < prior < 1 for prior in self.priors):
             raise UserError(f"verification: priors={self.priors} must be shares between 0 and 1")
         if self.negatives < 1 or (self.train_batch_size is not None and self.train_batch_size < 2):
@@ -60,11 +59,6 @@ class Verification:
                 f"verification: negatives={self.negatives} must be at least 1, "
                 f"train_batch_size={self.train_batch_size} at least 2"
             )
-
-    @property
-    def dataset(self) -> str:
-        """Name of the data set in the result."""
-        return dataset_name(self.name, self.data)
 
     @property
     def _fields(self) -> tuple[str, ...]:

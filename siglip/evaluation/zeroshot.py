@@ -22,7 +22,7 @@ from siglip.evaluation.embed import EmbeddedImages, Embedder, FirstValues
 from siglip.evaluation.labels import are_multi_label, multi_hot, number_of, read_label_map, read_subset
 from siglip.evaluation.metrics import accuracies, jackknife_error, mean_average_precision, mean_recall
 from siglip.evaluation.ranking import Ranks, rank_right_candidates
-from siglip.evaluation.results import Result, check_name, dataset_name
+from siglip.evaluation.results import Evaluation, Result
 from siglip.trees import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ _SHOWN_CHARS = 80
 
 
 @dataclasses.dataclass(frozen=True)
-class ZeroShot:
+class ZeroShot(Evaluation):
     """Zero-shot classification: acc1, acc5, mean recall per class; of images with several labels, mean average precision.
 
     Attributes:
@@ -61,15 +61,6 @@ class ZeroShot:
     task: Literal["zeroshot"] = "zeroshot"
 
     BENCHMARK_TASK: ClassVar[str] = "zeroshot_classification"
-    EMBEDS_TEXTS: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_name(self.name)
-
-    @property
-    def dataset(self) -> str:
-        """Name of the data set in the result."""
-        return dataset_name(self.name, self.data)
 
     def check(self, first_values: FirstValues) -> None:
         """Opens every file and looks for the label of the first pair.

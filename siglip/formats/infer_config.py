@@ -12,7 +12,6 @@ pieces is Gemma's, which SigLIP 2 pads with 0. `big_vision.write` puts a config 
 """
 
 import dataclasses
-import functools
 import math
 import re
 from collections import Counter
@@ -76,18 +75,6 @@ class Inferred:
 
 def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
     """The shape of every parameter by path, in the layout (loop or scan) of each tower."""
-    shapes = {}
-    for path, shape in _stacked_shapes(config).items():
-        tower = config.text if path.startswith("txt/") else config.image
-        shapes |= {path: shape} if tower.scan else key_maps.unstack_shapes({path: shape})
-    return shapes
-
-
-@functools.lru_cache(maxsize=8)
-def _stacked_shapes(config: ModelConfig) -> Mapping[str, Shape]:
-    # One traced layer stands for all: forty of them would take seconds.
-    text = config.text and dataclasses.replace(config.text, scan=True)
-    config = dataclasses.replace(config, image=dataclasses.replace(config.image, scan=True), text=text)
     return key_maps.flat_shapes(flatten(param_shapes(config)))
 
 

@@ -189,10 +189,29 @@ def init_params(config: ModelConfig, rng: Array) -> dict[str, Any]:
 
 
 def param_shapes(config: ModelConfig) -> dict[str, Any]:
-    """The same tree with `jax.ShapeDtypeStruct` leaves; nothing is computed or allocated, and a model is traced once."""
-    return unflatten(_flat_shapes(config))
+    """The same tree with `jax.ShapeDtypeStruct` leaves; nothing is computed or allocated, and one layer of a tower is traced."""
+    shapes = {}
+    for path, leaf in _shapes_of_one_layer(*map(_one_layer, (config.image, config.text)), config.out_dim).items():
+        tower = config.text if path.startswith("txt/") else config.image
+        if "/encoderblock/" not in path:
+            shapes[path] = leaf
+        elif tower.scan:
+            shapes[path] = jax.ShapeDtypeStruct((tower.spec.depth, *leaf.shape[1:]), leaf.dtype)
+        else:
+            one = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+            shapes |= {path.replace("/encoderblock/", f"/encoderblock_{n}/"): one for n in range(tower.spec.depth)}
+    return unflatten(shapes)
+
+
+def _one_layer(tower: ImageConfig | TextConfig | None) -> ImageConfig | TextConfig | None:
+    """The tower with one layer, and without what changes no shape: most configs that a process meets then are the same."""
+    same = {"scan": True, "unroll": None, "remat": "none", "dtype": "float32", "residual_dtype": "float32"}
+    return tower and dataclasses.replace(tower, depth=1, attention="xla", dropout=0.0, **same)
 
 
 @functools.lru_cache(maxsize=64)
-def _flat_shapes(config: ModelConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
+def _shapes_of_one_layer(
+    image: ImageConfig, text: TextConfig | None, out_dim: tuple[int | None, int | None]
+) -> Mapping[str, jax.ShapeDtypeStruct]:
+    config = ModelConfig(image, text, out_dim)
     return flatten(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))

@@ -115,7 +115,8 @@ def _plugin_problem(error: Exception, is_gpu: bool) -> str:
     message = " ".join(str(error).split())
     if re.search(r"libtpu.*(lockfile|in use|already)|ABORTED", message):
         return "another process is using libtpu, which one at a time may; wait until it has ended and start again"
-    package = " ".join(f"jax-cuda13-{part}=={jax.__version__}" for part in ("plugin", "pjrt")) if is_gpu else "libtpu"
+    gpu = " ".join(f"jax-cuda13-{part}=={jax.__version__}" for part in ("plugin", "pjrt"))
+    package = gpu if is_gpu else f"'jax[tpu]=={jax.__version__}'"  # it names the libtpu that goes with it
     return f"the compiler for it is not installed or does not load ({message[:200]}); python -m pip install {package}"
 
 

@@ -11,6 +11,7 @@ The trap: the same blob means something else to Hugging Face's `Precompiled` nor
 takes the shortest key and drops the rest of the cluster. The two agree on texts whose clusters are single characters.
 """
 
+import functools
 import struct
 from collections.abc import Mapping
 
@@ -25,6 +26,7 @@ _MAX_KEY_BYTES = 256
 _MAX_STEPS = 1 << 22  # nmt_nfkc takes 250 000
 
 
+@functools.lru_cache(maxsize=4)
 def read_charsmap(blob: bytes) -> dict[str, str]:
     """The map in a `precompiled_charsmap`; empty for an empty blob.
 

@@ -17,7 +17,7 @@ import functools
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def tokenizer_json(model: bytes, tokens: TokenConfig, *, source: str) -> dict[st
     unigram = trainer.model_type == _UNIGRAM
     added = [i for i, piece in enumerate(pieces) if piece.type == _USER_DEFINED and piece.piece in symbols]
     prepare = [*(_lower(final_sigma=tokens.lower == "text") if lowers else []), *_canonical(tokens)]
-    steps = [*prepare, *_apply(table, symbols), *_spaces(normalizer)]
+    steps = [*prepare, *_apply(normalizer.precompiled_charsmap, tuple(symbols)), *_spaces(normalizer)]
     if normalizer.add_dummy_prefix and not normalizer.remove_extra_whitespaces:
         steps = [steps.pop(), *steps]
     return {
@@ -206,13 +206,14 @@ def _lower(*, final_sigma: bool) -> list[dict[str, Any]]:
     ]
 
 
-def _apply(table: Mapping[str, str], symbols: Iterable[str]) -> list[dict[str, Any]]:
+@functools.lru_cache(maxsize=4)  # it takes seconds, and most tokenizers have the same table
+def _apply(charsmap: bytes, symbols: tuple[str, ...]) -> list[dict[str, Any]]:
     """A SentencePiece normalisation table: the longest key at each place, left to right, and none inside a symbol.
 
     A key of several characters composes what its characters become alone. So: mark where keys end, map single characters,
     compose between the marks. What `NFC` does not compose (characters newer than its Unicode) is replaced one by one.
     """
-    if not table:
+    if not (table := read_charsmap(charsmap)):
         return []
     single = {key: value for key, value in table.items() if len(key) == 1}
     several = {key: value for key, value in table.items() if len(key) > 1}

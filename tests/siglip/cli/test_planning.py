@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,14 @@ def test_lines_say_what_does_not_fit_and_how_it_would(capfd):
     assert "(as it is)" in plan(capfd, *large, *flags, "--search")
 
 
+def test_small_numbers_are_not_printed_as_zeros(capfd):
+    told = {line[:18].strip(): line for line in plan(capfd, "--topology", "h100:8").splitlines()}
+    numbers = re.findall(
+        r"(?<!\S)[\d.]+(?:e-\d+)?", " ".join(told[name][18:] for name in ("parameters", "FLOPs", "step", "run"))
+    )
+    assert len(numbers) > 15 and all(map(float, numbers))
+
+
 def test_what_is_far_too_large_for_a_gpu_is_not_compiled(capfd):
     large = ["--topology=h100:1", "--batch-size=16384", "--model.image.image-size", "512", "512", "--compile"]
     compiled = json.loads(plan(capfd, *large, "--json"))["compiled"]
@@ -79,4 +88,5 @@ assert [cli.run(["plan", sys.argv[1], "--topology", topology, "--compile"]) for 
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     gpu, tpu = done.stderr.splitlines()
-    assert f"pip install jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt==" in gpu and "pip install libtpu" in tpu
+    assert f"pip install jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt==" in gpu
+    assert f"pip install 'jax[tpu]=={jax.__version__}'" in tpu

@@ -252,11 +252,11 @@ ALIGNMENT = '''
 import dataclasses
 from typing import ClassVar, Literal
 
-from siglip.evaluation.results import Result, dataset_name
+from siglip.evaluation.results import Evaluation, Result
 
 
 @dataclasses.dataclass(frozen=True)
-class Alignment:
+class Alignment(Evaluation):
     """Mean similarity of images and their captions.
 
     Attributes:
@@ -269,11 +269,6 @@ class Alignment:
     task: Literal["alignment"] = "alignment"
 
     BENCHMARK_TASK: ClassVar[str] = "alignment"
-    EMBEDS_TEXTS: ClassVar[bool] = True
-
-    @property
-    def dataset(self):
-        return dataset_name(self.name, self.data)
 
     def check(self, first_values):
         assert first_values(self.data, (self.field,))[self.field]

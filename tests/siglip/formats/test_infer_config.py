@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 
 from siglip.formats import big_vision, key_maps
 from siglip.formats.infer_config import expected_shapes, infer_config
+from siglip.models.layers import BlockConfig
+from siglip.models.naflex import NaflexConfig
 from siglip.models.text import TokenConfig
-from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, param_shapes
+from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, init_params, param_shapes
 from siglip.trees import flatten
 from tests.siglip.tiny import ODD_IMAGE, ODD_TEXT, random_params, square_model
 
@@ -75,9 +78,21 @@ def test_sizes_without_a_name(image, text, out_dim, scan):
     assert found == unnamed
 
 
-def test_towers_may_differ_in_layout():
-    config = square_model(image={"scan": True})
-    assert expected_shapes(config) == key_maps.flat_shapes(flatten(param_shapes(config)))
+@pytest.mark.parametrize(
+    "config",
+    [
+        square_model(image={"scan": True, "depth": 3}),
+        square_model(text={"scan": True, "embed_bottleneck": 4, "dtype": "bfloat16", "remat": "dots", "pool": "map"}),
+        square_model(
+            image={"block": BlockConfig(parallel=True, qk_norm=True), "dropout": 0.1, "residual_dtype": "bfloat16"}
+        ),
+        square_model(image={"naflex": NaflexConfig(), "attention": "xla", "pool": "gap", "final_norm": False}),
+        ModelConfig(ImageConfig(**ODD_IMAGE), None, (5, None)),
+    ],
+    ids=["image scan", "text scan", "block", "naflex", "image alone"],
+)
+def test_shapes_found_with_one_layer_are_those_of_the_whole_model(config):
+    assert param_shapes(config) == jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 def broken(tmp_path, flat: dict) -> str:
