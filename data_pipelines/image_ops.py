@@ -12,11 +12,11 @@ is Pillow's to the last bit, and so is bicubic.
 The trap: Pillow clips 16-bit grey to white instead of scaling it, and allocates a whole image before it finds that the file
 is a bomb or cut. So only the header is trusted with sizes here, and any error of any codec is a `DecodeError`.
 
-A decode takes at most about five seconds and 512 MiB beside the image: hence limits on sides, on the scans of a JPEG, and on the
-pixels that go through decoders which hold an image several times (WebP, AVIF, CMYK).
+A decode takes at most about five seconds and 512 MiB beside the image: hence limits on sides, on the scans of a JPEG, on the
+parts of a header (`image_files`), and on the pixels that go through decoders which hold an image several times (WebP, AVIF, CMYK)
+or are in Python (run lengths in a BMP).
 """
 
-import io
 import math
 import struct
 import threading
@@ -25,6 +25,16 @@ from typing import Literal
 import numpy as np
 import pyarrow
 from PIL import Image, UnidentifiedImageError
+
+from data_pipelines.image_files import (
+    JPEG_MAGIC,
+    PNG_MAGIC,
+    START_OF_SCAN,
+    DecodeError,
+    open_image,
+    orientation,
+    without_texts,
+)
 
 try:
     import simplejpeg
@@ -35,19 +45,15 @@ try:
 except ImportError:
     cykooz_resizer = None
 
-# What browsers show. Naming them also keeps Pillow's other fifty decoders away from files of unknown origin.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
-_PNG, _PNG_TEXTS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-_MAGIC = (b"\xff\xd8\xff", _PNG, b"GIF8", b"RIFF")
+_MAGIC = (b"\xff\xd8\xff", PNG_MAGIC, b"GIF8", b"RIFF")
 MAX_CANVAS_PIXELS = 1 << 25
 _MAX_SIDE_PX = 1 << 16
-_MAX_PIXELS_HELD_TWICE = 1 << 25
+_MAX_PIXELS_HELD_TWICE, _MAX_PIXELS_IN_PYTHON = 1 << 25, 1 << 24
 _MAX_SCANNED_PIXELS, _MIN_SCAN_BYTES = 1 << 31, 10
 _GREY_OF_16_BITS = ((np.arange(1 << 16) + 128) // 257).astype(np.uint8)
 Resample = Literal["bilinear", "bicubic"]
 Protocol = Literal["squash", "square875", "aspect75"]
 PILLOW_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -60,21 +66,10 @@ _UPRIGHT = {
 _SIDEWAYS = (5, 6, 7, 8)
 _WHITE = (255, 255, 255)
 # JFIF, JPEG tables and frames, comments, ICC profiles; not APP1, where EXIF may say that the image is stored on its side.
-_START_OF_FRAME, _START_OF_SCAN = (0xC0, 0xC2), 0xDA
-_PLAIN_SEGMENTS = frozenset((*_START_OF_FRAME, _START_OF_SCAN, 0xC4, 0xDB, 0xDD, 0xE0, 0xE2, 0xFE))
+_START_OF_FRAME = (0xC0, 0xC2)
+_PLAIN_SEGMENTS = frozenset((*_START_OF_FRAME, START_OF_SCAN, 0xC4, 0xDB, 0xDD, 0xE0, 0xE2, 0xFE))
 _FRAME = struct.Struct(">BHHB")
 _local = threading.local()
-
-
-class DecodeError(ValueError):
-    """An image that cannot be decoded.
-
-    `reason`: "empty_image" (no bytes), "not_an_image", "bomb" (too large), "truncated" or "corrupt_image".
-    """
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
 
 
 def decode_image(data: bytes, *, max_pixels: int, min_size_px: tuple[int, int] | None = None) -> Image.Image:
@@ -93,17 +88,16 @@ def decode_image(data: bytes, *, max_pixels: int, min_size_px: tuple[int, int] |
         raise DecodeError("empty_image", "0 bytes")
     try:
         image = open_image(data)
-        held_twice = image.format in ("WEBP", "AVIF") or image.mode == "CMYK"
-        _check_size(data, image.size, min(max_pixels, _MAX_PIXELS_HELD_TWICE) if held_twice else max_pixels)
+        _check_size(data, image.size, min(max_pixels, _codecs_limit(image)))
         is_plain = simplejpeg is not None and image.format == "JPEG" and image.mode in ("L", "RGB")
-        if is_plain and min_size_px is not None and _orientation(image) in _SIDEWAYS:
+        if is_plain and min_size_px is not None and orientation(image) in _SIDEWAYS:
             min_size_px = min_size_px[::-1]
         pixels = _decode_jpeg(data, "RGBX", image.size, min_size_px) if is_plain else None
         if pixels is None:
             image.load()
-        orientation = _orientation(image)  # after load(): a PNG may have it behind its pixels
+        turned = orientation(image)  # after load(): a PNG may have it behind its pixels
         image = image.convert("RGBA") if image.mode == "LA" else image  # here, so that only one of them is in memory
-        return _upright(_to_rgb(image) if pixels is None else _to_pil(pixels), orientation)
+        return _upright(_to_rgb(image) if pixels is None else _to_pil(pixels), turned)
     except DecodeError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -112,7 +106,7 @@ def decode_image(data: bytes, *, max_pixels: int, min_size_px: tuple[int, int] |
         reason = "corrupt_image" if data.startswith(_MAGIC) else "not_an_image"
         raise DecodeError(reason, str(error)) from error
     except Exception as error:  # codecs raise anything on damaged files: OSError, SyntaxError, struct.error
-        if isinstance(error, ValueError) and (lean := _without_texts(data)) is not None:  # texts behind the pixels
+        if isinstance(error, ValueError) and (lean := without_texts(data)) is not None:  # texts behind the pixels
             return decode_image(lean, max_pixels=max_pixels, min_size_px=min_size_px)
         reason = "truncated" if "truncated" in str(error) else "corrupt_image"
         raise DecodeError(reason, f"{type(error).__name__}: {error}") from error
@@ -121,11 +115,11 @@ def decode_image(data: bytes, *, max_pixels: int, min_size_px: tuple[int, int] |
 def as_shown(image: Image.Image) -> Image.Image:
     """Pillow's image as a browser shows it: upright, transparent parts white, RGB. Raises whatever Pillow does."""
     image.load()
-    return _upright(_to_rgb(image), _orientation(image))
+    return _upright(_to_rgb(image), orientation(image))
 
 
-def _upright(image: Image.Image, orientation: int | None) -> Image.Image:
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+def _upright(image: Image.Image, turned: int | None) -> Image.Image:
+    return image.transpose(_UPRIGHT[turned]) if turned in _UPRIGHT else image
 
 
 def decode_pixels(data: bytes, *, max_pixels: int, min_size_px: tuple[int, int] | None = None) -> np.ndarray:
@@ -250,14 +244,14 @@ def _to_pil(pixels: np.ndarray) -> Image.Image:
 
 def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     """(width, height) of a grey or YCbCr JPEG that is stored upright; None for every other file."""
-    if simplejpeg is None or data[:2] != b"\xff\xd8":
+    if simplejpeg is None or not data.startswith(JPEG_MAGIC):
         return None
     size, start = None, 2
     while start + 4 <= len(data):
         mark, marker, length = data[start], data[start + 1], data[start + 2] << 8 | data[start + 3]
         if mark != 0xFF or marker not in _PLAIN_SEGMENTS or length < 2:
             return None
-        if marker == _START_OF_SCAN:
+        if marker == START_OF_SCAN:
             return size
         if marker in _START_OF_FRAME:
             bits, height, width, components = _FRAME.unpack_from(data[start + 4 : start + 10].ljust(6, b"\0"))
@@ -268,26 +262,11 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def open_image(data: bytes) -> Image.Image:
-    """An image whose header is read. Raises whatever Pillow does."""
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except ValueError:
-        if (lean := _without_texts(data)) is None:
-            raise
-        return Image.open(io.BytesIO(lean), formats=FORMATS)
-
-
-def _without_texts(data: bytes) -> bytes | None:
-    """A PNG without texts and colour profile, of which Pillow refuses long ones; None if there are none, or it is no PNG."""
-    kept, start = [], len(_PNG)
-    while data.startswith(_PNG) and start < len(data):
-        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
-        if data[start + 4 : start + 8] not in _PNG_TEXTS:
-            kept.append(data[start:end])
-        start = end
-    lean = b"".join([_PNG, *kept])
-    return lean if kept and len(lean) < len(data) else None
+def _codecs_limit(image: Image.Image) -> float:
+    """The pixels that the decoder of an image may have."""
+    if image.format in ("WEBP", "AVIF") or image.mode == "CMYK":
+        return _MAX_PIXELS_HELD_TWICE
+    return _MAX_PIXELS_IN_PYTHON if image.tile and image.tile[0][0] == "bmp_rle" else math.inf
 
 
 def _check_size(data: bytes, size: tuple[int, int], max_pixels: int) -> None:
@@ -296,21 +275,12 @@ def _check_size(data: bytes, size: tuple[int, int], max_pixels: int) -> None:
     if pixels > max_pixels or max(size) > _MAX_SIDE_PX:
         raise DecodeError("bomb", f"{size[0]} x {size[1]} px, limit {max_pixels} in all and {_MAX_SIDE_PX} on a side")
     # A progressive JPEG goes over all its pixels in each scan. No need to count what so many bytes cannot hold.
-    if pixels * (len(data) // _MIN_SCAN_BYTES) > _MAX_SCANNED_PIXELS and data[:2] == b"\xff\xd8":
-        scans = data.count(bytes((0xFF, _START_OF_SCAN)))
+    if pixels * (len(data) // _MIN_SCAN_BYTES) > _MAX_SCANNED_PIXELS and data.startswith(JPEG_MAGIC):
+        scans = data.count(bytes((0xFF, START_OF_SCAN)))
         if pixels * scans > _MAX_SCANNED_PIXELS:
             raise DecodeError(
                 "bomb", f"{size[0]} x {size[1]} px in {scans} scans, limit {_MAX_SCANNED_PIXELS} px in all"
             )
-
-
-def _orientation(image: Image.Image) -> int | None:
-    if "exif" not in image.info:
-        return None
-    try:
-        return image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # broken metadata of a sound image: browsers show it as it is stored
-        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

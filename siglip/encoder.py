@@ -94,8 +94,8 @@ class Encoder:
         """
         return to_pixels(images, self.config.image, max_patches=max_patches)
 
-    def embed_texts(self, texts: ArrayLike | Sequence[Any]) -> Float[Array, "b e"]:
-        """A list of strings, or int32 [b, l] token ids -> float32 [b, e], L2-normalised.
+    def embed_texts(self, texts: Any) -> Float[Array, "b e"]:
+        """A list (or array) of strings, or int32 [b, l] token ids -> float32 [b, e], L2-normalised.
 
         Raises:
             UserError: there is no text tower, or no tokenizer for strings; the length is not the model's, or an id is outside
@@ -106,11 +106,15 @@ class Encoder:
             raise UserError("this model has only the image tower; load a source with both towers to embed texts")
         if isinstance(texts, str):
             raise UserError(f"embed_texts takes a list of texts, not one: pass [{texts[:20]!r}]")
+        if getattr(getattr(texts, "dtype", None), "kind", "") in tuple("OSTU"):  # strings of numpy or pandas
+            texts = list(texts)
         is_list = isinstance(texts, list | tuple)
         bad = [type(one).__name__ for one in texts if not isinstance(one, str)] if is_list else []
         if bad or (is_list and not texts):
             told = f"has an entry that is {bad[0]}" if bad else "is empty"
             raise UserError(f"the list of texts {told}; pass strings, or token ids as one int32 array [b, l]")
+        if not is_list and not hasattr(texts, "shape"):
+            raise UserError(f"texts is {type(texts).__name__}; pass a list of strings, or token ids as one int32 array")
         tokens = self.tokenize(texts) if is_list else texts
         check_tokens(tokens, text)
         return _apply(self.config, "ztxt", self.params, {"text": jnp.asarray(tokens, jnp.int32)})

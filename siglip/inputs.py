@@ -38,6 +38,11 @@ def to_pixels(
     if hasattr(images, "convert"):  # Pillow's, which is not imported for arrays
         raise UserError("images is one image, not a list of images: pass [image]")
     in_list = isinstance(images, list | tuple) and not isinstance(images, Patches)
+    if not in_list and not isinstance(images, Patches) and not hasattr(images, "shape"):
+        raise UserError(
+            f"images is {type(images).__name__}; pass a list of Pillow images, as PIL.Image.open(path) gives them, or float32 "
+            "[b, h, w, 3] in [-1, 1]"
+        )
     if config.naflex is None:
         if max_patches is not None:
             raise UserError(

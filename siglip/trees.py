@@ -95,6 +95,13 @@ def first_matches(
     return {path: next((i for i, regex in enumerate(compiled) if regex.fullmatch(path)), None) for path in paths}
 
 
+def regular(path: Path) -> Path:
+    """The same path. Raises UserError for a device or a pipe: it may have no end, and can be read but once."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is a device or a pipe; write it to a file and name that")
+    return path
+
+
 def read_json(path: Path, *, fix: str) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -105,6 +112,7 @@ def read_json(path: Path, *, fix: str) -> dict[str, Any]:
         FileNotFoundError, PermissionError: it is not there, or not to be read.
         UserError: it does not hold a JSON object.
     """
+    regular(path)
     try:
         tree = json.loads(path.read_bytes(), parse_int=_parse_int)
     except (ValueError, RecursionError) as error:  # bytes that are no text, numbers of 5000 digits, nested 1000 deep

@@ -18,9 +18,11 @@ _A_FILE = re.compile(r"://|\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif)$", re.IGNOREC
 
 def did_you_mean(name: str, candidates: Collection[str]) -> str:
     """What a message adds about an unknown name: "; there are a, b, c", and the close one if there is one."""
+    found = f"; there are {', '.join(sorted(candidates)) or 'none'}"
+    if told := _no_header(candidates):
+        return found + told
     close = difflib.get_close_matches(name, set(candidates) - {name}, 1, 0.5)
-    meant = f", did you mean {close[0]!r}?" if close else ""
-    return f"; there are {', '.join(sorted(candidates)) or 'none'}{meant}"
+    return f"{found}, did you mean {close[0]!r}?" if close else found
 
 
 def repeated_name(names: Sequence[str]) -> str | None:
@@ -31,12 +33,19 @@ def repeated_name(names: Sequence[str]) -> str | None:
 def _how_to_name_one(columns: Collection[str]) -> str:
     """What a message adds if no column of a file holds images."""
     found = f"; there are {', '.join(sorted(columns)) or 'none'}"
-    if any(separator in column for column in columns for separator in ";\t|"):
-        return f"{found}: separate columns with commas, or with tabs in a file called .tsv"
-    if any(_A_FILE.search(column) for column in columns):
-        return f"{found}: its first line is a row; put one before it that names the columns, such as image,caption"
+    if told := _no_header(columns):
+        return found + told
     close = difflib.get_close_matches("image", set(columns) - {"image"}, 1, 0.5)
     return f"{found}; name {repr(close[0]) if close else 'the right one'}: --image-column, or image= in a recipe"
+
+
+def _no_header(columns: Collection[str]) -> str:
+    """What a message adds where the first line of a list does not name its columns, or they are not apart."""
+    if any(separator in column for column in columns for separator in ";\t|,"):
+        return ": separate columns with commas, or with tabs in a file called .tsv"
+    if any(_A_FILE.search(column) for column in columns):
+        return ": its first line is a row; put one before it that names the columns, such as image,caption"
+    return ""
 
 
 def parse_object(text: bytes) -> tuple[dict[str, Any], list[str]]:

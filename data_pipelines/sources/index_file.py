@@ -2,12 +2,13 @@
 
 A file beside the shard, or in the user's cache folder when the shard is remote or its folder read-only:
 
-    {"version": 5, "kind": "tar", "shard_bytes": …, "shard_version": …, "pairs": n, "tables": …, …}\\n
+    {"version": 6, "kind": "tar", "shard_bytes": …, "shard_version": …, "beside": …, "pairs": n, "tables": …, …}\\n
     tables of fixed-width rows, mapped into memory and so shared by processes
     CRC32 of all bytes before, 4 bytes
 
-An index is used when its shard still has the size and version (modification time, entity tag) that it states and its
-checksum is right; otherwise it is built again. Writing goes through a temporary file and a rename, so processes can race.
+An index is used when its shard still has the size and version (modification time, entity tag) that it states, so have the files
+beside it that tell of its pairs, and its checksum is right; otherwise it is built again. Writing goes through a temporary file
+and a rename, so processes can race.
 
 The trap: a memory map holds a file descriptor for as long as it lives, and a thousand shards exhaust what a process
 may have. So an opened index is only a header; its tables are mapped on demand, see `shards`.
@@ -27,7 +28,7 @@ from data_pipelines.atomic import new_file
 from data_pipelines.sources import files
 from data_pipelines.sources.remote import FileStat
 
-_VERSION = 5
+_VERSION = 6
 _HEADER_BYTES, _CHECKSUM_BYTES = 1 << 20, 4
 
 
@@ -49,6 +50,7 @@ class Header:
     kind: str
     shard_bytes: int
     shard_version: str
+    beside: str
     pairs: int
     tables: tuple[tuple[str, list, int], ...]
     digest: str
@@ -83,13 +85,13 @@ def open_index(
       FileNotFoundError, PermissionError, ValueError, OSError: as `files.stat` and `build` raise.
     """
     found = stat(shard)
-    current = (_VERSION, kind, found.size, found.version)
+    current = (_VERSION, kind, found.size, found.version, found.beside)
     places = [files.cache_path(shard, ".idx")]
     if not files.is_remote(shard) and not os.path.isdir(shard):
         places.insert(0, f"{shard}.idx")
     for place in places:
         header, _ = _map(place, check=True) or (None, {})
-        if header and astuple(header)[:4] == current:
+        if header and astuple(header)[: len(current)] == current:
             return Index(header, place)
     contents = build(shard, found)
     tables = {name: np.ascontiguousarray(table) for name, table in contents.tables.items()}
@@ -107,7 +109,7 @@ def digest(stat: FileStat, *parts: bytes | np.ndarray) -> str:
     """Identifies the pairs of a shard by its size and these."""
     sha = hashlib.sha256(f"{stat.size}\n".encode())
     for part in parts:
-        sha.update(part.tobytes() if isinstance(part, np.ndarray) else part)
+        sha.update(part)
     return sha.hexdigest()
 
 

@@ -68,13 +68,11 @@ class ListSource(ColumnSource):
 
 
 def read_columns(path: str) -> list[str]:
-    """The columns in the first line of a list; of JSONL the fields of its first row. Raises as `files.stat`."""
-    for _, line in _lines(path, files.stat(path)):
-        line = line.removeprefix(_BOM)
-        if _is_json(path):
-            return sorted(parse_object(line)[0])
-        return [name.strip() for name in next(_rows(path, [line.decode("utf-8", "replace")]), [])]
-    return []
+    """The columns in the first line of a list; of JSONL the fields of its first row. Raises as `files.stat`, or UserError."""
+    stat = files.stat(path)
+    if _is_json(path):
+        return _scan_json(path, stat, stop=True)[2]
+    return _header(path, _rows(path, _decoded(path, _lines(path, stat))))
 
 
 def _is_json(path: str) -> bool:
@@ -103,23 +101,41 @@ def _lines(shard: str, stat: FileStat) -> Iterator[tuple[int, bytes]]:
         yield base, rest
 
 
+def _decoded(shard: str, lines: Iterable[tuple[int, bytes]]) -> Iterator[str]:
+    for offset, line in lines:
+        if offset == 0 and line.startswith(_UTF_16):
+            raise UserError(f"list {shard!r} is in UTF-16; save it as UTF-8")
+        yield (line.removeprefix(_BOM) if offset == 0 else line).decode("utf-8", "replace")
+
+
+def _header(shard: str, reader) -> list[str]:
+    """The columns that the first row of a CSV file names. Raises UserError: it is not CSV, or names one twice."""
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise _not_csv(shard, reader, error) from error
+    if twice := repeated_name(columns):
+        raise UserError(f"list {shard!r} has two columns called {twice!r}; rename one of them")
+    return columns
+
+
+def _not_csv(shard: str, reader, error: csv.Error) -> UserError:
+    return UserError(f"list {shard!r} is not CSV at line {reader.line_num} ({error}); fix that line")
+
+
 def _scan_csv(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[str]]:
     offsets, sizes, long, end = [], [], [], 0
 
-    def decoded() -> Iterator[str]:
+    def counted() -> Iterator[tuple[int, bytes]]:
         nonlocal end
         for offset, line in _lines(shard, stat):
-            if offset == 0 and line.startswith(_UTF_16):
-                raise UserError(f"list {shard!r} is in UTF-16; save it as UTF-8")
             end = offset + len(line)
-            yield (line.removeprefix(_BOM) if offset == 0 else line).decode("utf-8", "replace")
+            yield offset, line
 
-    reader = _rows(shard, decoded())
+    reader = _rows(shard, _decoded(shard, counted()))
+    columns = _header(shard, reader)
+    start = end
     try:
-        columns = [name.strip() for name in next(reader, [])]
-        if twice := repeated_name(columns):
-            raise UserError(f"list {shard!r} has two columns called {twice!r}; rename one of them")
-        start = end
         for row in reader:
             if row:
                 offsets.append(start)
@@ -128,7 +144,7 @@ def _scan_csv(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[st
                 long.append(reader.line_num)
             start = end
     except csv.Error as error:
-        raise UserError(f"list {shard!r} is not CSV at line {reader.line_num} ({error}); fix that line") from error
+        raise _not_csv(shard, reader, error) from error
     if len(long) * 2 > len(offsets):
         raise UserError(
             f"list {shard!r} has {len(columns)} columns and more values in {len(long)} of {len(offsets)} rows, the first at line "
@@ -137,7 +153,8 @@ def _scan_csv(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[st
     return offsets, sizes, columns
 
 
-def _scan_json(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[str]]:
+def _scan_json(shard: str, stat: FileStat, *, stop: bool = False) -> tuple[list[int], list[int], list[str]]:
+    """stop: at the first row whose fields are known."""
     offsets, sizes, columns = [], [], None
     for offset, line in _lines(shard, stat):
         if not line.strip():
@@ -147,6 +164,8 @@ def _scan_json(shard: str, stat: FileStat) -> tuple[list[int], list[int], list[s
             columns = None if "invalid_json" in problems else sorted(fields)
         offsets.append(offset)
         sizes.append(len(line))
+        if stop and columns is not None:
+            break
     if offsets and columns is None:
         raise UserError(f"list {shard!r} does not begin with a JSON object; write one per line")
     return offsets, sizes, columns or []

@@ -71,10 +71,11 @@ class BadAnswer(OSError):
 
 @dataclass(frozen=True)
 class FileStat:
-    """Size and version (an entity tag or a time, "" when neither is told) of a file."""
+    """Size and version (an entity tag or a time, "" when neither is told) of a file, and the versions of those beside it."""
 
     size: int
     version: str
+    beside: str = ""
 
 
 def stat(url: str) -> FileStat:

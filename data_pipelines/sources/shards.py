@@ -250,7 +250,7 @@ def open_indexes(
     """
     unindexed = [path for path in paths if not files.is_remote(path) and not os.path.exists(f"{path}.idx")]
     if len(unindexed) >= _SHARDS_PER_PROCESS * 2:
-        _index_in_processes(unindexed, kind, build)
+        _index_in_processes(unindexed, kind, build, stat)
     with ThreadPoolExecutor(min(_OPENING_THREADS, len(paths))) as pool:
         futures = [pool.submit(index_file.open_index, path, kind, build, stat) for path in paths]
         try:
@@ -259,7 +259,9 @@ def open_indexes(
             pool.shutdown(cancel_futures=True)
 
 
-def _index_in_processes(paths: Sequence[str], kind: str, build: Callable[[str, FileStat], Contents]) -> None:
+def _index_in_processes(
+    paths: Sequence[str], kind: str, build: Callable[[str, FileStat], Contents], stat: Callable[[str], FileStat]
+) -> None:
     """Leaves the indexes on disk; what fails there fails here again, with its message.
 
     Not a multiprocessing pool: that imports the user's script again, and worker processes may not have one.
@@ -273,7 +275,7 @@ def _index_in_processes(paths: Sequence[str], kind: str, build: Callable[[str, F
     try:
         for number, process in enumerate(processes):
             with contextlib.suppress(OSError):  # it was killed
-                pickle.dump((paths[number::workers], kind, build), process.stdin)
+                pickle.dump((paths[number::workers], kind, build, stat), process.stdin)
                 process.stdin.flush()
         for process in processes:
             process.wait()
@@ -287,12 +289,12 @@ def _index_in_processes(paths: Sequence[str], kind: str, build: Callable[[str, F
 
 def index_from_stdin() -> None:
     """In a process of `open_indexes`: builds what it is told to."""
-    paths, kind, build = pickle.load(sys.stdin.buffer)  # from our own parent
+    paths, kind, build, stat = pickle.load(sys.stdin.buffer)  # from our own parent
     # The pipe stays open for as long as the parent lives, however it ends.
     threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
     for path in paths:
         with contextlib.suppress(Exception):  # the parent builds what is missing itself, and tells why it cannot
-            index_file.open_index(path, kind, build)
+            index_file.open_index(path, kind, build, stat)
 
 
 def join_offsets(offsets: Sequence[int], sizes: Sequence[int]) -> np.ndarray:

@@ -6,7 +6,9 @@ for scores that someone added later. The statistics give the number of pairs tha
 The trap: its rows are not those of the tar, since failed downloads have one as well; they are matched by key.
 """
 
+import dataclasses
 import json
+import os
 import warnings
 from collections.abc import Sequence
 
@@ -19,13 +21,30 @@ from data_pipelines.sources import files
 from data_pipelines.sources.arrow_values import row_values
 from data_pipelines.sources.columns import parse_object
 from data_pipelines.sources.parquet import read_table
+from data_pipelines.sources.remote import FileStat
 
 KEY = "key"
+_TABLE, _STATISTICS = ".parquet", "_stats.json"
+
+
+def stat(shard: str) -> FileStat:
+    """Size and version of a shard, and of local ones the versions of their side files. Raises as `files.stat`."""
+    found = files.stat(shard)
+    if files.is_remote(shard):  # a server would be asked about each
+        return found
+    return dataclasses.replace(found, beside=" ".join(_version(_stem(shard) + end) for end in (_TABLE, _STATISTICS)))
+
+
+def _version(path: str) -> str:
+    try:
+        return str(os.stat(path).st_mtime_ns)
+    except OSError:  # there is none
+        return ""
 
 
 def successes(shard: str) -> int | None:
     """The number of pairs in the statistics beside a shard; None if they cannot be read."""
-    path = f"{_stem(shard)}_stats.json"
+    path = _stem(shard) + _STATISTICS
     if not files.exists(path):
         return None
     try:
@@ -43,7 +62,7 @@ def match(shard: str, rows: np.ndarray, first_json: bytes | None) -> tuple[np.nd
 
     rows: as in `tar_index`; first_json: the json of one pair, an example of the fields that the shard has itself.
     """
-    path = f"{_stem(shard)}.parquet"
+    path = _stem(shard) + _TABLE
     if not files.exists(path):
         return None
     try:
@@ -71,7 +90,7 @@ class SideTable:
     """The added columns of one side file, in memory."""
 
     def __init__(self, shard: str, columns: Sequence[str]):
-        self._path = f"{_stem(shard)}.parquet"
+        self._path = _stem(shard) + _TABLE
         try:
             data = files.read_whole(self._path)
         except (FileNotFoundError, PermissionError) as error:
@@ -80,6 +99,11 @@ class SideTable:
             self._table = read_table(data, [KEY, *columns], "the table")
         except (pa.ArrowException, OSError, ValueError) as error:
             raise self._lost(error) from error
+        if not {KEY, *columns} <= set(self._table.column_names):
+            raise self._changed()
+
+    def _changed(self) -> ShardLost:
+        return ShardLost(f"side file {self._path!r} has changed since its shard was opened; start again")
 
     def _lost(self, error: Exception) -> ShardLost:
         return ShardLost(f"side file {self._path!r} can no longer be read: {' '.join(str(error).split())}")
@@ -88,9 +112,7 @@ class SideTable:
         """The columns of a row that have a value. Raises ShardLost if the row has another key."""
         values, _ = row_values(self._table, row)
         if not values or str(values.pop(KEY)) != key.rpartition("/")[2]:
-            raise ShardLost(
-                f"side file {self._path!r} has changed since its shard was indexed; delete the shard's .idx"
-            )
+            raise self._changed()
         return {name: value for name, value in values.items() if value is not None}
 
 

@@ -104,7 +104,8 @@ def walk_members(window: Window) -> Members:
             override = {}
         elif kind == _SPARSE:  # its stored data has holes left out; a map of them may follow the header
             override = {}
-            start = _after_map(window, start) if header[482] else start
+            if header[482]:
+                base, data, start = _after_map(window, base, data, start)
         elif kind != ord("g"):
             override = {}
         offset = start + (size + _BLOCK - 1) // _BLOCK * _BLOCK
@@ -143,15 +144,14 @@ def _target(name: bytes, target: bytes, kind: int) -> bytes:
     return posixpath.normpath(posixpath.join(folder, target)) if target else b""
 
 
-def _after_map(window: Window, start: int) -> int:
-    """Where the map of a sparse file ends."""
-    base, data = start, b""
+def _after_map(window: Window, base: int, data: bytes, start: int) -> tuple[int, bytes, int]:
+    """Where the map of a sparse file ends, after the window it is in: the bytes from `base` on."""
     while True:
         if start - base + _BLOCK > len(data):
             base, data = start, window.fetch(start)
         start += _BLOCK
         if data[start - base - 8 : start - base - 7] in (b"", b"\0"):
-            return start
+            return base, data, start
 
 
 def _drop_after_damage(members: Members, headers: list[bytes], whole_at: list[int]) -> bool:

@@ -32,7 +32,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "
 _MORE_CAPTIONS = len(SLOTS)
 _ARRAY = _MORE_CAPTIONS + 1
 _MAX_ARRAY_BYTES = 1 << 16  # CLIP_benchmark's labels, not someone's embeddings of all tokens
-_MAX_KEY_BYTES, _SHOWN_BYTES, _MAX_JSON_BYTES = 1024, 80, 1 << 24
+_MIN_ROOM_BYTES, _MAX_KEY_BYTES, _SHOWN_BYTES, _MAX_JSON_BYTES = 256, 1024, 80, 1 << 24
 _Used = list[tuple[int, int, int, int, int]]  # pair, slot, number, offset, bytes
 _SLOT_OF = {slot.encode(): index for index, slot in enumerate(SLOTS) if slot != "image"}
 _SLOT_OF |= {extension.encode(): 0 for extension in IMAGE_EXTENSIONS}
@@ -59,7 +59,7 @@ def build(shard: str, stat: FileStat) -> Contents:
     keys, used, cut_pair, strangers = _group(members, {})
     if strangers and (moved := _dotted_names(members.names, strangers, keys, used)):
         keys, used, cut_pair, strangers = _group(members, moved)
-    tables, second = _tables(keys, used, cut_pair)
+    tables, second = _tables(keys, used, cut_pair, stat.size)
     rows, unused = tables["rows"], [*strangers, *members.dangling]
     if len(second):
         unused += [name for name, offset in zip(members.names, members.offsets, strict=True) if offset in second]
@@ -163,14 +163,17 @@ def _unusual_slot(extension: bytes) -> tuple[int | None, int]:
     return _SLOT_OF.get(extension), 0
 
 
-def _shortened(key: bytes) -> bytes:
-    return key[: _MAX_KEY_BYTES - 32] + hashlib.sha256(key).hexdigest()[:32].encode()
+def _shortened(key: bytes, room: int) -> bytes:
+    return key if len(key) <= room else key[: room - 32] + hashlib.sha256(key).hexdigest()[:32].encode()
 
 
-def _tables(keys: list[bytes], used: _Used, cut_pair: int | None) -> tuple[dict[str, np.ndarray], set[int]]:
+def _tables(
+    keys: list[bytes], used: _Used, cut_pair: int | None, shard_bytes: int
+) -> tuple[dict[str, np.ndarray], set[int]]:
     """The tables, and where the members lie in whose place their pair has another, such as a second image."""
-    if max(map(len, keys), default=0) > _MAX_KEY_BYTES:  # every row has room for the longest
-        keys = [key if len(key) <= _MAX_KEY_BYTES else _shortened(key) for key in keys]
+    # Every row has room for the longest key. That is at most as much again as the shard, however many empty members it has.
+    room = min(_MAX_KEY_BYTES, max(_MIN_ROOM_BYTES, shard_bytes // max(1, len(keys))))
+    keys = [_shortened(key, room) for key in keys]
     columns = [(name, "<i8") for slot in SLOTS for name in (slot, f"{slot}_bytes")]
     rows = np.zeros(len(keys), [("key", f"S{max(map(len, keys), default=1)}"), *columns])
     rows["key"] = keys

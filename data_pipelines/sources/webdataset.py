@@ -6,12 +6,12 @@ A cut shard does not fail a run, and does not go unnoticed: its whole pairs are 
 
 import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from data_pipelines.records import Pair
-from data_pipelines.sources import files, tar_index
+from data_pipelines.records import Pair, ShardLost
+from data_pipelines.sources import files, side_files, tar_index
 from data_pipelines.sources.columns import parse_object
 from data_pipelines.sources.shards import ShardedSource
 from data_pipelines.sources.side_files import SideTable
@@ -33,6 +33,7 @@ class TarSource(ShardedSource):
     """
 
     kind = "tar"
+    stat = staticmethod(side_files.stat)
     build = staticmethod(tar_index.build)
 
     def _prepare(self) -> None:
@@ -59,9 +60,16 @@ class TarSource(ShardedSource):
         if arrays and (numbers := _parse_array(arrays[0])) is not None:
             fields["npy"] = numbers
         name = key.decode("utf-8", "replace")
-        if "side" in tables and (side_row := int(tables["side"]["row"][row])) >= 0:
+        if "side_columns" in self.notes(shard) and (side_row := self._side_row(tables, shard, row)) >= 0:
             fields = self._side(shard).fields(side_row, name) | fields
         return Pair(name, image, fields, problems)
+
+    def _side_row(self, tables: Mapping[str, np.ndarray], shard: int, row: int) -> int:
+        if "side" not in tables:  # another program found none, and made the index again
+            raise ShardLost(
+                f"the side file of {self.paths[shard]!r} vanished while it was in use; put it back and resume"
+            )
+        return int(tables["side"]["row"][row])
 
     def member_extents(self, index: int) -> dict[str, tuple[int, int]]:
         """Where the members of a pair lie in its shard: {"image" | "txt" | "json" | "cls": (offset, bytes)}."""

@@ -54,20 +54,20 @@ def main() -> None:
 
 def run(args: list[str]) -> int:
     """Runs one command and returns the exit code."""
-    if not args or args[0] in ("-h", "--help"):
-        print(HELP, end="")
-        return 0
-    if args[0] == "--version":
-        from siglip import __version__
-
-        print(__version__)
-        return 0
-    _prepare_environment()
     try:
         for arg in args:
             if (shown := arg.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")) != arg:
                 raise UserError(f"'{shown}' is not UTF-8, as the files that name it are; rename it")
-        _dispatch(args[0], [expand_home(arg) for arg in args[1:]])
+        if not args or args[0] in ("-h", "--help"):
+            print(HELP, end="")
+        elif args[0] == "--version":
+            from siglip import __version__
+
+            print(__version__)
+        else:
+            _prepare_environment()
+            _dispatch(args[0], [expand_home(arg) for arg in args[1:]])
+        sys.stdout.flush()  # here, where it still can fail
     except (Exception, KeyboardInterrupt) as error:
         code, line = describe(error)
         print(f"siglip: error: {line}", file=sys.stderr)

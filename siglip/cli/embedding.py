@@ -35,6 +35,7 @@ from siglip.model_source import read_model
 from siglip.models.two_tower import ModelConfig
 from siglip.parallel import launch, sharding
 from siglip.parallel.collectives import gather_records
+from siglip.trees import regular
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ def _part_rows(row_shape: Sequence[int], dtype: str, *, rows_per_pass: int) -> i
 def _text_job(path: str, embedder: Embedder) -> _Job:
     """The lines of a text file; the key of a text is the number of its line, from 0."""
     try:
-        content = Path(path).read_text(encoding="utf-8-sig")
+        content = regular(Path(path)).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error}); write one text per line") from None
     lines = content.split("\n")

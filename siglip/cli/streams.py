@@ -39,10 +39,13 @@ class _Output(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno in _NO_READER:
-                _discard(self.fileno())  # what jax writes to it as well
-            elif self.fileno() != _STDERR:  # a result that does not fit on a disk is a failure, a message is not
-                raise
+            gone = error.errno in _NO_READER
+            if gone or self.fileno() != _STDERR:
+                _discard(self.fileno())  # what jax writes to it as well, and what Python still does when it ends
+            if (
+                not gone and self.fileno() != _STDERR
+            ):  # a result that does not fit on a disk is a failure, a message is not
+                raise OSError(error.errno, error.strerror, "standard output") from error
             return len(data)
 
 

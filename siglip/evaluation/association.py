@@ -25,6 +25,7 @@ from siglip.evaluation.class_files import canonicalize, load_json
 from siglip.evaluation.embed import Embedder, FirstValues
 from siglip.evaluation.metrics import with_error
 from siglip.evaluation.results import Evaluation, Result
+from siglip.trees import regular
 
 logger = logging.getLogger(__name__)
 
@@ -144,9 +145,10 @@ def read_instances(path: str) -> list[Instance]:
     Raises:
         FileNotFoundError, UserError: there is no file, or a row lacks something.
     """
+    file = regular(Path(path))
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        if Path(path).suffix.lower() == ".csv":
+        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix.lower() == ".csv":
             rows = list(csv.DictReader(io.StringIO(text, newline="")))
         elif text.lstrip().startswith("["):
             rows = load_json(text)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from siglip.errors import UserError
-from siglip.trees import did_you_mean
+from siglip.trees import did_you_mean, regular
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _LAMBDA = re.compile(r"\blambda\s+\w+\s*:")
@@ -190,7 +190,7 @@ def read_text(path: Path) -> str:
         FileNotFoundError, UserError: there is no file, or it holds something else.
     """
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        content = regular(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error}); write one entry per line, or JSON") from None
     if "\0" in content:

@@ -14,7 +14,7 @@ from siglip.errors import UserError
 from siglip.evaluation.class_files import load_json, read_lines_or_json
 from siglip.evaluation.embed import Embedder, Feature, FirstValues
 from siglip.evaluation.results import Evaluation
-from siglip.trees import did_you_mean
+from siglip.trees import did_you_mean, regular
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ def read_label_map(path: str) -> dict[str, str]:
 
 def read_object(path: Path, entry: str = "{label: class}") -> dict[str, Any]:
     """A JSON object that is not empty; `entry` shows one in a message. Raises FileNotFoundError, UserError."""
+    regular(path)
     try:
         found = load_json(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:

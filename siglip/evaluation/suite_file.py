@@ -12,6 +12,7 @@ Every other key of an entry is a field of its task. A published number is of the
 
 import dataclasses
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ import yaml
 
 from siglip.errors import UserError
 from siglip.evaluation.suite import Task, task_classes
-from siglip.trees import build_dataclass, did_you_mean
+from siglip.trees import build_dataclass, did_you_mean, regular
 
 PixelProtocol = Literal["squash", "square875", "aspect75"]
 _MAIN = {
@@ -97,7 +98,7 @@ def read_suite(path: Path, *, root: str | None = None) -> Suite:
         FileNotFoundError, UserError: there is no file, or something in it is wrong.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
+        tree = yaml.load(regular(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not YAML ({' '.join(str(error).split())}); correct it") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("entries"), list) or not tree["entries"]:
@@ -116,7 +117,7 @@ def read_suite(path: Path, *, root: str | None = None) -> Suite:
     average, own_root = tree.get("average", False), tree.get("root", ".")
     if not isinstance(average, bool) or not isinstance(own_root, str):
         raise UserError(f"{path}: average={average!r} must be true or false, and root={own_root!r} a folder")
-    folder = Path(root) if root is not None else path.parent / own_root
+    folder = Path(root) if root is not None else path.parent / os.path.expanduser(own_root)
     entries = [
         _entry(
             _mapping(entry, f"{path}: entries.{n}"), defaults, (folder, path.parent), sources, f"{path}: entries.{n}"
@@ -187,11 +188,12 @@ def _published(given: Mapping, metrics: Sequence[str], sources: Mapping, where: 
 
 def _resolve(key: Any, value: Any, roots: tuple[Path, Path]) -> Any:
     """A path of an entry: data count from the root; other files too, or from the suite's folder, where they are there."""
-    if not isinstance(value, str) or "://" in value or value.startswith(("/", "~", "[", "{")):
+    if not isinstance(value, str) or "://" in value or key not in (*_PATHS, *_FILES):
         return value
+    value = os.path.expanduser(value)
     if key in _PATHS:
-        return str(roots[0] / value)
-    there = [str(root / value) for root in roots if key in _FILES and (root / value).exists()]
+        return "::".join(str(roots[0] / part) for part in value.split("::"))  # `/` keeps what is absolute
+    there = [str(root / value) for root in roots if os.path.exists(root / value)]
     return there[0] if there else value
 
 

@@ -196,7 +196,7 @@ def _check_place(out: Path, src: Path) -> None:
     # Orbax is slow to import, and an export that is refused for its flags does not need it.
     from siglip.workdir.checkpoint import run_of
 
-    for folder in out.resolve().parents:
+    for folder in reversed(out.resolve().parents):  # a run before the checkpoint inside it
         if run_of(folder) or folder == src.resolve():
             raise UserError(
                 f"--out {out} lies inside the model {folder}; name a folder elsewhere, such as {folder}-{out.name}"

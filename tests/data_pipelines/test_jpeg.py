@@ -1,5 +1,6 @@
 """JPEGs: two decoders give the same pixels and the same errors, large ones are decoded smaller, bombs are refused."""
 
+import contextlib
 import struct
 import tracemalloc
 
@@ -120,3 +121,63 @@ def test_a_jpeg_of_a_thousand_scans_is_refused_before_decoding(mode, exif):
             decode(many_scans(large, 1000), max_pixels=1 << 22)
     small = encode(Image.new(mode, (20, 20), 77), "JPEG", progressive=True, exif=exif)
     assert decode_pixels(many_scans(small, 1000), max_pixels=LIMIT).shape == (20, 20, 3)
+
+
+def with_segments(data: bytes, segments: list[tuple[int, bytes]]) -> bytes:
+    """A JPEG with more segments (marker, content) before its own."""
+    more = b"".join(bytes((0xFF, marker)) + struct.pack(">H", len(text) + 2) + text for marker, text in segments)
+    return data[:2] + more + data[2:]
+
+
+def overlapping_exif(entries: int, nbytes: int) -> bytes:
+    """EXIF that says "turned", and each of whose other entries is as long as all of it."""
+    kept = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    rows = [struct.pack(">HHII", 0x9000 + number, 7, nbytes - 8, 8) for number in range(entries)]
+    return (b"MM\0*\0\0\0\x08" + struct.pack(">H", entries + 1) + kept + b"".join(rows)).ljust(nbytes, b"\0")
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("marker", [0xE1, 0xE2, 0xED, 0xFE])
+def test_many_segments_of_a_jpeg_take_no_memory_and_do_not_matter(marker, fast):
+    """Pillow keeps each of them, and copies all EXIF before each further segment of it."""
+    turned = (0xE1, b"Exif\0\0" + overlapping_exif(0, 30))
+    plain = encode(painting(20, 30), "JPEG")
+    data = with_segments(plain, [turned] + [(marker, b"Exif\0\0" + bytes(50_000))] * 500 + [(marker, b"")] * 50_000)
+    with contextlib.nullcontext() if fast else without("simplejpeg"):
+        tracemalloc.start()
+        shown = decoded(data)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (shown == decoded(with_segments(plain, [turned]))).all() and peak < 2 * len(data)
+    with pytest.raises(DecodeError, match="bomb: a header of more than 2048 parts"):
+        decode_image(plain[:2] + b"\xff" * 3000 + plain[2:], max_pixels=LIMIT)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_of_exif_only_the_orientation_is_read(format):
+    """Pillow copies what each entry points to: a thousand times all of it."""
+    image = painting(20, 30)
+    data = encode(image, format, exif=b"Exif\0\0" + overlapping_exif(3000, 60_000))
+    tracemalloc.start()
+    shown = decode_image(data, max_pixels=LIMIT)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 21
+    assert shown.size == decode_image(encode(image, format), max_pixels=LIMIT).size[::-1]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from([b"II*\0\x08\0\0\0", b"MM\0*\0\0\0\x08", b"MM*\0\0\0\0\x08", b"MM\0*\0\0\0\xff", b"II"]),
+    st.sampled_from([(0x0112, 3, 1, 6), (0x0112, 4, 1, 3), (0x010F, 3, 1, 5), (0x0112, 3, 2, 6), (0x0112, 2, 1, 6)]),
+    st.binary(max_size=30),
+)
+def test_any_exif_gives_an_image(head, entry, rest):
+    order = "<" if head.startswith(b"I") else ">"
+    exif = head + struct.pack(f"{order}HHHIHH", 1, *entry, 0) + rest
+    image = painting(4, 6)
+    shown = decode_image(encode(image, "PNG", exif=b"Exif\0\0" + exif), max_pixels=LIMIT)
+    whole = head[2:4] in (b"*\0", b"\0*") and 8 in head[4:] and head[:4] != b"MM*\0"
+    turned = whole and entry == (0x0112, 3, 1, 6)
+    assert shown.size == (image.size[::-1] if turned else image.size)

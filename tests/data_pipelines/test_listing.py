@@ -15,7 +15,7 @@ from data_pipelines.loader import DataConfig, make_loader
 from data_pipelines.order.mixture import SourceConfig
 from data_pipelines.sources import files, listing
 from data_pipelines.sources.listing import ListSource
-from data_pipelines.sources.opening import open_source
+from data_pipelines.sources.opening import check_columns, open_source
 from tests.data_pipelines.http_server import serving
 from tests.data_pipelines.shards import SPIECE, encode, quadrants
 from tests.data_pipelines.streams import SHAPES
@@ -210,10 +210,24 @@ def test_an_endless_line_is_refused(tmp_path, monkeypatch, name):
         (b"https://x.y/1,a cat\nhttps://x.y/2,b\n", "its first line is a row"),
         (b"image,caption,caption\na.png,b,c\n", "two columns called 'caption'; rename one"),
         ("image,caption\na.png,b\n".encode("utf-16"), "is in UTF-16; save it as UTF-8"),
+        (b"image,caption\ra.png,b\r", "is not CSV at line 1 "),
+        (b'image,"caption\na.png,b\n', "is not CSV at line 2 "),
     ],
 )
 def test_separators_headers_and_encodings_that_lists_do_not_have(tmp_path, text, message):
     (tmp_path / "a.csv").write_bytes(text)
-    with pytest.raises(ValueError, match=message) as error:
-        open_source(tmp_path / "a.csv")
-    assert "a.csv" in str(error.value) and "\n" not in str(error.value)
+    for fields in (None, ("caption",)):
+        with pytest.raises(ValueError, match=message) as error:
+            check_columns(tmp_path / "a.csv", fields=fields or ())
+            open_source(tmp_path / "a.csv", fields=fields)
+        assert "a.csv" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_columns_of_jsonl_are_those_of_its_first_whole_row(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\n{"image": \n{"image": "a.png", "caption": "b"}\n')
+    check_columns(tmp_path / "a.jsonl", fields=("caption",))
+    assert len(open_source(tmp_path / "a.jsonl", fields=("caption",))) == 2
+    (tmp_path / "b.jsonl").write_bytes(b'[{"image": "a.png", "caption": "b"}]')
+    check_columns(tmp_path / "b.jsonl", fields=("caption",))  # what is wrong with it, reading tells
+    with pytest.raises(ValueError, match="does not begin with a JSON object; write one per line"):
+        open_source(tmp_path / "b.jsonl", fields=("caption",))

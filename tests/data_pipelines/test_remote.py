@@ -9,7 +9,6 @@ import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple
 from pathlib import Path
 
 import fsspec
@@ -263,7 +262,10 @@ def test_a_copy_is_of_the_version_that_was_asked_for(server):
     path = server.folder / "file"
     opened = remote.stat(f"{server.url}/file")
     os.utime(path, ns=(1, 1))
-    with pytest.raises(ValueError, match="was replaced"), copies.local_copy(f"{server.url}/file", *astuple(opened)):
+    with (
+        pytest.raises(ValueError, match="was replaced"),
+        copies.local_copy(f"{server.url}/file", opened.size, opened.version),
+    ):
         pass
 
 

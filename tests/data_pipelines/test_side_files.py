@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines.records import ShardLost
-from data_pipelines.sources import arrow_values, parquet
+from data_pipelines.sources import arrow_values, index_file, parquet
 from data_pipelines.sources.webdataset import TarSource
 from tests.data_pipelines.shards import write_pairs, write_tar
 
@@ -32,9 +32,35 @@ def test_the_side_file_adds_what_the_shard_lacks(tmp_path):
         {"url": "u2", "caption": "two", "status": "success", "width": 5},
         {},
     ]
+    source = TarSource(tmp_path / "0.tar")
     write_side(tmp_path / "0.parquet", rows[::-1])
     with pytest.raises(ShardLost, match="side file .* has changed"):
-        TarSource(tmp_path / "0.tar")[0]
+        source[0]
+
+
+def test_side_files_that_come_change_or_go_later_are_noticed(tmp_path):
+    """Scores that someone adds to shards that were opened before; what is open stays as it is."""
+    members = {"1.jpg": b"i", "1.txt": b"t", "2.jpg": b"j", "2.txt": b"u"}
+    shard, side = write_tar(tmp_path / "0.tar", members), tmp_path / "0.parquet"
+    plain = TarSource(shard)
+    write_side(side, [{"key": "1", "score": 0.5}])
+    scored = TarSource(shard)
+    assert scored[0].fields == {"txt": "t", "score": 0.5} and scored.fingerprint == plain.fingerprint
+    plain._tables.cache_clear()
+    assert plain[0].fields == {"txt": "t"}
+    write_side(side, [{"key": "2", "url": "u"}, {"key": "1", "url": "v"}])
+    assert [pair.fields.get("url") for pair in TarSource(shard)] == ["v", "u"]
+    assert scored[0].fields == {"txt": "t", "score": 0.5}
+    with pytest.raises(ShardLost, match="side file .*0.parquet'"):
+        pickle.loads(pickle.dumps(scored))[0]
+    changed = TarSource(shard)
+    side.unlink()
+    assert [pair.fields for pair in TarSource(shard)] == [{"txt": "t"}, {"txt": "u"}]
+    with pytest.raises(ShardLost, match="vanished while it was in use"):
+        changed[0]
+    (tmp_path / "0_stats.json").write_text('{"successes": 5}')
+    with pytest.warns(UserWarning, match="its 2 whole pairs are used of the 5 that"):
+        assert TarSource(shard).truncated_shards == [str(shard)]
 
 
 def test_the_side_file_is_read_only_for_what_the_json_members_lack(tmp_path):
@@ -64,6 +90,18 @@ def test_a_side_file_that_does_not_fit_into_memory_is_not_used(tmp_path, monkeyp
     assert tracemalloc.get_traced_memory()[1] < 1 << 22
     tracemalloc.stop()
     assert source[0].fields == {"txt": "t"}
+
+
+def test_an_index_from_before_side_files_were_checked_is_made_again(tmp_path, monkeypatch):
+    """What version 5 says of a side file may have become a run that stops at one of its pairs."""
+    write_tar(tmp_path / "0.tar", {"1.jpg": b"i", "1.txt": b"t"})
+    write_side(tmp_path / "0.parquet", [{"key": "1", "url": "u"}])
+    with monkeypatch.context() as before:
+        before.setattr(index_file, "_VERSION", 5)
+        assert TarSource(tmp_path / "0.tar")[0].fields == {"txt": "t", "url": "u"}
+    (tmp_path / "0.parquet").write_bytes(b"PAR1")
+    with pytest.warns(UserWarning, match="side file .*0.parquet' cannot be read"):
+        assert TarSource(tmp_path / "0.tar")[0].fields == {"txt": "t"}
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,21 @@ def test_archives_by_gnu_tar(tmp_path, dialect):
     assert not walked.truncated
 
 
+def test_maps_of_sparse_files_are_read_once(tmp_path, monkeypatch):
+    """A window is a megabyte, or eight of a server: not one for each of the maps in it."""
+    header = bytearray(tarfile.TarInfo("holes.bin").tobuf(tarfile.GNU_FORMAT))
+    header[156:157], header[482] = b"S", 1
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path, fetched = tmp_path / "a.tar", []
+    path.write_bytes((header + bytes(512)) * 2000 + tarfile.TarInfo("1.jpg").tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    fetch = Window.fetch
+    monkeypatch.setattr(Window, "fetch", lambda *args: fetched.append(fetch(*args)) or fetched[-1])
+    found, walked = members_by_walk(path)
+    assert [name for name, _, _ in found] == [b"1.jpg"] and not walked.truncated
+    assert sum(map(len, fetched)) < 1.1 * path.stat().st_size
+
+
 def test_sizes_beyond_octal(tmp_path):
     """Nine GiB in base 256, most of it a hole in the file."""
     path, size = tmp_path / "a.tar", 9 << 30

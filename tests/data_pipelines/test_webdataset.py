@@ -350,6 +350,13 @@ def test_one_long_name_does_not_cost_every_row_its_length(tmp_path):
     assert (tmp_path / "a.tar.idx").stat().st_size < 1 << 20
 
 
+def test_an_index_is_no_larger_than_its_shard_by_much(tmp_path):
+    """The least that a pair takes in a tar is a header; one name that would be kept whole elsewhere widens all rows."""
+    path = write_tar(tmp_path / "a.tar", [("x" * 1000 + ".jpg", b"i"), *((f"{n}.jpg", b"") for n in range(2000))])
+    assert TarSource(path)[0].key.startswith("x" * 200)
+    assert (tmp_path / "a.tar.idx").stat().st_size < 1.2 * path.stat().st_size
+
+
 def test_the_fingerprint_of_a_sound_shard_is_what_it_was():
     source = TarSource(SAMPLE / "emoji-heldout-00000.tar")
     assert source.fingerprint == "0c97d40c4beaa90d465a05b311f9606cfd9c60172e200a90fa56dd1fc1670279"

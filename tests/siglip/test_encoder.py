@@ -100,6 +100,10 @@ def test_inputs_that_do_not_fit_are_named(model):
         (lambda: model.embed_texts(ids.astype(np.float32)), "tokens are float32"),
         (lambda: model.embed_texts(ids + 61), "outside the vocabulary of 61"),
         (lambda: model.embed_texts(ids - 61), "outside the vocabulary of 61"),
+        (lambda: model.embed_texts(text for text in ["a"]), "texts is generator; pass a list of strings"),
+        (lambda: model.embed_texts({"a": "b"}), "texts is dict; pass a list of strings"),
+        (lambda: model.embed_images("cat.jpg"), "images is str; pass a list of Pillow images"),
+        (lambda: model.image_tokens(None), "images is NoneType; pass a list of Pillow images"),
     ]:
         with pytest.raises(ValueError, match=words) as error:
             call()
@@ -182,7 +186,7 @@ def test_strings_are_embedded_as_their_tokens_are(tmp_path):
     (tmp_path / "spiece.model").write_bytes(Path(SPIECE).read_bytes())
     model, texts = load(tmp_path / "m.npz"), ["A cat", "zwei Hunde im Schnee, die einer Katze nachlaufen"]
     ids = np.stack([SentencePieceTokenizer(SPIECE).encode(text, 7) for text in texts])
-    for given in (texts, tuple(texts)):
+    for given in (texts, tuple(texts), np.array(texts), np.array(texts, object)):
         np.testing.assert_array_equal(model.embed_texts(given), model.embed_texts(ids))
     for given, told in (
         ("a cat", r"takes a list of texts, not one: pass \['a cat'\]"), ([], "the list of texts is empty"),

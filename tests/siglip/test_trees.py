@@ -1,4 +1,5 @@
 import dataclasses
+import os
 from typing import Literal
 
 import pytest
@@ -7,6 +8,8 @@ from hypothesis import strategies as st
 
 from siglip import trees
 from siglip.errors import UserError
+from siglip.evaluation import association, class_files, labels
+from siglip.evaluation.suite_file import read_suite
 
 names = st.text("abc", min_size=1, max_size=3)
 nested = st.recursive(st.integers(), lambda leaf: st.dictionaries(names, leaf, min_size=1, max_size=3), max_leaves=8)
@@ -126,3 +129,22 @@ def test_what_is_no_json_object_is_told_with_its_file(tmp_path, content):
     with pytest.raises(UserError, match=r"a\.json .*; copy it again") as error:
         trees.read_json(tmp_path / "a.json", fix="copy it again")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: trees.read_json(path, fix="fix it"),
+        class_files.read_text,
+        read_suite,
+        lambda path: association.read_instances(str(path)),
+        labels.read_object,
+    ],
+)
+def test_a_device_or_a_pipe_is_no_file_of_a_user(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    for name in ("pipe", "endless"):
+        with pytest.raises(UserError, match=f"{name} is a device or a pipe; write it to a file") as error:
+            read(tmp_path / name)
+        assert "JSON" not in str(error.value)

@@ -46,6 +46,13 @@ def test_a_full_disk_under_messages_ends_nothing_and_under_results_is_an_error(t
         assert subprocess.run(command, stdout=full, stderr=subprocess.DEVNULL).returncode != 0
 
 
+@pytest.mark.parametrize("arg", ["--help", "--version"])
+def test_results_that_a_full_disk_has_no_room_for_are_one_line(arg):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "siglip.cli", arg], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "siglip: error: standard output: No space left on device\n")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_an_encoding_that_lacks_a_character(encoding):
     process = start("-m", "siglip.cli", "--help", env=os.environ | {"PYTHONIOENCODING": encoding})

@@ -195,6 +195,19 @@ def test_mistakes_in_a_suite(tmp_path, changes, message):
         read_suite(Path(write_suite(tmp_path, **changes)))
 
 
+def test_paths_in_a_suite_may_begin_at_home_or_look_like_patterns_and_name_several_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "c.txt").write_text("cat\ndog\n")
+    data = ["x.tar::y.tar", "{a}/x.tar", "[1]/x.tar", "~/x.tar", "/x.tar"]
+    entries = [{"name": str(n), "data": path, "classes": "~/c.txt"} for n, path in enumerate(data)]
+    suite = read_suite(Path(write_suite(tmp_path, entries=entries, root="~/sets")))
+    home, sets = tmp_path / "home", tmp_path / "home" / "sets"
+    expected = [f"{sets}/x.tar::{sets}/y.tar", f"{sets}/{{a}}/x.tar", f"{sets}/[1]/x.tar", f"{home}/x.tar", "/x.tar"]
+    assert [entry.task.data for entry in suite.entries] == expected
+    assert all(entry.task.classes == f"{home}/c.txt" and entry.settings["files"] for entry in suite.entries)
+
+
 def test_the_mean_of_a_metric_that_nobody_has(tmp_path):
     suite = read_suite(Path(write_suite(tmp_path, entries=[{"name": "pets", "data": "a", "metrics": ["acc9"]}])))
     record = {"dataset": "pets", "language": "", "metrics": {"acc1": 0.5}}

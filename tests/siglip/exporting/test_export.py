@@ -317,6 +317,7 @@ def test_the_command_line_offers_every_format():
     [
         ("source/m.npz", "run/out"),
         ("source/m.npz", "run/checkpoints/out.npz"),
+        ("run/checkpoints/8", "run/checkpoints/8/out"),
         ("source/m.npz", "link/a/out"),
         ("hf", "hf/out"),
     ],
@@ -324,11 +325,13 @@ def test_the_command_line_offers_every_format():
 def test_nothing_is_exported_into_a_run_or_into_its_source(tmp_path, source, src, out):
     (tmp_path / "hf").mkdir()
     hugging_face.write(tmp_path / "hf", random_params(square_model()), square_model())
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "8").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text("{}")
     (tmp_path / "link").symlink_to(tmp_path / "run")
-    with pytest.raises(UserError, match="lies inside the model .*; name a folder elsewhere"):
+    with pytest.raises(UserError, match="lies inside the model .*; name a folder elsewhere") as error:
         export(tmp_path / src, format="bigvision", out=tmp_path / out)
+    elsewhere = re.search("such as (.*)$", str(error.value))[1]
+    assert not any(Path(elsewhere).is_relative_to(tmp_path / name) for name in ("run", "hf"))
     assert not (tmp_path / out).exists()
 
 
