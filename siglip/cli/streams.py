@@ -40,11 +40,10 @@ class _Output(io.FileIO):
             return super().write(data)
         except OSError as error:
             gone = error.errno in _NO_READER
-            if gone or self.fileno() != _STDERR:
+            is_result = self.fileno() != _STDERR  # one that does not fit on a disk is a failure, a message is not
+            if gone or is_result:
                 _discard(self.fileno())  # what jax writes to it as well, and what Python still does when it ends
-            if (
-                not gone and self.fileno() != _STDERR
-            ):  # a result that does not fit on a disk is a failure, a message is not
+            if is_result and not gone:
                 raise OSError(error.errno, error.strerror, "standard output") from error
             return len(data)
 
