@@ -1,8 +1,16 @@
 """What the command line tells in one line; any other exception is a bug and keeps its traceback."""
 
+LFS_NOTE = b"version https://git-lfs"  # git-lfs, docs/spec.md
+
 
 class UserError(ValueError):
     """Bad input: value, constraint and fix in the message. The command line prints it as one line and exits with 2."""
+
+
+def check_fetched(path: str, start: bytes) -> None:
+    """Raises UserError if a file, of which this is the start, is what Git LFS puts in place of one that it has not fetched."""
+    if start.startswith(LFS_NOTE):
+        raise UserError(f"{path!r} is not the file, but Git LFS' note of where it is; get it with 'git lfs pull'")
 
 
 class RunFailed(RuntimeError):

@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from data_pipelines.atomic import new_file
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, check_fetched
 from data_pipelines.text_ops import without_surrogates
 
 _MAX_CHARS_PER_TOKEN = 1024  # what comes later changes none of the ids that are kept
@@ -66,6 +66,7 @@ class SentencePieceTokenizer:
             ) from error
         except PermissionError as error:
             raise PermissionError(f"no permission to read tokenizer {self.path!r}; chmod a+r it") from error
+        check_fetched(self.path, self._model)
         self._load()
 
     def _load(self) -> None:

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 from siglip.errors import UserError
 
 T = TypeVar("T")
+_LFS_POINTER, _MAX_POINTER_BYTES = b"version https://git-lfs", 1024  # git-lfs, docs/spec.md
 _MAX_DIGITS = 100  # of a number in a JSON file: many times larger ones are no floats
 
 
@@ -96,9 +97,15 @@ def first_matches(
 
 
 def regular(path: Path) -> Path:
-    """The same path. Raises UserError for a device or a pipe: it may have no end, and can be read but once."""
+    """The same path.
+
+    Raises:
+        UserError: a device or a pipe, which may have no end and can be read but once; or a Git LFS pointer in place of a file.
+    """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"{path} is a device or a pipe; write it to a file and name that")
+    if path.is_file() and path.stat().st_size < _MAX_POINTER_BYTES and path.read_bytes().startswith(_LFS_POINTER):
+        raise UserError(f"{path} is not the file, but Git LFS' note of where it is; get it with 'git lfs pull'")
     return path
 
 

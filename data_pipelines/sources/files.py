@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import BinaryIO
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import LFS_NOTE, UserError, check_fetched
 from data_pipelines.records import ShardLost
 from data_pipelines.sources import remote
 from data_pipelines.sources.remote import FileStat
@@ -140,7 +140,7 @@ def stat(path: str) -> FileStat:
     else:
         try:
             with open_regular(path) as file:
-                local = os.fstat(file.fileno())
+                local, start = os.fstat(file.fileno()), file.read(len(LFS_NOTE))
         except FileNotFoundError as error:
             found = "" if error.errno else ", but a device or a pipe"
             raise FileNotFoundError(f"no shard at {path!r}{found}; check the path") from error
@@ -148,6 +148,7 @@ def stat(path: str) -> FileStat:
             raise UserError(f"shard {path!r} is a folder; name its files, e.g. '{path}/*.tar'") from error
         except PermissionError as error:
             raise PermissionError(f"no permission to read shard {path!r}; try chmod a+r on it") from error
+        check_fetched(path, start)
         found = FileStat(local.st_size, str(local.st_mtime_ns))
     if found.size == 0:
         raise UserError(f"shard {path!r} is empty (0 bytes); fetch it again or leave it out")

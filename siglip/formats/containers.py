@@ -30,6 +30,7 @@ import numpy as np
 
 from siglip.atomic import new_file
 from siglip.errors import UserError
+from siglip.trees import regular
 
 Shape = tuple[int, ...]
 
@@ -77,10 +78,11 @@ def open_npz(file: Path) -> Iterator[dict[str, LazyArray]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: it is damaged, or holds a key twice.
+        UserError: it is damaged, holds a key twice, or is a note of Git LFS.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no file {str(file)!r}")
+    regular(file)
     with contextlib.ExitStack() as stack:
         with _one_line(file, "its index"):
             archive = stack.enter_context(zipfile.ZipFile(file))
@@ -126,12 +128,13 @@ def open_safetensors(files: Sequence[Path]) -> Iterator[dict[str, LazyArray]]:
     """The arrays of one model in one or several safetensors files; they can be read while the context lasts.
 
     Raises:
-        UserError: a file is damaged, or two hold the same key.
+        UserError: a file is damaged or a note of Git LFS, or two hold the same key.
     """
     with contextlib.ExitStack() as stack:
         arrays: dict[str, LazyArray] = {}
         home: dict[str, Path] = {}
         for file in files:
+            regular(file)
             with _one_line(file, "its header"):
                 stream = stack.enter_context(file.open("rb"))
                 tensors = _describe_safetensors(stream, file)

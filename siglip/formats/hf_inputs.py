@@ -28,7 +28,7 @@ from siglip.formats.hf_tokenizer.from_json import MALFORMED, sentencepiece_model
 from siglip.models.naflex import NaflexConfig
 from siglip.models.text import TextConfig, TokenConfig
 from siglip.models.vit import ImageConfig, PixelConfig
-from siglip.trees import build_dataclass, is_one_of, read_json
+from siglip.trees import build_dataclass, is_one_of, read_json, regular
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ def _read_tokens(folder: Path, *, cleaned: bool) -> TokenConfig:
         return build_dataclass(TokenConfig, settings[OUR_TOKENS], where=f"{path}: {OUR_TOKENS}")
     if file is None or (not settings and file.name == TOKENIZER_FILE):
         return TokenConfig()
-    proto = read_sentencepiece(file.read_bytes(), source=str(file))
+    proto = read_sentencepiece(regular(file).read_bytes(), source=str(file))
     kind = str(settings.get("tokenizer_class") or "SiglipTokenizer").removesuffix("Fast")
     if not settings:  # Gemma's tokenizer without a word on it: as big_vision uses it
         return TokenConfig(pad_id=proto.trainer_spec.pad_id if proto.trainer_spec.pad_id >= 0 else None)

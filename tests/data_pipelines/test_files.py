@@ -1,9 +1,11 @@
-"""Which files a pattern names."""
+"""Which files a pattern names, and what lies there."""
 
 import pytest
 
+from data_pipelines.errors import UserError
 from data_pipelines.sources import files
 from data_pipelines.sources.files import expand_shards
+from data_pipelines.tokenizers import SentencePieceTokenizer
 
 
 def test_ranges_may_have_steps(tmp_path):
@@ -51,3 +53,10 @@ def test_a_rare_space_does_not_end_a_line():
     with pytest.raises(UnicodeDecodeError):
         files.lines(b"\xff")
     assert files.lines(b"\xff\n", "replace") == ["\ufffd"]
+
+
+@pytest.mark.parametrize("read", [files.stat, SentencePieceTokenizer])
+def test_a_note_of_git_lfs_is_named(tmp_path, read):
+    (tmp_path / "a").write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d7a' * 16}\nsize 12345\n")
+    with pytest.raises(UserError, match="a' is not the file, but Git LFS' note .*; get it with 'git lfs pull'"):
+        read(str(tmp_path / "a"))

@@ -31,6 +31,7 @@ from siglip.formats.hf_tokenizer.lower_case import (
     lower_case_rules,
 )
 from siglip.models.text import TokenConfig
+from siglip.trees import regular
 
 OUR_TOKENS = "siglip_tokens"
 _SPACE = "\u2581"
@@ -154,7 +155,7 @@ def read_pieces(tokenizer: Path, *, room: int) -> bytes:
     Raises:
         UserError: it is not a SentencePiece model, or has more pieces than the tower has embeddings.
     """
-    model = tokenizer.read_bytes()
+    model = regular(tokenizer).read_bytes()
     count = len(read_sentencepiece(model, source=str(tokenizer)).pieces)
     if count > room:
         raise UserError(f"tokenizer {tokenizer} has {count} pieces, the text tower room for {room}; put its own there")

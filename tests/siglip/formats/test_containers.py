@@ -249,3 +249,12 @@ def test_damage_is_one_line_or_nothing(models, tmp_path_factory, data, name):
     else:
         # Flipped numbers of a safetensors file go unnoticed, as does a flip in what a zip file says twice or for nothing.
         assert set(params) >= {"img"}
+
+
+@pytest.mark.parametrize("read", [open_npz, lambda file: open_safetensors([file])])
+def test_a_note_of_git_lfs_is_named(tmp_path, read):
+    file = tmp_path / "model"
+    file.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d7a' * 16}\nsize 12345\n")
+    with pytest.raises(UserError, match="is not the file, but Git LFS' note .*; get it with 'git lfs pull'"):
+        with read(file):
+            pass
