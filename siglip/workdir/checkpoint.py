@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -290,18 +291,34 @@ def _compare(found: Mapping[str, Any], folder: Path) -> None:
 
 def _stored_tree(reader: ocp.PyTreeCheckpointer, folder: Path) -> dict[str, Any]:
     """Shapes and dtypes of what a folder of arrays holds."""
+    _drop_late_tracebacks()
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.ERROR)  # it warns that the whole checkpoint's metadata is not in the folder of its arrays
     try:
-        return reader.metadata(folder).item_metadata.tree
+        metadata = reader.metadata(folder).item_metadata
     finally:
         logger.setLevel(before)
+    if metadata is None:
+        raise UserError(f"{folder.name}/_METADATA or manifest.ocdbt, which tell what there is, is missing or damaged")
+    return metadata.tree
+
+
+def _drop_late_tracebacks() -> None:
+    """Orbax closes its event loop at the first read that fails, and each of the others would print a traceback of its own."""
+    before = sys.unraisablehook
+
+    def without_them(told: Any) -> None:
+        if "Event loop is closed" not in str(told.exc_value):
+            before(told)
+
+    if getattr(before, "__qualname__", "") != without_them.__qualname__:
+        sys.unraisablehook = without_them
 
 
 @contextlib.contextmanager
 def _reading(folder: Path, *, fix: str) -> Iterator[None]:
-    """Turns what orbax raises for a damaged checkpoint into a ValueError; what may be the machine's fault passes."""
+    """Turns what orbax raises for a damaged checkpoint into a UserError; what may be the machine's fault passes."""
     try:
         with naming(folder):
             yield

@@ -2,6 +2,8 @@
 
 import resource
 import shutil
+import sys
+import time
 import types
 
 import jax
@@ -101,6 +103,22 @@ def test_a_flipped_number_is_named_with_the_checkpoint_before(saved, tmp_path):
     line = str(raised.value)
     assert f"{workdir}/checkpoints/7 cannot be read" in line and "\n" not in line
     assert line.endswith("move that folder away to go on from step 4")
+
+
+def test_of_a_cut_file_one_line_is_told(saved, tmp_path, monkeypatch):
+    """The other reads of its arrays go on in threads, and would print a traceback each."""
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    state = workdir / "checkpoints" / "7" / "state"
+    for path in state.glob("**/d/*"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"checkpoints/7 cannot be read \(.*\); move") as told:
+        restore(workdir)
+    assert "\n" not in str(told.value)
+    time.sleep(0.5)
+    assert not printed
 
 
 @pytest.mark.slow
