@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from data_pipelines.loader import make_eval_batches
 from data_pipelines.sources.opening import open_source
-from data_pipelines.text_ops import captions_of, lookup
+from data_pipelines.text_ops import captions_of, field_names, lookup
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.atomic import write_atomically
 from siglip.cli import BAD_INPUT, describe
@@ -89,17 +89,27 @@ def _columns(fields: Sequence[str]) -> set[str]:
 
 
 def first_values(data: str, fields: Sequence[str], *, image_column: str | None = None) -> dict[str, list[Value]]:
-    """What some fields hold in the first pair of some shards that has one of them, among the first `_LOOKED_AT_PAIRS`."""
+    """What some fields hold in the first pair of some shards that has one of them.
+
+    Raises:
+        FileNotFoundError, PermissionError, UserError: the shards cannot be opened, or none of the first pairs has any.
+    """
     source = open_source(data, image=image_column)
     if source.columns is not None:  # of tars only the pairs tell what fields there are
         source = open_source(data, image=image_column, fields=_columns(fields))
-    values: dict[str, list[Value]] = {}
-    for index in range(min(_LOOKED_AT_PAIRS, len(source))):
+    count, there = min(_LOOKED_AT_PAIRS, len(source)), set(source.columns or ())
+    for index in range(count if fields else 0):
         with contextlib.suppress(OSError):  # storage fails for a pair now and then
-            values = {field: values_of(source[index].fields, field) for field in fields}
-        if any(values.values()):
-            return values
-    return dict.fromkeys(fields, []) | values
+            record = source[index].fields
+            there.update(field_names(record))
+            values = {field: values_of(record, field) for field in fields}
+            if any(values.values()):
+                return values
+    if fields:
+        told = " or ".join(map(repr, fields))
+        has = ", ".join(sorted(there)) or "no field"
+        raise UserError(f"none of the first {count} pairs of {data} has {told}; they have {has}: name the right one")
+    return {}
 
 
 def values_of(record: Mapping[str, Any], field: str) -> list[Value]:

@@ -38,7 +38,8 @@ Params = Mapping[str, Any]
 # those of a NaFlex model padded.
 Feature = Literal["embedding", "map", "patch_mean", "head", "tokens"]
 Value = str | int | float
-# (shards, fields) -> what the fields of the first pair that has one hold; a missing field holds nothing.
+# (shards, fields) -> what the fields of the first pair that has one hold, nothing for one that is missing there. Raises UserError
+# if none of the first pairs has any.
 FirstValues = Callable[[str, Sequence[str]], Mapping[str, list[Value]]]
 
 

@@ -59,10 +59,7 @@ class Groups(Evaluation):
     def check(self, first_values: FirstValues) -> None:
         """Raises FileNotFoundError or UserError for what would fail later."""
         self._zeroshot.check(first_values)
-        if not first_values(self.data, (self.group,))[self.group]:
-            raise UserError(
-                f"the first pair of {self.data} has no field {self.group!r}; name that of the groups with --group"
-            )
+        first_values(self.data, (self.group,))
 
     def run(self, embedder: Embedder) -> list[Result]:
         """One result.

@@ -83,10 +83,7 @@ class Segmentation(Evaluation):
     def check(self, first_values: FirstValues) -> None:
         """Raises FileNotFoundError or UserError for what would fail later."""
         for data in (self.train, self.data):
-            if not any(first_values(data, (self.mask, f"{self.mask}.bytes")).values()):
-                raise UserError(
-                    f"the first pair of {data} has no field {self.mask!r}; name that of the masks with --mask"
-                )
+            first_values(data, (self.mask, f"{self.mask}.bytes"))
 
     def run(self, embedder: Embedder) -> list[Result]:
         """One result. Raises UserError where no mask can be read, or masks hold one class alone."""

@@ -77,10 +77,8 @@ class ZeroShot(Evaluation):
             multi_hot([labels], classes.numbers(), len(classes.names), pairs=[f"the first pair of {self.data}"])
             return
         outside, (labels,) = self._mapped([labels])
-        if not outside and self._number(labels, "the first pair", classes.numbers()) is None:
-            raise UserError(
-                f"the first pair of {self.data} has no field {self.label!r}; name the field of the labels with --label"
-            )
+        if not outside:
+            self._number(labels, "the first pair", classes.numbers())
 
     def run(self, embedder: Embedder) -> list[Result]:
         """One result.

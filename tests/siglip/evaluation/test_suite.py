@@ -331,7 +331,7 @@ def test_mistakes_in_the_flags_of_eval(src, table, tmp_path, capsys):
     assert "no task given; add --task retrieval|zeroshot" in one_line(base, capsys)
     assert "unknown task 'zeroshop'; did you mean 'zeroshot'" in one_line([*base, "--task", "zeroshop"], capsys)
     assert "--classes" in one_line([*base, "--task", "retrieval", "--classes", "x"], capsys)
-    assert "none of the caption fields" in one_line([*base, "--task", "retrieval", "--captions", "blob.x"], capsys)
+    assert "has 'blob.x'; they have" in one_line([*base, "--task", "retrieval", "--captions", "blob.x"], capsys)
     assert "no field 'text'" in one_line([*base, "--task", "retrieval", "--captions", "text"], capsys)
     assert "batch_size=0" in one_line([*base, "--task", "retrieval", "--batch-size", "0"], capsys)
     (tmp_path / "names.txt").write_text("cat\ndgo\n")

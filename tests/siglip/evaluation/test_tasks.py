@@ -345,7 +345,7 @@ def one_line(args: list[str], capsys) -> str:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ("--task knn --train {train} --label size", "has no field 'size'"),
+        ("--task knn --train {train} --label size", "has no field 'size'; there are"),
         ("--task knn --train {train} --k 0", "k=0 must be at least 1"),
         ("--task knn --train {train} --feature tokens", "is not one vector per image"),
         ("--task knn --train {train} --label colours", "several labels in 'colours'"),
@@ -364,7 +364,7 @@ def one_line(args: list[str], capsys) -> str:
             "'pixelate' is '.5'; an error is a number",
         ),
         ("--task robustness --classes {classes} --reference {folder}/2.json", "must be above the clean error 0.6"),
-        ("--task groups --classes {classes} --group region", "has no field 'region'"),
+        ("--task groups --classes {classes} --group region", "has no field 'region'; there are"),
         ("--task groups --classes {classes} --group number", "0 groups have 10 images or more"),
         ("--task selection --captions txt", "name the right caption's field and those of wrong ones"),
         ("--task selection --captions txt wrong", "no field 'wrong'"),
