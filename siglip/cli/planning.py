@@ -138,6 +138,7 @@ def to_json(
             "collective_bytes": stats and stats.collective_bytes,
             "in_flight_bytes": stats and _in_flight(stats),
             "refusal": compiled.refusal,
+            "compiler": compiled.compiler,
         }
     return tree
 
@@ -203,13 +204,14 @@ def _compiled_lines(compiled: ahead_of_time.CompiledStep, plan: estimate.Estimat
     usable, stats = _gib(plan.bytes_per_device["usable"]), compiled.stats
     if stats is None:
         needed = f"{_gib(compiled.peak_bytes)} of {usable} GiB" if compiled.peak_bytes else compiled.refusal
-        return [f"compiled           {_verdict(False)}: {needed}"]
+        by = f" ({compiled.compiler})" if compiled.compiler else ""
+        return [f"compiled           {_verdict(False)}: {needed}{by}"]
     flights, parts = _in_flight(stats), (_gib(stats.argument_bytes), _gib(stats.temp_bytes))
     moved = [
         f"{kind} {_gib(n)} ({flights.get(kind, 0) / n:.0%} in flight)" for kind, n in stats.collective_bytes.items()
     ]
     return [
         f"compiled           {_gib(compiled.peak_bytes)} of {usable} GiB: {_verdict(compiled.fits)} "
-        f"(arguments {parts[0]}, temporaries {parts[1]})",
+        f"(arguments {parts[0]}, temporaries {parts[1]}; {compiled.compiler})",
         f"  traffic, GiB     {', '.join(moved) or 'none'}; in flight: while matrix products run",
     ]

@@ -7,9 +7,11 @@ attention asks the library itself, so it is compiled as plain XLA, whose memory 
 minutes to compile, one that does not is refused within seconds.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
@@ -53,12 +55,14 @@ class CompiledStep(NamedTuple):
     """What the compiler says of one device. peak_bytes: arguments, temporaries and results, less those that share memory.
 
     stats: None if the program was refused; then `peak_bytes` is what it would need, as far as the compiler tells.
+    compiler: name and version: memory differs by a third between versions of libtpu.
     """
 
     fits: bool
     peak_bytes: int | None
     stats: compile.CompiledStats | None
     refusal: str = ""
+    compiler: str = ""
 
 
 def compile_step(config: TrainConfig, topology: Topology) -> CompiledStep:
@@ -80,11 +84,19 @@ def compile_step(config: TrainConfig, topology: Topology) -> CompiledStep:
         except jax.errors.JaxRuntimeError as error:
             if not str(error).startswith("RESOURCE_EXHAUSTED"):
                 raise
-            return CompiledStep(False, _needed_bytes(str(error)), None, str(error).splitlines()[0])
+            return CompiledStep(False, _needed_bytes(str(error)), None, str(error).splitlines()[0], _compiler(is_gpu))
     memory = compiled.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     peak -= memory.alias_size_in_bytes
-    return CompiledStep(peak <= topology.accelerator.usable_bytes, peak, compile.read(compiled))
+    fits = peak <= topology.accelerator.usable_bytes
+    return CompiledStep(fits, peak, compile.read(compiled), compiler=_compiler(is_gpu))
+
+
+def _compiler(is_gpu: bool) -> str:
+    name = "jax-cuda13-plugin" if is_gpu else "libtpu"
+    with contextlib.suppress(metadata.PackageNotFoundError):  # TPU_LIBRARY_PATH may name one that pip did not install
+        return f"{name} {metadata.version(name)}"
+    return name
 
 
 def devices_of(topology: Topology) -> list[Any]:

@@ -1,6 +1,7 @@
 """The real step compiled for hardware that is not there. Needs libtpu, and jax's CUDA plugin (`make interop`, `make aot`)."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -50,6 +51,7 @@ def check(config, topology):
     """It fits, its arguments are the state and one batch, and the collectives are those that the plan expects."""
     compiled, plan = (call(config, parse_topology(topology)) for call in (ahead_of_time.compile_step, estimate))
     memory = plan.bytes_per_device
+    assert re.fullmatch(r"(libtpu|jax-cuda13-plugin) \d+\.\d+\.\S+", compiled.compiler)
     assert compiled.fits and compiled.peak_bytes > compiled.stats.temp_bytes > 0
     arguments = memory["parameters"] + memory["optimizer"] + memory["batch"] // 2
     # Small arrays are padded to whole tiles.
