@@ -113,14 +113,25 @@ def _describe_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, file: Path)
     ):
         raise UserError(f"{member.file_size - start} bytes do not make {dtype} of shape {shape}")
     stored = np.dtype(jnp.bfloat16) if name == "bfloat16" else dtype
+    read = functools.partial(_read_npy, archive, member, file, start, shape, stored, fortran_order)
+    return LazyArray(shape, read, name)
 
-    def read() -> np.ndarray:
-        with _one_line(file, member.filename.removesuffix(".npy")), archive.open(member) as stream:
-            stream.read(start)
-            # At the last byte zipfile compares the checksum.
-            return _read_array(stream, shape[::-1] if fortran_order else shape, stored)
 
-    return LazyArray(shape, (lambda: np.asarray(read().T, order="C")) if fortran_order else read, name)
+def _read_npy(
+    archive: zipfile.ZipFile,
+    member: zipfile.ZipInfo,
+    file: Path,
+    start: int,
+    shape: Shape,
+    stored: Any,
+    transposed: bool,
+) -> np.ndarray:
+    with _one_line(file, member.filename.removesuffix(".npy")), archive.open(member) as stream:
+        stream.read(start)
+        # At the last byte zipfile compares the checksum.
+        if transposed:
+            return np.asarray(_read_array(stream, shape[::-1], stored).T, order="C")
+        return _read_array(stream, shape, stored)
 
 
 @contextlib.contextmanager
