@@ -276,15 +276,11 @@ def make_loader(
             config, image_size=image_size, text_length=text_length, tokens=tokens, resample=resample, patches=patches
         )
     sources = tuple(map(_open, config.sources))
-    weights = tuple(source.weight for source in config.sources)
-    mixture = Mixture(tuple(map(len, sources)), weights, seed, config.shuffle_blocks)
+    mixture = Mixture(tuple(map(len, sources)), tuple(it.weight for it in config.sources), seed, config.shuffle_blocks)
     caches = make_block_caches(
-        sources,
-        [(source.shards, source.weight) for source in config.sources],
-        config.shuffle_blocks,
-        block_bytes=config.block_bytes,
-        readers=process_count * max(1, config.workers),
-    )
+        sources, [(it.shards, it.weight) for it in config.sources], config.shuffle_blocks,
+        block_bytes=config.block_bytes, readers=process_count * max(1, config.workers),
+    )  # fmt: skip
     reader = Reader(sources, mixture, batch_size, process_index, process_count, position, caches)
     pixels = next((field for field in fields if isinstance(field, Pixels)), None)
     min_size_px = pixels.min_decoded_px if config.jpeg_scaling and pixels else None

@@ -99,14 +99,11 @@ def walk_members(window: Window) -> Members:
                 base, data = start, window.fetch(start, size)
                 text = data[:size]
             override |= _pax_records(text) if kind in _PAX else {_GNU_LONG[kind]: text.partition(b"\0")[0]}
-        elif kind == _HARD_LINK or kind == _SYMBOLIC_LINK:
-            _add_link(members, links, header, override)
-            override = {}
-        elif kind == _SPARSE:  # its stored data has holes left out; a map of them may follow the header
-            override = {}
-            if header[482]:
-                base, data, start = _after_map(window, base, data, start)
         elif kind != ord("g"):
+            if kind == _HARD_LINK or kind == _SYMBOLIC_LINK:
+                _add_link(members, links, header, override)
+            elif kind == _SPARSE and header[482]:  # a map of the holes follows the header
+                base, data, start = _after_map(window, base, data, start)
             override = {}
         offset = start + (size + _BLOCK - 1) // _BLOCK * _BLOCK
     _drop_after_damage(members, headers, whole_at)

@@ -103,19 +103,16 @@ def export(
     verified = all(find_spec(package) for package in chosen.needs)
     with new_folder(out, publish=_publish_npz if out.suffix == ".npz" else os.rename) as partial:
         chosen.write(partial, params, config, tokenizer=tokenizer, **options)
-        cases = [] if chosen.takes_files else [random_inputs(config)]  # noise has no encoded files
-        cases += [] if samples is None else [samples(config, tokenizer)]
+        noise = [] if chosen.takes_files else [random_inputs(config)]  # it has no encoded files
+        cases = noise + ([] if samples is None else [samples(config, tokenizer)])
         expected = [expected_outputs(Encoder(params, config), case) for case in cases]
         del params  # held once while they are written, and once while they are read back
         found = _read_back(chosen if verified else None, partial, cases)
         differences |= {case.name: compare(*pair) for case, *pair in zip(cases, expected, found, strict=True)}
-        texts = {
-            "contract": chosen.contract(*known),
-            "example": chosen.example(*known),
-            "reader": _reader(chosen, verified),
-        }
-        origin = provenance(src, licence=licence)
-        card = model_card(config, library=chosen.library, origin=origin, differences=differences, **texts)
+        card = model_card(
+            config, library=chosen.library, origin=provenance(src, licence=licence), differences=differences,
+            contract=chosen.contract(*known), example=chosen.example(*known), reader=_reader(chosen, verified),
+        )  # fmt: skip
         (partial / "README.md").write_text(card)
     by_us = f"verified with our own reader only; for {chosen.library}: pip install 'siglip-stage0[interop]'"
     warnings = [*chosen.warnings(*known)] + ([] if verified else [by_us])
