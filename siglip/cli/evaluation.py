@@ -1,6 +1,5 @@
 """`siglip eval`: a model and the data side joined into an embedder, with which evaluations are run."""
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -93,18 +92,24 @@ def first_values(data: str, fields: Sequence[str], *, image_column: str | None =
 
     Raises:
         FileNotFoundError, PermissionError, UserError: the shards cannot be opened, or none of the first pairs has any.
+        OSError: none of the first pairs can be read.
     """
     source = open_source(data, image=image_column)
     if source.columns is not None:  # of tars only the pairs tell what fields there are
         source = open_source(data, image=image_column, fields=_columns(fields))
-    count, there = min(_LOOKED_AT_PAIRS, len(source)), set(source.columns or ())
+    count, there, lost = min(_LOOKED_AT_PAIRS, len(source)), set(source.columns or ()), []
     for index in range(count if fields else 0):
-        with contextlib.suppress(OSError):  # storage fails for a pair now and then
+        try:
             record = source[index].fields
-            there.update(field_names(record))
-            values = {field: values_of(record, field) for field in fields}
-            if any(values.values()):
-                return values
+        except OSError as error:  # storage fails for a pair now and then
+            lost.append(error)
+            continue
+        there.update(field_names(record))
+        values = {field: values_of(record, field) for field in fields}
+        if any(values.values()):
+            return values
+    if lost and len(lost) == count:
+        raise lost[0]
     if fields:
         told = " or ".join(map(repr, fields))
         has = ", ".join(sorted(there)) or "no field"

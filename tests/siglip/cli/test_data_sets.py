@@ -115,6 +115,15 @@ def test_caption_columns(tmp_path):
         completed(Retrieval(str(folder), captions=("title",)))
 
 
+def test_pairs_that_cannot_be_read_are_not_blamed_on_the_field(tmp_path):
+    pq.write_table(pa.table({"image": [b"i"] * 3, "txt": ["a", "b", "c"]}), path := tmp_path / "a.parquet")
+    content = bytearray(path.read_bytes())
+    content[4:60] = bytes(56)
+    path.write_bytes(content)
+    with pytest.raises(OSError, match="row group 0 of .*a.parquet'"):
+        first_values(str(path), ("txt",))
+
+
 def test_each_usual_field_has_its_stand_in(tmp_path):
     @dataclasses.dataclass(frozen=True)
     class Selection:
