@@ -85,8 +85,7 @@ class RayEngine:
             while waiting and len(running) < max(1, limits[waiting[0][1] > 0]):
                 item, strikes = waiting.popleft()
                 running[remote.remote(pickle.dumps((function, item)), self._marker, os.getcwd())] = item, strikes
-            self._ray.wait(list(running), num_returns=1, timeout=5)
-            for reference in self._ray.wait(list(running), num_returns=len(running), timeout=0)[0]:
+            for reference in self._ray.wait(list(running), num_returns=1, timeout=5)[0]:
                 item, strikes = running.pop(reference)
                 result, struck = self._outcome(reference)
                 if isinstance(result, _NotSharedError):
@@ -117,8 +116,7 @@ class _NotSharedError(UserError):
 
 
 def _compute(payload: bytes, marker: str, folder: str) -> Any:
-    """Runs on a worker: one task."""
-    _prepare(marker, folder)
+    _prepare(marker, folder)  # on a worker
     function, item = pickle.loads(payload)
     return function(item)
 
@@ -127,9 +125,7 @@ def _compute(payload: bytes, marker: str, folder: str) -> Any:
 def _prepare(marker: str, folder: str) -> None:
     """Runs once per worker process, so that machines that join later are checked too."""
     if not Path(marker).exists():
-        raise _NotSharedError(
-            f"machine {socket.gethostname()} does not see {marker!r}; --out must be on storage that all machines share"
-        )
+        raise _NotSharedError(f"machine {socket.gethostname()} does not see {marker!r}; --out needs shared storage")
     with contextlib.suppress(OSError):  # relative names of shards mean what they mean to the driver
         os.chdir(folder)
     use_one_thread()

@@ -23,7 +23,7 @@ h100:8x128 are 128 hosts of 8). Prints memory per device, FLOPs, traffic, a rang
 Nothing is compiled, and no device is needed.
   --compile   compiles the real step for T and reports the compiler's memory: minutes for TPUs (pip install
               'jax[tpu]==VERSION', that of jax), half a minute for GPUs (pip install jax-cuda13-plugin==VERSION
-              jax-cuda13-pjrt==VERSION). A step whose estimate is beyond doubt, 1.5 times the memory of a GPU, is not
+              jax-cuda13-pjrt==VERSION). A step whose estimate is beyond doubt, 1.25 times the memory of a GPU, is not
               compiled: it does not fit
   --search    tries mesh.fsdp, remat and loss.micro_batch_size, and plans the fastest that fits
   --json      one JSON object instead of lines
@@ -31,9 +31,9 @@ Exit code 0 whether it fits or not."""
 
 _SWITCHES = ("--compile", "--search", "--json")
 _MAX_SHOWN = 5
-# Estimates are within a fifth of the compiler (docs/scaling.md); this many times the memory needs no compiler, which on GPUs
+# Estimates are at most a fifth above the compiler (docs/scaling.md); this many times the memory needs no compiler, which on GPUs
 # finds out only at its end. TPUs' refuses within seconds, and says by how much.
-_BEYOND_DOUBT = 1.5
+_BEYOND_DOUBT = 1.25
 
 
 def plan_command(args: list[str]) -> None:

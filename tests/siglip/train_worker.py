@@ -6,7 +6,7 @@ FILE gets a JSON line [step, keys, patches of an image] for every batch and ["re
 read. EVENT: "hold" touches FILE.holding and sleeps for ever, "missing" raises what a lost file does, "bug" what a mistake does,
 "poison" gives the batch tokens out of range, which embed as NaN, a number is a signal that the process sends itself. STEP may
 be "evaluating" or "evaluated": EVENT then comes before an evaluation's first forward pass, or when its results are there.
-"compiling:late" compiles a NaFlex run's programs a while later than others.
+"compiling:late" compiles the step a while later than others.
 SIGLIP_TEST_STEP_S: every batch takes so long. SIGLIP_TEST_TOY=1: a linear toy is trained in place of the two towers.
 """
 
