@@ -49,6 +49,16 @@ def test_recall_is_that_of_a_loop():
     assert 0.2 < np.mean(hits) < 0.8 and learning.recall(zimg, ztxt) == pytest.approx(np.mean(hits))
 
 
+@pytest.mark.parametrize("value", [np.nan, 1.0])
+def test_an_encoder_that_tells_nothing_apart_finds_nothing(value):
+    assert learning.recall(np.full((40, 3), value), np.full((40, 3), value)) == 0
+
+
+def test_curves_are_compared_at_the_same_seconds():
+    marks = [{"seconds": 10.0, "a": 0.2}, {"seconds": 20.0, "a": 0.6}]
+    assert [learning.value_at(marks, "a", seconds) for seconds in (5, 15, 20)] == pytest.approx([0.1, 0.4, 0.6])
+
+
 def test_the_time_to_a_target_lies_between_two_marks():
     marks = [{"seconds": 10.0, "a": 0.2}, {"seconds": 20.0, "a": 0.6}, {"seconds": 30.0, "a": 0.5}]
     assert learning.seconds_to(marks, "a", 0.1) == pytest.approx(5)
@@ -60,13 +70,26 @@ def test_the_time_to_a_target_lies_between_two_marks():
 def test_a_run_of_each_loss_leaves_its_marks(tmp_path):
     recipe, out = tmp_path / "toy.py", tmp_path / "out.json"
     recipe.write_text(TOY.format(sample=str(ROOT / "data_pipelines" / "sample")))
-    settings = ["--config", str(recipe), "--seconds", "2", "--marks", "2", "--seeds", "1", "--side", "ours", "softmax"]
+    settings = [
+        "--config",
+        str(recipe),
+        "--seconds",
+        "2",
+        "--marks",
+        "2",
+        "--seeds",
+        "1",
+        "--side",
+        "ours",
+        "softmax",
+        "adamw",
+    ]
     command = [sys.executable, str(ROOT / "benchmarks" / "learning.py"), *settings, "--out", str(out)]
     env = {name: value for name, value in os.environ.items() if name != "JAX_NUMPY_RANK_PROMOTION"}  # as users run it
     run = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     rows = json.loads(out.read_text())["rows"]
-    assert [row["label"] for row in rows] == ["ours", "softmax"]
+    assert [row["label"] for row in rows] == ["ours", "softmax", "adamw"]
     for row in rows:
         assert row["marks"][-1]["step"] == row["steps"] and row["marks"][-1]["seconds"] == row["seconds"]
         assert all(0 <= mark[name] <= 1 for mark in row["marks"] for name in ("toy/225", "toy/all"))
