@@ -82,6 +82,24 @@ def test_a_naflex_run_costs_the_mean_over_its_lengths():
     assert both.bytes_per_device["total"] == long.bytes_per_device["total"]
 
 
+@pytest.mark.parametrize("attention, highest", [("auto", 448), ("splash", 512), ("xla", 512)])
+def test_a_naflex_run_needs_the_memory_of_the_length_that_needs_most(attention, highest):
+    """On a TPU 448 patches keep logits, 512 do not: `auto` takes splash for them."""
+    model = B16.model
+    towers = {"attention": attention, "remat": "none", "naflex": NaflexConfig(256, 1024)}
+    image = dataclasses.replace(model.image, image_size=(256, 256), **towers)
+    config = dataclasses.replace(B16, model=dataclasses.replace(model, image=image))
+
+    def plan(*patches):
+        data = dataclasses.replace(config.data, lengths=LengthConfig(patches))
+        plan = estimate(dataclasses.replace(config, data=data), parse_topology("v5e:4x4"), shapes)
+        return plan.bytes_per_device["activations"]
+
+    shapes = shapes_of(config)
+    alone = {patches: plan(patches) for patches in (256, 448, 512)}
+    assert plan(*alone) == max(alone.values()) == alone[highest]
+
+
 def test_decoding_goes_by_the_pixels_of_a_naflex_run():
     topology = parse_topology("h100:8")
 
