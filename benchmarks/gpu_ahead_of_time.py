@@ -11,12 +11,17 @@ the tests look at. The time is a roofline (siglip/planning/kernels.py) with the 
 `image_layer_gb` is what one block of the image tower reads and writes, forward and backward, outside of matrix products and
 cuDNN: of the middle block where each has its name (without --scan), else the mean over all.
 
+`float32_matmuls` counts the products of float32 arrays in the blocks, where there are none; `float32_matmuls_elsewhere` names the
+others. Those are of the heads: what attention pooling makes of its one query, the gradients of its logits with respect to tokens
+and query, and the linear head of an embedding.
+
 The traps: cuBLAS and cuDNN choose their kernels on a device, so nothing is timed or tuned here; `xla_gpu_enable_triton_gemm`
 has to be off, or XLA looks for a device to tune Triton's kernels on. Three questions that jax asks a device and the library
 before it lowers cuDNN's attention are answered in their place: this is for looking at programs, never for running them.
 """
 
 import argparse
+import collections
 import contextlib
 import json
 import os
@@ -69,7 +74,10 @@ def summary(case, compiled, rates, devices=1):
     kinds, stats = kernels.by_kind(found, rates), compile.read(compiled)
     seconds = sum(total.seconds for total in kinds.values())
     model_flops = flops.train_flops_per_pair(case.model, batch_size=case.batch_size) * case.batch_size / devices
-    blocks = [k for k in found if k.is_in_a_block]
+    blocks, elsewhere = [k for k in found if k.is_in_a_block], collections.Counter()
+    for k in found:
+        if k.flops and k.has_float32_operands and not k.is_in_a_block:
+            elsewhere[k.path] += k.runs
     result = {
         "ms": 1e3 * seconds,
         "mfu": model_flops / seconds / flops.peak_flops("NVIDIA H100"),
@@ -84,6 +92,7 @@ def summary(case, compiled, rates, devices=1):
         "filled_gb": sum(k.runs * k.bytes for k in found if k.fills) / 1e9,
         "stacked_gb": sum(k.runs * k.bytes for k in found if k.kind == "stacks of a scan") / 1e9,
         "float32_matmuls": sum(k.runs for k in blocks if k.flops and k.has_float32_operands),
+        "float32_matmuls_elsewhere": dict(elsewhere),
         "in_flight": [f._asdict() for f in stats.in_flight],
     }
     return kinds, result

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import sides
 
+# Slower ones have to be tuned before another change to the step is worth its while.
+STOP_TFLOP_PER_S = 550
 LOSS_PAIRS = (4096, 16384, 32768, 65536, 131072)
 TOY = {"width": 64, "depth": 2, "mlp_dim": 128, "num_heads": 1}
 
@@ -36,43 +38,56 @@ def seconds_of(function, *args, at_least_s=0.05):
 def products(run):
     """Part A: the rates that every estimate rests on."""
     normal = functools.partial(jax.random.normal, jax.random.key(0), dtype=jnp.bfloat16)
+    narrow, slow = [], 32 if run.toy else 768
     for pairs, tokens, width, mlp_dim in (
-        [(2, 16, 32, 64)] if run.toy else [(512, 196, 768, 3072), (256, 256, 1152, 4304)]
+        [(2, 24, 32, 64)] if run.toy else [(512, 196, 768, 3072), (256, 256, 1152, 4304)]
     ):
         for inner, outer in ((width, width), (width, mlp_dim), (mlp_dim, width)):
-            x, w, g = normal((pairs * tokens, inner)), normal((inner, outer)), normal((pairs * tokens, outer))
-            bias, flops = normal((outer,)), 2 * pairs * tokens * inner * outer
-            products = {
-                "forward": (lambda x, w, bias: x @ w, (x, w, bias)),
-                "forward, bias": (lambda x, w, bias: x @ w + bias, (x, w, bias)),
-                "forward, bias, GELU": (lambda x, w, bias: jax.nn.gelu(x @ w + bias, approximate=True), (x, w, bias)),
-                "dgrad": (lambda g, w: g @ w.T, (g, w)),
-                "wgrad": (lambda x, g: x.T @ g, (x, g)),
-            }
-            for name, (function, args) in products.items():
+            rows, flops = pairs * tokens, 2 * pairs * tokens * inner * outer
+            x, w, g, bias = normal((rows, inner)), normal((inner, outer)), normal((rows, outer)), normal((outer,))
+            products = {  # with what is summed over, K
+                "forward": (inner, lambda x, w, bias: x @ w, (x, w, bias)),
+                "forward, bias": (inner, lambda x, w, bias: x @ w + bias, (x, w, bias)),
+                "forward, bias, GELU": (
+                    inner, lambda x, w, bias: jax.nn.gelu(x @ w + bias, approximate=True), (x, w, bias),
+                ),
+                "dgrad": (outer, lambda g, w: g @ w.T, (g, w)),
+                "wgrad": (rows, lambda x, g: x.T @ g, (x, g)),
+            }  # fmt: skip
+            for name, (over, function, args) in products.items():
                 with run.row(f"GEMM {name}"):
                     seconds = seconds_of(jax.jit(function), *args)
-                    sizes = {"m": pairs * tokens, "k": inner, "n": outer}
+                    sizes = {"m": rows, "k": inner, "n": outer}
                     run.emit(f"GEMM {name}", **sizes, ms=1e3 * seconds, tflop_per_s=flops / seconds / 1e12)
+                    narrow += [(flops, seconds)] if over == slow else []
+    with run.row("verdict"):
+        flops, seconds = map(sum, zip(*narrow, strict=True))
+        rate = flops / seconds / 1e12
+        told = "autotuning first" if rate < STOP_TFLOP_PER_S else "fast enough"
+        run.emit(f"verdict, GEMMs over K = {slow}", tflop_per_s=rate, least=STOP_TFLOP_PER_S, verdict=told)
     attention(run, normal)
     memory(run)
 
 
 def attention(run, normal):
-    """cuDNN's attention beside XLA's."""
+    """cuDNN's attention beside XLA's, and with a length for each image."""
     from siglip.models.attention import attention_fn
 
     shapes = [(2, 16, 1, 64)] if run.toy else [(512, 196, 12, 64), (512, 64, 12, 64), (256, 256, 16, 72)]
-    for shape in shapes:
+    kernels = ("xla",) if run.toy else ("cudnn", "xla")
+    cases = [(shape, kernel, None) for shape in shapes for kernel in kernels]
+    naflex = (2, 16, 1, 64) if run.toy else (512, 256, 12, 64)
+    cases.append((naflex, kernels[0], jnp.linspace(naflex[1] // 2, naflex[1], naflex[0]).astype(jnp.int32)))
+    for shape, kernel, lengths in cases:
         b, n, heads, depth = shape
-        for kernel in ("xla",) if run.toy else ("cudnn", "xla"):
-            forward = functools.partial(attention_fn, kernel=kernel)
-            backward = jax.grad(lambda q, k, v, f=forward: jnp.sum(f(q, k, v).astype(jnp.float32)), (0, 1, 2))
-            for name, function, products in (("forward", forward, 2), ("forward and backward", backward, 7)):
-                with run.row(f"attention {kernel} {name}"):
-                    seconds = seconds_of(jax.jit(function), *[normal(shape)] * 3)
-                    rate = products * 2 * b * heads * n * n * depth / seconds / 1e12
-                    run.emit(f"attention {kernel} {name}", shape=shape, ms=1e3 * seconds, tflop_per_s=rate)
+        forward = functools.partial(attention_fn, kernel=kernel, lengths=lengths)
+        backward = jax.grad(lambda q, k, v, f=forward: jnp.sum(f(q, k, v).astype(jnp.float32)), (0, 1, 2))
+        for name, function, products in (("forward", forward, 2), ("forward and backward", backward, 7)):
+            name = f"attention {kernel} {name}{'' if lengths is None else ', lengths'}"
+            with run.row(name):
+                seconds = seconds_of(jax.jit(function), *[normal(shape)] * 3)
+                rate = products * 2 * b * heads * n * n * depth / seconds / 1e12  # padding counts
+                run.emit(name, shape=shape, ms=1e3 * seconds, tflop_per_s=rate)
 
 
 def memory(run):

@@ -72,12 +72,16 @@ def ours(case, *, fsdp=1):
 
     from siglip.parallel import sharding
     from siglip.training import flops
-    from siglip.training.step import make_init
+    from siglip.training import step as steps
 
     model = case.model
     step, abstract_state, optimizer, mesh = make_step(case, fsdp=fsdp)
     jax.set_mesh(mesh)
-    state = make_init(model, optimizer, abstract_state=abstract_state, seed=0)({})
+    options = {"abstract_state": abstract_state, "seed": 0}
+    if hasattr(steps, "make_init"):
+        state = steps.make_init(model, optimizer, **options)({})
+    else:  # --baseline of on_gpu.py
+        state = steps.init_state(model, optimizer, **options)
     rng, size = np.random.default_rng(0), (BATCHES, case.batch_size)
     images = rng.integers(0, 256, (*size, *model.image.image_size, 3), np.uint8)
     texts = rng.integers(0, model.text.vocab_size, (*size, model.text.length), np.int32)

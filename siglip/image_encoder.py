@@ -28,7 +28,7 @@ from siglip.errors import UserError
 from siglip.formats import big_vision, key_maps
 from siglip.inputs import check_images, check_patches, describe_inputs
 from siglip.model_source import read_model
-from siglip.models.attention import Attention, AttentionFn, attention_fn, choose_kernel
+from siglip.models.attention import Attention, AttentionFn, attention_on
 from siglip.models.layers import Remat
 from siglip.models.naflex import Patches, Tokens
 from siglip.models.two_tower import ImageConfig, ModelConfig
@@ -213,14 +213,10 @@ def load_encoder(
 
 def _attention_of(config: ImageConfig) -> AttentionFn:
     """The kernel for this process's devices; on several TPUs it needs `jax.set_mesh` with the mesh of siglip.parallel."""
-    sizes = {
-        "tokens": config.train_tokens,
-        "head_dim": config.spec.width // config.spec.num_heads,
-        "dtype": config.dtype,
-    }
-    kernel = choose_kernel(config.attention, device=jax.devices()[0], **sizes)
     mesh = jax.sharding.get_abstract_mesh()
-    return functools.partial(attention_fn, kernel=kernel, mesh=mesh if {"data", "fsdp"} <= {*mesh.axis_names} else None)
+    options = {"head_dim": config.spec.width // config.spec.num_heads, "dtype": config.dtype}
+    options |= {"mesh": mesh if {"data", "fsdp"} <= {*mesh.axis_names} else None}
+    return attention_on(config.attention, device=jax.devices()[0], **options)
 
 
 def _cut(params: Mapping[str, Any], depth: int) -> dict[str, Any]:

@@ -36,4 +36,8 @@ def test_every_part_runs(tmp_path):
     assert sorted(rows) == sorted(["A", "B", "C", "D", "E", "F", "F-triton", "G", "H", "H-torch", "I"])
     failed = [row for part in rows.values() for row in part if "failed" in row]
     assert all("No module named 'torch'" in row["failed"] for row in failed), failed
+    verdict = next(row for row in rows["A"] if row["name"].startswith("verdict"))
+    assert verdict["verdict"] == "autotuning first"  # a CPU's products are
+    assert any(row["name"].endswith("lengths") for row in rows["A"])
+    assert "stream" in rows["G"][1]["name"] and "triton_gemm=true" in rows["F-triton"][0]["name"]
     assert [row["equal"] for row in rows["I"] if "float32" in row["name"]] == [True, True]

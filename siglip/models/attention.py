@@ -8,7 +8,8 @@
 - "splash": flash attention as a Pallas kernel (TPU): no n x n array. The sequence is padded to whole tiles and, as the compiler
   does not partition Pallas kernels, it runs under `shard_map`, each device on its own images.
 
-A kernel is chosen when the step is made: "auto" by the mesh's devices, any other choice is used as given or refused.
+"auto" is chosen when a program is traced, by its devices and its number of tokens; any other choice is used as given, or refused
+when the model is made.
 
 With `lengths` the keys after each image's own length get no weight, in any kernel. Padding must come last, which is all that
 cuDNN and splash can leave out.
@@ -29,7 +30,7 @@ from jax.sharding import Mesh
 
 from siglip.array_types import Array, Float, Int
 from siglip.errors import UserError
-from siglip.models.naflex import mask_of
+from siglip.models.naflex import Size, mask_of
 from siglip.parallel.sharding import P_BATCH
 
 Attention = Literal["auto", "xla", "cudnn", "splash"]
@@ -125,8 +126,25 @@ def _splash(query: Array, key: Array, value: Array, lengths: Array | None, *, in
     return jnp.swapaxes(out[:, :, :tokens], 1, 2)
 
 
+def attention_on(
+    choice: Attention, *, device: Any, head_dim: int, dtype: str, where: str = "attention", mesh: Mesh | None = None
+) -> AttentionFn:
+    """`attention_fn` with the kernel that `choose_kernel` takes for each number of tokens it is called with.
+
+    Raises:
+        UserError: if `choice` names a kernel that cannot run there.
+    """
+    choose = functools.partial(choose_kernel, choice, device=device, head_dim=head_dim, dtype=dtype, where=where)
+    choose(tokens=1)
+
+    def attend(query: Array, key: Array, value: Array, *, lengths: Array | None = None) -> Array:
+        return attention_fn(query, key, value, lengths=lengths, kernel=choose(tokens=query.shape[1]), mesh=mesh)
+
+    return attend
+
+
 def choose_kernel(
-    choice: Attention, *, device: Any, tokens: int, head_dim: int, dtype: str, where: str = "attention"
+    choice: Attention, *, device: Any, tokens: Size, head_dim: int, dtype: str, where: str = "attention"
 ) -> Kernel:
     """The kernel for these sizes on this kind of device (a jax.Device, or what describes one ahead of time).
 
@@ -144,7 +162,9 @@ def choose_kernel(
     if choice == "auto":
         if obstacles["cudnn"] is None:
             return "cudnn"
-        return "splash" if obstacles["splash"] is None and tokens >= SPLASH_MIN_TOKENS else "xla"
+        # Splash pads to whole tiles, which a symbolic number of an exported program is not known to fill.
+        is_long = isinstance(tokens, int) and tokens >= SPLASH_MIN_TOKENS
+        return "splash" if obstacles["splash"] is None and is_long else "xla"
     if choice == "xla":
         return "xla"
     if obstacles[choice] is not None:

@@ -62,18 +62,18 @@ class Dense(nn.Module):
         x, kernel = x.reshape(*x.shape[:-1], *inputs), self.kernel.reshape(*inputs, *features)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         y = _gelu_product(x, kernel, self.of_gelu == "kept") if self.of_gelu else jnp.tensordot(x, kernel, len(inputs))
-        y = y if self.bias is None else _add_bias(y, self.bias.reshape(features), len(features))
+        y = y if self.bias is None else add_bias(y, self.bias.reshape(features), len(features))
         return y.reshape(*y.shape[: -len(features)], -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _add_bias(y: Float[Array, "*rows_o"], bias: Float[Array, "*o"], axes: int) -> Float[Array, "*rows_o"]:
-    """To the last `axes` axes."""
+def add_bias(y: Float[Array, "*rows_o"], bias: Float[Array, "*o"], axes: int) -> Float[Array, "*rows_o"]:
+    """y plus a bias of its last `axes` axes, whose gradient is summed in float32."""
     return y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - axes))
 
 
 def _add_bias_fwd(y: Array, bias: Array, axes: int) -> tuple[Array, None]:
-    return _add_bias(y, bias, axes), None
+    return add_bias(y, bias, axes), None
 
 
 def _add_bias_bwd(axes: int, _: None, grad: Array) -> tuple[Array, Array]:
@@ -92,7 +92,7 @@ def _widen_bits(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-_add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
+add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
 
 
 @jax.custom_vjp

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from siglip.array_types import Array, Float, Int
 from siglip.models.attention import SAVED, AttentionFn, attention_fn, is_fused_forward, mask_keys
-from siglip.models.dense import GELU, PRODUCT, Dense, for_three
+from siglip.models.dense import GELU, PRODUCT, Dense, add_bias, for_three
 from siglip.models.variants import BlockConfig, Variant
 from siglip.parallel.sharding import ParamLayout
 
@@ -88,7 +88,7 @@ class PoolingAttention(nn.Module):
         logits = jnp.einsum("bnd,hd->bhn", x, probes, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(mask_keys(logits, lengths), axis=-1).astype(self.dtype)
         pooled = jnp.einsum("bhn,bnd->bhd", weights, x)
-        y = jnp.einsum("bhd,dhk->bhk", pooled, value.kernel.astype(self.dtype)) + value.bias.astype(self.dtype)[None]
+        y = add_bias(jnp.einsum("bhd,dhk->bhk", pooled, value.kernel.astype(self.dtype)), value.bias, 2)
         return Dense((heads, width // heads), (width,), self.dtype, name="out")(y.reshape(b, width))
 
 

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from siglip.array_types import Array, Float
 from siglip.errors import UserError
-from siglip.models.attention import AttentionFn, Kernel, attention_fn, choose_kernel, cudnn_obstacle
+from siglip.models.attention import AttentionFn, attention_fn, attention_on, cudnn_obstacle
 from siglip.models.naflex import Patches
 from siglip.models.text import TextConfig, TextTransformer
 from siglip.models.variants import check_size
@@ -160,23 +161,19 @@ def make_model(config: ModelConfig, *, layout: ParamLayout | None = None) -> Two
     """
     if layout is None:
         return TwoTower(config)
-    device, image, text = layout.mesh.devices.flat[0], config.image, config.text
-    kernels = [_training_kernel(image, image.train_tokens, "model.image.attention", device)]
-    kernels += [] if text is None else [_training_kernel(text, text.length, "model.text.attention", device)]
-    functions = [functools.partial(attention_fn, kernel=kernel, mesh=layout.mesh) for kernel in kernels]
+    device, towers = layout.mesh.devices.flat[0], {"model.image.attention": config.image}
+    towers |= {} if config.text is None else {"model.text.attention": config.text}
+    functions = [_training_attention(tower, where, device, layout.mesh) for where, tower in towers.items()]
     return TwoTower(config, (functions[0], functions[-1]), layout)
 
 
-def _training_kernel(tower: ImageConfig | TextConfig, tokens: int, where: str, device: Any) -> Kernel:
+def _training_attention(tower: ImageConfig | TextConfig, where: str, device: Any, mesh: Mesh | None) -> AttentionFn:
     """The choice for `device`; a GPU that gets XLA's attention, which is slower by a third of the step, says why."""
     head_dim = tower.spec.width // tower.spec.num_heads
-    kernel = choose_kernel(
-        tower.attention, device=device, tokens=tokens, head_dim=head_dim, dtype=tower.dtype, where=where
-    )
-    if tower.attention == "auto" and kernel == "xla" and device.platform == "gpu":
-        needs = cudnn_obstacle(device, head_dim, tower.dtype)
+    needs = cudnn_obstacle(device, head_dim, tower.dtype)
+    if tower.attention == "auto" and device.platform == "gpu" and needs is not None:
         logger.warning("%s='auto' takes 'xla', not flash attention, which needs %s", where, needs)
-    return kernel
+    return attention_on(tower.attention, device=device, head_dim=head_dim, dtype=tower.dtype, where=where, mesh=mesh)
 
 
 def init_params(config: ModelConfig, rng: Array) -> dict[str, Any]:

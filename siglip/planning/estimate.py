@@ -162,10 +162,8 @@ def estimate_laid_out(config: TrainConfig, topology: Topology, shapes: Shapes, s
         one = _collectives(config, state, shapes.frozen, passes, mesh.axis_sizes, turns[patches])
         moved.update({kind: share * size for kind, size in one.items()})
     mfu = MFU if config.model.image.spec.width >= _NARROW else MFU_NARROW
-    again, rate = (
-        _executed_flops(config, passes, topology.devices) / per_pair,
-        topology.devices * topology.accelerator.peak_flops,
-    )
+    again = _executed_flops(config, passes, topology.devices) / per_pair
+    rate = topology.devices * topology.accelerator.peak_flops
     compute_s = [per_pair * config.batch_size * again / (rate * share) for share in mfu]
     collective_s = _seconds(moved, mesh.size, topology)
     slow, step_s, fast = (max(seconds, collective_s) for seconds in compute_s)
@@ -204,9 +202,8 @@ def _count(params: Mapping[str, Any]) -> dict[str, int]:
 def _memory(
     config: TrainConfig, topology: Topology, state: TrainState, frozen: Mapping[str, Any], passes: flops.Passes
 ) -> dict[str, int]:
-    trained = [
-        leaf for leaf, fixed in zip(jax.tree.leaves(state.params), jax.tree.leaves(frozen), strict=True) if not fixed
-    ]
+    leaves = zip(jax.tree.leaves(state.params), jax.tree.leaves(frozen), strict=True)
+    trained = [leaf for leaf, is_frozen in leaves if not is_frozen]
     sizes = {
         "parameters": _shard_bytes(state.params),
         "optimizer": _shard_bytes(state.opt_state) + _shard_bytes(state.ema),
@@ -226,9 +223,9 @@ def _shard_bytes(tree: Any) -> int:
 
 
 def _micro_batches(config: TrainConfig, devices: int) -> dict[int, int]:
-    """Micro-batches of a step, by the length of its images, which is 0 for images of one size; the longest comes last."""
+    """Micro-batches of a step, by the length of its images, which is 0 for images of one size."""
     sizes = micro_batch_sizes(config, devices=devices) or {0: config.loss.micro_batch_size}
-    return {patches: config.batch_size // (sizes[patches] or config.batch_size) for patches in sorted(sizes)}
+    return {patches: config.batch_size // (size or config.batch_size) for patches, size in sizes.items()}
 
 
 def _shares(config: TrainConfig) -> dict[int, float]:
@@ -236,18 +233,23 @@ def _shares(config: TrainConfig) -> dict[int, float]:
     return length_shares(config) or {0: 1.0}
 
 
-def _towers(config: TrainConfig, passes: flops.Passes) -> list[tuple[ImageConfig | TextConfig, int, int]]:
-    """(config, tokens, passes) of the image and the text tower."""
+def _towers(config: TrainConfig, passes: flops.Passes, patches: int) -> list[tuple[ImageConfig | TextConfig, int, int]]:
+    """(config, tokens, passes) of the image tower, for images of that length, and of the text tower."""
     image, text = config.model.image, config.model.text
-    tokens = max(length_shares(config)) if image.naflex else image.train_tokens
+    tokens = patches + (image.pool == "tok") if patches else image.train_tokens
     return [(image, tokens, passes[0]), (text, text.length, passes[1])]
 
 
 def _activations(config: TrainConfig, topology: Topology, passes: flops.Passes) -> int:
-    kept = _KEPT[_platform(topology)]
-    pairs = config.batch_size // [*_micro_batches(config, topology.devices).values()][-1] / topology.devices
+    """Of the length that needs most: a short one may keep logits that a longer one's fused attention does not."""
+    turns = _micro_batches(config, topology.devices)
+    return max(_activations_of(config, topology, passes, patches, turns[patches]) for patches in turns)
+
+
+def _activations_of(config: TrainConfig, topology: Topology, passes: flops.Passes, patches: int, turns: int) -> int:
+    kept, pairs = _KEPT[_platform(topology)], config.batch_size // turns / topology.devices
     total, working = 0.0, 0.0
-    for tower, tokens, times in _towers(config, passes):
+    for tower, tokens, times in _towers(config, passes, patches):
         spec = tower.spec
         logits = spec.num_heads * tokens if _kernel(tower, tokens, topology) == "xla" else 0
         low = 1 if tower.dtype == "bfloat16" else 2
@@ -378,10 +380,8 @@ def _executed_flops(config: TrainConfig, passes: flops.Passes, devices: int) -> 
     turns, total = _micro_batches(config, devices), 0.0
     for patches, share in _shares(config).items():
         again = 1 if turns[patches] > 1 else 0
-        runs = [
-            times and times + again + (times == 3 and tower.remat == "full")
-            for tower, _, times in _towers(config, passes)
-        ]
+        towers = _towers(config, passes, patches)
+        runs = [times and times + again + (times == 3 and tower.remat == "full") for tower, _, times in towers]
         options = {"batch_size": config.batch_size, "shares": {patches: 1.0} if patches else None}
         total += share * flops.train_flops_per_pair(config.model, passes=(runs[0], runs[1]), **options)
     return total

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from siglip.models.attention import SPLASH_MIN_TOKENS, attention_fn, choose_kernel
-from siglip.models.naflex import mask_of
-from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, _training_kernel, make_model, param_shapes
+from siglip.models.attention import SPLASH_MIN_TOKENS, attention_fn, attention_on, choose_kernel
+from siglip.models.naflex import NaflexConfig, Patches, mask_of
+from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig, _training_attention, make_model, param_shapes
+from siglip.models.vit import ViT
 from siglip.parallel.sharding import MeshConfig, ParamLayout, make_mesh, put_batch
 from siglip.trees import flatten
 from tests.siglip.rounding import likely_rounding, towers_apart
@@ -140,15 +141,34 @@ def test_auto_takes_what_the_device_and_the_sizes_allow(device, sizes, expected)
 
 
 def test_a_run_on_a_gpu_without_flash_attention_says_why(caplog):
-    def kernel(device, **fields):
-        return _training_kernel(ImageConfig("B/16", **fields), 196, "model.image.attention", device)
+    def make(device, **fields):
+        _training_attention(ImageConfig("B/16", **fields), "model.image.attention", device, None)
 
-    assert kernel(H100, dtype="bfloat16") == "cudnn" and kernel(CPU) == kernel(H100, attention="xla") == "xla"
+    make(H100, dtype="bfloat16"), make(CPU), make(H100, attention="xla")
     assert choose_kernel("auto", device=H100, **(SIZES | {"dtype": "float32"})) == "xla"
     assert not caplog.records
-    assert kernel(H100) == "xla"
+    make(H100)
     needs = "not flash attention, which needs dtype 'bfloat16', not 'float32'"
     assert caplog.messages == [f"model.image.attention='auto' takes 'xla', {needs}"]
+
+
+@pytest.mark.parametrize("choice", ["auto", "xla", "splash"])
+@pytest.mark.parametrize("patches", [64, SPLASH_MIN_TOKENS - 1, SPLASH_MIN_TOKENS])
+def test_each_length_of_a_naflex_run_takes_its_own_kernel(choice, patches):
+    """On a TPU, by a tower for up to 1024 patches: traced, as it compiles nowhere else."""
+    config = dataclasses.replace(model(attention=choice).image, pool="gap", naflex=NaflexConfig(64, 1024))
+    tower = ViT(config, None, _training_attention(config, "model.image.attention", TPU, None))
+    images = Patches(jnp.zeros((2, patches, 48)), jnp.full((2, 2), 8))
+    traced = str(jax.make_jaxpr(tower.init)(jax.random.key(0), images))
+    is_splash = choice == "splash" or (choice == "auto" and patches == SPLASH_MIN_TOKENS)
+    assert ("pallas_call" in traced) == is_splash
+
+
+def test_a_length_that_an_exported_program_leaves_open_takes_xla():
+    (n,) = jax.export.symbolic_shape("n")
+    attention = attention_on("auto", device=TPU, head_dim=64, dtype="float32")
+    x = jax.ShapeDtypeStruct((2, n, 1, 64), jnp.float32)
+    assert "pallas_call" not in str(jax.make_jaxpr(attention)(x, x, x))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +225,7 @@ def test_both_towers_run_on_their_kernel_but_for_the_heads_with_one_query():
 @pytest.mark.parametrize(
     "patch_dropout, pool, tokens", [(0.0, "map", 16), (0.75, "map", 4), (0.75, "tok", 5), (0.99, "gap", 1)]
 )
-def test_the_choice_knows_how_many_tokens_training_sees(patch_dropout, pool, tokens):
+def test_a_config_knows_how_many_tokens_training_sees(patch_dropout, pool, tokens):
     config = ModelConfig(dataclasses.replace(model().image, patch_dropout=patch_dropout, pool=pool), text=None)
     params = on_device(random_params(config))
     apply = functools.partial(

@@ -7,6 +7,8 @@ import pytest
 from flax import linen as nn
 
 from siglip.models.dense import Dense, _widen_bits, for_three, gelu
+from siglip.models.layers import PoolingAttention
+from siglip.trees import flatten, unflatten
 from tests.siglip.rounding import UNIT, rounding
 
 BFLOAT16_UNIT = 2.0**-8
@@ -87,16 +89,28 @@ def test_parameters_and_products_are_those_of_flax(inputs, features, keep_axes):
     np.testing.assert_allclose(ours.apply(params, x), expected, rtol=0, atol=2 * rounding(25, np.abs(expected).max()))
 
 
-def test_the_gradient_of_a_bias_is_summed_in_float32():
+ROWS = 4096
+TERMS = jnp.asarray(np.random.default_rng(0).uniform(0.5, 1.5, (ROWS, 6)), jnp.bfloat16)
+BFLOAT16 = jnp.dtype("bfloat16")
+
+
+@pytest.mark.parametrize(
+    "module, inputs, path",
+    [
+        (Dense((8,), (6,), BFLOAT16), [(ROWS, 8)], "bias"),
+        (PoolingAttention(2, BFLOAT16), [(1, 1, 6), (ROWS, 3, 6)], "value/bias"),
+    ],
+)
+def test_the_gradient_of_a_bias_is_summed_in_float32(module, inputs, path):
     """Sums in bfloat16 were off by percents: 4096 terms of one sign stop growing at 256 of their size."""
-    rows = 4096
-    x, weight = jnp.zeros((rows, 8)), jnp.asarray(np.random.default_rng(0).uniform(0.5, 1.5, (rows, 5)), jnp.bfloat16)
-    module = Dense((8,), (5,), jnp.dtype("bfloat16"))
-    params = module.init(jax.random.key(0), x)
-    _, vjp = jax.vjp(lambda params: module.apply(params, x), params)
-    found, exact = jax.jit(vjp)(weight)[0]["params"]["bias"], np.asarray(weight, np.float64).sum(axis=0)
+    inputs = [jnp.zeros(shape) for shape in inputs]
+    params = flatten(module.init(jax.random.key(0), *inputs)["params"])
+    if "out/kernel" in params:  # after the bias of the values: one that hands gradients on as they are
+        params["out/kernel"] = jnp.eye(6).reshape(2, 3, 6)
+    _, vjp = jax.vjp(lambda params: module.apply({"params": unflatten(params)}, *inputs), params)
+    found, exact = jax.jit(vjp)(TERMS)[0][path], np.asarray(TERMS, np.float64).sum(axis=0)
     assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, exact, rtol=rounding(rows), atol=0)
+    np.testing.assert_allclose(found.reshape(-1), exact, rtol=rounding(ROWS), atol=0)
 
 
 def test_widening_by_bits_is_a_conversion():

@@ -58,7 +58,8 @@ def test_bytes_add_up_and_have_the_promised_names(b16):
 
 
 def test_a_naflex_run_costs_the_mean_over_its_lengths():
-    """Two lengths, half of the steps each: work and traffic are the mean of those of either alone; memory is the longer's."""
+    """Two lengths, half of the steps each: work and traffic are the mean of those of either alone; memory is that of the longer,
+    but for activations: 32 pairs of 256 patches have the image tokens of 8 pairs of 1024, and more text."""
     topology, model = parse_topology("h100:8"), tiny(B16).model
     image = dataclasses.replace(model.image, patch_size=(16, 16), image_size=(256, 256), naflex=NaflexConfig(256, 1024))
     loss = dataclasses.replace(B16.loss, micro_batch_size=32)
@@ -79,7 +80,28 @@ def test_a_naflex_run_costs_the_mean_over_its_lengths():
     for kind, size in both.collective_bytes.items():  # two micro-batches of 32 pairs, and eight of 8
         assert size == pytest.approx((short.collective_bytes[kind] + long.collective_bytes[kind]) / 2, abs=1)
     assert short.collective_bytes["all-gather"] * 2 < long.collective_bytes["all-gather"]
-    assert both.bytes_per_device["total"] == long.bytes_per_device["total"]
+    memory = both.bytes_per_device
+    assert memory["activations"] == short.bytes_per_device["activations"] > long.bytes_per_device["activations"]
+    same = memory.keys() - {"activations", "total"}
+    assert {name: memory[name] for name in same} == {name: long.bytes_per_device[name] for name in same}
+
+
+@pytest.mark.parametrize("attention, highest", [("auto", 448), ("splash", 512), ("xla", 512)])
+def test_a_naflex_run_needs_the_memory_of_the_length_that_needs_most(attention, highest):
+    """On a TPU 448 patches keep logits, 512 do not: `auto` takes splash for them."""
+    model = B16.model
+    towers = {"attention": attention, "remat": "none", "naflex": NaflexConfig(256, 1024)}
+    image = dataclasses.replace(model.image, image_size=(256, 256), **towers)
+    config = dataclasses.replace(B16, model=dataclasses.replace(model, image=image))
+
+    def plan(*patches):
+        data = dataclasses.replace(config.data, lengths=LengthConfig(patches))
+        plan = estimate(dataclasses.replace(config, data=data), parse_topology("v5e:4x4"), shapes)
+        return plan.bytes_per_device["activations"]
+
+    shapes = shapes_of(config)
+    alone = {patches: plan(patches) for patches in (256, 448, 512)}
+    assert plan(*alone) == max(alone.values()) == alone[highest]
 
 
 def test_decoding_goes_by_the_pixels_of_a_naflex_run():

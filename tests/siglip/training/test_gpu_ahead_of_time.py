@@ -6,6 +6,7 @@ Needs jax's CUDA plugin (`make aot`), not CUDA. B/16 at 224 px, 512 pairs, three
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import util
@@ -38,6 +39,12 @@ def test_attention_is_cudnns_and_products_are_bfloat16():
     step = compiled_step()
     assert step["cudnn_calls"] == 2 * 3 * 2  # towers, layers, forward and backward
     assert step["float32_matmuls"] == 0
+
+
+def test_float32_products_are_the_heads_alone():
+    heads = re.compile(r"/img/MAPHead_0/MultiHeadDotProductAttention_0/|/txt/head/")
+    paths = compiled_step()["float32_matmuls_elsewhere"]
+    assert [path for path in paths if not heads.search(path)] == []
 
 
 def test_every_product_is_counted():
