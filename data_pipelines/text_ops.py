@@ -6,7 +6,7 @@ A caption spec is a tuple of (field, probability):
   "captions.*"            any entry of it, uniformly; also of a field that is a list, and any line of a text
   "keywords"              a comma-separated (or JSON) list: a few of them in random order
   "captions.en+keywords"  the parts joined by a comma; only the first of them has to be there
-A field that this pair lacks, or that is blank, is drawn again among those it has, so a rare language costs no pairs.
+If the pair lacks the drawn field, or it is blank, another of its fields is drawn, so a rare language costs no pairs.
 """
 
 import itertools

@@ -8,7 +8,7 @@
 Nothing in that sum couples one logit to another (there is no normaliser over the batch), so the derivative of a tile is
 known as soon as the tile is: dloss/dlogit = -y * sigmoid(-y * logit) / B. `chunked_sigmoid_loss` uses this. Its forward
 pass walks over tiles and leaves both the loss and all four gradients; its backward pass only scales them. Every tile's
-logits are computed once, three matmuls in all, and no tile outlives its step.
+logits are computed once, three matmuls in all, and no tile is kept.
 
 The trap: differentiating through a loop over chunks instead (autodiff of a scan) keeps every tile for the backward pass and
 saves no memory at all; and some prints of the paper write "-b": with b = -10 only "+ b" is right.

@@ -23,7 +23,7 @@ from siglip.errors import UserError
 
 T = TypeVar("T")
 _LFS_POINTER, _MAX_POINTER_BYTES = b"version https://git-lfs", 1024  # git-lfs, docs/spec.md
-_MAX_DIGITS = 100  # of a number in a JSON file: many times larger ones are no floats
+_MAX_DIGITS = 100  # of a number in a JSON file: many times larger ones are not floats
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -122,7 +122,7 @@ def read_json(path: Path, *, fix: str) -> dict[str, Any]:
     regular(path)
     try:
         tree = json.loads(path.read_bytes(), parse_int=_parse_int)
-    except (ValueError, RecursionError) as error:  # bytes that are no text, numbers of 5000 digits, nested 1000 deep
+    except (ValueError, RecursionError) as error:  # bytes that are not text, numbers of 5000 digits, nested 1000 deep
         raise UserError(f"{path} is not valid JSON ({' '.join(str(error).split())}); {fix}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}, not a JSON object; {fix}")

@@ -1,6 +1,6 @@
 """Which pair comes at which place of the endless training stream, by arithmetic alone.
 
-    position -> source        shares of the weights, over any window to at most as many pairs as there are sources
+    position -> source        in proportion to the weights; in any window the counts are off by at most the number of sources
     j-th pair of a source     epoch = j // n, record = order[seed, source, epoch](j % n), see permutation.py
 
 Weights may change on the way: each source then goes on from its own count, so no pair of an epoch is lost or seen twice.

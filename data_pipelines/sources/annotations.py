@@ -145,7 +145,7 @@ def _json_rows(path: str, split: str) -> Iterator[dict[str, Any]]:
     for annotation in annotations if isinstance(annotations, list) else ():
         if isinstance(annotation, dict) and isinstance(annotation.get("caption"), str):
             if isinstance(annotation.get("image_id"), list | dict):
-                raise UserError(f"{path!r} has a caption whose image_id is no number: {str(annotation)[:80]}")
+                raise UserError(f"{path!r} has a caption whose image_id is not a number: {str(annotation)[:80]}")
             captions.setdefault(annotation.get("image_id"), []).append(" ".join(annotation["caption"].split()))
     if isinstance(annotations, list) and not captions:
         raise UserError(f"{path!r} has no captions in its annotations; take COCO's captions_*.json")
@@ -175,7 +175,7 @@ def _json_row(path: str, image: Mapping[str, Any], captions: Mapping[Any, list[s
     elif captions:
         number = image.get("id")
         if isinstance(number, list | dict):
-            raise UserError(f"{path!r} has an image whose id is no number: {str(image)[:80]}")
+            raise UserError(f"{path!r} has an image whose id is not a number: {str(image)[:80]}")
         rest = {"txt": captions.get(number, []), "cocoid": number}
     return {"image": name} | rest
 

@@ -3,7 +3,7 @@
     block -> stretches of bytes that its pairs lie in, gaps up to GAP_BYTES read along, cut at PIECE_BYTES -> pieces
 
 A piece is fetched once, however many threads want it, and ahead of need while there is room. What has been over for longest
-goes first; what is not over stays: a piece that finds no room is not fetched at all, and its pairs are read one by one. So
+goes first; what is not over stays: a piece that does not fit is not fetched at all, and its pairs are read one by one. So
 memory is bounded and no stretch is fetched long twice, whatever the limit.
 
 The trap: a long read that fails must not cost the pairs that one short read would still get. It counts as no room.
@@ -23,7 +23,7 @@ from data_pipelines.records import Pair
 PIECE_BYTES = 1 << 24
 GAP_BYTES = 1 << 18  # takes less time than a request does
 _FETCHERS = 8
-_MOST_BLOCK_PAIRS = 1024
+_MAX_BLOCK_PAIRS = 1024
 _BLOCKS_AHEAD = 2
 
 
@@ -161,7 +161,7 @@ class InOrder:
 
     def __init__(self, source):
         self._source, self._kept = source, BlockCache((_BLOCKS_AHEAD + 2) * PIECE_BYTES)
-        self._block_pairs = max(1, min(_MOST_BLOCK_PAIRS, int(PIECE_BYTES / max(1.0, source.pair_bytes))))
+        self._block_pairs = max(1, min(_MAX_BLOCK_PAIRS, int(PIECE_BYTES / max(1.0, source.pair_bytes))))
         self._begun = -1
 
     def __len__(self) -> int:

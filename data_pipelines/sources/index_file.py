@@ -130,7 +130,7 @@ def _map(place: str, *, check: bool = False) -> tuple[Header, dict[str, np.ndarr
                 tables[name] = whole[offset : offset + count * dtype.itemsize].view(dtype)
                 offset += count * dtype.itemsize
             return (header, tables) if offset == len(whole) else None
-    except Exception:  # whatever lies there, it is no index of ours
+    except Exception:  # whatever lies there, it is not an index of ours
         return None
 
 

@@ -58,7 +58,7 @@ class KeptPairs:
 
     Raises:
       FileNotFoundError, PermissionError: there is no such file, or it must not be read.
-      UserError: it is no manifest, or one of other shards, or keeps nothing.
+      UserError: it is not a manifest, or one of other shards, or keeps nothing.
     """
 
     def __init__(self, source: ShardedSource, manifest: str | os.PathLike):

@@ -199,7 +199,7 @@ class ShardedSource(abc.ABC):
         return shard, index - self._starts[shard]
 
     def member_extents(self, index: int) -> dict[str, tuple[int, int]]:
-        """Where the files of a pair lie in its shard, {"image": (offset, bytes), …}; {} in formats that are no archive."""
+        """Where the files of a pair lie in its shard, {"image": (offset, bytes), …}; {} in formats that are not archives."""
         self.locate(index)
         return {}
 

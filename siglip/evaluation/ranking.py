@@ -6,7 +6,7 @@ The scores of the right pairs come first; then tiles of the matrix are computed 
 that win to its rows and to its columns. The matrix is never held: 100 000 x 100 000 scores take no more memory than one tile.
 
 The first of equal scores wins, as in numpy's argmax and stable sort, in CLIP_benchmark and in open_clip. `tied` says which
-queries were decided so between candidates that ought to differ: equal texts have equal scores, and that is no fault of the
+queries were decided so between candidates that ought to differ: equal texts have equal scores, and that is not the fault of the
 encoder. An encoder that maps everything to one point gets chance and is tied everywhere.
 
 The trap: a matrix product may round a column differently at another place, so that equal candidates do not score alike. Those

@@ -45,7 +45,7 @@ class Segmentation(Evaluation):
         data: shards of the images that are segmented.
         train: shards of the images on which the layer is trained; their tokens go into a temporary file.
         mask: field with a PNG of one channel whose values are classes.
-        ignore: values that are no class: 255, and 0 of ADE20k.
+        ignore: values that are not a class: 255, and 0 of ADE20k.
         steps: of training.
         images_per_step: of training, over all devices.
         learning_rate: of AdamW, at its peak.

@@ -250,7 +250,7 @@ def model_config(tree: Mapping[str, Any], *, source: str) -> ModelConfig:
         size = math.isqrt(vision["num_patches"]) * vision["patch_size"] if naflex else vision["image_size"]
         if naflex and (size // vision["patch_size"]) ** 2 != vision["num_patches"]:
             raise UserError(
-                f"num_patches={vision['num_patches']} is not a square, so it is no grid of learned positions"
+                f"num_patches={vision['num_patches']} is not a square; the learned positions need a square grid"
             )
         image = ImageConfig(
             **_spec(vision).fields(patch=vision["patch_size"]),

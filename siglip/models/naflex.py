@@ -9,7 +9,7 @@ positions are resized to each image's grid (g_y, g_x), bilinear with antialias:
 The weights of a patch are its row's times its column's, so one matrix product gives the positions of a whole batch, whatever its
 grids: no canvas, and no largest grid.
 
-The trap: what stands at padded positions is no result. Never pool, average or compare them; `image_tokens` returns a mask.
+The trap: what stands at padded positions is not a result. Never pool, average or compare them; `image_tokens` returns a mask.
 """
 
 import dataclasses

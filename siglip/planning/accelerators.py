@@ -90,7 +90,7 @@ class Topology(NamedTuple):
 
 
 def parse_topology(name: str) -> Topology:
-    """Raises UserError, with what is known, for a name that is no topology."""
+    """Raises UserError, with what is known, for a name that is not a topology."""
     kind, _, sides = name.partition(":")
     accelerator = ACCELERATORS.get(kind)
     if accelerator is None:

@@ -75,7 +75,7 @@ class CheckpointConfig:
             )
         if self.best_metric is not None and re.search(r"_(se|chance)(@|$)", self.best_metric):
             raise UserError(
-                f"checkpoint.best_metric={self.best_metric} is no measure of the model; name the metric it belongs to"
+                f"checkpoint.best_metric={self.best_metric} does not measure the model; name the metric it belongs to"
             )
 
 

@@ -71,7 +71,7 @@ def test_what_drops_and_what_repairs(corpus, curated):
     assert rows[next(k for k, (fault, _) in corpus.truth.items() if fault == "mojibake")]["keep"]
 
 
-def test_mended_captions_read_well(corpus, curated):
+def test_repaired_captions_read_well(corpus, curated):
     _, rows, _ = curated
     repaired = {rows[key]["caption"] for key, (fault, _) in corpus.truth.items() if fault in REPAIRS}
     assert {

@@ -15,7 +15,7 @@ from tests.data_pipelines.shards import encode, write_tar
 
 ROOT = Path(__file__).parents[2]
 PAIRS_PER_SHARD = 200
-MOST_MIB = 500
+MAX_MIB = 500
 GROWTH_MIB = 4  # 2400 scanned pairs, kept, would be 6
 CURATE = """
 import json, sys
@@ -63,5 +63,5 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     all_of_them = curated(tmp_path, "*.tar", tmp_path / "all")
     for (pairs, taken, peaks), shards in ((few, 4), (all_of_them, 16)):
         assert pairs == shards * PAIRS_PER_SHARD and taken["bomb"] == shards * 2
-        assert len(peaks) >= 3 and max(peaks) < MOST_MIB
+        assert len(peaks) >= 3 and max(peaks) < MAX_MIB
     assert max(all_of_them[2]) - max(few[2]) < GROWTH_MIB

@@ -193,8 +193,8 @@ def test_cocos_json(tmp_path):
     with pytest.raises(ValueError, match="has no captions in its annotations"):
         open_source(path)
     for change, told in (
-        ({"images": [{"file_name": "COCO_1.png", "id": [1]}]}, "has an image whose id is no number"),
-        ({"annotations": [{"image_id": {}, "caption": "a"}]}, "has a caption whose image_id is no number"),
+        ({"images": [{"file_name": "COCO_1.png", "id": [1]}]}, "has an image whose id is not a number"),
+        ({"annotations": [{"image_id": {}, "caption": "a"}]}, "has a caption whose image_id is not a number"),
         ({"images": [{"filename": "COCO_1.png", "sentences": ["a"]}]}, "not one of Karpathy's"),
         ({"images": [{"file_name": "COCO_1.png", "sentences": [{"raw": "a"}]}]}, "not one of Karpathy's"),
         ({"images": [{"filename": "COCO_1.png", "filepath": 3, "sentences": []}]}, "not one of Karpathy's"),

@@ -109,7 +109,7 @@ def tokenizer_config(model: bytes, tokens: TokenConfig, *, length: int, source: 
     eos, unk, pad = (proto.pieces[i].piece for i in ids)
     if pad_id >= len(proto.pieces) or proto.pieces[pad_id].type in (_NORMAL, _USER_DEFINED):
         raise UserError(
-            f"model.text.tokens.pad_id={pad_id} is no special piece of tokenizer {source!r}; put its own there"
+            f"model.text.tokens.pad_id={pad_id} is not a special piece of tokenizer {source!r}; put its own there"
         )
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

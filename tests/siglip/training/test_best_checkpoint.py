@@ -31,7 +31,7 @@ def test_the_best_checkpoint_survives_a_preemption_at_its_evaluation(tmp_path):
         train_toy(config, StopsAt(4, signal.SIGTERM), evaluate=scored([0.1]))
     with pytest.raises(Interrupted, match="at step 7"):
         train_toy(config, StopsAt(7, signal.SIGTERM), evaluate=scored([0.9, 0.5]))
-    assert kept(tmp_path) == [4, 7]  # 0.5 at step 6 was no new best
+    assert kept(tmp_path) == [4, 7]  # 0.5 at step 6 was not a new best
     train_toy(config, TinyBatches(), evaluate=scored([0.6]))
     assert kept(tmp_path) == [4, 8]  # nor is 0.6, as a start after that one knows
 
@@ -61,7 +61,7 @@ def test_the_best_metric_is_one_that_is_better_when_higher(metric):
 
 @pytest.mark.parametrize("metric", ["acc1_se", "knn_acc1_map_chance", "average_precision_se@0.1"])
 def test_an_error_or_a_chance_level_is_no_best_metric(metric):
-    with pytest.raises(ValueError, match=f"{metric} is no measure of the model"):
+    with pytest.raises(ValueError, match=f"{metric} does not measure the model"):
         CheckpointConfig(best_metric=f"eval/task/data/{metric}")
 
 
