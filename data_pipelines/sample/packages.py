@@ -9,11 +9,11 @@ import contextlib
 import csv
 import gzip
 import hashlib
+import http.client
 import io
 import lzma
 import os
 import tarfile
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,10 +80,10 @@ def _download(package: Package, path: Path) -> None:
     try:
         with urllib.request.urlopen(package.url, timeout=120) as answer:
             data = answer.read()
-    except (urllib.error.URLError, TimeoutError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise UserError(
-            f"{package.name} {package.version} cannot be fetched from {package.url} ({error}); put the file into {path} from "
-            f"another mirror, or pin another version in {_LIST} and remake every file of the sample"
+            f"{package.name} {package.version} cannot be fetched from {package.url} ({error}); try again, put the file "
+            f"into {path} from another mirror, or pin another version in {_LIST} and remake every file of the sample"
         ) from error
     with new_file(path) as partial:
         partial.write_bytes(data)

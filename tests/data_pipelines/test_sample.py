@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from data_pipelines.sample import LANGUAGES, packages
 from data_pipelines.sample.ideas import EVALUATION_LANGUAGES, family, unseen, words
 from data_pipelines.sample.packages import PACKAGES, Package
 from data_pipelines.sources.opening import open_source
+from tests.data_pipelines import http_server
 from tests.data_pipelines.shards import SAMPLE
 
 EVALUATED = ("unseen-style.parquet", "unseen-ideas.parquet", "flags.parquet")
@@ -105,6 +108,30 @@ def test_a_package_that_is_gone_or_changed_is_told_in_one_line(tmp_path, monkeyp
     with pytest.raises(UserError, match="another sha512"):
         with packages.opened(gone.name, tmp_path):
             pass
+
+
+def reset(handler: http_server.Handler, data: bytes, first: int) -> bool:
+    """Sends a part of the file, then resets the connection."""
+    http_server.drop(handler, data, first)
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+    return True
+
+
+@pytest.mark.parametrize(("fault", "told"), [(http_server.drop, "IncompleteRead"), (reset, "reset by peer")])
+def test_a_download_that_breaks_off_is_told_in_one_line(tmp_path, monkeypatch, fault, told):
+    icons = Package("icons", "1.0.0", "MIT", "")
+    file = tmp_path / "registry" / "icons" / "-" / icons.file_name
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"x" * 100)
+    with http_server.serving(tmp_path / "registry") as server:
+        server.always = fault
+        monkeypatch.setitem(PACKAGES, icons.name, icons)
+        monkeypatch.setattr(packages, "_NPM", server.url)
+        with pytest.raises(UserError, match=rf"icons 1\.0\.0 cannot be fetched .*{told}.*; try again"):
+            with packages.opened(icons.name, tmp_path):
+                pass
+    assert not (tmp_path / icons.file_name).exists()
 
 
 def test_the_command_ends_with_one_line_and_code_2(tmp_path):
