@@ -4,8 +4,7 @@
 
 Counted are the matrix products of the forward pass, times three for the backward pass: a frozen tower has only the forward
 pass, one whose embeddings are read has none. A product that `remat` or micro-batches compute again is not counted again, nor is
-anything elementwise. Loss terms are not counted, so with a large head
-the true MFU is higher than the one that is logged.
+anything elementwise. Loss terms are not counted: with a large head the true MFU is higher than the one that is logged.
 """
 
 import dataclasses
