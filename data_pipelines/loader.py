@@ -2,11 +2,11 @@
 
     mixture order -> read -> decode, crop, resize, tokenize -> rows of a batch, by threads (Grain) or processes: see workers.py
 
-The position is the number of batches handed out, nothing else: batch k is a pure function of (seed, k), so a
-resume seeks by arithmetic and is free to change the number of threads, workers and processes.
+The position is the number of batches handed out, nothing else. Batch k is a pure function of (seed, k), so a resume
+seeks by arithmetic and may change the number of threads, workers and processes.
 
-Grain and Pillow are imported when a loader is made, not with this module: the configuration of a training run
-is to be read on machines that have neither.
+Grain and Pillow are imported when a loader is made, not with this module: machines that have neither can read the
+configuration of a training run.
 """
 
 import collections
@@ -24,7 +24,7 @@ from data_pipelines.augment import AugmentConfig
 from data_pipelines.errors import UserError
 from data_pipelines.image_embeddings import ImageEmbeddings
 from data_pipelines.order.lengths import LengthConfig
-from data_pipelines.order.mixture import Mixture, SourceConfig
+from data_pipelines.order.mixture import SourceConfig
 from data_pipelines.order.permutation import BlockShuffle
 from data_pipelines.records import Source
 from data_pipelines.samples.noise import NoiseConfig
@@ -52,7 +52,8 @@ class DataConfig:
       prefetch: local batches made ahead of the one in use, by all workers together; fewer, but at least one, where they
         exceed 16 GiB.
       max_image_pixels: larger images are refused as decompression bombs.
-      jpeg_scaling: decodes JPEGs at 1/2, 1/4 or 1/8 of their size where the model needs no more pixels: faster, other pixels.
+      jpeg_scaling: decodes JPEGs at 1/2, 1/4 or 1/8 of their size where the model needs no more pixels: faster, but the
+        pixels differ a little.
       cache_bytes: memory for decoded images, in the main process or in each worker; 0 for none.
       image_embeddings: folder in which a frozen image tower's embeddings of all images are kept, computed when they are
         missing; training then reads them instead of images. All hosts share it. None decodes images.
@@ -251,7 +252,7 @@ def make_loader(
       seed: of the order and of every random choice.
       tokens: the settings of `SentencePieceTokenizer`.
       resample: the filter that resizes images.
-      patches: images as patches of their aspect ratio, in place of `image_size` and `resample`.
+      patches: images as patches in their own aspect ratio, in place of `image_size` and `resample`.
       process_index, process_count: which slice of each batch.
       position: batches to skip.
       fields: what becomes of each pair; None for `default_fields`.
@@ -264,7 +265,7 @@ def make_loader(
     from data_pipelines.samples.pairs import ImageCache, ImageDecoder
     from data_pipelines.samples.patches import check_settings
     from data_pipelines.samples.pixels import Pixels
-    from data_pipelines.samples.reading import Reader, make_block_caches
+    from data_pipelines.samples.reading import open_reader
 
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"batch_size={batch_size} does not divide over {process_count} processes")
@@ -275,20 +276,14 @@ def make_loader(
         fields = default_fields(
             config, image_size=image_size, text_length=text_length, tokens=tokens, resample=resample, patches=patches
         )
-    sources = tuple(map(_open, config.sources))
-    mixture = Mixture(tuple(map(len, sources)), tuple(it.weight for it in config.sources), seed, config.shuffle_blocks)
-    caches = make_block_caches(
-        sources, [(it.shards, it.weight) for it in config.sources], config.shuffle_blocks,
-        block_bytes=config.block_bytes, readers=process_count * max(1, config.workers),
-    )  # fmt: skip
-    reader = Reader(sources, mixture, batch_size, process_index, process_count, position, caches)
+    reader = open_reader(config, batch_size, seed, (process_index, process_count), start=position)
     pixels = next((field for field in fields if isinstance(field, Pixels)), None)
     min_size_px = pixels.min_decoded_px if config.jpeg_scaling and pixels else None
     decoder, cache = ImageDecoder(config.max_image_pixels, min_size_px), ImageCache(config.cache_bytes)
-    batches = TrainBatches(reader, fields, decoder, cache, seed, tuple(source.shards for source in config.sources))
+    batches = TrainBatches(reader, fields, decoder, cache, seed, tuple(it.shards for it in config.sources))
     if config.noise is not None:
         batches = NoisyBatches(reader, fields, decoder, cache, seed, batches.names, config.noise)
-    identity = {"fingerprint": _fingerprint(sources, config), "seed": seed, "batch_size": batch_size}
+    identity = {"fingerprint": _fingerprint(reader.sources, config), "seed": seed, "batch_size": batch_size}
     return Loader(batches, config, identity)
 
 
@@ -336,7 +331,7 @@ def make_eval_batches(
       image_size: (h, w) in pixels.
       resample: the filter that resizes images.
       protocol: squash, square875 or aspect75: see `image_ops.resize_and_crop`.
-      patches: images as patches of their aspect ratio, in place of these three.
+      patches: images as patches in their own aspect ratio, in place of these three.
       max_image_pixels: larger images are left out.
       process_index, process_count: of several processes each gets every `process_count`-th pair, from `process_index` on.
       workers: processes that decode; 0 decodes in threads of this one.
@@ -368,26 +363,13 @@ def make_eval_batches(
     return EvalBatches(images, workers, threads)
 
 
-def _open(config: SourceConfig) -> Source:
-    """Raises FileNotFoundError, PermissionError, ValueError, OSError: see `open_source` and `KeptPairs`."""
-    from data_pipelines.sources.opening import open_source
-
-    parts = (part.strip() for field, _ in config.captions for part in field.split("+"))
-    source = open_source(config.shards, image=config.image, fields={part.split(".")[0] for part in parts})
-    if config.manifest is None:
-        return source
-    from data_pipelines.sources.kept_pairs import KeptPairs
-
-    return KeptPairs(source, config.manifest)
-
-
 def _describe(source: Source) -> str:
     paths = [os.path.basename(path) for path in source.paths]
     return f"{paths[0] if len(paths) == 1 else f'{paths[0]} … {paths[-1]}'}, {len(source)} pairs"
 
 
 def _fingerprint(sources: tuple[Source, ...], config: DataConfig) -> str:
-    """Of all that the order depends on, besides seed, batch size and weights; not of where the files lie."""
+    """A hash of what decides the order, besides seed, batch size and weights; where the files lie does not matter."""
     parts = [source.fingerprint for source in sources]
     if config.shuffle_blocks is not None:
         parts.append(dataclasses.asdict(config.shuffle_blocks))

@@ -1,9 +1,9 @@
-"""From a batch number to the pairs of it that this process reads, and how: one by one, or neighbours together.
+"""From a batch number to the pairs that this process reads for that batch, one by one or neighbours together.
 
     everywhere      process p of P has the positions k B + p, k B + p + P, … of batch k
     block by block  it has those whose pairs lie together in storage; each of its workers reads blocks that no other does
 
-Whatever the number of processes, workers and threads, batch k is of the same pairs.
+Whatever the number of processes, workers and threads, batch k has the same pairs.
 """
 
 import contextlib
@@ -13,11 +13,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipelines.order.mixture import Mixture
+from data_pipelines.order.mixture import Mixture, SourceConfig
 from data_pipelines.order.permutation import BlockShuffle
 from data_pipelines.records import Pair, Source
 from data_pipelines.samples.pairs import read_pair
@@ -66,7 +66,7 @@ class Reader:
 
     @property
     def rows(self) -> int:
-        """Of a local batch."""
+        """Pairs in a local batch."""
         return self.batch_pairs // self.process_count
 
     def places(self, batch: int, part: int, parts: int) -> Sequence[Place]:
@@ -130,31 +130,51 @@ class Reader:
         return places, counts
 
 
-def make_block_caches(
+def open_reader(config: Any, batch_pairs: int, seed: int, process: tuple[int, int], *, start: int) -> Reader:
+    """The reader of a `loader.DataConfig`, for process p of P.
+
+    Raises:
+      FileNotFoundError, PermissionError, ValueError, OSError: see `open_config`.
+    """
+    sources, blocks = tuple(map(open_config, config.sources)), config.shuffle_blocks
+    mixture = Mixture(tuple(map(len, sources)), tuple(one.weight for one in config.sources), seed, blocks)
+    readers = process[1] * max(1, config.workers)
+    caches = _make_block_caches(sources, config.sources, blocks, block_bytes=config.block_bytes, readers=readers)
+    return Reader(sources, mixture, batch_pairs, *process, start, caches)
+
+
+def open_config(config: SourceConfig) -> Source:
+    """Raises FileNotFoundError, PermissionError, ValueError, OSError: see `open_source` and `KeptPairs`."""
+    # Workers import this module, and start sooner without these.
+    from data_pipelines.sources.kept_pairs import KeptPairs
+    from data_pipelines.sources.opening import open_source
+
+    parts = (part.strip() for field, _ in config.captions for part in field.split("+"))
+    source = open_source(config.shards, image=config.image, fields={part.split(".")[0] for part in parts})
+    return source if config.manifest is None else KeptPairs(source, config.manifest)
+
+
+def _make_block_caches(
     sources: Sequence[Source],
-    named: Sequence[tuple[str, float]],
+    configs: Sequence[SourceConfig],
     blocks: BlockShuffle | None,
     *,
     block_bytes: int,
     readers: int,
 ) -> tuple[BlockCache, ...]:
-    """One for each source, by its weight; () without blocks.
-
-    Args:
-      named: the shards and the weight of each source; readers: processes that share a stretch.
-    """
-    total = sum(weight for _, weight in named)
+    """One for each source, by its weight; () without blocks. readers: processes that share a stretch."""
     if blocks is None:
         return ()
-    limits = [int(block_bytes * weight / total) for _, weight in named]
-    for source, limit, (shards, _) in zip(sources, limits, named, strict=True):
+    total = sum(config.weight for config in configs)
+    limits = [int(block_bytes * config.weight / total) for config in configs]
+    for source, limit, config in zip(sources, limits, configs, strict=True):
         stretch = min(blocks.block_pairs * blocks.open_blocks, len(source))
         needed = int(stretch * source.pair_bytes) // readers
         if source.is_remote and needed > limit:
             warnings.warn(
-                f"{stretch} pairs of {shards!r} are mixed at a time, about {needed} bytes in each process, and its share "
-                f"of data.block_bytes={block_bytes} is {limit}: of what exceeds it each pair is a request of its own; "
+                f"{stretch} pairs of {config.shards!r} are mixed at a time, about {needed} bytes in each process, and its share "
+                f"of data.block_bytes={block_bytes} is {limit}; pairs that do not fit are fetched one request each; "
                 f"raise data.block_bytes or lower data.shuffle_blocks.open_blocks={blocks.open_blocks}",
-                stacklevel=3,
+                stacklevel=4,
             )
     return tuple(map(BlockCache, limits))

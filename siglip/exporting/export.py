@@ -33,6 +33,7 @@ FORMATS = {
     "stablehlo": stablehlo.EXPORT,
     "savedmodel": saved_model.EXPORT,
 }
+_ONLY_BY_US = "verified with our own reader only; for {}: pip install 'siglip-stage0[interop]'"
 Tower = Literal["image", "both"]
 Samples = Callable[[ModelConfig, Path | None], Inputs]
 
@@ -94,17 +95,15 @@ def export(
         ExportMismatch: the written file does not give the same outputs; nothing is left of it.
     """
     out = Path(out).expanduser()
-    chosen = _check_request(out, format=format, tower=tower, layout=layout, dtype=dtype, samples=samples)
+    chosen = _check_request(out, src, format=format, tower=tower, layout=layout, dtype=dtype, samples=samples)
     options = _options(chosen, layout=layout, dtype=dtype, shard_bytes=shard_bytes)
-    _check_place(out, big_vision.split_subtree(src)[0])
     params, config, tokenizer = _model(src, tower=tower, head=head, image_size=image_size, patch_size=patch_size)
     params, differences = (params, {}) if dtype == "float32" else _rounded(params, config)
     known = (config, tokenizer is not None)
     verified = all(find_spec(package) for package in chosen.needs)
     with new_folder(out, publish=_publish_npz if out.suffix == ".npz" else os.rename) as partial:
         chosen.write(partial, params, config, tokenizer=tokenizer, **options)
-        noise = [] if chosen.takes_files else [random_inputs(config)]  # it has no encoded files
-        cases = noise + ([] if samples is None else [samples(config, tokenizer)])
+        cases = _cases(chosen, config, tokenizer, samples)
         expected = [expected_outputs(Encoder(params, config), case) for case in cases]
         del params  # held once while they are written, and once while they are read back
         found = _read_back(chosen if verified else None, partial, cases)
@@ -114,9 +113,14 @@ def export(
             contract=chosen.contract(*known), example=chosen.example(*known), reader=_reader(chosen, verified),
         )  # fmt: skip
         (partial / "README.md").write_text(card)
-    by_us = f"verified with our own reader only; for {chosen.library}: pip install 'siglip-stage0[interop]'"
-    warnings = [*chosen.warnings(*known)] + ([] if verified else [by_us])
+    warnings = [*chosen.warnings(*known)] + ([] if verified else [_ONLY_BY_US.format(chosen.library)])
     return ExportReport(out, differences, verified, _message(out, differences, warnings))
+
+
+def _cases(chosen: ExportFormat, config: ModelConfig, tokenizer: Path | None, samples: Samples | None) -> list[Inputs]:
+    """What the source and its export are compared on: noise, which has no encoded files, and the caller's samples."""
+    noise = [] if chosen.takes_files else [random_inputs(config)]
+    return noise + ([] if samples is None else [samples(config, tokenizer)])
 
 
 def _read_back(chosen: ExportFormat | None, folder: Path, cases: Sequence[Inputs]) -> list[Outputs]:
@@ -155,7 +159,7 @@ def _message(out: Path, differences: Mapping[str, Mapping[str, float]], warnings
 
 
 def _check_request(
-    out: Path, *, format: str, tower: Tower, layout: Layout, dtype: Dtype, samples: Samples | None
+    out: Path, src: str | Path, *, format: str, tower: Tower, layout: Layout, dtype: Dtype, samples: Samples | None
 ) -> ExportFormat:
     if format not in FORMATS:
         raise UserError(f"format={format!r} is not one of {', '.join(FORMATS)}")
@@ -175,6 +179,7 @@ def _check_request(
             raise FileExistsError(f"{str(path)!r} exists; export to a new name, or remove it first")
     if chosen.takes_files and samples is None:
         raise UserError(f"{format} takes encoded images and raw texts, so it is verified with some: pass samples=…")
+    _check_place(out, big_vision.split_subtree(src)[0])
     return chosen
 
 

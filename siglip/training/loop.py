@@ -109,12 +109,16 @@ def train(
                         prepare(start_step, state.params, signals.stop_now)
                 return _steps(config, program, state, start_step, batches, hooks, signals)
     except Exception as error:
-        if not is_lost_process(error):
-            raise
-        steps, reason = whole_steps(workdir), str(error).splitlines()[0]
-        where = f"step {steps[-1]} of" if steps else "the beginning, there is no checkpoint yet in"
-        advice = f"start the same command again on every host: it goes on from {where} {workdir}"
-        raise FailedAlone(f"another process of this job is gone ({reason}); {advice}") from error
+        if is_lost_process(error):
+            raise _failed_alone(workdir, error) from error
+        raise
+
+
+def _failed_alone(workdir: Path, error: Exception) -> FailedAlone:
+    steps, reason = whole_steps(workdir), str(error).splitlines()[0]
+    where = f"step {steps[-1]} of" if steps else "the beginning, there is no checkpoint yet in"
+    advice = f"start the same command again on every host: it goes on from {where} {workdir}"
+    return FailedAlone(f"another process of this job is gone ({reason}); {advice}")
 
 
 @contextlib.contextmanager

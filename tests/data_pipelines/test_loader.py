@@ -16,9 +16,9 @@ from data_pipelines.augment import AugmentConfig, apply_flip, apply_gain, draw_b
 from data_pipelines.counter_rng import Draws
 from data_pipelines.errors import UserError
 from data_pipelines.loader import DataConfig, make_eval_batches, make_loader
-from data_pipelines.loader import _open as open_config
 from data_pipelines.order.mixture import SourceConfig
 from data_pipelines.samples.pixels import Pixels
+from data_pipelines.samples.reading import open_config
 from data_pipelines.sources.webdataset import TarSource
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from tests.data_pipelines.shards import SAMPLE, SPIECE, encode, write_pairs, write_tar
