@@ -5,13 +5,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from data_pipelines.sample import LANGUAGES
 from siglip.cli import run, suites
 from siglip.cli.evaluation import format_table
 from siglip.cli.reporting import _with_chance, _without_languages
 from siglip.evaluation import text_cache
+from siglip.evaluation.class_files import canonicalize, read_classes
 from siglip.evaluation.embed import Embedder
 from siglip.evaluation.suite_file import metric_of, read_suite
 from siglip.formats import big_vision
@@ -237,10 +240,22 @@ def test_mistakes_in_the_flags_of_a_suite(src, tmp_path, capsys):
 def test_ready_suites(path):
     suite = read_suite(path, root="/data")
     published = [value for entry in suite.entries for values in entry.published.values() for value in values.values()]
-    assert len(suite.entries) == {"datacomp38": 38, "vtab19": 19, "siglip": 5, "siglip2": 6, "quickstart": 6}[path.stem]
+    sizes = {"datacomp38": 38, "vtab19": 19, "siglip": 5, "siglip2": 6, "quickstart": 6, "flags": len(LANGUAGES)}
+    assert len(suite.entries) == sizes[path.stem]
     assert all(0 < value < 1 for value in published) and {m for e in suite.entries for m in e.published} == set(
         suite.sources
     )
+
+
+def test_the_flags_have_their_names_in_every_language():
+    names = pq.read_table(SAMPLE / "flags.parquet", columns=["captions"])["captions"].to_pylist()
+    entries = {entry.task.name: entry.task for entry in read_suite(SUITES / "flags.yaml").entries}
+    assert list(entries) == [f"flags-{language}" for language in LANGUAGES]
+    for language in LANGUAGES:
+        task = entries[f"flags-{language}"]
+        classes = read_classes(task.classes).names
+        assert task.label == f"captions.{language}" and classes == [own[language] for own in names]
+        assert len(set(map(canonicalize, classes))) == 200
 
 
 def test_metrics_by_name():
