@@ -49,7 +49,8 @@ quickstart: $(VENV)/.installed
 	@echo "encoder: $(RUN)/encoder"
 	@echo "next:    $(BIN)/siglip demo $(RUN) --data $(SAMPLE)/unseen-style.parquet      # search in the browser"
 	@echo "         $(BIN)/siglip train configs/siglit.py --init.src $(RUN)               # a new text tower on the frozen ViT"
-	@echo "         docs/your-own-data.md                                                # the same with pairs of your own"
+	@echo "         $(BIN)/siglip eval $(RUN) --suite configs/suites/flags.yaml --out $(RUN)/flags   # name flags in twelve languages"
+	@echo "pairs of your own: docs/your-own-data.md"
 
 # Remakes the shipped sample from packages of public registries (the extra `sample`): shards, manifest, tokenizer.
 sample: $(VENV)/.installed

@@ -7,6 +7,7 @@ kept in WORKDIR/findings.json: later reports of the same checkpoint need neither
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,15 @@ from siglip.cli.data_sets import complete
 from siglip.cli.evaluation import embedder_of, format_table, settings_of
 from siglip.errors import UserError
 from siglip.evaluation.embed import EmbeddedImages, Embedder
-from siglip.evaluation.findings import classified, confusion, counts_of, retrieval_findings
+from siglip.evaluation.findings import (
+    FEW_QUERIES,
+    QUERIES,
+    classified,
+    confusion,
+    counts_of,
+    found_images,
+    retrieval_findings,
+)
 from siglip.evaluation.labels import are_multi_label
 from siglip.evaluation.results import dataset_name
 from siglip.evaluation.retrieval import Retrieval, mean_of
@@ -35,14 +44,15 @@ from siglip.workdir import plots
 from siglip.workdir.checkpoint import CHECKPOINTS_DIR
 from siglip.workdir.files import CONFIG_FILE, TOKENIZER_FILE, read_config
 from siglip.workdir.metrics import read_metrics
-from siglip.workdir.report import Run, chance_rows, final_results, sizes_of, write_report
+from siglip.workdir.report import Run, chances_of, final_results, sizes_of, write_report
 
 logger = logging.getLogger(__name__)
 
 FINDINGS_FILE = "findings.json"
 SHOWN_PX = 72
 _MAX_LANGUAGES = 3  # rows of one set that are printed
-_VERSION = 4
+_MAIN_METRIC = "image_retrieval_recall@10"
+_VERSION = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +85,27 @@ def report_command(args: list[str]) -> None:
     for run in runs:
         for task, datasets in final_results(run.lines).items():
             columns = {name for metrics in datasets.values() for name in metrics}
-            chance = chance_rows(datasets, {name: sizes_of(run, task, name) for name in datasets})
-            rows = {name: {k: v for k, v in row.items() if k in columns} for name, row in (chance | baselines).items()}
-            print(format_table(_without_languages(datasets) | {name: row for name, row in rows.items() if row}))
+            rows = {name: {k: v for k, v in row.items() if k in columns} for name, row in baselines.items()}
+            measured = _without_languages(_with_chance(run, task, datasets))
+            print(format_table(measured | {name: row for name, row in rows.items() if row}))
         for note in run.notes:
             print(f"{run.name}: {note}")
     print(f"report: {path}")
+
+
+def _with_chance(run: Run, task: str, datasets: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """The same rows, each with what chance gives beside t2i R@10, or beside the first metric whose chance is known."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, metrics in datasets.items():
+        chances, row = chances_of(metrics, sizes_of(run, task, name)), rows.setdefault(name, {})
+        beside = _MAIN_METRIC if _MAIN_METRIC in chances else next(iter(chances), None)
+        for metric, value in metrics.items():
+            row[metric] = value
+            if metric == beside:
+                row["chance"] = chances[metric]
+    if any("chance" in row for row in rows.values()):
+        rows = {name: {**row, "chance": row.get("chance", math.nan)} for name, row in rows.items()}
+    return rows
 
 
 def _without_languages(datasets: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
@@ -165,7 +190,7 @@ def _recall(results: Mapping[str, Mapping[str, float]], found: Mapping[str, Any]
     """[language, t2i R@10, its standard error] of each language of one set, the best first but English before all."""
     rows = []
     for language, sizes in found["counts"].items():
-        value = results.get(f"{found['dataset']}-{language}", {}).get("image_retrieval_recall@10")
+        value = results.get(f"{found['dataset']}-{language}", {}).get(_MAIN_METRIC)
         if value is not None:
             rows.append([language, value, float(np.sqrt(value * (1 - value) / sizes["texts"]))])
     return sorted(rows, key=lambda row: (row[0] != "en", -row[1]))
@@ -196,17 +221,14 @@ def _findings(workdir: Path, config: Mapping[str, Any], settings: EvalConfig) ->
 
 
 def _compute(workdir: Path, config: Mapping[str, Any], settings: EvalConfig) -> dict[str, Any]:
-    """Runs the model over the first retrieval set and every classification set; of other retrieval sets, their sizes."""
+    """Runs the model over every set of retrieval, the first in detail, and of classification."""
     embedder = embedder_of(workdir, tokenizer=str(workdir / TOKENIZER_FILE), **settings_of(settings))
     findings: dict[str, Any] = {"zeroshot": {}}
     tasks = [complete(task) for task in settings.tasks]
     first, *others = [task for task in tasks if isinstance(task, Retrieval)] or [None]
     if first is not None:
         findings |= _of_retrieval(first, embedder, batch_size=config["batch_size"])
-    findings["sizes"] = [
-        {"dataset": task.dataset, "counts": counts_of(_captions(task, embedder.embed_shards(task.data, task.captions)))}
-        for task in others
-    ]
+    findings["others"] = [_of_another(task, embedder) for task in others]
     for task in tasks:
         if isinstance(task, ZeroShot):
             images = embedder.embed_shards(task.data, (task.label,))
@@ -227,14 +249,25 @@ def _compute(workdir: Path, config: Mapping[str, Any], settings: EvalConfig) -> 
 def _of_retrieval(task: Retrieval, embedder: Embedder, *, batch_size: int) -> dict[str, Any]:
     images = embedder.embed_shards(task.data, task.captions)
     captions = _captions(task, images)
-    ztxt = {
-        language: embedder.embed_texts([text for own in texts for text in own]) for language, texts in captions.items()
-    }
+    ztxt = embedder.embed_texts([text for own in next(iter(captions.values())) for text in own])
     scale = {"temperature": embedder.temperature, "bias": embedder.bias, "batch_size": batch_size}
     found = retrieval_findings(images.zimg, captions, ztxt, **scale)
-    shown = {row for query in found["found"] for row in (query["right"], *query["top"])}
-    shown |= {one[which] for one in found["mistakes"] for which in ("right", "wrong")}
+    found["found"] = found_images(images.zimg, captions, embedder.embed_texts, queries=QUERIES)
+    shown = _rows_of(found["found"]) | {one[which] for one in found["mistakes"] for which in ("right", "wrong")}
     return {"retrieval": found | {"dataset": task.dataset}, "thumbs": _thumbs(task.data, sorted(shown), images.index)}
+
+
+def _of_another(task: Retrieval, embedder: Embedder) -> dict[str, Any]:
+    """Of a retrieval set after the first: its sizes and what queries find."""
+    images = embedder.embed_shards(task.data, task.captions)
+    captions = _captions(task, images)
+    found = found_images(images.zimg, captions, embedder.embed_texts, queries=FEW_QUERIES)
+    thumbs = _thumbs(task.data, sorted(_rows_of(found)), images.index)
+    return {"dataset": task.dataset, "counts": counts_of(captions), "found": found, "thumbs": thumbs}
+
+
+def _rows_of(found: Sequence[Mapping[str, Any]]) -> set[int]:
+    return {row for query in found for row in (query["right"], *query["top"])}
 
 
 def _captions(task: Retrieval, images: EmbeddedImages) -> dict[str, list[list[str]]]:

@@ -7,7 +7,7 @@
 The scores are walked over in blocks of rows, so memory does not grow with images x texts. Images are told by their row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from siglip.array_types import Float, Int
 from siglip.losses import prior_shift
 
 TOP = 8
-_QUERIES, _MISTAKES, _SIMILAR, _CLASSIFIED = 16, 8, 24, 8
+QUERIES, FEW_QUERIES = 16, 11
+_MISTAKES, _SIMILAR, _CLASSIFIED = 8, 24, 8
 _BINS, _RELIABILITY_BINS = 60, 12
 _BLOCK = 1 << 22  # scores
 
@@ -24,7 +25,7 @@ _BLOCK = 1 << 22  # scores
 def retrieval_findings(
     zimg: Float[np.ndarray, "n e"],
     captions: Mapping[str, Sequence[Sequence[str]]],
-    ztxt: Mapping[str, Float[np.ndarray, "m e"]],
+    ztxt: Float[np.ndarray, "m e"],
     *,
     temperature: float,
     bias: float,
@@ -33,23 +34,22 @@ def retrieval_findings(
     """Of images and their captions by language; the first language is looked at in detail.
 
     Args:
-        captions: language -> captions of each image. ztxt: their embeddings, one after the other.
+        captions: language -> captions of each image. ztxt: embeddings of those of the first language, one after the other.
         temperature: exp(t). batch_size: pairs in a training batch, for the probabilities.
     """
     first = next(iter(captions))
     texts = [text for own in captions[first] for text in own]
     image_of_text = np.repeat(np.arange(len(zimg)), [len(own) for own in captions[first]])
     shift = prior_shift(min(len(texts) / (len(zimg) * len(texts)), 0.5), batch_size=batch_size)
-    statistics = _walk(zimg, ztxt[first], image_of_text, temperature, bias, shift)
+    statistics = _walk(zimg, ztxt, image_of_text, temperature, bias, shift)
     some = np.unique(np.linspace(0, len(texts) - 1, min(_SIMILAR, len(texts))).astype(int))
-    logits = temperature * zimg[image_of_text[some]] @ ztxt[first][some].T + bias
+    logits = temperature * zimg[image_of_text[some]] @ ztxt[some].T + bias
     return {
         "counts": counts_of(captions),
         "language": first,
         "histogram": statistics["histogram"],
         "reliability": statistics["reliability"],
         "similarity": {"texts": [texts[n] for n in some], "logits": np.round(logits, 2).tolist()},
-        "found": _found(zimg, captions, ztxt),
         "mistakes": _mistakes(statistics, texts, image_of_text, shift),
     }
 
@@ -108,19 +108,25 @@ def _mistakes(statistics, texts: Sequence[str], image_of_text: Int[np.ndarray, "
     return found
 
 
-def _found(zimg, captions, ztxt) -> list[dict]:
-    """A few queries spread over the set: every other one in the first language, the rest in the others in turn."""
-    languages, count, queries = list(captions), len(zimg), []
-    starts = {language: np.cumsum([0, *map(len, captions[language])]) for language in languages}
-    for n, row in enumerate(np.linspace(0, count - 1, min(_QUERIES, count)).astype(int).tolist()):
-        first, *others = languages
+def found_images(
+    zimg: Float[np.ndarray, "n e"],
+    captions: Mapping[str, Sequence[Sequence[str]]],
+    embed_texts: Callable[[list[str]], Float[np.ndarray, "m e"]],
+    *,
+    queries: int,
+) -> list[dict[str, Any]]:
+    """What some queries spread over the set find: every other one in the first language, the rest in the others in turn."""
+    (first, *others), asked = captions, []
+    for n, row in enumerate(np.linspace(0, len(zimg) - 1, min(queries, len(zimg))).astype(int).tolist()):
         language = others[n // 2 % len(others)] if others and n % 2 else first
         if captions[language][row]:
-            scores = zimg @ ztxt[language][starts[language][row]]
-            order = np.argsort(-scores, kind="stable").tolist()
-            text, rank = captions[language][row][0], order.index(row) + 1
-            queries.append({"language": language, "text": text, "right": row, "rank": rank, "top": order[:TOP]})
-    return sorted(queries, key=lambda query: query["language"] != languages[0])
+            asked.append({"language": language, "text": captions[language][row][0], "right": row})
+    asked.sort(key=lambda query: query["language"] != first)
+    found = []
+    for query, z in zip(asked, embed_texts([query["text"] for query in asked]), strict=True):
+        order = np.argsort(-(zimg @ z), kind="stable").tolist()
+        found.append(query | {"rank": order.index(query["right"]) + 1, "top": order[:TOP]})
+    return found
 
 
 def confusion(

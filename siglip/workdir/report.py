@@ -37,8 +37,8 @@ class Run(NamedTuple):
 
     Attributes:
         lines: of metrics.jsonl. config: config.json. findings: what `siglip report` has computed with the model, or {}:
-            "retrieval" (siglip/evaluation/findings.py), "sizes" of other retrieval sets [{"dataset", "counts"}], "zeroshot"
-            {data set: confusion}, "thumbs" {row: data URL}.
+            "retrieval" (siglip/evaluation/findings.py), "thumbs" of its images {row: data URL}, "others": [{"dataset",
+            "counts", "found", "thumbs"}] of further retrieval sets, "zeroshot" {data set: confusion}.
         funnels: {manifest: funnel.json of its curation}. notes: what is left out, and why.
         closest: {evaluation set: of each of its images the closest training image: "distance", "bits", and for those to show
             "evaluation" and "training", what they are, and "images", data URLs of the two}.
@@ -194,7 +194,7 @@ def sizes_of(run: Run, task: str, dataset: str) -> Mapping[str, int]:
     """Numbers of queries and candidates where they are known: {"images", "described", "texts"} or {"images", "classes"}."""
     if task == "zeroshot":
         return run.findings.get("zeroshot", {}).get(dataset, {})
-    known = [run.findings.get("retrieval"), *run.findings.get("sizes", ())] if task == "retrieval" else []
+    known = [run.findings.get("retrieval"), *run.findings.get("others", ())] if task == "retrieval" else []
     for found in filter(None, known):
         name, counts = found["dataset"], found["counts"]
         named = {f"{name}-{language}": own for language, own in counts.items()}
@@ -230,6 +230,12 @@ def _chance(metric: str, sizes: Mapping[str, int]) -> float | None:
     return (candidates + 1) / 2 if "rank" in metric and right == 1 else None
 
 
+def chances_of(metrics: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+    """What random scores get in each metric where that is known: the evaluation tells it, or `sizes_of` do."""
+    chances = {metric: metrics.get(f"{metric}{CHANCE}", _chance(metric, sizes)) for metric in metrics}
+    return {metric: chance for metric, chance in chances.items() if chance is not None}
+
+
 def chance_rows(
     results: Mapping[str, Mapping[str, float]], sizes: Mapping[str, Mapping[str, int]]
 ) -> dict[str, dict[str, float]]:
@@ -244,9 +250,7 @@ def chance_rows(
     for name, metrics in results.items():
         base = name.rpartition("-")[0]
         if not name.endswith("-mean"):
-            # The evaluation tells it, or the sizes do.
-            chances = {m: metrics.get(f"{m}{CHANCE}", _chance(m, sizes[name])) for m in metrics}
-            own = {m: chance for m, chance in chances.items() if chance is not None}
+            own = chances_of(metrics, sizes[name])
             found.setdefault(base if f"{base}-mean" in results else name, []).append(own)
     rows = {
         base: {m: chance for m, chance in first.items() if all(own.get(m) == chance for own in more)}

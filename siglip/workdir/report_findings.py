@@ -14,6 +14,7 @@ def findings_sections(findings: Mapping[str, Any]) -> list[str]:
         sections += [
             _scores(retrieval, findings.get("recall", [])),
             _found(retrieval, thumbs),
+            *(_found(other, other["thumbs"]) for other in findings.get("others", ())),
             _mistakes(retrieval, thumbs),
         ]
     return sections + [_classes(name, found) for name, found in findings.get("zeroshot", {}).items()]
@@ -50,9 +51,9 @@ def _found(found: Mapping[str, Any], thumbs: Mapping[str, str]) -> str:
         )
     count = next(iter(found["counts"].values()))["images"]
     return (
-        "<h2>What queries find</h2><p class='muted'>First the query, the image that it describes and the rank that the model "
-        f"gives it (by chance {(count + 1) / 2:.0f}); then the images that come first, of {count}. The right one is framed.</p>"
-        + "".join(rows)
+        f"<h2>What queries find: {html.escape(found['dataset'])}</h2><p class='muted'>First the query, the image that it "
+        f"describes and the rank that the model gives it (by chance {(count + 1) / 2:.0f}); then the images that come first, "
+        f"of {count}. The right one is framed.</p>" + "".join(rows)
     )
 
 

@@ -5,16 +5,21 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from data_pipelines.sample import LANGUAGES
 from siglip.cli import run, suites
-from siglip.cli.reporting import _without_languages
+from siglip.cli.evaluation import format_table
+from siglip.cli.reporting import _with_chance, _without_languages
 from siglip.evaluation import text_cache
+from siglip.evaluation.class_files import canonicalize, read_classes
 from siglip.evaluation.embed import Embedder
 from siglip.evaluation.suite_file import metric_of, read_suite
 from siglip.formats import big_vision
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
+from siglip.workdir.report import Run
 from tests.data_pipelines.shards import encode, write_tar
 from tests.siglip.jobs import ROOT, SAMPLE
 from tests.siglip.tiny import random_params
@@ -235,10 +240,22 @@ def test_mistakes_in_the_flags_of_a_suite(src, tmp_path, capsys):
 def test_ready_suites(path):
     suite = read_suite(path, root="/data")
     published = [value for entry in suite.entries for values in entry.published.values() for value in values.values()]
-    assert len(suite.entries) == {"datacomp38": 38, "vtab19": 19, "siglip": 5, "siglip2": 6, "quickstart": 6}[path.stem]
+    sizes = {"datacomp38": 38, "vtab19": 19, "siglip": 5, "siglip2": 6, "quickstart": 6, "flags": len(LANGUAGES)}
+    assert len(suite.entries) == sizes[path.stem]
     assert all(0 < value < 1 for value in published) and {m for e in suite.entries for m in e.published} == set(
         suite.sources
     )
+
+
+def test_the_flags_have_their_names_in_every_language():
+    names = pq.read_table(SAMPLE / "flags.parquet", columns=["captions"])["captions"].to_pylist()
+    entries = {entry.task.name: entry.task for entry in read_suite(SUITES / "flags.yaml").entries}
+    assert list(entries) == [f"flags-{language}" for language in LANGUAGES]
+    for language in LANGUAGES:
+        task = entries[f"flags-{language}"]
+        classes = read_classes(task.classes).names
+        assert task.label == f"captions.{language}" and classes == [own[language] for own in names]
+        assert len(set(map(canonicalize, classes))) == 200
 
 
 def test_metrics_by_name():
@@ -277,3 +294,23 @@ def test_of_many_languages_english_and_the_mean_of_the_others_are_printed():
     assert shown["toy-4 others"] == {"image_retrieval_recall@10": pytest.approx(0.15)}
     few = {name: row for name, row in sets.items() if name not in ("toy-de", "toy-fr")}
     assert _without_languages(few) == few
+
+
+def test_chance_is_printed_beside_the_value_that_it_is_of():
+    counts = {n: {"images": 50, "described": 50, "texts": 50} for n in ("en", "de", "fr", "th", "zh")}
+    sizes = {"retrieval": {"dataset": "toy", "counts": counts}, "zeroshot": {"ten": {"images": 9, "classes": 10}}}
+    names = ("text_retrieval_recall@10", "image_retrieval_recall@10", "image_retrieval_median_rank")
+    sets = {f"toy-{n}": dict.fromkeys(names, 0.5) for n in (*counts, "mean")} | {"other": dict.fromkeys(names, 0.5)}
+    run = Run("run", [], {}, sizes)
+    head, *rows = format_table(_without_languages(_with_chance(run, "retrieval", sets))).splitlines()
+    assert head.split() == ["i2t", "R@10", "t2i", "R@10", "chance", "t2i", "rank"]
+    assert [row.split()[-4:] for row in rows] == [
+        ["0.500", "0.500", "0.200", "0.5"],  # English
+        ["0.500", "0.500", "-", "0.5"],  # of another set nobody knows the size
+        ["0.500", "0.500", "0.200", "0.5"],  # the four other languages
+    ]
+    shown = _with_chance(run, "zeroshot", {"ten": {"acc1": 0.5, "acc5": 0.9}})
+    assert shown == {"ten": {"acc1": 0.5, "chance": 0.1, "acc5": 0.9}}
+    told = {"knn_acc1_map": 0.5, "knn_acc1_map_chance": 0.25}
+    assert _with_chance(run, "knn", {"x": told})["x"] == told | {"chance": 0.25}
+    assert _with_chance(run, "knn", {"x": {"knn_acc1_map": 0.5}}) == {"x": {"knn_acc1_map": 0.5}}

@@ -12,9 +12,10 @@ from data_pipelines.curate.closest import CLOSEST_SCHEMA
 from siglip.cli.evaluation import format_table
 from siglip.cli.reporting import _closest
 from siglip.evaluation import findings
-from siglip.evaluation.findings import classified, confusion, retrieval_findings
+from siglip.evaluation.findings import classified, confusion, found_images, retrieval_findings
 from siglip.workdir import plots
 from siglip.workdir.report import Run, _chance, chance_rows, final_results, write_report
+from tests.data_pipelines.shards import SAMPLE
 
 TEMPERATURE, BIAS, BATCH = 9.0, -4.0, 64
 
@@ -33,7 +34,7 @@ def test_findings_equal_a_loop_over_all_pairs(monkeypatch, block):
     texts, owner = [t for own in captions for t in own], [n for n, own in enumerate(captions) for _ in own]
     zimg, ztxt = unit(rng, 13), unit(rng, len(texts))
     scale = {"temperature": TEMPERATURE, "bias": BIAS, "batch_size": BATCH}
-    found = retrieval_findings(zimg, {"en": captions}, {"en": ztxt}, **scale)
+    found = retrieval_findings(zimg, {"en": captions}, ztxt, **scale)
     logits = TEMPERATURE * np.float64(ztxt) @ np.float64(zimg).T + BIAS
     match = np.array(owner)[:, None] == np.arange(13)
     assert found["counts"] == {"en": {"images": 13, "described": 10, "texts": len(texts)}}
@@ -53,10 +54,34 @@ def test_findings_equal_a_loop_over_all_pairs(monkeypatch, block):
     worst = found["mistakes"][0]
     assert texts.index(worst["text"]) == behind.argmax() and worst["right"] == owner[behind.argmax()]
     assert worst["p_wrong"] == pytest.approx(p[behind.argmax(), worst["wrong"]], rel=1e-5)
-    for query in found["found"]:
+    embed = lambda asked: ztxt[[texts.index(text) for text in asked]]  # noqa: E731
+    queries = found_images(zimg, {"en": captions}, embed, queries=16)
+    assert [query["text"] for query in queries] == [own[0] for own in captions if own]
+    for query in queries:
         scores = logits[texts.index(query["text"])]
         assert query["rank"] == 1 + np.sum(scores > scores[query["right"]])
         assert query["top"] == np.argsort(-scores)[:8].tolist()
+
+
+def test_queries_over_unseen_ideas_have_the_eggplant_and_several_languages():
+    table = pq.read_table(SAMPLE / "unseen-ideas.parquet", columns=["captions"])["captions"].to_pylist()
+    captions = {language: [[own[language]] for own in table] for language in ("en", "de", "hi")}
+    rng = np.random.default_rng(0)
+    found = found_images(
+        unit(rng, len(table)), captions, lambda texts: unit(rng, len(texts)), queries=findings.FEW_QUERIES
+    )
+    assert [query["language"] for query in found] == ["en"] * 6 + ["de", "hi"] * 2 + ["de"]
+    assert "eggplant" in [query["text"] for query in found]
+
+
+def test_the_page_shows_what_queries_find_in_every_retrieval_set(tmp_path):
+    query = {"language": "en", "text": "<eggplant>", "right": 3, "rank": 2, "top": [5, 3]}
+    counts = {"en": {"images": 9, "described": 9, "texts": 9}}
+    other = {"dataset": "ideas", "counts": counts, "found": [query], "thumbs": {"3": "data:,three", "5": "data:,five"}}
+    found = {"retrieval": {"counts": counts, **SCORES}, "thumbs": {}, "others": [other]}
+    page = write_report(tmp_path / "r.html", [Run("run", [], {}, found)]).read_text()
+    assert "What queries find: toy" in page and "<bdi>&lt;eggplant&gt;</bdi>" in page.partition("find: ideas")[2]
+    assert (page.count("src='data:,three'"), page.count("src='data:,five'")) == (2, 1) and "by chance 5" in page
 
 
 def test_confusion():
@@ -145,7 +170,8 @@ def test_each_data_set_has_its_own_chance(tmp_path):
         name: {"images": 9, "classes": n, "worst": [], "examples": []} for name, n in {"ten": 10, "four": 4}.items()
     }
     found = {"retrieval": {"counts": {"en": sizes, "de": sizes}, **SCORES}, "zeroshot": counts}
-    found["sizes"] = [{"dataset": "b", "counts": {"en": {"images": 20, "described": 20, "texts": 36}}}]
+    sizes = {"images": 20, "described": 20, "texts": 36}
+    found["others"] = [{"dataset": "b", "counts": {"en": sizes}, "found": [], "thumbs": {}}]
     lines = [
         {
             "step": 2,
