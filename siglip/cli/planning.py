@@ -21,13 +21,13 @@ USAGE = """usage: siglip plan CONFIG --topology T [--compile] [--search] [--json
 T is a slice of TPUs (v4:2x2x1, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1) or GPUs (a100:8, h100:8, h200:8, b200:8;
 h100:8x128 are 128 hosts of 8). Prints memory per device, FLOPs, traffic, a range of step times, and the cores that decode.
 Nothing is compiled, and no device is needed.
-  --compile   compiles the real step for T and reports the compiler's memory: minutes for TPUs (pip install
-              'jax[tpu]==VERSION', that of jax), half a minute for GPUs (pip install jax-cuda13-plugin==VERSION
-              jax-cuda13-pjrt==VERSION). A step whose estimate is beyond doubt, 1.25 times the memory of a GPU, is not
-              compiled: it does not fit
-  --search    tries mesh.fsdp, remat and loss.micro_batch_size, and plans the fastest that fits
-  --json      one JSON object instead of lines
-Exit code 0 whether it fits or not."""
+  --compile   compiles the real step for T and reports the compiler's memory, in minutes. TPUs need the extra [tpu]; GPUs
+              need [gpu], or without CUDA [aot] in a folder of its own: `make aot`, then PYTHONPATH=build/aot siglip plan …
+              A step whose estimate is more than 1.25 times the memory of a GPU is not compiled: it does not fit
+  --search    tries mesh.fsdp, remat and loss.micro_batch_size, and plans the fastest of those that leave a tenth of the
+              memory free; if there is none, the fastest that fits
+  --json      one JSON object instead of lines; `to_make_it_fit`, where the plan does not fit, has the flags to add, or null
+Exit code 0 whether it fits or not; 2 if --search finds nothing that fits."""
 
 _SWITCHES = ("--compile", "--search", "--json")
 _MAX_SHOWN = 5
@@ -59,15 +59,16 @@ def plan_command(args: list[str]) -> None:
     compiled = None
     if switches["--compile"]:
         compiled = _compile(config, topology, plan)
+    better = [] if plan.fits else [candidate.flags for candidate in search(config, topology, shapes)]
     if switches["--json"]:
-        print(json.dumps(to_json(plan, compiled, candidates), indent=1))
+        tree = to_json(plan, compiled, candidates)
+        print(json.dumps(tree if plan.fits else tree | {"to_make_it_fit": next(iter(better), None)}, indent=1))
         return
     print("\n".join(to_lines(plan, config)))
     if candidates:
         print("\n".join(_search_lines(candidates)))
     elif not plan.fits:
-        better = search(config, topology, shapes)
-        print(f"to make it fit     {better[0].flags}" if better else _nothing_fits(config, topology))
+        print(f"to make it fit     {better[0]}" if better else _nothing_fits(config, topology))
     if compiled:
         print("\n".join(_compiled_lines(compiled, plan)))
 
@@ -193,7 +194,7 @@ def _gib(size: float) -> str:
 
 
 def _search_lines(candidates: list[Candidate]) -> list[str]:
-    lines = ["fastest that fit   step s   GiB   flags to add"]
+    lines = ["best that fit      step s   GiB   flags to add"]
     for c in candidates[:_MAX_SHOWN]:
         total = _gib(c.estimate.bytes_per_device["total"])
         lines.append(f"                   {c.estimate.step_s:6.3f} {total:>6}  {c.flags or '(as it is)'}")

@@ -127,9 +127,9 @@ def _plugin_problem(error: Exception, is_gpu: bool) -> str:
     message = " ".join(str(error).split())
     if re.search(r"libtpu.*(lockfile|in use|already)|ABORTED", message):
         return "another process is using libtpu, which one at a time may; wait until it has ended and start again"
-    gpu = " ".join(f"jax-cuda13-{part}=={jax.__version__}" for part in ("plugin", "pjrt"))
-    package = gpu if is_gpu else f"'jax[tpu]=={jax.__version__}'"  # it names the libtpu that goes with it
-    return f"the compiler for it is not installed or does not load ({message[:200]}); python -m pip install {package}"
+    gpu = "the extra [aot] in a folder of its own: run `make aot` and start again with PYTHONPATH=build/aot"
+    fix = gpu if is_gpu else "the extra [tpu]: python -m pip install -c constraints.txt -e '.[tpu]'"
+    return f"the compiler for it is not installed or does not load ({message[:200]}); it is {fix}"
 
 
 def _gpu_text(topology: Topology) -> str:

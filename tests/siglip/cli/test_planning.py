@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 from siglip import cli
@@ -47,6 +46,16 @@ def test_lines_say_what_does_not_fit_and_how_it_would(capfd):
     flags = next(line for line in told.splitlines() if line.startswith("to make it fit")).split()[4:]
     assert "DOES NOT FIT" not in plan(capfd, *large, *flags)
     assert "(as it is)" in plan(capfd, *large, *flags, "--search")
+    assert json.loads(plan(capfd, *large, "--json"))["to_make_it_fit"].split() == flags
+    assert "to_make_it_fit" not in json.loads(plan(capfd, *large, *flags, "--json"))
+
+
+def test_where_nothing_fits(capfd):
+    hopeless = ["--topology=h100:1", "--batch-size=2", "--model.image.image-size", "16384", "16384"]
+    tree = json.loads(plan(capfd, *hopeless, "--json"))
+    assert tree["fits"] is False and tree["to_make_it_fit"] is None
+    assert "makes this fit on h100:1" in plan(capfd, *hopeless)
+    assert "makes this fit on h100:1" in refusal(capfd, QUICKSTART, *hopeless, "--search")
 
 
 def test_small_numbers_are_not_printed_as_zeros(capfd):
@@ -88,5 +97,5 @@ assert [cli.run(["plan", sys.argv[1], "--topology", topology, "--compile"]) for 
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     gpu, tpu = done.stderr.splitlines()
-    assert f"pip install jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt==" in gpu
-    assert f"pip install 'jax[tpu]=={jax.__version__}'" in tpu
+    assert "[aot]" in gpu and "make aot" in gpu and "PYTHONPATH=build/aot" in gpu and "pip install" not in gpu
+    assert "pip install -c constraints.txt -e '.[tpu]'" in tpu
