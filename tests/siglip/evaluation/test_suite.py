@@ -357,6 +357,10 @@ def test_the_report_decodes_only_what_it_shows(src, monkeypatch):
     pair = next(iter(TarSource(sorted(SAMPLE.glob("emoji-heldout-*.tar"))[0])))
     wanted = resize(decode_image(pair.image, max_pixels=1 << 20), (72, 72))
     assert thumbs["0"] == plots.png(wanted) and queries[0]["text"] == pair.fields["captions"]["en"]
+    other = reporting._of_another(task, embedder_of(src, tokenizer=SPIECE))
+    assert other["dataset"] == task.dataset and other["counts"] == found["counts"] and len(other["found"]) == 11
+    shown = {row for query in other["found"] for row in (query["right"], *query["top"])}
+    assert set(map(int, other["thumbs"])) == shown and other["thumbs"]["0"] == thumbs["0"]
     json.dumps(findings)
     assert found["dataset"] == task.dataset and reporting._thumbs(task.data, [], []) == {}
     results = {
