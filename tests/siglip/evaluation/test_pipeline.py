@@ -12,6 +12,7 @@ from siglip.cli.evaluation import embedder_of
 from siglip.evaluation.class_files import make_prompts
 from siglip.evaluation.zeroshot import class_embeddings
 from siglip.exporting.export import export
+from siglip.exporting.verification import TOLERANCE
 from siglip.formats import big_vision
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from tests.siglip.jobs import SAMPLE
@@ -53,5 +54,5 @@ def test_files_give_the_probabilities_of_the_zero_shot_pipeline(tmp_path):
         weights = class_embeddings(embedder.embed_texts, make_prompts(CLASSES, [template], canonical=False))
         zimg = embedder.embed_shards(str(tmp_path / "x.parquet")).zimg
         logits = embedder.temperature * zimg @ weights.T + embedder.bias
-        np.testing.assert_allclose(1 / (1 + np.exp(-logits)), expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(1 / (1 + np.exp(-logits)), expected, rtol=0, atol=TOLERANCE)
         assert np.ptp(expected) > 0.01  # they are not all one number

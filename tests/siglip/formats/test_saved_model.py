@@ -18,6 +18,7 @@ from data_pipelines.image_ops import PILLOW_FILTERS, decode_image
 from data_pipelines.sources.webdataset import TarSource
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.encoder import Encoder
+from siglip.exporting.verification import TOLERANCE
 from siglip.formats import saved_model, tf_pixels, tf_tokens
 from siglip.formats.big_vision import image_only
 from siglip.models.text import TextConfig, TokenConfig
@@ -111,7 +112,7 @@ ALONE = """
     import tensorflow as tf
     import tensorflow_text
 
-    folder, given, out = sys.argv[1:]
+    folder, given, out, tolerance = sys.argv[1:]
     given = np.load(given)
     images = tf.constant([given[f"image{i}"].tobytes() for i in range(int(given["images"]))])
     texts = tf.constant([given[f"text{i}"].tobytes() for i in range(int(given["texts"]))])
@@ -122,7 +123,7 @@ ALONE = """
     found |= run["tokens"](texts=texts)
     one = run["embed_images"](images=images[:1])["image_embedding"], run["embed_texts"](texts=texts[:1])["text_embedding"]
     for array, name in zip(one, ("image_embedding", "text_embedding")):
-        np.testing.assert_allclose(array, found[name][:1], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(array, found[name][:1], rtol=0, atol=float(tolerance))
     np.savez(out, **{name: tensor.numpy() for name, tensor in found.items()})
 """
 
@@ -132,7 +133,7 @@ def test_a_process_without_jax_and_siglip_gets_the_same(written, files, tmp_path
     given = {f"image{i}": np.frombuffer(file, np.uint8) for i, file in enumerate(files)}
     given |= {f"text{i}": np.frombuffer(text.encode(), np.uint8) for i, text in enumerate(TEXTS)}
     np.savez(tmp_path / "given.npz", **given, images=len(files), texts=len(TEXTS))
-    arguments = [str(folder), str(tmp_path / "given.npz"), str(tmp_path / "found.npz")]
+    arguments = [str(folder), str(tmp_path / "given.npz"), str(tmp_path / "found.npz"), str(TOLERANCE)]
     subprocess.run([sys.executable, "-c", textwrap.dedent(ALONE), *arguments], check=True, cwd=tmp_path, timeout=300)
     with np.load(tmp_path / "found.npz") as stored:
         found = dict(stored)

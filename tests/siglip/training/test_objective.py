@@ -1,7 +1,14 @@
-"""A loss term with a head of its own, added from outside: everything here would be one file, its head another."""
+"""A loss term with a head of its own, added from outside: its class would be one file, its head another."""
 
 import dataclasses
+import inspect
+import json
+import os
+import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 from typing import Literal
 
 import jax
@@ -27,6 +34,7 @@ from siglip.training.step import make_abstract_state, make_init
 from siglip.training.warm_start import InitConfig, put, read_initial
 from siglip.workdir.checkpoint import CheckpointConfig, read_run_params
 from siglip.workdir.metrics import read_metrics
+from tests.siglip.jobs import RECIPE, ROOT
 from tests.siglip.tiny_run import MODEL, TinyBatches, tiny_config, use_devices
 
 
@@ -231,3 +239,87 @@ def test_patterns_reach_the_parameters_of_a_term():
     shapes = all_param_shapes(MODEL, LATE)
     assert "colour/head/kernel" in trees.flatten(shapes)
     assert trees.flatten(all_param_shapes(MODEL, ())).keys() < trees.flatten(shapes).keys()
+
+
+HEAD = """
+import jax.numpy as jnp
+from flax import linen as nn
+from siglip.models.layers import Encoder
+from siglip.models.variants import Variant
+from siglip.parallel.sharding import ParamLayout
+
+"""
+TERM = """
+import dataclasses
+from typing import Literal
+import jax.numpy as jnp
+from siglip.models.colour import ColourHead
+from siglip.training.objective import Term
+
+"""
+FIELD = """
+from dataclasses import dataclass
+import numpy as np
+
+@dataclass(frozen=True)
+class MeanColour:
+    arrays = {"colour": ((3,), np.float32)}
+    reads_pixels = True
+
+    def make(self, pair, rng):
+        return {"colour": pair.pixels.mean(axis=(0, 1), dtype=np.float32) / 255}
+"""
+WITH_COLOUR = """
+import dataclasses
+from siglip.training.colour import Colour
+
+plain = get_config
+
+def get_config():
+    return dataclasses.replace(plain(), terms=(Colour(),))
+"""
+# Trained; nothing to do when the same command comes again; refused with another setting, since config.json has the term.
+USE_COLOUR = """
+import sys
+from siglip.cli import run
+
+command = ["train", *sys.argv[1:], "--terms.0.weight", "0.5", "--terms.0.start", "0.25"]
+assert run(command) == 0 and run(command) == 0
+assert run([*command[:-1], "0.5"]) == 2
+"""
+
+
+@pytest.mark.slow
+def test_a_new_term_is_a_head_a_field_and_its_name_in_the_config(tmp_path):
+    """Five files: then recipes, flags, the loader's batches, config.json, metrics and checkpoints have it."""
+    for package in ("siglip", "data_pipelines"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("sample"))
+    (tmp_path / "siglip/models/colour.py").write_text(HEAD + inspect.getsource(ColourHead))
+    (tmp_path / "siglip/training/colour.py").write_text(TERM + inspect.getsource(Colour))
+    (tmp_path / "data_pipelines/samples/colour.py").write_text(FIELD)
+    (tmp_path / "recipe.py").write_text(textwrap.dedent(RECIPE.format(evaluate=False, naflex=False)) + WITH_COLOUR)
+    for file, old, new, imported in (
+        ("siglip/training/config.py", "tuple[Term, ", "tuple[Colour, ", "siglip.training.colour import Colour"),
+        (
+            "data_pipelines/loader.py",
+            "resample)\n\n",
+            "resample), MeanColour()\n\n",
+            "data_pipelines.samples.colour import MeanColour",
+        ),
+    ):
+        text = (tmp_path / file).read_text()
+        assert text.count(old) == 1, (file, old)
+        (tmp_path / file).write_text(f"from {imported}\n{text.replace(old, new)}")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, "-c", USE_COLOUR, "recipe.py", "--workdir", "run"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stderr
+    assert "terms.0.start" in done.stderr.splitlines()[-1]
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["terms"] == [{"name": "colour", "weight": 0.5, "start": 0.25}]
+    lines = [line for line in read_metrics(tmp_path / "run") if "train/loss" in line]
+    assert [line["train/colour"] > 0 for line in lines] == [line["step"] > 3 for line in lines]
+    for line in lines:
+        assert line["train/loss"] == pytest.approx(line["train/pair_loss"] + 0.5 * line["train/colour"], rel=1e-6)
+    assert lines[-1]["train/colour"] < lines[3]["train/colour"]
+    assert "colour/head/kernel" in trees.flatten(read_run_params(tmp_path / "run")[0])
