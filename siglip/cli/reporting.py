@@ -204,12 +204,12 @@ def _compute(workdir: Path, config: Mapping[str, Any], settings: EvalConfig) -> 
     if first is not None:
         findings |= _of_retrieval(first, embedder, batch_size=config["batch_size"])
     findings["sizes"] = [
-        {"dataset": task.dataset, "counts": counts_of(_captions(task, embedder.embed_shards(task.data, task.captions)))}
+        {"dataset": task.dataset, "counts": counts_of(_captions(task, _embedded(task, embedder, task.captions)))}
         for task in others
     ]
     for task in tasks:
         if isinstance(task, ZeroShot):
-            images = embedder.embed_shards(task.data, (task.label,))
+            images = _embedded(task, embedder, (task.label,))
             if are_multi_label(images.values[task.label]):
                 continue  # none of the classes is the one that another was mistaken for
             classes, weights, _ = task.class_weights(embedder)
@@ -218,14 +218,14 @@ def _compute(workdir: Path, config: Mapping[str, Any], settings: EvalConfig) -> 
             found = images.zimg[rows], weights[taken], labels, names
             examples = classified(*found, temperature=embedder.temperature)
             shown = [int(rows[one["image"]]) for one in examples]
-            thumbs = _thumbs(task.data, sorted(set(shown)), images.index)
+            thumbs = _thumbs(task, sorted(set(shown)), images.index)
             examples = [one | {"image": thumbs[str(row)]} for one, row in zip(examples, shown, strict=True)]
             findings["zeroshot"][task.dataset] = confusion(*found) | {"examples": examples}
     return findings
 
 
 def _of_retrieval(task: Retrieval, embedder: Embedder, *, batch_size: int) -> dict[str, Any]:
-    images = embedder.embed_shards(task.data, task.captions)
+    images = _embedded(task, embedder, task.captions)
     captions = _captions(task, images)
     ztxt = {
         language: embedder.embed_texts([text for own in texts for text in own]) for language, texts in captions.items()
@@ -234,7 +234,11 @@ def _of_retrieval(task: Retrieval, embedder: Embedder, *, batch_size: int) -> di
     found = retrieval_findings(images.zimg, captions, ztxt, **scale)
     shown = {row for query in found["found"] for row in (query["right"], *query["top"])}
     shown |= {one[which] for one in found["mistakes"] for which in ("right", "wrong")}
-    return {"retrieval": found | {"dataset": task.dataset}, "thumbs": _thumbs(task.data, sorted(shown), images.index)}
+    return {"retrieval": found | {"dataset": task.dataset}, "thumbs": _thumbs(task, sorted(shown), images.index)}
+
+
+def _embedded(task: Retrieval | ZeroShot, embedder: Embedder, fields: Sequence[str]) -> EmbeddedImages:
+    return embedder.with_image_column(task.image_column).embed_shards(task.data, fields)
 
 
 def _captions(task: Retrieval, images: EmbeddedImages) -> dict[str, list[list[str]]]:
@@ -244,11 +248,11 @@ def _captions(task: Retrieval, images: EmbeddedImages) -> dict[str, list[list[st
     return {language: own for language, own in captions.items() if any(own)}
 
 
-def _thumbs(data: str, rows: Sequence[int], index: Sequence[int]) -> dict[str, str]:
+def _thumbs(task: Retrieval | ZeroShot, rows: Sequence[int], index: Sequence[int]) -> dict[str, str]:
     """Only what is shown is decoded again."""
     if not rows:
         return {}
-    source = open_source(data, fields=())
+    source = open_source(task.data, image=task.image_column, fields=())
     some = [source[index[row]] for row in rows]
     batches = make_eval_batches(some, batch_size=len(some), image_size=(SHOWN_PX, SHOWN_PX))
     images = next(iter(batches))["image"]

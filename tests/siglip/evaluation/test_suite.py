@@ -358,7 +358,7 @@ def test_the_report_decodes_only_what_it_shows(src, monkeypatch):
     wanted = resize(decode_image(pair.image, max_pixels=1 << 20), (72, 72))
     assert thumbs["0"] == plots.png(wanted) and queries[0]["text"] == pair.fields["captions"]["en"]
     json.dumps(findings)
-    assert found["dataset"] == task.dataset and reporting._thumbs(task.data, [], []) == {}
+    assert found["dataset"] == task.dataset and reporting._thumbs(task, [], []) == {}
     results = {
         f"{name}-{n}": {"image_retrieval_recall@10": 0.5} for name in (task.dataset, "other") for n in ("en", "de")
     }
