@@ -1,9 +1,11 @@
 """SigLIP L/16 at 256 px, 40 10^9 English pairs at a batch of 32k (arXiv:2303.15343, Table 3).
 
     siglip train configs/siglip_l16.py --data.sources.0.shards 'webli/*.tar' --data.tokenizer c4_en_32k.model
+    … --batch-size 4096 --total-steps 9765625          the same pairs at 4k; 16384 and 2441406 at 16k
 
 Expect 80.5 % on ImageNet zero-shot, 69.5 / 51.1 % R@1 on COCO (image to text / text to image). Continue at 384 px as
-configs/paligemma_so400m14_384.py does: 82.1 %. The paper does not print its warm-up; 20k steps are SigLIP 2's.
+configs/paligemma_so400m14_384.py does: 82.1 %. At 4k and 16k no L/16 is published; configs/siglip_b16.py has what B/16 loses
+there. The paper does not print its warm-up; 20k steps are SigLIP 2's.
 
 Devices and time: v5e:16x16, 7.1 of 15.8 GiB, 392.9 h, 100,576 device hours (siglip plan, MFU 45%).
 """

@@ -9,8 +9,22 @@ from pathlib import Path
 import pytest
 
 import siglip
+from siglip.cli.training import parse_run
+from siglip.models.text import TokenConfig
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_the_flags_for_gemmas_tokenizer_are_those_of_published_models():
+    """Another `text.tokens` than the source's is refused; those of an npz and of a Hugging Face folder differ."""
+    page = (ROOT / "docs" / "your-own-data.md").read_text()
+    row = next(line for line in page.splitlines() if "gemma_tokenizer.model" in line)
+    npz, folder = (flags.split() for flags in re.findall(r"`(--model[^`]*)`", row))
+    recipe = str(ROOT / "configs" / "b16_own_data.py")
+    text = parse_run([recipe, *npz], prog="siglip train").model.text
+    assert text.vocab_size == 256_000 and text.tokens == TokenConfig(pad_id=0)
+    text = parse_run([recipe, *npz, *folder], prog="siglip train").model.text
+    assert text.tokens == TokenConfig(pad_id=0, lower="character", canonical="none")
 
 
 @pytest.mark.slow

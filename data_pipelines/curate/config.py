@@ -50,7 +50,7 @@ class CurateConfig:
 
     Attributes:
       captions: the fields to take the caption from; the first that a pair has is used.
-      image_column: the column of the shards that holds the image, or its path; None finds it.
+      image_column: the column that holds the image, or its path, in the shards and evaluation sets that have it; None finds it.
       max_image_pixels: larger images are decompression bombs, refused by their header.
       animated: drop images with more than one frame.
       min_side_px: minimum shorter side of an image.

@@ -24,7 +24,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.records import Pair
 from data_pipelines.sources import files
 from data_pipelines.sources.blocks import InOrder
-from data_pipelines.sources.opening import open_source
+from data_pipelines.sources.opening import open_with_any_column
 from data_pipelines.sources.writing import ArrayRecordWriter, TarWriter
 
 PAIRS_PER_SHARD = 10_000
@@ -132,4 +132,4 @@ def _kept_pairs(manifest: Path, image: str | None) -> Iterator[Pair]:
 def _open(shard: str, image: str | None) -> InOrder:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the funnel has reported cut shards
-        return InOrder(open_source(shard, image=image))
+        return InOrder(open_with_any_column(shard, image=image))

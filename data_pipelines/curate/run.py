@@ -19,7 +19,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,9 @@ def _curate(
     concepts: str | None,
 ) -> dict:
     out = run.out
-    results = run.scan(names, "scan", config, image_hashes.CROPS)
-    against_results = run.scan(protected, "against", replace(config, image_column=None), image_hashes.EVAL_CROPS)
+    either = bool(protected)  # the image column that is named may be that of one side alone
+    results = run.scan(names, "scan", config, image_hashes.CROPS, any_column=either)
+    against_results = run.scan(protected, "against", config, image_hashes.EVAL_CROPS, any_column=either)
     for result in against_results:
         if not result.pairs:  # an empty set protects nothing
             raise UserError(f"evaluation {result.problem or f'shard {result.shard!r} is empty'}")
@@ -144,7 +145,13 @@ class _Run:
         self.out, self.engine, self.progress = out, engine, progress
 
     def scan(
-        self, names: list[str], kind: str, config: CurateConfig, crops: tuple[image_hashes.Box, ...]
+        self,
+        names: list[str],
+        kind: str,
+        config: CurateConfig,
+        crops: tuple[image_hashes.Box, ...],
+        *,
+        any_column: bool,
     ) -> list[ScanResult]:
         """Scans all shards that need it.
 
@@ -152,7 +159,7 @@ class _Run:
           UserError, RunFailed: the shards that failed, after all others are scanned: of bad input, or of the machine.
           Exception: as it was raised, where it is a fault of the code.
         """
-        tasks = [ScanTask(name, _table(self.out, kind, name), config, crops) for name in names]
+        tasks = [ScanTask(name, _table(self.out, kind, name), config, crops, any_column) for name in names]
         found = dict(self._watched(self.engine.map(scan_shard, tasks), kind, len(tasks)))
         failures = [(task.shard, error) for task, error in found.items() if isinstance(error, Exception)]
         for shard, error in failures:

@@ -9,7 +9,7 @@ A shard may be cut, empty, or not a shard at all. That is a finding (`problem`) 
 import hashlib
 import json
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.records import Pair, ShardLost
 from data_pipelines.sources import files
 from data_pipelines.sources.blocks import InOrder
-from data_pipelines.sources.opening import open_source
+from data_pipelines.sources.opening import open_source, open_with_any_column
 from data_pipelines.sources.shards import ShardedSource
 
 _VERSION = 3
@@ -36,12 +36,14 @@ _ROWS_PER_GROUP = 1024
 
 @dataclass(frozen=True)
 class ScanTask:
-    """One shard to scan. out: the Parquet file to write; crops: see `image_hashes`."""
+    """One shard to scan. out: the Parquet file to write; crops: see `image_hashes`; any_column: config.image_column is used
+    where the shard has it, as it may be that of another set."""
 
     shard: str
     out: Path
     config: CurateConfig
     crops: tuple[image_hashes.Box, ...] = image_hashes.CROPS
+    any_column: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,7 @@ def scan_shard(task: ScanTask) -> ScanResult:
     Raises:
       FileNotFoundError, PermissionError: the shard does not exist or is not readable.
     """
-    source, problem = _open(
-        task.shard, {field.partition(".")[0] for field in task.config.captions}, task.config.image_column
-    )
+    source, problem = _open(task)
     digest = _digest(task, source)
     found = read_metadata(task.out)
     if found.get("digest") == digest and not int(found.get("unread", 0)):
@@ -78,11 +78,13 @@ def scan_shard(task: ScanTask) -> ScanResult:
     return ScanResult(task.shard, pairs, problem, False)
 
 
-def _open(shard: str, fields: Collection[str], image: str | None) -> tuple[ShardedSource | None, str | None]:
+def _open(task: ScanTask) -> tuple[ShardedSource | None, str | None]:
+    fields = {field.partition(".")[0] for field in task.config.captions}
+    open_shard = open_with_any_column if task.any_column else open_source
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `problem` tells what they would
         try:
-            source = open_source(shard, image=image, fields=fields, required=False)
+            source = open_shard(task.shard, image=task.config.image_column, fields=fields, required=False)
         except (UserError, ShardLost) as error:
             return None, str(error)
     return source, "; ".join(source.faults()) or None

@@ -32,7 +32,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.samples.patches import Patches
 from data_pipelines.samples.pixels import Pixels
 from data_pipelines.sources.blocks import InOrder
-from data_pipelines.sources.opening import open_source
+from data_pipelines.sources.opening import open_with_any_column
 
 SCORE_STEP = 0.02  # width of a bin in the report's histogram
 _BATCH = 256
@@ -80,7 +80,7 @@ def _images(
     rows = decodable(table).tolist()
     if not rows:
         return
-    source = InOrder(open_source(shard, image=image, fields=()))
+    source = InOrder(open_with_any_column(shard, image=image, fields=()))
 
     def load(row: int) -> dict[str, np.ndarray]:
         decoded = image_ops.decode_pixels(source[row].image, max_pixels=max_pixels)

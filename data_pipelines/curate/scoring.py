@@ -54,8 +54,8 @@ def embedding_verdicts(work: Work) -> Shuffle:
 
 def embed_protected(scoring: Scoring, number: int) -> None:
     """Embeds the images of one evaluation shard."""
-    limit = scoring.work.config.max_image_pixels
-    rows, zimg = scores.embed_images(scoring.scorer, scoring.tables[number], scoring.protected[number], limit)
+    limit, column = scoring.work.config.max_image_pixels, scoring.work.config.image_column
+    rows, zimg = scores.embed_images(scoring.scorer, scoring.tables[number], scoring.protected[number], limit, column)
     with new_file(scoring.folder / f"{number:06d}.npz") as partial, partial.open("wb") as file:
         np.savez(file, rows=rows, zimg=zimg)
 

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from data_pipelines.errors import UserError
 from data_pipelines.records import Pair, Source
@@ -75,6 +76,16 @@ def open_source(
     if columns is None and fields:
         _check_some_pairs(source, fields)
     return source
+
+
+def open_with_any_column(shards: str, *, image: str | None, **options: Any) -> ShardedSource:
+    """As `open_source`; files that have no column `image`, such as tars, are read as if none was named."""
+    try:
+        return open_source(shards, image=image, **options)
+    except UserError:
+        if image is None:
+            raise
+        return open_source(shards, **options)
 
 
 def check_columns(

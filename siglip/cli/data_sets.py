@@ -20,17 +20,14 @@ TaskT = TypeVar("TaskT")
 _ALIASES = {"negative": ("negative_caption",)}  # SugarCrepe's
 
 
-def complete(task: TaskT, *, image_column: str | None = None) -> TaskT:
+def complete(task: TaskT) -> TaskT:
     """The task with the test split of its data, and with what the data tell about the fields that have their default.
-
-    Args:
-        image_column: the column that holds the image, where the data have such.
 
     Raises:
         FileNotFoundError, UserError: the data cannot be opened, or their folders are none of the task's classes.
     """
     data = with_split(task.data)
-    source = open_source(data, image=image_column, required=False)
+    source = open_source(data, image=task.image_column, required=False)
     about, columns = describe(source), source.columns
     changes = {"data": data} | ({"train": with_split(task.train, TRAINED)} if "train" in _names(task) else {})
     changes |= _complete_fields(task, about, columns)

@@ -71,7 +71,6 @@ class EvalArgs(ModelArgs, Generic[TaskT]):
         tokenizer: SentencePiece model, when SRC does not bring one.
         out: file for the result as JSON; a table is printed in any case.
         pixels: squash resizes images whole; square875 and aspect75 are big_vision's: larger, and the centre cut out.
-        image_column: the column that holds the image; without one it is found.
         max_patches: of an image, for a NaFlex model; with several numbers a row of the table for each.
     """
 
@@ -79,7 +78,6 @@ class EvalArgs(ModelArgs, Generic[TaskT]):
     tokenizer: str | None = None
     out: str | None = None
     pixels: Literal["squash", "square875", "aspect75"] = "squash"
-    image_column: str | None = None
     max_patches: tuple[int, ...] = ()
 
 
@@ -117,6 +115,13 @@ def first_values(data: str, fields: Sequence[str], *, image_column: str | None =
     return {}
 
 
+def completed(task: TaskT) -> TaskT:
+    """The task with what its data tell of themselves, after its check. Raises as `complete` and the task's `check` do."""
+    task = complete(task)
+    task.check(functools.partial(first_values, image_column=task.image_column))
+    return task
+
+
 def values_of(record: Mapping[str, Any], field: str) -> list[Value]:
     """Captions, or labels, that a field of a pair holds: texts and numbers; whatever else is in a column becomes a text."""
     texts = captions_of(record, field)
@@ -138,7 +143,7 @@ def embedder_of(src: str | Path, *, tokenizer: str | None = None, with_texts: bo
 
     Args:
         with_texts: whether texts will be embedded: then the model must have a text tower and a tokenizer.
-        settings: batch_size, threads, workers, pixels and image_column, as for `make_embedder`.
+        settings: batch_size, threads, workers, pixels and max_patches, as for `make_embedder`.
 
     Raises:
         FileNotFoundError, UserError: it is not a model, or lacks what is needed.
@@ -190,7 +195,6 @@ def make_embedder(
     threads: int = 0,
     workers: int = 0,
     pixels: str = "squash",
-    image_column: str | None = None,
     max_patches: int | None = None,
 ) -> Embedder:
     """Parameters on a mesh, and how the data side reads shards and tokenizes, as an embedder. Settings: see `EvalArgs`."""
@@ -213,7 +217,7 @@ def make_embedder(
         length = config.text.length
         return np.array([tokenizer.encode(text, length) for text in texts], np.int32).reshape(-1, length)
 
-    def read(data: Any, fields: Sequence[str], **more: Any) -> tuple[int, Any]:
+    def read(data: Any, fields: Sequence[str], *, image_column: str | None = None, **more: Any) -> tuple[int, Any]:
         columns = _columns([*fields, more["mask"]] if "mask" in more else fields)
         source = open_source(data, image=image_column, fields=columns) if isinstance(data, str) else data
         return len(source), make_eval_batches(
@@ -223,7 +227,7 @@ def make_embedder(
         )  # fmt: skip
 
     def at_length(n: int) -> Embedder:
-        settings = {"batch_size": batch_size, "threads": threads, "workers": workers, "image_column": image_column}
+        settings = {"batch_size": batch_size, "threads": threads, "workers": workers}
         return make_embedder(params, config, mesh=mesh, tokenizer=tokenizer, max_patches=n, **settings)
 
     return Embedder(
@@ -280,13 +284,12 @@ def eval_command(args: list[str]) -> None:
     with launch.joined(options.distributed, describe=describe):
         if options.out is not None:
             check_folder_of(Path(options.out))
-        settings = settings_of(options) | {"pixels": options.pixels, "image_column": options.image_column}
+        settings = settings_of(options) | {"pixels": options.pixels}
         texts = classes[name].EMBEDS_TEXTS
         settings["max_patches"] = next(iter(options.max_patches), None)
         embedder = embedder_of(options.src, tokenizer=options.tokenizer, with_texts=texts, **settings)
         others = [embedder.with_max_patches(n) for n in options.max_patches[1:]]
-        task = complete(options.task, image_column=options.image_column)
-        task.check(functools.partial(first_values, image_column=options.image_column))
+        task = completed(options.task)
         found = [(one, result) for one in (embedder, *others) for result in run_tasks([task], one)]
         if jax.process_index():
             return

@@ -231,7 +231,7 @@ def _compute(workdir: Path, config: Mapping[str, Any], settings: EvalConfig) -> 
     findings["others"] = [_of_another(task, embedder) for task in others]
     for task in tasks:
         if isinstance(task, ZeroShot):
-            images = embedder.embed_shards(task.data, (task.label,))
+            images = _embedded(task, embedder, (task.label,))
             if are_multi_label(images.values[task.label]):
                 continue  # none of the classes is the one that another was mistaken for
             classes, weights, _ = task.class_weights(embedder)
@@ -240,29 +240,33 @@ def _compute(workdir: Path, config: Mapping[str, Any], settings: EvalConfig) -> 
             found = images.zimg[rows], weights[taken], labels, names
             examples = classified(*found, temperature=embedder.temperature)
             shown = [int(rows[one["image"]]) for one in examples]
-            thumbs = _thumbs(task.data, sorted(set(shown)), images.index)
+            thumbs = _thumbs(task, sorted(set(shown)), images.index)
             examples = [one | {"image": thumbs[str(row)]} for one, row in zip(examples, shown, strict=True)]
             findings["zeroshot"][task.dataset] = confusion(*found) | {"examples": examples}
     return findings
 
 
 def _of_retrieval(task: Retrieval, embedder: Embedder, *, batch_size: int) -> dict[str, Any]:
-    images = embedder.embed_shards(task.data, task.captions)
+    images = _embedded(task, embedder, task.captions)
     captions = _captions(task, images)
     ztxt = embedder.embed_texts([text for own in next(iter(captions.values())) for text in own])
     scale = {"temperature": embedder.temperature, "bias": embedder.bias, "batch_size": batch_size}
     found = retrieval_findings(images.zimg, captions, ztxt, **scale)
     found["found"] = found_images(images.zimg, captions, embedder.embed_texts, queries=QUERIES)
     shown = _rows_of(found["found"]) | {one[which] for one in found["mistakes"] for which in ("right", "wrong")}
-    return {"retrieval": found | {"dataset": task.dataset}, "thumbs": _thumbs(task.data, sorted(shown), images.index)}
+    return {"retrieval": found | {"dataset": task.dataset}, "thumbs": _thumbs(task, sorted(shown), images.index)}
+
+
+def _embedded(task: Retrieval | ZeroShot, embedder: Embedder, fields: Sequence[str]) -> EmbeddedImages:
+    return embedder.with_image_column(task.image_column).embed_shards(task.data, fields)
 
 
 def _of_another(task: Retrieval, embedder: Embedder) -> dict[str, Any]:
     """Of a retrieval set after the first: its sizes and what queries find."""
-    images = embedder.embed_shards(task.data, task.captions)
+    images = _embedded(task, embedder, task.captions)
     captions = _captions(task, images)
     found = found_images(images.zimg, captions, embedder.embed_texts, queries=FEW_QUERIES)
-    thumbs = _thumbs(task.data, sorted(_rows_of(found)), images.index)
+    thumbs = _thumbs(task, sorted(_rows_of(found)), images.index)
     return {"dataset": task.dataset, "counts": counts_of(captions), "found": found, "thumbs": thumbs}
 
 
@@ -277,11 +281,11 @@ def _captions(task: Retrieval, images: EmbeddedImages) -> dict[str, list[list[st
     return {language: own for language, own in captions.items() if any(own)}
 
 
-def _thumbs(data: str, rows: Sequence[int], index: Sequence[int]) -> dict[str, str]:
+def _thumbs(task: Retrieval | ZeroShot, rows: Sequence[int], index: Sequence[int]) -> dict[str, str]:
     """Only what is shown is decoded again."""
     if not rows:
         return {}
-    source = open_source(data, fields=())
+    source = open_source(task.data, image=task.image_column, fields=())
     some = [source[index[row]] for row in rows]
     batches = make_eval_batches(some, batch_size=len(some), image_size=(SHOWN_PX, SHOWN_PX))
     images = next(iter(batches))["image"]

@@ -19,8 +19,7 @@ from jax.sharding import NamedSharding
 from siglip.atomic import write_atomically
 from siglip.cli import BAD_INPUT, describe
 from siglip.cli.arguments import parse
-from siglip.cli.data_sets import complete
-from siglip.cli.evaluation import ModelArgs, first_values, make_embedder, read_for_texts, settings_of
+from siglip.cli.evaluation import ModelArgs, completed, make_embedder, read_for_texts, settings_of
 from siglip.errors import RunFailed, UserError
 from siglip.evaluation.embed import Embedder
 from siglip.evaluation.results import Result
@@ -120,10 +119,8 @@ def _prepare(entry: Entry, embedder_for: Callable[..., Embedder]) -> tuple[Any, 
     """The entry's task with what its data tell, after its check, and its embedder, in all processes or none."""
 
     def prepare():
-        embedder = embedder_for(pixels=entry.pixels, image_column=entry.image_column)
-        task = dataclasses.replace(complete(entry.task, image_column=entry.image_column), name=entry.task.dataset)
-        task.check(functools.partial(first_values, image_column=entry.image_column))
-        return task, embedder
+        embedder = embedder_for(pixels=entry.pixels)
+        return completed(dataclasses.replace(entry.task, name=entry.task.dataset)), embedder
 
     return launch.in_all_or_none(prepare, bad_input=BAD_INPUT)
 

@@ -17,8 +17,7 @@ from data_pipelines.order.lengths import Lengths
 from data_pipelines.tokenizers import SentencePieceTokenizer
 from siglip.cli import BAD_INPUT, describe
 from siglip.cli.arguments import parse
-from siglip.cli.data_sets import complete
-from siglip.cli.evaluation import first_values, format_table, make_embedder, settings_of
+from siglip.cli.evaluation import completed, format_table, make_embedder, settings_of
 from siglip.cli.frozen_images import make_prepare
 from siglip.errors import UserError
 from siglip.evaluation.suite import Task, named_metrics, run_due, task_classes
@@ -46,7 +45,7 @@ USAGE = """usage: siglip train CONFIG [flags]
 CONFIG is a Python file with `def get_config() -> TrainConfig`, such as configs/quickstart.py.
 `siglip train CONFIG --help` lists every field of that config as a flag.
 `--init.src SRC` starts from a trained model: a run, a checkpoint in it, FILE.npz, or a Hugging Face folder.
-`--eval.add 'TASK --data DATA …'` adds an evaluation, with the flags of `siglip eval --task TASK`; it may be given several times.
+`--eval.add 'TASK --data DATA …'` adds an evaluation; its flags: `siglip eval --task TASK --help`. It may be given several times.
 The same command in the same workdir goes on where it stopped. On several hosts, start it on each (launch/)."""
 
 
@@ -183,9 +182,7 @@ def make_evaluate(config: TrainConfig, tokenizer: SentencePieceTokenizer, newest
 
     Their files are opened now: a missing one must not wait for the end of training to be found.
     """
-    tasks = [complete(task) for task in config.eval.tasks]
-    for task in tasks:
-        task.check(first_values)
+    tasks = [completed(task) for task in config.eval.tasks]
     mesh, settings = sharding.make_mesh(config.mesh), settings_of(config.eval)
     kept, tower = {}, None
 

@@ -167,6 +167,10 @@ class Embedder:
         """The same for images of at most so many patches, with the texts that are embedded already."""
         return dataclasses.replace(self.at_length(max_patches), text_embeddings=self.text_embeddings)
 
+    def with_image_column(self, name: str | None) -> "Embedder":
+        """The same, which reads images from the column of that name; with None it finds the column."""
+        return self if name is None else dataclasses.replace(self, read=functools.partial(self.read, image_column=name))
+
     def embed_images(self, batch: Mapping[str, Any], *, feature: Feature = "embedding") -> Float[np.ndarray, "n ..."]:
         """Embeddings of this process's images, in a batch as `read` gives it; all processes must bring as many batches."""
         embed = self.embed if feature == "embedding" else functools.partial(self.embed, feature=feature)

@@ -1,5 +1,6 @@
 """What an evaluation returns, the name of the data set in it, and CLIP_benchmark's JSON."""
 
+import dataclasses
 import math
 import re
 from pathlib import PurePosixPath
@@ -38,7 +39,18 @@ class Result(NamedTuple):
         }
 
 
-class Evaluation:
+@dataclasses.dataclass(frozen=True)
+class _Columns:
+    """The columns of an evaluation's data that no metric depends on.
+
+    Attributes:
+        image_column: the column that holds the image; without one it is found.
+    """
+
+    image_column: str | None = dataclasses.field(default=None, kw_only=True)
+
+
+class Evaluation(_Columns):
     """What all evaluations have; each is a frozen dataclass with `data` and `name` among its fields (see suite.py)."""
 
     data: str

@@ -70,7 +70,7 @@ def run_tasks(tasks: Sequence[Task], embedder: Embedder) -> list[Result]:
     """Runs one task after the other; every process gets all results. Raises UserError as the tasks' `run` do."""
     # In a training run a mesh is set: a program for one of its devices would be refused.
     with jax.set_mesh(Mesh(np.empty((), object), ())):
-        return [result for task in tasks for result in task.run(embedder)]
+        return [result for task in tasks for result in task.run(embedder.with_image_column(task.image_column))]
 
 
 # The prefix of all tasks' metrics, for a run that has none of its own.

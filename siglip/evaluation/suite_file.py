@@ -56,7 +56,6 @@ class Entry:
         settings: what the file says of it, by which results are recognised: defaults and own keys, with paths as written and what
             identifies the files of class names and the like.
         pixels: how images are prepared.
-        image_column: the column that holds the image; None finds it.
         metrics: what the table shows; none: all.
         published: {model: {metric: value}}.
     """
@@ -64,7 +63,6 @@ class Entry:
     task: Task
     settings: Mapping[str, Any]
     pixels: PixelProtocol
-    image_column: str | None
     metrics: tuple[str, ...]
     published: Mapping[str, Mapping[str, float]]
 
@@ -137,7 +135,7 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 
 def _settings_of(task: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(task)} | {"pixels", "image_column", *_OWN}
+    return {field.name for field in dataclasses.fields(task)} | {"pixels", *_OWN}
 
 
 def _entry(
@@ -150,14 +148,10 @@ def _entry(
     names = _settings_of(cls)
     merged = {key: value for key, value in defaults.items() if key in names} | own  # some may be those of another task
     settings = {key: value for key, value in merged.items() if key not in _OWN}
-    fields = {
-        key: _resolve(key, value, roots) for key, value in settings.items() if key not in ("pixels", "image_column")
-    }
-    pixels, column = settings.get("pixels", "squash"), settings.get("image_column")
+    fields = {key: _resolve(key, value, roots) for key, value in settings.items() if key != "pixels"}
+    pixels = settings.get("pixels", "squash")
     if pixels not in get_args(PixelProtocol):
         raise UserError(f"{where}.pixels={pixels!r} must be one of {', '.join(get_args(PixelProtocol))}")
-    if column is not None and not isinstance(column, str):
-        raise UserError(f"{where}.image_column={column!r} is not the name of a column")
     metrics = merged.get("metrics", _MAIN.get(kind, ()))
     if not isinstance(metrics, list | tuple) or not all(isinstance(name, str) for name in metrics):
         raise UserError(f"{where}.metrics={metrics!r} is not a list of names, such as [acc1]")
@@ -165,7 +159,7 @@ def _entry(
     task = build_dataclass(cls, fields | {"task": kind}, where=where)
     named = {key: Path(fields[key]) for key in _FILES if isinstance(fields.get(key), str)}
     files = {key: _digest(path) for key, path in named.items() if path.is_file()}
-    return Entry(task, settings | {"task": kind, "files": files}, pixels, column, tuple(metrics), published)
+    return Entry(task, settings | {"task": kind, "files": files}, pixels, tuple(metrics), published)
 
 
 def _digest(path: Path) -> str:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipelines.sources.webdataset import TarSource
 from siglip.cli import run, training
 from siglip.cli.arguments import parse
 from siglip.cli.exporting import ExportArgs
@@ -318,7 +319,12 @@ def test_a_workdir_of_another_config_and_one_that_is_a_file(trained, recipe, cap
 def test_an_evaluation_is_added_by_a_flag_and_the_last_one_is_printed(recipe, shard, capsys, tmp_path, monkeypatch):
     use_devices(monkeypatch, 2)
     monkeypatch.setattr(loop, "make_program", drifting_program)
-    added = f"retrieval --data '{shard}' --captions captions.fr --name french"
+    rows = [
+        {"image": b"no image", "photo": pair.image, "french": pair.fields["captions"]["fr"]}
+        for pair in TarSource(shard)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "french.parquet")
+    added = f"retrieval --data {tmp_path}/french.parquet --image-column photo --captions french"
     own = ["--eval.every-steps-of", "retrieval/french", "5"]
     assert run(["train", str(recipe), *STEPS, "--eval.add", added, *own]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -15,7 +15,10 @@ from data_pipelines.sources.opening import open_source
 from siglip.cli.data_sets import complete, protocol
 from siglip.cli.evaluation import first_values
 from siglip.evaluation.class_files import read_classes, read_templates
+from siglip.evaluation.linear_probe import LinearProbe
 from siglip.evaluation.retrieval import Retrieval
+from siglip.evaluation.selection import Selection
+from siglip.evaluation.verification import Verification
 from siglip.evaluation.zeroshot import ZeroShot
 from tests.data_pipelines.shards import encode, write_tar
 
@@ -125,16 +128,6 @@ def test_pairs_that_cannot_be_read_are_not_blamed_on_the_field(tmp_path):
 
 
 def test_each_usual_field_has_its_stand_in(tmp_path):
-    @dataclasses.dataclass(frozen=True)
-    class Selection:
-        data: str
-        captions: tuple[str, ...] = ("txt", "negative")
-
-    @dataclasses.dataclass(frozen=True)
-    class Verification:
-        data: str
-        captions: str = "txt"
-
     (tmp_path / "1.png").write_bytes(PNG)
     entry = {"filename": "1.png", "caption": "a cat", "negative_caption": "a dog"}
     (tmp_path / "add_obj.json").write_text(json.dumps({"0": entry}))
@@ -209,14 +202,8 @@ def test_tfds_as_a_source_of_evaluations(tmp_path):
 
 
 def test_splits_of_training(tmp_path):
-    @dataclasses.dataclass(frozen=True)
-    class Probe:
-        data: str
-        train: str
-        label: str = "cls"
-
     folder = write_wds(tmp_path / "wds_pets", classnames="cat\ndog")
-    task = complete(Probe(str(folder), str(folder)))
+    task = complete(LinearProbe(str(folder), str(folder)))
     assert (task.data, task.train, task.label) == (f"{folder}#test", f"{folder}#train", "cls")
 
 
@@ -231,6 +218,24 @@ def test_pixels_by_protocol(tmp_path):
     source = open_source(write_tar(tmp_path / "a.tar", {"1.png": encode(image)}))
     (batch,) = make_eval_batches(source, batch_size=1, image_size=(28, 28), protocol="square875")
     np.testing.assert_array_equal(batch["image"][0], whole[2:30, 2:30])
+
+
+@pytest.mark.parametrize("pairs", ["shop.csv", "shop.tar"])
+def test_an_evaluation_set_of_its_own_image_column_is_protected(pairs, tmp_path):
+    from siglip.cli import run
+
+    rng = np.random.default_rng(0)
+    images = [encode(np.kron(rng.integers(0, 255, (8, 8, 3), np.uint8), np.ones((8, 8, 1), np.uint8))) for _ in "12"]
+    for number, image in enumerate(images):
+        (tmp_path / f"{number}.png").write_bytes(image)
+    write_tar(
+        tmp_path / "shop.tar", {"0.png": images[0], "0.txt": b"a red shoe", "1.png": images[1], "1.txt": b"a hat"}
+    )
+    (tmp_path / "shop.csv").write_text("photo,txt\n0.png,a red shoe\n1.png,a hat\n")
+    (tmp_path / "held.csv").write_text("photo,title\n0.png,a shoe\n")
+    flags = ["--against", str(tmp_path / "held.csv"), "--image-column", "photo", "--out", str(tmp_path / "out")]
+    assert run(["data", "curate", str(tmp_path / pairs), *flags, "--workers", "1"]) == 0
+    assert pq.read_table(tmp_path / "out" / "manifest.parquet")["reason"].to_pylist() == ["eval_leak", None]
 
 
 def test_columns_are_named_by_flags_and_checked_before_a_list_is_scanned(tmp_path, capsys, monkeypatch):

@@ -73,6 +73,20 @@ def test_what_is_far_too_large_for_a_gpu_is_not_compiled(capfd):
     assert "DOES NOT FIT: not compiled" in plan(capfd, *large)
 
 
+def test_an_instant_plan_loads_no_accelerator_library(tmp_path):
+    program = """
+import sys, time
+from siglip import cli
+assert cli.run(["plan", sys.argv[1], "--topology", "h100:8"]) == 0
+print(time.process_time(), *sys.modules, file=open(sys.argv[2], "w"))
+"""
+    recipe, out = str(CONFIGS / "b16_own_data.py"), tmp_path / "told"
+    subprocess.run([sys.executable, "-c", program, recipe, str(out)], capture_output=True, check=True)
+    cpu_s, *modules = out.read_text().split()
+    assert float(cpu_s) < 5
+    assert not [name for name in modules if re.match("libtpu|jax_plugins|jax_cuda|tensorflow|torch", name)]
+
+
 def test_bad_input_is_one_line(capfd):
     assert "known are" in refusal(capfd, QUICKSTART, "--topology", "z100:8")
     assert "--topology is missing" in refusal(capfd, QUICKSTART)

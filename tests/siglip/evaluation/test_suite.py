@@ -362,7 +362,7 @@ def test_the_report_decodes_only_what_it_shows(src, monkeypatch):
     shown = {row for query in other["found"] for row in (query["right"], *query["top"])}
     assert set(map(int, other["thumbs"])) == shown and other["thumbs"]["0"] == thumbs["0"]
     json.dumps(findings)
-    assert found["dataset"] == task.dataset and reporting._thumbs(task.data, [], []) == {}
+    assert found["dataset"] == task.dataset and reporting._thumbs(task, [], []) == {}
     results = {
         f"{name}-{n}": {"image_retrieval_recall@10": 0.5} for name in (task.dataset, "other") for n in ("en", "de")
     }

@@ -1,9 +1,11 @@
 """Every recipe builds, has the size it says, and fits where its header says; estimates hold against the compiler."""
 
+import ast
 import dataclasses
 import functools
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +14,11 @@ import pytest
 import data_pipelines
 from benchmarks import plan_table
 from data_pipelines.order.mixture import SourceConfig
-from siglip.cli.training import _prepare
-from siglip.models.two_tower import param_shapes
+from siglip.cli.training import _prepare, parse_run
 from siglip.planning.accelerators import parse_topology
 from siglip.planning.estimate import Estimate, estimate
-from siglip.training.config import load_config_file
+from siglip.training.config import TrainConfig, load_config_file
 from siglip.training.warm_start import SourceModel
-from siglip.trees import flatten
 from siglip.workdir.metrics import LogConfig, read_metrics
 from tests.siglip.tiny_run import use_devices
 
@@ -53,9 +53,33 @@ def test_recipes_are_there():
 
 
 @pytest.mark.parametrize("path", FOR_THE_SAMPLE, ids=lambda path: path.stem)
-def test_a_recipe_for_the_shipped_sample_builds(path):
-    config = load_config_file(str(path))
-    assert isinstance(config.model, SourceModel) or flatten(param_shapes(config.model))
+def test_a_recipe_for_the_shipped_sample_plans(path):
+    assert estimate(_of_quickstart(load_config_file(str(path))), parse_topology("h100:1")).fits
+
+
+def _of_quickstart(config: TrainConfig) -> TrainConfig:
+    """Builds on the quick start's model where the recipe builds on another's."""
+    if not isinstance(config.model, SourceModel):
+        return config
+    base = load_config_file(str(plan_table.ROOT / "configs" / "quickstart.py")).model
+    return dataclasses.replace(config, model=config.model.of(base, where="runs/quickstart"))
+
+
+def commands(path: Path) -> list[str]:
+    """The flags of every `siglip train` in a recipe's docstring; `…` stands for the first one."""
+    lines = ast.get_docstring(ast.parse(path.read_text())).replace("\\\n", " ").splitlines()
+    found = [re.match(rf"    (?:siglip train configs/{path.stem}\.py|…)( .*|$)", line) for line in lines]
+    return [re.split(r" {3,}(?=[^ -])", match[1])[0] for match in found if match]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((plan_table.ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_the_commands_in_a_recipe_plan(path):
+    told = HEADERS.get(path.stem)
+    assert commands(path)
+    for flags in commands(path):
+        config = _of_quickstart(parse_run([str(path), *shlex.split(flags)], prog="siglip train"))
+        assert estimate(config, parse_topology(told[1] if told else "h100:1")).flops_per_step > 0, flags
 
 
 @pytest.mark.parametrize(
@@ -86,7 +110,7 @@ def test_instant_memory_against_the_compiler(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["minimal", "datacomp_small"])
+@pytest.mark.parametrize("name", ["minimal", "datacomp_small", "cc12m"])
 def test_small_recipes_take_two_steps_on_the_sample(name, tmp_path, monkeypatch):
     """Two blocks of each tower, on one device: twelve compile for minutes."""
     use_devices(monkeypatch, 1)
