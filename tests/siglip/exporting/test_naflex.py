@@ -7,6 +7,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 
 import siglip
 from data_pipelines.sources.opening import open_source
@@ -16,11 +17,13 @@ from siglip.exporting.export import export
 from siglip.formats import big_vision
 from siglip.models.naflex import NaflexConfig, Patches
 from siglip.models.resample import _between_edges
+from siglip.models.text import TokenConfig
 from siglip.models.vit import cut_patches
 from siglip.trees import flatten
 from tests.data_pipelines.shards import SAMPLE
 from tests.siglip.formats.test_big_vision import same
 from tests.siglip.rounding import towers_apart
+from tests.siglip.texts import trained_pieces
 from tests.siglip.tiny import random_params, square_model
 
 CONFIG = square_model(image={"image_size": (24, 24), "naflex": NaflexConfig(12, 40)})
@@ -156,6 +159,26 @@ def test_for_images_of_one_size_it_is_the_same_function(source, tmp_path, size):
     np.testing.assert_allclose(
         naflex.embed_images(images), fixed.embed_images(images), rtol=0, atol=towers_apart(CONFIG)
     )
+
+
+@pytest.mark.parametrize("format", ["hf", "bigvision"])
+def test_texts_of_siglip_2_come_back(tmp_path, format):
+    """Gemma's pieces of the lower-cased text, the end token, and pads of 0."""
+    text = {"vocab_size": 1500, "length": 32, "tokens": TokenConfig(pad_id=0, lower="character", canonical="none")}
+    config = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, **text))
+    big_vision.write(tmp_path / "model.npz", random_params(config), config)
+    (tmp_path / "spiece.model").write_bytes(trained_pieces("gemma"))
+    out = tmp_path / "out"
+    export(tmp_path / "model.npz", format=format, out=out, tower="both")
+
+    texts = ["A Red HAT,  a dog!", "ÉCLAIR \u4f60 ΣΑΣ", "<img>\nDOG"]
+    model = siglip.load(out)
+    assert model.config.text.tokens == config.text.tokens
+    found = model.tokenize(texts)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=trained_pieces("gemma"))
+    ids = [[*pieces.encode("".join(map(str.lower, one))), pieces.eos_id()] for one in texts]
+    assert all(len(own) < 32 for own in ids), "a text without a pad"
+    np.testing.assert_array_equal(found, [own + [0] * (32 - len(own)) for own in ids])
 
 
 def test_encoders_take_patches_and_lists_of_any_images(source):
