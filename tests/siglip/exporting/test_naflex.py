@@ -21,6 +21,7 @@ from siglip.models.text import TokenConfig
 from siglip.models.vit import cut_patches
 from siglip.trees import flatten
 from tests.data_pipelines.shards import SAMPLE
+from tests.siglip.exporting.sources import samples
 from tests.siglip.formats.test_big_vision import same
 from tests.siglip.rounding import towers_apart
 from tests.siglip.texts import trained_pieces
@@ -177,8 +178,16 @@ def test_for_images_of_one_size_it_is_the_same_function(source, tmp_path, format
         np.testing.assert_allclose(found_zimg, zimg, rtol=0, atol=towers_apart(CONFIG))
 
 
-@pytest.mark.parametrize("reader", ["hf", "bigvision", pytest.param("transformers", marks=pytest.mark.interop)])
-def test_texts_of_siglip_2_out_and_back(tmp_path, reader):
+@pytest.mark.parametrize(
+    "reader",
+    [
+        "hf",
+        "bigvision",
+        pytest.param("transformers", marks=pytest.mark.interop),
+        pytest.param("savedmodel", marks=pytest.mark.slow),
+    ],
+)
+def test_texts_of_siglip_2_on_every_way_out(tmp_path, reader):
     """Gemma's pieces of the lower-cased text, the end token, and pads of 0."""
     text = {"vocab_size": 1500, "length": 32, "tokens": TokenConfig(pad_id=0, lower="character", canonical="none")}
     config = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, **text))
@@ -186,10 +195,15 @@ def test_texts_of_siglip_2_out_and_back(tmp_path, reader):
     (tmp_path / "spiece.model").write_bytes(trained_pieces("gemma"))
     out = tmp_path / "out"
     format = "hf" if reader == "transformers" else reader
-    export(tmp_path / "model.npz", format=format, out=out, tower="both")
+    with_samples = {"samples": samples} if format == "savedmodel" else {}  # it takes nothing else
+    export(tmp_path / "model.npz", format=format, out=out, tower="both", **with_samples)
 
     texts = ["A Red HAT,  a dog!", "ÉCLAIR \u4f60 ΣΑΣ", "<img>\nDOG"]
-    if reader == "transformers":
+    if reader == "savedmodel":
+        tf = pytest.importorskip("tensorflow")
+        pytest.importorskip("tensorflow_text")
+        found = tf.saved_model.load(str(out)).signatures["tokens"](texts=tf.constant(texts))["tokens"].numpy()
+    elif reader == "transformers":
         theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(out)
         found = theirs(texts, padding="max_length", max_length=32, truncation=True, return_tensors="np")["input_ids"]
     else:
