@@ -88,6 +88,33 @@ def test_pixels_are_one_resize_by_pillow():
     assert (join_patches(made["patches"], (2, 8), (16, 16)) == expected).all()
 
 
+def scaled_then_resized_by_pillow(image, size_px):
+    channels = [Image.fromarray(np.ascontiguousarray(image[..., n] / 127.5 - 1, np.float32)) for n in range(3)]
+    return np.stack([np.asarray(one.resize(size_px[::-1], Image.Resampling.BILINEAR)) for one in channels], axis=-1)
+
+
+def scaled_then_resized_by_tensorflow(image, size_px):
+    """big_vision's `value_range(-1, 1)`, then its resize."""
+    tf = pytest.importorskip("tensorflow")
+    return tf.image.resize(image.astype(np.float32) / 127.5 - 1, size_px, method="bilinear", antialias=True).numpy()
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [scaled_then_resized_by_pillow, pytest.param(scaled_then_resized_by_tensorflow, marks=pytest.mark.slow)],
+)
+def test_bytes_are_within_a_level_of_big_vision_s_floats(reference):
+    """A half for each of the two passes after which Pillow rounds: .004 from black to white."""
+    rng, differences = np.random.default_rng(0), []
+    for size, limit in (((63, 241), 16), ((250, 333), 256), ((32, 750), 100), ((7, 9), 64)):
+        image = rng.integers(256, size=(*size, 3), dtype=np.uint8)
+        made = Patches((16, 16), limit, exact=True).make(SamplePair(0, 0, "", {}, (), image), None)
+        ours = join_patches(made["patches"], tuple(made["grid"]), (16, 16))
+        differences.append(np.abs(ours / 255 - (reference(image, ours.shape[:2]) + 1) / 2))
+    assert max(found.max() for found in differences) <= 0.004
+    assert np.concatenate([found.ravel() for found in differences]).mean() <= 0.0012
+
+
 @pytest.mark.interop
 def test_transformers_makes_the_same_patches():
     """Its processor with Pillow ("slow" in version 4), bit for bit, before pixels are scaled."""

@@ -1,8 +1,10 @@
 """Texts that tell tokenizers apart: the sample's captions in twelve languages, and everything that is easily got wrong."""
 
 import functools
+import io
 from pathlib import Path
 
+import sentencepiece
 from hypothesis import strategies as st
 
 from data_pipelines import sample
@@ -30,6 +32,20 @@ HAND_PICKED = [
     "a " * 700, "word" * 500, "!" * 90, "... .. ....", "aaaa aaaaa aaaaaaa", "0000000", "\u0301" * 50,
 ]  # fmt: skip
 
+# The kinds of pieces that published models have: C4's and multilingual C4's, Gemma's, and what is left.
+KINDS = {
+    "c4": {"model_type": "unigram", "normalization_rule_name": "nmt_nfkc"},
+    "gemma": {
+        "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False, "user_defined_symbols": ["\n", "\n\n", "▁▁", "▁▁▁", "<unused0>", "<img>", "<IMG>"],
+    },
+    "bpe": {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "nmt_nfkc"},
+    "spaces": {
+        "model_type": "unigram", "byte_fallback": True, "normalization_rule_name": "nmt_nfkc_cf",
+        "remove_extra_whitespaces": False, "user_defined_symbols": ["<img>", "ab"],
+    },
+}  # fmt: skip
+
 _EASILY_WRONG = (
     "aAbzéÉ ΣσςΑİıß.'!0-<>/spadunkx41▁\n\t\r\x00\x01\x02\x07\u00ad\u200b\u200d\u00a0"
     "\u0301\u0308\u0323\u0345ª¨～ｶﾞ한\u1112\u1161\u11ab日😀"
@@ -43,6 +59,18 @@ def plain_pieces() -> bytes:
     proto = read_sentencepiece(SPIECE.read_bytes(), source=str(SPIECE))
     proto.normalizer_spec.precompiled_charsmap = b""
     return proto.SerializeToString()
+
+
+@functools.cache
+def trained_pieces(kind: str) -> bytes:
+    """A SentencePiece model of one of KINDS: 1500 pieces; pad 0, end 1."""
+    texts = [text.lower() for text in captions(every=10)] + ["</s> <pad> <0x41> x < y", "!!! ... aaa aaaa"] * 3
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=1500, character_coverage=0.999, minloglevel=2,
+        num_threads=1, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, **KINDS[kind],
+    )  # fmt: skip
+    return model.getvalue()
 
 
 def captions(*, every: int = 40) -> list[str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -29,6 +30,7 @@ from siglip.cli import run
 from siglip.cli.demo import DemoArgs, make_index
 from siglip.cli.demo_server import make_app
 from siglip.formats import big_vision
+from siglip.models.naflex import NaflexConfig
 from siglip.models.two_tower import ImageConfig, ModelConfig, TextConfig
 from tests.siglip.jobs import ROOT, SAMPLE
 from tests.siglip.tiny import random_params
@@ -58,8 +60,8 @@ def index(folder):
     )
 
 
-@pytest.fixture(scope="module")
-def address(index):
+@contextlib.contextmanager
+def served(index):
     """The server in a thread, at a free port."""
     loop, app = asyncio.new_event_loop(), make_app(index, about={"images": IMAGES, "prior": index.prior, "model": "mu",
         "src": "m.npz", "data": "emoji", "batch_size": 64}, hosts=("localhost", "127.0.0.1"))  # fmt: skip
@@ -74,6 +76,12 @@ def address(index):
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     loop.close()
+
+
+@pytest.fixture(scope="module")
+def address(index):
+    with served(index) as address:
+        yield address
 
 
 def ask(address: str, path: str, body: bytes | None = None, **headers: str):
@@ -121,6 +129,25 @@ def test_an_image_finds_images_and_is_compared_with_labels(index, address):
         np.testing.assert_allclose(grid, np.asarray(z[0] @ zcat[0]).reshape(2, 2), atol=1e-5)
     with urllib.request.urlopen(address + "/image/3") as answer:
         assert answer.headers["Content-Type"] == "image/png" and Image.open(io.BytesIO(answer.read())).size == (72, 72)
+
+
+def test_a_naflex_model_is_asked_at_the_length_that_is_told(folder, tmp_path):
+    """Nine patches an image, where its own number is four."""
+    config = dataclasses.replace(MODEL, image=dataclasses.replace(MODEL.image, naflex=NaflexConfig(4, 9)))
+    big_vision.write(tmp_path / "m.npz", random_params(config), config)
+    shutil.copy(folder / "spiece.model", tmp_path)
+    shard = SAMPLE / "emoji-heldout-00000.tar"
+    args = DemoArgs(src=str(tmp_path / "m.npz"), data=str(shard), max_images=IMAGES, batch_size=8, max_patches=9)
+    model, pairs = siglip.load(tmp_path / "m.npz"), list(TarSource(shard))[:IMAGES]
+    images, ztxt = [Image.open(io.BytesIO(pair.image)) for pair in pairs], model.embed_texts(["cat"])
+    scores = {n: np.asarray(model.logits(model.embed_images(images, max_patches=n), ztxt))[:, 0] for n in (4, 9)}
+    with served(make_index(args)) as address:
+        found = ask(address, f"/api/search?q=cat&count={IMAGES}")["results"]
+        np.testing.assert_allclose([r["logit"] for r in found], scores[9][[r["row"] for r in found]], atol=1e-4)
+        assert np.abs(scores[9] - scores[4]).max() > 1e-2
+        sent = ask(address, "/api/search?count=1", pairs[3].image)["results"][0]
+        assert sent["row"] == 3 and math.isclose(sent["cosine"], 1, abs_tol=1e-5)
+        assert np.shape(ask(address, "/api/heat?q=cat&row=3")["grid"]) == (3, 3)
 
 
 def test_what_the_server_refuses(address):

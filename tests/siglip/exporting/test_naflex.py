@@ -7,6 +7,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 
 import siglip
 from data_pipelines.sources.opening import open_source
@@ -16,11 +17,14 @@ from siglip.exporting.export import export
 from siglip.formats import big_vision
 from siglip.models.naflex import NaflexConfig, Patches
 from siglip.models.resample import _between_edges
+from siglip.models.text import TokenConfig
 from siglip.models.vit import cut_patches
 from siglip.trees import flatten
 from tests.data_pipelines.shards import SAMPLE
+from tests.siglip.exporting.sources import samples
 from tests.siglip.formats.test_big_vision import same
 from tests.siglip.rounding import towers_apart
+from tests.siglip.texts import trained_pieces
 from tests.siglip.tiny import random_params, square_model
 
 CONFIG = square_model(image={"image_size": (24, 24), "naflex": NaflexConfig(12, 40)})
@@ -142,20 +146,74 @@ def test_a_saved_model_takes_patches_and_strings(source, tmp_path):
     assert "patches and grids go in" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("size", [pytest.param((24, 24), marks=pytest.mark.slow), (40, 16)])
-def test_for_images_of_one_size_it_is_the_same_function(source, tmp_path, size):
-    """At the table's own grid and at another: positions are resized as the NaFlex tower resizes them."""
-    export(source, format="bigvision", out=tmp_path / "fixed", image_size=size)
+@pytest.mark.parametrize(
+    "format, size",
+    [
+        pytest.param("bigvision", (24, 24), marks=pytest.mark.slow),
+        ("bigvision", (40, 16)),
+        pytest.param("hf", (24, 24), marks=pytest.mark.interop),
+        pytest.param("hf", (40, 40), marks=pytest.mark.interop),
+    ],
+)
+def test_for_images_of_one_size_it_is_the_same_function(source, tmp_path, format, size):
+    """At the table's own grid and at others: positions are resized as the NaFlex tower resizes them."""
+    export(source, format=format, out=tmp_path / "fixed", image_size=size)
     fixed, naflex = siglip.load(tmp_path / "fixed"), siglip.load(source)
     assert fixed.config.image.naflex is None and fixed.config.image.image_size == size
     images = np.random.default_rng(0).uniform(-1, 1, (3, *size, 3)).astype(np.float32)
-    tokens, mask = naflex.image_tokens(images)
-    assert mask.all()
-    expected = fixed.image_tokens(images)
-    np.testing.assert_allclose(tokens, expected, rtol=0, atol=towers_apart(CONFIG, expected))
-    np.testing.assert_allclose(
-        naflex.embed_images(images), fixed.embed_images(images), rtol=0, atol=towers_apart(CONFIG)
-    )
+    tokens, mask = naflex.image_tokens(images, max_patches=40)
+    zimg = naflex.embed_images(images, max_patches=40)
+    tokens = np.asarray(tokens)[np.asarray(mask)].reshape(3, -1, 36)
+    ways = [(fixed.image_tokens(images), fixed.embed_images(images))]
+    if format == "hf":
+        torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+        model, loading = transformers.SiglipVisionModel.from_pretrained(tmp_path / "fixed", output_loading_info=True)
+        assert not loading["missing_keys"] and not loading["unexpected_keys"]
+        with torch.no_grad():
+            theirs = model(pixel_values=torch.tensor(images.transpose(0, 3, 1, 2)))
+        pooled = torch.nn.functional.normalize(theirs.pooler_output)
+        ways.append((theirs.last_hidden_state.numpy(), pooled.numpy()))
+    for found_tokens, found_zimg in ways:
+        np.testing.assert_allclose(found_tokens, tokens, rtol=0, atol=towers_apart(CONFIG, tokens))
+        np.testing.assert_allclose(found_zimg, zimg, rtol=0, atol=towers_apart(CONFIG))
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        "hf",
+        "bigvision",
+        pytest.param("transformers", marks=pytest.mark.interop),
+        pytest.param("savedmodel", marks=pytest.mark.slow),
+    ],
+)
+def test_texts_of_siglip_2_on_every_way_out(tmp_path, reader):
+    """Gemma's pieces of the lower-cased text, the end token, and pads of 0."""
+    text = {"vocab_size": 1500, "length": 32, "tokens": TokenConfig(pad_id=0, lower="character", canonical="none")}
+    config = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, **text))
+    big_vision.write(tmp_path / "model.npz", random_params(config), config)
+    (tmp_path / "spiece.model").write_bytes(trained_pieces("gemma"))
+    out = tmp_path / "out"
+    format = "hf" if reader == "transformers" else reader
+    with_samples = {"samples": samples} if format == "savedmodel" else {}  # it takes nothing else
+    export(tmp_path / "model.npz", format=format, out=out, tower="both", **with_samples)
+
+    texts = ["A Red HAT,  a dog!", "ÉCLAIR \u4f60 ΣΑΣ", "<img>\nDOG"]
+    if reader == "savedmodel":
+        tf = pytest.importorskip("tensorflow")
+        pytest.importorskip("tensorflow_text")
+        found = tf.saved_model.load(str(out)).signatures["tokens"](texts=tf.constant(texts))["tokens"].numpy()
+    elif reader == "transformers":
+        theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(out)
+        found = theirs(texts, padding="max_length", max_length=32, truncation=True, return_tensors="np")["input_ids"]
+    else:
+        model = siglip.load(out)
+        assert model.config.text.tokens == config.text.tokens
+        found = model.tokenize(texts)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=trained_pieces("gemma"))
+    ids = [[*pieces.encode("".join(map(str.lower, one))), pieces.eos_id()] for one in texts]
+    assert all(len(own) < 32 for own in ids), "a text without a pad"
+    np.testing.assert_array_equal(found, [own + [0] * (32 - len(own)) for own in ids])
 
 
 def test_encoders_take_patches_and_lists_of_any_images(source):

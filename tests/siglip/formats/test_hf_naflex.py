@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+import siglip
 from siglip.formats import hugging_face
 from siglip.formats.big_vision import image_only
 from siglip.models.naflex import NaflexConfig
@@ -140,3 +142,49 @@ def test_transformers_computes_the_same_of_a_naflex_model(tmp_path, text):
         for found, expected in pairs:
             difference = np.abs(found - np.asarray(expected)).max() / np.abs(expected).max()
             assert difference <= 1e-5, difference
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("kind", ["both", "image", "image without head"])
+def test_what_transformers_saves_of_a_naflex_model_is_read(tmp_path, kind):
+    """The folder of its model and its image processor; then images of several shapes through either."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    siglip2 = pytest.importorskip("transformers.models.siglip2")
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+    vision = sizes | {"num_patches": 9, "patch_size": 8, "vision_use_head": kind != "image without head"}
+    text = sizes | {"hidden_size": 20, "num_attention_heads": 5, "vocab_size": 50, "max_position_embeddings": 9}
+    text |= {"projection_size": 24, "bos_token_id": 1, "eos_token_id": 1}
+    if kind == "both":
+        model = transformers.Siglip2Model(transformers.Siglip2Config(vision_config=vision, text_config=text))
+    else:
+        model = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**vision))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    model.eval().save_pretrained(tmp_path)
+    processor = getattr(siglip2, "Siglip2ImageProcessorPil", None) or siglip2.Siglip2ImageProcessor
+    processor = processor(patch_size=8, max_num_patches=20)
+    processor.save_pretrained(tmp_path)
+
+    ours, rng = siglip.load(tmp_path), np.random.default_rng(0)
+    assert ours.config.image.naflex == NaflexConfig(20, 1024) and ours.config.image.grid == (3, 3)
+    images = [
+        Image.fromarray(rng.integers(256, size=(*size, 3), dtype=np.uint8))
+        for size in ((24, 24), (30, 90), (70, 31), (9, 200))
+    ]
+    inputs = processor(images, return_tensors="pt")
+    ids = rng.integers(50, size=(4, 9), dtype=np.int32)
+    with torch.no_grad():
+        both = model(**inputs, input_ids=torch.tensor(ids).long()) if kind == "both" else model(**inputs)
+    tokens, mask = map(np.asarray, ours.image_tokens(images))
+    np.testing.assert_array_equal(mask, inputs["pixel_attention_mask"].numpy().astype(bool))
+    vision = both.vision_model_output if kind == "both" else both
+    pairs = [(vision.last_hidden_state.numpy()[mask], tokens[mask])]
+    if kind == "both":
+        zimg, ztxt = ours.embed_images(images), ours.embed_texts(ids)
+        pairs += [(both.image_embeds, zimg), (both.text_embeds, ztxt), (both.logits_per_image, ours.logits(zimg, ztxt))]
+    elif kind == "image":
+        pairs += [(torch.nn.functional.normalize(vision.pooler_output), ours.embed_images(images))]
+    for theirs, found in pairs:
+        assert np.abs(np.asarray(theirs) - found).max() <= 1e-5 * np.abs(found).max()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 from hypothesis import given, settings
 from PIL import Image
 
@@ -21,24 +20,10 @@ from siglip.formats.hf_tokenizer import convert
 from siglip.formats.hf_tokenizer.charsmap import read_charsmap, write_charsmap
 from siglip.formats.hf_tokenizer.lower_case import lower_case_rules
 from siglip.models.text import TokenConfig
-from tests.siglip.texts import HAND_PICKED, SAMPLE, SPIECE, STRINGS, captions, plain_pieces
+from tests.siglip.texts import HAND_PICKED, KINDS, SAMPLE, SPIECE, STRINGS, captions, plain_pieces, trained_pieces
 from tests.siglip.tiny import random_params, square_model
 
 LENGTH = 64
-# The sample's own, and the kinds that published models have: C4's and multilingual C4's, Gemma's, and what is left.
-KINDS = {
-    "c4": {"model_type": "unigram", "normalization_rule_name": "nmt_nfkc"},
-    "gemma": {
-        "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "add_dummy_prefix": False,
-        "remove_extra_whitespaces": False, "user_defined_symbols": ["\n", "\n\n", "▁▁", "▁▁▁", "<unused0>", "<img>", "<IMG>"],
-    },
-    "bpe": {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "nmt_nfkc"},
-    "spaces": {
-        "model_type": "unigram", "byte_fallback": True, "normalization_rule_name": "nmt_nfkc_cf",
-        "remove_extra_whitespaces": False, "user_defined_symbols": ["<img>", "ab"],
-    },
-}  # fmt: skip
-
 # As their models prepare texts; the others do as we do.
 TOKENS = {
     "c4": TokenConfig(canonical="texts"),
@@ -54,13 +39,8 @@ def model_file(tmp_path_factory):
 
     def file_of(kind: str) -> Path:
         if kind not in files:
-            texts = [text.lower() for text in captions(every=10)] + ["</s> <pad> <0x41> x < y", "!!! ... aaa aaaa"] * 3
             files[kind] = tmp_path_factory.mktemp("pieces") / f"{kind}.model"
-            with files[kind].open("wb") as model:
-                sentencepiece.SentencePieceTrainer.train(
-                    sentence_iterator=iter(texts), model_writer=model, vocab_size=1500, character_coverage=0.999,
-                    minloglevel=2, num_threads=1, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, **KINDS[kind],
-                )  # fmt: skip
+            files[kind].write_bytes(trained_pieces(kind))
         return files[kind]
 
     return file_of

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from siglip.losses import chunked_sigmoid_loss
+from siglip.models.naflex import NaflexConfig
 from siglip.models.two_tower import ImageConfig, ModelConfig, make_model, param_shapes
 from siglip.parallel import sharding
 from siglip.planning import ahead_of_time, compile, kernels
@@ -75,6 +76,27 @@ def test_memory_per_chip_at_fixed_pairs_per_chip():
 def test_the_ring_overlaps_on_other_generations(topology):
     stats = stats_of(topology, 32768, "ring")
     assert share_in_flight(stats, "collective-permute") > 0.9
+
+
+def test_attention_of_padded_images_in_tiles():
+    """A NaFlex tower, forward and backward: splash attention takes a length per image; 600 patches are not whole tiles."""
+    mesh = sharding.make_mesh(sharding.MeshConfig(), tpus("v5e:2x2"))
+    image = ImageConfig("S/16", depth=1, dtype="bfloat16", image_size=(256, 256), naflex=NaflexConfig(600, 1024))
+    config = ModelConfig(image, None, (None, None))
+    model, whole = make_model(config, layout=sharding.ParamLayout(mesh)), NamedSharding(mesh, sharding.P_REPLICATED)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), param_shapes(config))
+    rows = NamedSharding(mesh, sharding.P_BATCH)
+    patches = jax.ShapeDtypeStruct((2 * mesh.size, 600, 768), jnp.uint8, sharding=rows)
+    grid = jax.ShapeDtypeStruct((2 * mesh.size, 2), jnp.int32, sharding=rows)
+
+    def loss(params, patches, grid):
+        return jnp.sum(model.apply({"params": params}, {"patches": patches, "grid": grid}, train=True)[0])
+
+    with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
+        program = jax.jit(jax.grad(loss)).lower(params, patches, grid).compile()
+    kernels_of = [line for line in program.as_text().splitlines() if "tpu_custom_call" in line and "splash" in line]
+    assert len(kernels_of) == 3  # forward, and of the gradients that of the queries and that of keys and values
+    assert all("s32[2,8,640]" in line for line in kernels_of), kernels_of
 
 
 @pytest.mark.slow
