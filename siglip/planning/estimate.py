@@ -60,7 +60,7 @@ _KEPT = {
         width={"none": 38, "dots+gelu": 14, "dots": 14, "full": 4},
         mlp={"none": 8, "dots+gelu": 4, "dots": 2, "full": 0},
         logits={"none": 6, "dots+gelu": 0, "dots": 0, "full": 0},
-        working=(37, 15, 11),
+        working=(35, 14, 10),
     ),
     "gpu": _Kept(
         width={"none": 21, "dots+gelu": 11, "dots": 11, "full": 4},
