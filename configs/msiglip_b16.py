@@ -5,7 +5,7 @@
 Expect 42.6 / 54.1 % R@1 on XM3600 (text to image / image to text, mean of 36 languages). The narrow table costs half a point on
 ImageNet and saves 640 MB; the published i18n model has the wide one: --model.text.embed-bottleneck None.
 
-Devices and time: v5e:8x16, 8.4 of 15.8 GiB, 288.5 h, 36,933 device hours (siglip plan, MFU 35%).
+Devices and time: v5e:8x16, 10.9 of 15.8 GiB, 288.5 h, 36,933 device hours (siglip plan, MFU 35%).
 """
 
 from data_pipelines.loader import DataConfig

@@ -6,7 +6,7 @@
 PaLI-3 raised the resolution while training the whole model; this does it for the encoder alone, with SigLIP's recipe for higher
 resolutions: a hundredth of the learning rate, no weight decay. No number is published for that.
 
-Devices and time: v5p:8x8x4, 22.4 of 95.7 GiB, 27.6 h, 7,076 device hours (siglip plan, MFU 45%).
+Devices and time: v5p:8x8x4, 26.1 of 95.7 GiB, 27.6 h, 7,076 device hours (siglip plan, MFU 45%).
 """
 
 from data_pipelines.loader import DataConfig

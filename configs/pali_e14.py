@@ -5,7 +5,7 @@
 PaLI's own ViT-e was a JFT classifier; locked and given a text tower it has 28.5 % R@1 on XM3600 text to image (LiT, in
 arXiv:2303.15343). No sigmoid run of this size is published: batch and pairs are So400m's.
 
-Devices and time: v5p:8x8x4, 21.0 of 95.7 GiB, 1,703.7 h, 436,141 device hours (siglip plan, MFU 45%).
+Devices and time: v5p:8x8x4, 25.2 of 95.7 GiB, 1,703.7 h, 436,141 device hours (siglip plan, MFU 45%).
 """
 
 from data_pipelines.loader import DataConfig

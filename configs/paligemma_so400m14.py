@@ -5,7 +5,7 @@
 Expect 82.2 % on ImageNet zero-shot, 69.0 / 50.8 % R@1 on COCO (SigLIP 2, arXiv:2502.14786, Table 1). 16 tokens, as the published
 checkpoint at this resolution has. The shape is SoViT's (arXiv:2305.13035): siglip.models.variants.sovit.
 
-Devices and time: v5e:16x16, 7.3 of 15.8 GiB, 454.9 h, 116,442 device hours (siglip plan, MFU 45%).
+Devices and time: v5e:16x16, 9.1 of 15.8 GiB, 454.9 h, 116,442 device hours (siglip plan, MFU 45%).
 """
 
 from data_pipelines.loader import DataConfig

@@ -10,7 +10,7 @@ Expect 83.2 % on ImageNet zero-shot, 70.2 / 52.0 % R@1 on COCO (arXiv:2303.15343
 text's positions start fresh). Image positions are resampled to 27 x 27 patches. PaliGemma (arXiv:2407.07726) went to 448 and
 896 px together with its language model, 50 and 10 10^6 examples.
 
-Devices and time: v5e:16x16, 9.2 of 15.8 GiB, 220.2 h, 56,378 device hours (siglip plan, MFU 45%).
+Devices and time: v5e:16x16, 11.1 of 15.8 GiB, 220.2 h, 56,378 device hours (siglip plan, MFU 45%).
 """
 
 from data_pipelines.loader import DataConfig

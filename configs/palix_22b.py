@@ -5,7 +5,7 @@
 Attention and MLP side by side, LayerNorm of queries and keys, no biases in query, key, value and LayerNorms. ViT-22B itself
 was a JFT classifier, and no sigmoid run of this size is published: batch and pairs are those of the smaller ones.
 
-Devices and time: v5p:8x8x16, 20.2 of 95.7 GiB, 2,386.9 h, 2,444,187 device hours (siglip plan, MFU 45%).
+Devices and time: v5p:8x8x16, 22.4 of 95.7 GiB, 2,386.9 h, 2,444,187 device hours (siglip plan, MFU 45%).
 """
 
 from data_pipelines.loader import DataConfig

@@ -6,7 +6,7 @@
 The published 84.5 % on ImageNet come with captioning, self-distillation and masked prediction, which are not in this recipe:
 expect less, no ablation is published. The text tower is So400m, as there.
 
-Devices and time: v5e:16x16, 12.9 of 15.8 GiB, 1,272.6 h, 325,780 device hours (siglip plan, MFU 45%).
+Devices and time: v5e:16x16, 15.2 of 15.8 GiB, 1,272.6 h, 325,780 device hours (siglip plan, MFU 45%).
 """
 
 from data_pipelines.loader import DataConfig

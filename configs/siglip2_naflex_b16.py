@@ -9,7 +9,7 @@ it stays, in micro-batches, so that negatives and the loss's scale are those of 
 
 The published 78.5 % on ImageNet at 256 patches come after a first stage with captioning, which is not in this recipe.
 
-Devices and time: v5e:16x16, 4.9 of 15.8 GiB, 138.6 h, 35,491 device hours (siglip plan, MFU 35%).
+Devices and time: v5e:16x16, 6.2 of 15.8 GiB, 138.6 h, 35,491 device hours (siglip plan, MFU 35%).
 """
 
 from data_pipelines.loader import DataConfig

@@ -9,7 +9,7 @@ it stays, in micro-batches, so that negatives and the loss's scale are those of 
 
 The published 83.5 % on ImageNet at 256 patches come after a first stage with captioning, which is not in this recipe.
 
-Devices and time: v5e:16x16, 8.7 of 15.8 GiB, 499.1 h, 127,778 device hours (siglip plan, MFU 45%).
+Devices and time: v5e:16x16, 10.5 of 15.8 GiB, 499.1 h, 127,778 device hours (siglip plan, MFU 45%).
 """
 
 from data_pipelines.loader import DataConfig

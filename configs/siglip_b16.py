@@ -7,7 +7,7 @@ Expect on ImageNet zero-shot 68.4 % at 4k, 72.3 % at 16k, 73.4 % at 32k (Table 5
 The paper took 5 days on 32 TPU v4. The published B/16 saw 40 10^9 pairs with 64 tokens and has 76.2 %:
 --total-steps 1220703 --model.text.length 64. The paper does not print its warm-up.
 
-Devices and time: v4:2x4x4, 19.8 of 30.8 GiB, 122.5 h, 3,920 device hours (siglip plan, MFU 35%).
+Devices and time: v4:2x4x4, 27.1 of 30.8 GiB, 122.5 h, 3,920 device hours (siglip plan, MFU 35%).
 """
 
 from data_pipelines.loader import DataConfig

@@ -7,7 +7,7 @@ Expect 80.5 % on ImageNet zero-shot, 69.5 / 51.1 % R@1 on COCO (image to text / 
 configs/paligemma_so400m14_384.py does: 82.1 %. At 4k and 16k no L/16 is published; configs/siglip_b16.py has what B/16 loses
 there. The paper does not print its warm-up; 20k steps are SigLIP 2's.
 
-Devices and time: v5e:16x16, 7.1 of 15.8 GiB, 392.9 h, 100,576 device hours (siglip plan, MFU 45%).
+Devices and time: v5e:16x16, 8.8 of 15.8 GiB, 392.9 h, 100,576 device hours (siglip plan, MFU 45%).
 """
 
 from data_pipelines.loader import DataConfig

@@ -5,7 +5,7 @@
 Expect 79.7 % on ImageNet zero-shot after one day on four TPU v4 (65k steps of 32k pairs, text tower of 12 layers of L). The paper
 used LION at 1e-4; this is Adafactor as for its other runs. Stored embeddings are 3 KB an image: 3 TB for 10^9.
 
-Devices and time: v4:2x2x1, 5.3 of 30.8 GiB, 37.5 h, 150 device hours (siglip plan, MFU 35%).
+Devices and time: v4:2x2x1, 6.6 of 30.8 GiB, 37.5 h, 150 device hours (siglip plan, MFU 35%).
 """
 
 from data_pipelines.loader import DataConfig

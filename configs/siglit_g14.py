@@ -5,7 +5,7 @@
 Expect 84.5 % on ImageNet zero-shot after two days on four TPU v4 (107k steps of 20k pairs). The paper used LION at 1e-4; this
 is Adafactor as for its other runs. Stored embeddings are 5.6 KB an image: 5.6 TB for 10^9.
 
-Devices and time: v4:2x2x1, 9.5 of 30.8 GiB, 59.8 h, 239 device hours (siglip plan, MFU 45%).
+Devices and time: v4:2x2x1, 10.1 of 30.8 GiB, 59.8 h, 239 device hours (siglip plan, MFU 45%).
 """
 
 from data_pipelines.loader import DataConfig
