@@ -1,4 +1,7 @@
-"""Training batches with label noise, see noise.py: made like others, and then corrupted row by row."""
+"""Training batches with label noise, see noise.py: made like others, and then corrupted row by row.
+
+Noise wraps the batch, not single fields: a wrong caption is that of another pair of the batch, which no field sees.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
