@@ -319,10 +319,8 @@ def test_a_workdir_of_another_config_and_one_that_is_a_file(trained, recipe, cap
 def test_an_evaluation_is_added_by_a_flag_and_the_last_one_is_printed(recipe, shard, capsys, tmp_path, monkeypatch):
     use_devices(monkeypatch, 2)
     monkeypatch.setattr(loop, "make_program", drifting_program)
-    rows = [
-        {"image": b"no image", "photo": pair.image, "french": pair.fields["captions"]["fr"]}
-        for pair in TarSource(shard)
-    ]
+    pairs = [(pair.image, pair.fields["captions"]["fr"]) for pair in TarSource(shard)]
+    rows = [{"image": b"no image", "photo": photo, "french": text} for photo, text in pairs]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "french.parquet")
     added = f"retrieval --data {tmp_path}/french.parquet --image-column photo --captions french"
     own = ["--eval.every-steps-of", "retrieval/french", "5"]
