@@ -12,6 +12,7 @@ A shard that cannot be read does not cost the work on the others: everything tha
 names it. A cut or empty shard is not a failure but a finding.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -41,7 +42,9 @@ from data_pipelines.curate.shuffle import Shuffle
 from data_pipelines.curate.tables import write_table
 from data_pipelines.errors import BAD_PATH, RunFailed, UserError
 from data_pipelines.lock import hold
+from data_pipelines.records import ShardLost
 from data_pipelines.sources.files import expand_shards
+from data_pipelines.sources.opening import open_source
 
 Progress = Callable[[str, int, int], None]  # (stage, done, of)
 _NAMED_FAILURES, _NAME_CHARS = 3, 12
@@ -89,9 +92,10 @@ def _curate(
     concepts: str | None,
 ) -> dict:
     out = run.out
-    either = bool(protected)  # the image column that is named may be that of one side alone
-    results = run.scan(names, "scan", config, image_hashes.CROPS, any_column=either)
-    against_results = run.scan(protected, "against", config, image_hashes.EVAL_CROPS, any_column=either)
+    # The image column that is named may be that of one side alone; of neither, it is a mistake.
+    own, theirs = (_have_column(side, config.image_column) for side in (names[:1], protected))
+    results = run.scan(names, "scan", config, image_hashes.CROPS, any_column=theirs and not own)
+    against_results = run.scan(protected, "against", config, image_hashes.EVAL_CROPS, any_column=own and not theirs)
     for result in against_results:
         if not result.pairs:  # an empty set protects nothing
             raise UserError(f"evaluation {result.problem or f'shard {result.shard!r} is empty'}")
@@ -124,6 +128,15 @@ def _curate(
     finally:
         shutil.rmtree(work.folder, ignore_errors=True)
     return funnel
+
+
+def _have_column(shards: list[str], image: str | None) -> bool:
+    """Whether a shard has an image column of that name."""
+    for shard in shards if image is not None else ():
+        with contextlib.suppress(UserError, ShardLost, OSError):  # scanning it tells what is wrong
+            open_source(shard, image=image, fields=())
+            return True
+    return False
 
 
 def _check_needs(config: CurateConfig, scorer: scores.Scorer | None, concepts: str | None) -> None:

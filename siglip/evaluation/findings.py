@@ -16,7 +16,7 @@ from siglip.array_types import Float, Int
 from siglip.losses import prior_shift
 
 TOP = 8
-QUERIES, FEW_QUERIES = 16, 11
+QUERIES, FEW_QUERIES = 16, 11  # eleven of the sample's unseen ideas have the eggplant, which visitors look for
 _MISTAKES, _SIMILAR, _CLASSIFIED = 8, 24, 8
 _BINS, _RELIABILITY_BINS = 60, 12
 _BLOCK = 1 << 22  # scores

@@ -221,7 +221,7 @@ def test_pixels_by_protocol(tmp_path):
 
 
 @pytest.mark.parametrize("pairs", ["shop.csv", "shop.tar"])
-def test_an_evaluation_set_of_its_own_image_column_is_protected(pairs, tmp_path):
+def test_an_evaluation_set_of_its_own_image_column_is_protected(pairs, tmp_path, capsys):
     from siglip.cli import run
 
     rng = np.random.default_rng(0)
@@ -236,6 +236,8 @@ def test_an_evaluation_set_of_its_own_image_column_is_protected(pairs, tmp_path)
     flags = ["--against", str(tmp_path / "held.csv"), "--image-column", "photo", "--out", str(tmp_path / "out")]
     assert run(["data", "curate", str(tmp_path / pairs), *flags, "--workers", "1"]) == 0
     assert pq.read_table(tmp_path / "out" / "manifest.parquet")["reason"].to_pylist() == ["eval_leak", None]
+    assert run(["data", "curate", str(tmp_path / pairs), *flags[:3], "phtoo", "--out", str(tmp_path / "typo")]) == 2
+    assert "phtoo" in capsys.readouterr().err
 
 
 def test_columns_are_named_by_flags_and_checked_before_a_list_is_scanned(tmp_path, capsys, monkeypatch):
